@@ -1,0 +1,229 @@
+"""What a user may set: one frozen dataclass a section, with its default and its limits.
+
+YAML and the command line are read into these by `configfile`; nothing else makes them in production code.
+Torch is never imported here, so that a typo answers in a blink.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+
+class UserError(Exception):
+    """What the user can mend: printed as one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a number, both ends included unless `open_low`."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_low: bool = False
+
+    def holds(self, value: float) -> bool:
+        return (value > self.low if self.open_low else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"{'>' if self.open_low else '≥'} {self.low:g}" if self.low != float("-inf") else ""
+        high = f"≤ {self.high:g}" if self.high != float("inf") else ""
+        return " and ".join(part for part in (low, high) if part)
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open_low=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Resolution = int | tuple[int, int]  # the side of a square of the same area, or [width, height]
+Size = tuple[int, int, int]  # [width, height, frames]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    family: Literal["wan"] = "wan"
+    path: str = ""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantize: Literal["none", "fp8", "int8"] = "none"
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex"] = "auto"
+    rgb_attends_aux: bool = True
+    trainable: tuple[str, ...] = ("*",)
+    fuse: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    enabled: bool = True
+    rank: Count = 128
+    alpha: Positive | None = None
+    rank_stabilized: bool = False
+    dropout: Fraction = 0.0
+    scope: Literal["aux", "all"] | tuple[str, ...] = "aux"
+    targets: tuple[str, ...] = (
+        "self_attn.q",
+        "self_attn.k",
+        "self_attn.v",
+        "self_attn.o",
+        "cross_attn.q",
+        "cross_attn.o",
+        "ffn.0",
+        "ffn.2",
+    )
+    ranks: dict[str, int] = field(default_factory=dict)
+    init_from: str = ""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set: a folder of pairs or a manifest. A bare path stands for `{path: …}`."""
+
+    path: str
+    name: str = ""
+    repeats: Count = 1
+    rgba: bool = False
+    resolutions: tuple[Resolution, ...] | None = None
+    frames: tuple[int, ...] | None = None
+    sizes: tuple[Size, ...] | None = None
+    clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] | None = None
+
+
+@dataclass(frozen=True)
+class BucketRule:
+    """What holds for the buckets of one size: [width, height, frames], 0 for any."""
+
+    size: Size
+    micro_batch: Count | None = None
+    keep: Fraction = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[SourceConfig, ...] = ()
+    eval: tuple[SourceConfig, ...] = ()
+    cache_dir: str = ""
+    fps: Positive = 16.0
+    resolutions: tuple[Resolution, ...] = ((832, 480),)
+    aspect_ratios: tuple[float, ...] = ()
+    aspect_min: Positive = 0.5
+    aspect_max: Positive = 2.0
+    aspect_count: Count = 7
+    frames: tuple[int, ...] = (1, 33)
+    sizes: tuple[Size, ...] = ()
+    buckets: tuple[BucketRule, ...] = ()
+    clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] = "single_beginning"
+    upscale: bool = False
+    fill: Literal["keep", "extend", "black", "color"] = "keep"
+    fill_color: tuple[int, int, int] = (0, 0, 0)
+    on_bad: Literal["skip", "error"] = "skip"
+    workers: Natural = 0
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: Positive = 1.0
+    shift: Positive = 1.0
+    t_min: Fraction = 0.0
+    t_max: Fraction = 1.0
+    stratified: bool = True
+    tasks: dict[str, NonNegative] = field(default_factory=lambda: {"joint": 1.0})
+    stream_weights: dict[str, NonNegative] = field(default_factory=dict)
+    caption_dropout: Fraction = 0.1
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Another rate or decay for the parameters whose name matches a pattern."""
+
+    pattern: str
+    lr: NonNegative | None = None
+    weight_decay: NonNegative | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str = "adamw"
+    lr: NonNegative = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    momentum: Fraction = 0.0
+    args: dict[str, float] = field(default_factory=dict)
+    groups: tuple[GroupRule, ...] = ()
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Natural = 100
+    lr_min: NonNegative = 0.0
+    force_lr: NonNegative | None = None
+    clip: NonNegative = 1.0
+    bf16_parameters: bool = False
+    ema: Annotated[float, Range(0, 0.999999)] = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: Natural = 0
+    max_steps: Natural = 0
+    global_batch: Count = 8
+    micro_batch: Count = 1
+    micro_tokens: Natural = 0
+    nonfinite_limit: Count = 5
+    gc_every: Count = 50
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    pipeline: Count = 1
+    replicate: Natural = 0
+    shard: Natural = 1
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble"] = "auto"
+    stages_per_rank: Count = 2
+    split: tuple[int, ...] = ()
+    recompute: Literal["auto", "none", "full", "attention", "offload"] | int = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    offload: bool = False
+    timeout_minutes: Positive = 10.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: Natural = 500
+    every_minutes: NonNegative = 0.0
+    every_epochs: Natural = 0
+    keep: Count = 3
+    keep_every: Natural = 0
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    every_epochs: Natural = 1
+    every_steps: Natural = 0
+    every_minutes: NonNegative = 0.0
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: Count = 1
+    tensorboard: bool = True
+    wandb: str = ""
+    peak_tflops: NonNegative = 0.0
+
+
+@dataclass(frozen=True)
+class Config:
+    output_dir: str = "output"
+    run_name: str = ""
+    seed: Natural = 0
+    streams: dict[str, str] = field(default_factory=lambda: {"rgb": "", "seg": "_seg"})
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()

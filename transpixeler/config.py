@@ -6,6 +6,8 @@ Torch is never imported here, so that a typo answers in a blink.
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -31,6 +33,15 @@ class Range:
         return " and ".join(part for part in (low, high) if part)
 
 
+class PathKind(enum.Enum):
+    """How a text that names a file is read: a local path only, or also a Hub id such as `user/name`."""
+
+    LOCAL = "local"
+    HUB_OR_LOCAL = "hub"
+
+
+LocalPath = Annotated[str, PathKind.LOCAL]
+HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
@@ -43,13 +54,13 @@ Size = tuple[int, int, int]  # [width, height, frames]
 @dataclass(frozen=True)
 class ModelConfig:
     family: Literal["wan"] = "wan"
-    path: str = ""
+    path: HubPath = ""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Literal["none", "fp8", "int8"] = "none"
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex"] = "auto"
     rgb_attends_aux: bool = True
     trainable: tuple[str, ...] = ("*",)
-    fuse: tuple[str, ...] = ()
+    fuse: tuple[HubPath, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,14 +82,14 @@ class LoraConfig:
         "ffn.2",
     )
     ranks: dict[str, int] = field(default_factory=dict)
-    init_from: str = ""
+    init_from: HubPath = ""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One data set: a folder of pairs or a manifest. A bare path stands for `{path: …}`."""
 
-    path: str
+    path: LocalPath
     name: str = ""
     repeats: Count = 1
     rgba: bool = False
@@ -101,7 +112,7 @@ class BucketRule:
 class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     eval: tuple[SourceConfig, ...] = ()
-    cache_dir: str = ""
+    cache_dir: LocalPath = ""
     fps: Positive = 16.0
     resolutions: tuple[Resolution, ...] = ((832, 480),)
     aspect_ratios: tuple[float, ...] = ()
@@ -213,7 +224,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    output_dir: str = "output"
+    output_dir: LocalPath = "output"
     run_name: str = ""
     seed: Natural = 0
     streams: dict[str, str] = field(default_factory=lambda: {"rgb": "", "seg": "_seg"})
@@ -227,3 +238,40 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def quantized(self) -> bool:
+        return self.model.quantize != "none"
+
+
+def faults(config: Config) -> Iterator[tuple[str, str]]:
+    """What no single key shows: (key, what is wrong and what to do)."""
+    streams, scope = config.streams, config.lora.scope
+    if not streams or next(iter(streams.values())) != "":
+        yield "streams", 'the first stream has no suffix, as in {rgb: "", seg: "_seg"}'
+    if len(set(streams.values())) != len(streams):
+        yield "streams", "two streams have the same suffix, so they would read the same files"
+    if config.lora.enabled and scope == "aux" and len(streams) == 1:
+        yield "lora.scope", "with one stream there is no aux stream to adapt; set lora.scope=all"
+    for name in () if isinstance(scope, str) else scope:
+        if name not in streams:
+            yield "lora.scope", f"{name!r} is not a stream; streams are {', '.join(streams)}"
+    for name in config.objective.stream_weights:
+        if name not in streams:
+            yield f"objective.stream_weights.{name}", f"not a stream; streams are {', '.join(streams)}"
+    if config.objective.t_min >= config.objective.t_max:
+        yield "objective.t_min", f"must be below objective.t_max ({config.objective.t_max:g})"
+    if sum(config.objective.tasks.values()) <= 0:
+        yield "objective.tasks", "at least one task needs a weight above zero, as in {joint: 1.0}"
+    for i, frames in enumerate(config.data.frames):
+        if frames < 1 or frames % 4 != 1:
+            yield f"data.frames.{i}", f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), which the video model needs"
+    if config.data.aspect_min > config.data.aspect_max:
+        yield "data.aspect_min", f"must not be above data.aspect_max ({config.data.aspect_max:g})"
+    if config.quantized and not config.lora.enabled:
+        yield (
+            "model.quantize",
+            "a quantized base cannot be trained in full: set lora.enabled=true, or none here",
+        )
+    if config.optim.lr_min > config.optim.lr:
+        yield "optim.lr_min", f"must not be above optim.lr ({config.optim.lr:g})"

@@ -1,0 +1,5 @@
+"""`python -m transpixeler`."""
+
+from transpixeler.cli import main
+
+raise SystemExit(main())

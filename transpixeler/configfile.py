@@ -1,0 +1,316 @@
+"""YAML files and `a.b=value` overrides in, a checked `Config` out, and back: every fault names its key and its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from transpixeler.config import Config, PathKind, Range, UserError, faults
+
+Key = tuple[str, ...]
+COMMAND_LINE = "the command line"
+
+
+class Raw(str):
+    """Text as typed on the command line, kept so that a text field can take `007` unread."""
+
+
+@dataclasses.dataclass
+class Tree:
+    """Merged plain values and, for each key, the file that set it last."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    origins: dict[Key, str] = dataclasses.field(default_factory=dict)
+
+    def origin(self, key: Key) -> str:
+        while key and key not in self.origins:
+            key = key[:-1]
+        return self.origins.get(key, "the defaults")
+
+    def fault(self, key: Key, message: str) -> UserError:
+        return UserError(f"{'.'.join(key)}: {message} (in {self.origin(key)})")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config that a file, its bases and the overrides make together."""
+    tree = Tree()
+    _merge_file(tree, Path(path), ())
+    return _build(tree, overrides)
+
+
+def from_overrides(overrides: Iterable[str]) -> Config:
+    """The defaults, changed by overrides alone."""
+    return _build(Tree(), overrides)
+
+
+def dump(config: Config) -> str:
+    """YAML that reads back as an equal config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _build(tree: Tree, overrides: Iterable[str]) -> Config:
+    for override in overrides:
+        _merge_override(tree, override)
+    config = _dataclass(Config, tree.values, (), tree)
+    config = dataclasses.replace(config, output_dir=str(Path(config.output_dir).absolute()))
+    for key, message in faults(config):
+        raise tree.fault(tuple(key.split(".")), message)
+    return config
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, where a YAML file is expected")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML: {problem}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {_kind(content)}")
+    return content
+
+
+def _merge_file(tree: Tree, path: Path, above: tuple[Path, ...]) -> None:
+    here = path.resolve()
+    if here in above:
+        chain = " → ".join(str(p) for p in (*above[above.index(here) :], here))
+        raise UserError(f"{path}: `base:` goes round in a circle: {chain}")
+    content = _read(path)
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"base: expected a file or a list of files, found {_kind(bases)} (in {path})")
+    for base in bases:
+        _merge_file(tree, path.parent / base, (*above, here))
+    _merge(tree, tree.values, content, (), str(path))
+
+
+def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, origin: str) -> None:
+    for name, value in new.items():
+        inner = (*key, name)
+        tree.origins = {k: o for k, o in tree.origins.items() if k[: len(inner)] != inner or isinstance(value, dict)}
+        tree.origins[inner] = origin
+        if isinstance(value, dict):
+            if not isinstance(into.get(name), dict):
+                into[name] = {}
+            _merge(tree, into[name], value, inner, origin)
+        else:
+            into[name] = value
+
+
+def _merge_override(tree: Tree, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    key = tuple(dotted.strip().split("."))
+    if not equals or not all(key):
+        raise UserError(f"{override!r}: expected key=value, such as optim.lr=1e-4 (on the command line)")
+    try:
+        value = yaml.load(text, Loader=_Loader) if text.strip() else ""
+    except yaml.YAMLError:
+        value = text
+    if not isinstance(value, dict | list) and value is not None:
+        value = Raw(text)
+    level: Any = tree.values
+    for depth, name in enumerate(key[:-1]):
+        if isinstance(level, list):
+            level = level[_list_index(tree, level, key[: depth + 1])]
+        elif isinstance(level, dict):
+            level = level.setdefault(name, {})
+        else:
+            raise tree.fault(key, f"{'.'.join(key[:depth])} holds a value, not keys")
+    tree.origins[key] = COMMAND_LINE
+    if isinstance(level, list):
+        level[_list_index(tree, level, key)] = value
+    elif isinstance(level, dict):
+        _merge(tree, level, {key[-1]: value}, key[:-1], COMMAND_LINE)
+    else:
+        raise tree.fault(key, f"{'.'.join(key[:-1])} holds a value, not keys")
+
+
+def _list_index(tree: Tree, items: list, key: Key) -> int:
+    if not key[-1].isdigit() or int(key[-1]) >= len(items):
+        raise tree.fault(key, f"{key[-1]!r} is no place in a list of {len(items)}")
+    return int(key[-1])
+
+
+# --- typing ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def _dataclass(cls: type, value: Any, key: Key, tree: Tree) -> Any:
+    fields = _fields(cls)
+    if isinstance(value, str) and "path" in fields:  # a bare path stands for {path: …}
+        value = {"path": value}
+    if not isinstance(value, dict):
+        raise tree.fault(key, f"expected {', '.join(fields)} as `key: value` lines, found {_kind(value)}")
+    for name in value:
+        if name not in fields:
+            raise tree.fault((*key, name), _unknown(name, fields))
+    given = {
+        name: _convert(hint, value[name], (*key, name), tree)
+        for name, hint in fields.items()
+        if name in value and (value[name] is not None or _optional(hint))
+    }
+    for field in dataclasses.fields(cls):
+        if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
+            raise tree.fault((*key, field.name), "must be given")
+    return cls(**given)
+
+
+def _unknown(name: str, fields: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(fields), n=1, cutoff=0.5)
+    return f"unknown key; did you mean `{near[0]}`?" if near else f"unknown key; known here: {', '.join(fields)}"
+
+
+def _convert(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
+    origin = get_origin(hint)
+    if hasattr(hint, "__metadata__"):
+        return _annotated(hint, value, key, tree)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, key, tree)
+    if origin in (Union, types.UnionType):
+        return _union(get_args(hint), value, key, tree)
+    if origin is Literal:
+        if value not in get_args(hint):
+            near = difflib.get_close_matches(str(value), [str(a) for a in get_args(hint)], n=1)
+            hint_text = f"; did you mean {near[0]}?" if near else ""
+            raise tree.fault(key, f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}{hint_text}")
+        return str(value)
+    if origin is tuple:
+        return _tuple(get_args(hint), value, key, tree)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise tree.fault(key, f"expected `name: value` lines, found {_kind(value)}")
+        items = {name: v for name, v in value.items() if v is not None}
+        return {name: _convert(get_args(hint)[1], v, (*key, name), tree) for name, v in items.items()}
+    return _scalar(hint, value, key, tree)
+
+
+def _annotated(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
+    converted = _convert(hint.__origin__, value, key, tree)
+    for mark in hint.__metadata__:
+        if isinstance(mark, Range) and not mark.holds(converted):
+            raise tree.fault(key, f"{converted} is out of range: must be {mark}")
+        if isinstance(mark, PathKind):
+            converted = _path(mark, converted, tree.origin(key))
+    return converted
+
+
+def _path(kind: PathKind, value: str, origin: str) -> str:
+    """A path stands relative to the file that it is written in, or to the working folder on the command line."""
+    if not value:
+        return value
+    folder = Path.cwd() if origin == COMMAND_LINE else Path(origin).resolve().parent
+    path = folder / Path(value).expanduser()
+    if kind is PathKind.HUB_OR_LOCAL and not path.exists() and not value.startswith((".", "/", "~")):
+        return value
+    return str(path)
+
+
+def _union(hints: tuple[Any, ...], value: Any, key: Key, tree: Tree) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    faults = []
+    for hint in (h for h in hints if h is not type(None)):
+        try:
+            return _convert(hint, value, key, tree)
+        except UserError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    raise tree.fault(key, f"{value!r} is not {' or '.join(_name(h) for h in hints if h is not type(None))}")
+
+
+def _tuple(hints: tuple[Any, ...], value: Any, key: Key, tree: Tree) -> tuple:
+    repeated = len(hints) == 2 and hints[1] is Ellipsis
+    if repeated and dataclasses.is_dataclass(hints[0]) and isinstance(value, str | dict):
+        value = [value]  # one data set needs no list
+    if not isinstance(value, list):
+        raise tree.fault(key, f"expected a list, found {_kind(value)}")
+    if not repeated and len(value) != len(hints):
+        raise tree.fault(key, f"expected {len(hints)} values, found {len(value)}")
+    of = [hints[0]] * len(value) if repeated else hints
+    return tuple(_convert(hint, v, (*key, str(i)), tree) for i, (hint, v) in enumerate(zip(of, value)))
+
+
+def _scalar(hint: type, value: Any, key: Key, tree: Tree) -> Any:
+    if hint is str and isinstance(value, str):
+        return str(value)
+    read = yaml.safe_load(value) if isinstance(value, Raw) and value.strip() else value
+    if hint is bool and isinstance(read, bool):
+        return read
+    if hint is int and isinstance(read, int) and not isinstance(read, bool):
+        return read
+    if hint is float and _number(read):
+        return float(read)  # YAML 1.1 takes 1e-4 for text
+    raise tree.fault(key, f"expected {_name(hint)}, found {_kind(value)}")
+
+
+def _number(value: Any) -> bool:
+    pattern = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf"
+    return not isinstance(value, bool) and re.fullmatch(pattern, str(value).strip(), re.IGNORECASE) is not None
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _name(hint: Any) -> str:
+    if hasattr(hint, "__metadata__"):
+        return _name(hint.__origin__)
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return names.get(hint, "a list" if get_origin(hint) is tuple else getattr(hint, "__name__", str(hint)))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "`key: value` lines" if isinstance(value, dict) else "a list"
+    return "nothing" if value is None else repr(str(value) if isinstance(value, Raw) else value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

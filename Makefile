@@ -1,0 +1,49 @@
+# Each target sets up what it needs first: on a fresh clone, `make demo` or `make test` is the first and only command.
+#   CONFIG=  the YAML file        NPROC=  processes on this machine        ARGS=  anything more, such as optim.lr=1e-4
+
+CONFIG ?= demo/config.yaml
+NPROC ?= 1
+ARGS ?=
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN := $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m transpixeler,$(BIN)/python -m transpixeler)
+
+.PHONY: help setup demo cache train test lint format bench inspect
+help:
+	@echo "make demo | cache | train | inspect | test | lint | bench   with CONFIG= NPROC= ARGS="
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m transpixeler demo demo $(ARGS)
+
+demo/config.yaml: | $(READY)
+	$(BIN)/python -m transpixeler demo demo
+
+cache train: $(READY) $(CONFIG)
+	$(RUN) $@ $(CONFIG) $(ARGS)
+
+inspect: $(READY)
+	$(BIN)/python -m transpixeler inspect $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python tools/bench/$(firstword $(ARGS)).py $(wordlist 2,99,$(ARGS))

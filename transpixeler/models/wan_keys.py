@@ -1,14 +1,15 @@
 """Names of Wan's weights: in goes a name of one spelling, out comes the same weight's name in another.
 
 Three spellings exist. *Original*: Wan's own checkpoints and ComfyUI files (`blocks.0.self_attn.q.weight`). *Diffusers*:
-`WanTransformer3DModel` (`blocks.0.attn1.to_q.weight`). *Internal*: our module's parameters, which are the original names
-with what belongs to the embedding kept under `embed.`. Each map is a bijection over the names of one table; a name
-outside the table raises `UnknownName`, so that nothing is loaded or saved under a guess.
+`WanTransformer3DModel` (`blocks.0.attn1.to_q.weight`). *Internal*: our module's parameters, the original names with
+what belongs to the embedding kept under `embed.`. Each map is a bijection over the names of one table; a name outside
+the table raises `UnknownName`, so that nothing is loaded or saved under a guess.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 COMFYUI_PREFIX = "model.diffusion_model."
 
@@ -125,3 +126,19 @@ def module_from_flat(flat: str) -> str:
     if rest not in table:
         raise UnknownName(flat)
     return f"blocks.{match[1]}.{table[rest]}" if match else table[rest]
+
+
+def internal_names(stored: Iterable[str]) -> dict[str, str]:
+    """Map the internal name of each weight of a file, of either spelling, to the name it is stored under.
+
+    A name that is not Wan's stays what it is, for whoever compares the names with a model's to complain about.
+    """
+    stored = list(stored)
+    spelled_by_diffusers = any(name.startswith("condition_embedder.") or ".attn1." in name for name in stored)
+    names = {}
+    for name in stored:
+        try:
+            names[to_internal(from_diffusers(name) if spelled_by_diffusers else name)] = name
+        except UnknownName:
+            names[name] = name
+    return names

@@ -1,0 +1,257 @@
+"""Weights of a base model: a local path or a Hub id comes in, the tensors that a rank keeps come out, and nothing more.
+
+A model of tens of gigabytes is built on meta and cut to its stage and shard first; then each parameter asks here for
+its own slice. `WeightSource` hides what the files look like: a diffusers folder, Wan's own folder, or one ComfyUI file.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from transpixeler.config import UserError
+from transpixeler.models import wan_keys
+
+Slices = tuple[slice, ...]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_SHARDS = "diffusion_pytorch_model*.safetensors"
+_PICKLED = "diffusion_pytorch_model*.pth"
+_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+_HELPER_SUFFIXES = (*_SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")  # of ComfyUI's quantized files
+_MARKER = "scaled_fp8"
+_LISTED = 10
+
+
+def resolve(path: str | Path, *, only: Sequence[str], key: str = "model.path") -> Path:
+    """A local path as it is, or a Hub id after downloading what matches `only`, so that every caller takes both."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(f"{key}: {path} does not exist; give a folder, a .safetensors file or a Hub id like user/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(only)))
+    except OSError as fault:  # every fault of the Hub's client is one: no network, offline mode, no such repository
+        raise UserError(
+            f"{key}: {path} is no local path, and the Hub does not give it ({type(fault).__name__}); download it where "
+            f"there is network (hf download {path} --local-dir FOLDER) and set {key} to that folder"
+        ) from fault
+
+
+class _File(Protocol):
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def read(self, name: str, slices: Slices) -> Tensor: ...
+
+
+class _Safetensors:
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as fault:
+            raise UserError(f"{path} is not a whole safetensors file ({fault}); copy or download it again") from fault
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+
+    def read(self, name: str, slices: Slices) -> Tensor:
+        return self._file.get_slice(name)[slices] if slices else self._file.get_tensor(name)
+
+
+class _Pickled:
+    def __init__(self, path: Path) -> None:
+        self._tensors = load_pickled(path)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, slices: Slices) -> Tensor:
+        return self._tensors[name][slices].clone()
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth`, memory-mapped where its format allows; nothing in it is ever executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as fault:
+        reason = str(fault).splitlines()[0]
+        raise UserError(f"{path} does not hold plain weights, or is damaged: {reason}; download it again") from fault
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} does not hold a plain dictionary of tensors; convert it to safetensors")
+    return state
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    if (folder / _INDEX).exists():
+        named = json.loads((folder / _INDEX).read_text())["weight_map"].values()
+        files = [folder / name for name in sorted(set(named))]
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            raise UserError(f"{folder / _INDEX} names files that are not there: {_listing(absent)}; download them")
+        return files
+    files = sorted(folder.glob(_SHARDS)) or sorted(folder.glob(_PICKLED))
+    if not files:
+        raise UserError(
+            f"{folder} holds no {_SHARDS}: model.path must be a Wan model in diffusers' or Wan's own layout"
+        )
+    return files
+
+
+class WeightSource:
+    """Tensors by internal name, read when asked for and counted in `bytes_read`."""
+
+    def __init__(
+        self, path: str | Path, *, names: Callable[[Iterable[str]], Mapping[str, str]] = wan_keys.internal_names
+    ) -> None:
+        self.path = resolve(path, only=("config.json", "transformer/*", _INDEX, _SHARDS, _PICKLED))
+        self.bytes_read = 0
+        self._file_of: dict[str, _File] = {}
+        self._stored_shape: dict[str, tuple[int, ...]] = {}
+        for file_path in _weight_files(self.path):
+            file = _Safetensors(file_path) if file_path.suffix == ".safetensors" else _Pickled(file_path)
+            for name, shape in file.shapes().items():
+                self._file_of[name] = file
+                self._stored_shape[name] = shape
+        plain = {name.removeprefix(wan_keys.COMFYUI_PREFIX): name for name in self._file_of}
+        self._scaled = _MARKER in plain
+        weights = [name for name in plain if name != _MARKER and not name.endswith(_HELPER_SUFFIXES)]
+        self._stored = {internal: plain[name] for internal, name in names(weights).items()}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored_shape[self._stored[name]]
+
+    def read(self, name: str) -> Tensor:
+        return self.read_slice(name, ())
+
+    def read_slice(self, name: str, slices: Slices) -> Tensor:
+        """The slice alone travels from the disk; a quantized file's scale is multiplied back."""
+        stored = self._stored[name]
+        piece = self._read(stored, slices)
+        scale = self._scale(stored, slices)
+        if scale is not None:
+            return piece.float() * scale
+        if not piece.is_floating_point() or (self._scaled and piece.itemsize == 1):
+            raise UserError(
+                f"{self.path}: {name} is quantized ({piece.dtype}) without a scale that we know; "
+                "use the bf16, fp16 or fp8_scaled file of this model"
+            )
+        return piece
+
+    def _read(self, stored: str, slices: Slices) -> Tensor:
+        piece = self._file_of[stored].read(stored, slices)
+        self.bytes_read += piece.numel() * piece.itemsize
+        return piece
+
+    def _scale(self, stored: str, slices: Slices) -> Tensor | None:
+        """The factor of a quantized weight's slice: one number, or one a row."""
+        module, _, leaf = stored.rpartition(".")
+        found = [module + suffix for suffix in _SCALE_SUFFIXES if module + suffix in self._file_of]
+        if leaf != "weight" or not found:
+            return None
+        self._check_quantization(module)
+        scale = self._read(found[0], ()).float()
+        rows, dims = self._stored_shape[stored][0], len(self._stored_shape[stored])
+        if scale.numel() == 1:
+            return scale.reshape(())
+        if scale.numel() != rows or scale.shape[0] != rows:
+            raise UserError(f"{self.path}: {found[0]} scales blocks, which we cannot read; use the bf16 file instead")
+        return scale.reshape(rows, *[1] * (dims - 1))[slices[:1]]
+
+    def _check_quantization(self, module: str) -> None:
+        """A newer file names its number format beside the weight; only plain fp8 is the product that we take it for."""
+        if f"{module}.comfy_quant" not in self._file_of:
+            return
+        described = json.loads(bytes(self._read(f"{module}.comfy_quant", ()).tolist()))
+        if described.get("format") not in ("float8_e4m3fn", "float8_e5m2"):
+            raise UserError(f"{self.path}: {module} is stored as {described.get('format')}; use the bf16 or fp8 file")
+
+
+class _Readable(Protocol):
+    """What `load_weights` asks of a source, so that a source may be wrapped."""
+
+    path: Path
+
+    def names(self) -> tuple[str, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read_slice(self, name: str, slices: Slices) -> Tensor: ...
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is trained beside the base, and so is in no base model's file."""
+    return name.endswith((".lora_A", ".lora_B")) or ".stream_embedding." in name
+
+
+def local_slices(parameter: Tensor) -> Slices:
+    """Which part of the whole tensor this rank holds."""
+    starts, sizes = [0] * parameter.ndim, list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard):
+                whole, mesh = sizes[placement.dim], parameter.device_mesh
+                chunk = -(-whole // mesh.size(axis))
+                start = min(chunk * mesh.get_local_rank(axis), whole)
+                starts[placement.dim] += start
+                sizes[placement.dim] = min(chunk, whole - start)
+        assert tuple(sizes) == tuple(parameter.to_local().shape), "a placement that torch.chunk does not describe"
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes))
+
+
+def load_weights(model: nn.Module, source: _Readable) -> None:
+    """Fill every base parameter of a model, a stage or a shard of one, reading only the slice that this rank keeps."""
+    parameters = {name: p for name, p in model.named_parameters() if not is_adapter(name)}
+    _check_fit(model, parameters, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            assert not local.is_meta, f"{name} has no memory yet: to_empty comes before load_weights"
+            if local.numel():
+                local.copy_(source.read_slice(name, local_slices(parameter)))
+
+
+def _check_fit(model: nn.Module, parameters: Mapping[str, Tensor], source: _Readable) -> None:
+    stored = set(source.names())
+    missing = [name for name in parameters if name not in stored]
+    unexpected = [name for name in sorted(stored - set(parameters)) if not _lives_elsewhere(model, name)]
+    misshapen = [
+        f"{name} {list(source.shape(name))} for {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in stored and source.shape(name) != tuple(parameter.shape)
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]
+    found = [f"{len(names)} {kind}: {_listing(names)}" for kind, names in faults if names]
+    if found:
+        raise UserError(f"{source.path} does not fit the model: {'; '.join(found)}")
+
+
+def _lives_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether a weight belongs to a part that the model has given to another stage."""
+    part, _, rest = name.partition(".")
+    if part == "blocks":
+        index = rest.partition(".")[0]
+        return index not in model.blocks and (model.embed is None or model.head is None)
+    return part in ("embed", "head") and getattr(model, part) is None
+
+
+def _listing(names: Sequence[Any]) -> str:
+    return ", ".join(map(str, names[:_LISTED])) + (", …" if len(names) > _LISTED else "")

@@ -1,0 +1,172 @@
+"""A seed in, captioned scenes out, and from each its true RGBA frames: paired clips whose every pixel is known.
+
+One flat shape, anti-aliased and opaque or half transparent, drifts over nothing. Colours are straight: every pixel
+with any alpha has the shape's own colour, and `FILL` stands under zero alpha.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+FILL = (0, 0, 0)
+COLORS = {
+    "red": (225, 40, 40),
+    "green": (45, 190, 65),
+    "blue": (60, 90, 235),
+    "yellow": (235, 210, 50),
+    "purple": (165, 60, 205),
+    "cyan": (50, 205, 215),
+}
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+# Half transparent stays above one half, so that a matte cut at 0.5 still holds the shape.
+OPACITIES = {"opaque": 1.0, "half transparent": 0.6}
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """All that a caption says."""
+
+    shape: str
+    color: str
+    direction: str
+    opacity: str
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.color} {self.shape} drifts {self.direction}, {self.opacity}"
+
+    @property
+    def held_out(self) -> bool:
+        """One combination in six is kept for eval; each pair of its values is still seen in training."""
+        places = (
+            list(SHAPES).index(self.shape),
+            list(COLORS).index(self.color),
+            list(DIRECTIONS).index(self.direction),
+        )
+        return sum(places) % 6 == 0
+
+
+@dataclass(frozen=True)
+class Format:
+    """The size and rate of a clip; one frame is an image."""
+
+    width: int
+    height: int
+    frames: int
+    fps: Fraction
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One clip, fully told: lengths in pixels, speed in pixels a second, angle in radians."""
+
+    attributes: Attributes
+    format: Format
+    radius: float
+    start: tuple[float, float]
+    speed: float
+    angle: float
+    tint: float
+
+
+def all_attributes() -> tuple[Attributes, ...]:
+    return tuple(Attributes(*values) for values in itertools.product(SHAPES, COLORS, DIRECTIONS, OPACITIES))
+
+
+def scenes(count: int, *, formats: Sequence[Format], held_out: bool, seed: int) -> tuple[Scene, ...]:
+    """Seeded scenes that go round the training or the held-out combinations and the formats evenly."""
+    rng = np.random.default_rng([seed, held_out])
+    choices = [attributes for attributes in all_attributes() if attributes.held_out == held_out]
+    order = [i for _ in range(0, count, len(choices)) for i in rng.permutation(len(choices))]
+    return tuple(_scene(choices[order[i]], formats[i % len(formats)], rng) for i in range(count))
+
+
+def render(scene: Scene) -> Iterator[np.ndarray]:
+    """The scene's frames, uint8 [H, W, 4] with straight alpha."""
+    format = scene.format
+    color = np.array(COLORS[scene.attributes.color]) * scene.tint
+    opacity = OPACITIES[scene.attributes.opacity]
+    y, x = np.mgrid[0 : format.height, 0 : format.width] + 0.5
+    turn = np.exp(-1j * scene.angle)
+    for number in range(format.frames):
+        center_x, center_y = center(scene, number)
+        points = ((x - center_x) + 1j * (y - center_y)) * turn
+        coverage = np.clip(0.5 - SHAPES[scene.attributes.shape](points, scene.radius), 0, 1)
+        frame = np.empty((format.height, format.width, 4), np.uint8)
+        frame[..., 3] = np.rint(255 * opacity * coverage)
+        frame[..., :3] = np.where(frame[..., 3:] > 0, np.rint(color), FILL)
+        yield frame
+
+
+def center(scene: Scene, number: int) -> tuple[float, float]:
+    """Where the shape stands in one frame."""
+    way = scene.speed * float(number / scene.format.fps)
+    dx, dy = DIRECTIONS[scene.attributes.direction]
+    return scene.start[0] + way * dx, scene.start[1] + way * dy
+
+
+def _scene(attributes: Attributes, format: Format, rng: np.random.Generator) -> Scene:
+    """Draws a place from which the shape crosses part of the frame and never leaves it."""
+    side = min(format.width, format.height)
+    radius = side * rng.uniform(0.2, 0.27)
+    direction = DIRECTIONS[attributes.direction]
+    duration = float((format.frames - 1) / format.fps)
+    sizes, start = (format.width, format.height), [0.0, 0.0]
+    speed = side * rng.uniform(0.3, 0.45)
+    for axis, (size, sign) in enumerate(zip(sizes, direction)):
+        room = size - 2 * radius
+        if sign and speed * duration > room:
+            speed = room / duration
+        way = speed * duration * sign
+        start[axis] = radius + max(0.0, -way) + rng.uniform(0, 1) * (room - abs(way))
+    angle, tint = rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.0)
+    return Scene(attributes, format, radius, (start[0], start[1]), speed, angle, tint)
+
+
+# --- shapes: signed distance in pixels, negative inside, of points as complex numbers --------------------------------
+
+
+def _circle(points: np.ndarray, radius: float) -> np.ndarray:
+    return np.abs(points) - radius
+
+
+def _ring(points: np.ndarray, radius: float) -> np.ndarray:
+    return np.abs(np.abs(points) - 0.7 * radius) - 0.3 * radius
+
+
+def _polygon(*corners: complex) -> Callable[[np.ndarray, float], np.ndarray]:
+    def distance(points: np.ndarray, radius: float) -> np.ndarray:
+        nearest = np.full(points.shape, np.inf)
+        inside = np.zeros(points.shape, bool)
+        for a, b in itertools.pairwise((*corners, corners[0])):
+            a, edge = a * radius, (b - a) * radius
+            along = np.clip(((points - a) * np.conj(edge)).real / abs(edge) ** 2, 0, 1)
+            nearest = np.minimum(nearest, np.abs(points - a - along * edge))
+            if edge.imag:
+                crossing = a.real + (points.imag - a.imag) * edge.real / edge.imag
+                spans = (points.imag < a.imag) != (points.imag < a.imag + edge.imag)
+                inside ^= spans & (points.real < crossing)
+        return np.where(inside, -nearest, nearest)
+
+    return distance
+
+
+def _spokes(*lengths: float) -> tuple[complex, ...]:
+    """Corners at equal angles round the centre, the first straight up."""
+    step = 2 * math.pi / len(lengths)
+    return tuple(length * complex(math.sin(i * step), -math.cos(i * step)) for i, length in enumerate(lengths))
+
+
+SHAPES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "circle": _circle,
+    "square": _polygon(*(0.8 * corner for corner in (-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j))),
+    "triangle": _polygon(*_spokes(1, 1, 1)),
+    "ring": _ring,
+    "star": _polygon(*_spokes(*(1, 0.5) * 5)),
+}

@@ -1,0 +1,257 @@
+"""The adapter: low-rank matrices beside frozen linears, on the tokens of some streams.
+
+In: a model and a `LoraConfig`. Out: the same model whose targeted linears are `LoraLinear` under their old names, with
+nothing trainable but the adapter (`….lora_A`, `….lora_B`, the stream embeddings). First values are a pure function of
+(seed, name), so they are the same on any layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transpixeler.config import LoraConfig, UserError
+from transpixeler.models.base import VideoModel
+from transpixeler.models.linear import Linear, project
+from transpixeler.models.streams import Scope, scope_span, span_slice
+
+Assign = Callable[[nn.Parameter, Tensor], None]
+TEXT_TARGETS = ("cross_attn.k", "cross_attn.v")  # act on the text, which belongs to no stream
+
+
+class LoraLinear(Linear):
+    """A frozen linear and its fp32 adapter on the tokens of `span` (first and past the last stream; None for all)."""
+
+    def __init__(
+        self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0, span: tuple[int, int] | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.quantized = base.in_features, base.out_features, base.quantized
+        self._parameters.update(base._parameters)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        device = next(base.parameters()).device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
+        self.rank, self.scale, self.dropout, self.span = rank, scale, dropout, span
+        self._unmerged: nn.Parameter | None = None
+        self.train(base.training)
+
+    def scope(self, x: Tensor, lengths: tuple[int, ...]) -> slice:
+        """From the actual input, never from a length fixed at start-up."""
+        return slice(0, x.shape[1]) if self.span is None else span_slice(lengths, self.span)
+
+    def forward(self, x: Tensor, lengths: tuple[int, ...] = ()) -> Tensor:
+        if self._unmerged is not None:
+            return super().forward(x)
+        scope = self.scope(x, lengths)
+        if not (self.training and self.dropout):
+            return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope)
+        y = project(x, self) if self.quantized else F.linear(x, self.weight, self.bias)
+        inner = F.linear(F.dropout(x[:, scope], self.dropout), self.lora_A.to(x.dtype))
+        y[:, scope] += F.linear(inner, (self.lora_B * self.scale).to(x.dtype))
+        return y
+
+    def delta(self) -> Tensor:
+        """[out, in], what the adapter adds to the weight."""
+        return self.lora_B @ self.lora_A * self.scale
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if self.span is not None:
+            raise UserError("lora.scope: an adapter on some streams cannot be merged: all streams share the weight")
+        if self.quantized:
+            raise UserError("model.quantize: an adapter cannot be merged into a quantized weight; use `none`")
+        if self._unmerged is None:
+            self._unmerged = self.weight
+            merged = (self.weight.float() + self.delta()).to(self.weight.dtype)
+            self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        if self._unmerged is not None:
+            self.weight, self._unmerged = self._unmerged, None
+
+
+# -- which linears, with which rank and scope
+
+
+def targets(model: VideoModel) -> dict[str, Linear]:
+    """Every linear that an adapter may be put on, by name."""
+    named = model.blocks.named_modules(prefix="blocks")
+    return {name: module for name, module in named if isinstance(module, Linear)}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """`self_attn.q` and `*.o` match within a block, `blocks.3.ffn.0` in the model."""
+    return fnmatchcase(name, pattern) or fnmatchcase(inside(name), pattern)
+
+
+def inside(name: str) -> str:
+    """`blocks.3.ffn.0` → `ffn.0`."""
+    return name.split(".", 2)[2]
+
+
+def _check(patterns: Mapping[str, str], names: list[str]) -> None:
+    for pattern, key in patterns.items():
+        if not any(matches(name, pattern) for name in names):
+            there = ", ".join(dict.fromkeys(inside(name) for name in names))
+            raise UserError(f"{key}: {pattern!r} matches no linear of the model; there are {there} in blocks.0 … ")
+
+
+def _last_match(name: str, table: Mapping[str, object], default: object) -> object:
+    return next((table[pattern] for pattern in reversed(table) if matches(name, pattern)), default)
+
+
+def _span(name: str, scope: Scope, streams: tuple[str, ...]) -> tuple[int, int] | None:
+    span = scope_span(scope, streams)
+    if span == (0, len(streams)):
+        return None
+    if inside(name) in TEXT_TARGETS:
+        raise UserError(
+            f"lora.targets: {inside(name)} acts on the text, which is the same for all streams: "
+            f"it cannot have scope {scope!r}; leave it out or use `lora.scope: all`"
+        )
+    return span
+
+
+def inject(
+    model: VideoModel, config: LoraConfig, *, seed: int = 0, scopes: Mapping[str, Scope] | None = None
+) -> list[str]:
+    """Put adapters on the targets and freeze the rest; returns the trainable names.
+
+    Call it on the whole model, before `keep`: a pattern is then judged against all blocks, and on meta costs nothing.
+    `scopes` overrides `lora.scope` by target pattern, for adapters that were made that way elsewhere.
+    """
+    linears, scopes = targets(model), scopes or {}
+    patterns = dict.fromkeys(config.targets, "lora.targets") | dict.fromkeys(config.ranks, "lora.ranks")
+    _check(patterns | dict.fromkeys(scopes, "scopes"), list(linears))
+    for name, linear in linears.items():
+        if not any(matches(name, pattern) for pattern in config.targets):
+            continue
+        rank = int(_last_match(name, config.ranks, config.rank))
+        alpha = rank if config.alpha is None else config.alpha
+        scale = alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
+        span = _span(name, _last_match(name, scopes, config.scope), model.streams)
+        adapted = LoraLinear(linear, rank=rank, scale=scale, dropout=config.dropout, span=span)
+        model.set_submodule(name, adapted)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    reset_adapter(model, seed=seed)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def remove(model: VideoModel) -> None:
+    """Take the adapters off; weights that were merged stay merged."""
+    for name, module in lora_linears(model):
+        plain = Linear(module.in_features, module.out_features, device="meta")
+        plain._parameters = {key: p for key, p in module._parameters.items() if not key.startswith("lora_")}
+        plain.quantized = module.quantized
+        model.set_submodule(name, plain.train(module.training))
+
+
+def lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+
+
+def merge(model: nn.Module) -> None:
+    """Add every adapter to its weight, so that inference pays nothing for it."""
+    for _, module in lora_linears(model):
+        module.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """The exact weights from before `merge`."""
+    for _, module in lora_linears(model):
+        module.unmerge()
+
+
+# -- values
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B")) or ".stream_embedding." in f".{name}"
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+
+
+def first_value(name: str, shape: torch.Size, *, seed: int) -> Tensor:
+    """An adapter parameter's whole first value: A kaiming-uniform from (seed, name), all else zero."""
+    if not name.endswith(".lora_A"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = √5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def reset_adapter(model: nn.Module, *, seed: int, assign: Assign = _copy) -> None:
+    """First values; `assign` puts a whole tensor into a parameter that may hold a shard of it."""
+    for name, parameter in adapter_parameters(model).items():
+        if not parameter.is_meta:
+            assign(parameter, first_value(name, parameter.shape, seed=seed))
+
+
+def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor], *, assign: Assign = _copy) -> None:
+    """Start from another adapter, by our names; stream embeddings that it lacks stay as they are."""
+    ours = adapter_parameters(model)
+    needed = [name for name in ours if ".lora_" in name]
+    wrong = [f"{name} is missing" for name in needed if name not in tensors]
+    wrong += [
+        f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
+        for name, parameter in ours.items()
+        if name in tensors and tensors[name].shape != parameter.shape
+    ]
+    wrong += [f"{name} has no place" for name in tensors if name not in ours and _lives_here(model, name)]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"lora.init_from: {'; '.join(wrong[:3])}{more}: make lora.targets and lora.rank fit the adapter"
+        )
+    for name, parameter in ours.items():
+        if name in tensors:
+            assign(parameter, tensors[name])
+
+
+def _lives_here(model: nn.Module, name: str) -> bool:
+    """Whether this stage would hold the name, were it in the model at all."""
+    part, _, rest = name.partition(".")
+    if part != "blocks":
+        return getattr(model, part, None) is not None
+    return rest.split(".")[0] in model.blocks or not rest.split(".")[0].isdigit()
+
+
+def deltas(tensors: Mapping[str, Tensor], *, scale: float) -> Iterator[tuple[str, Tensor]]:
+    """(weight name, what an adapter on all tokens adds to it) for each of its targets."""
+    for name, down in tensors.items():
+        if name.endswith(".lora_A"):
+            module = name.removesuffix(".lora_A")
+            yield f"{module}.weight", scale * (tensors[f"{module}.lora_B"].float() @ down.float())
+
+
+def _add(parameter: nn.Parameter, delta: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_((parameter.float() + delta.to(parameter.device)).to(parameter.dtype))
+
+
+def fuse(model: nn.Module, tensors: Mapping[str, Tensor], *, scale: float = 1.0, assign: Assign = _add) -> None:
+    """Add an adapter, by our names, to the base for good, before training."""
+    parameters = dict(model.named_parameters())
+    for name, delta in deltas(tensors, scale=scale):
+        if name in parameters:
+            assign(parameters[name], delta)
+        elif _lives_here(model, name):
+            raise UserError(f"model.fuse: the model has no {name} to fuse the adapter into")

@@ -1,0 +1,94 @@
+"""What a file holds, in one hash: remembered by path, size and time, so that unchanged data is checked in seconds.
+
+The memory is one text file in the cache folder, a line a file; losing it costs reading the data once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from transpixeler.data.cache import explained
+
+NAME = "hashes.tsv"
+SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its clock
+SAVE_SECONDS = 30.0
+
+
+class _Known(NamedTuple):
+    size: int
+    modified: int
+    digest: str
+
+
+def file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class FileHashes:
+    """Content hashes of files, each read once until it changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.read = 0  # files whose content was read
+        self._fresh: dict[str, _Known] = {}
+        self._known = _load(folder / NAME)
+        self._saved = time.monotonic()
+
+    def digest(self, path: Path) -> str:
+        name = os.path.relpath(path, self.folder)
+        stat = path.stat()
+        known = self._known.get(name)
+        if known is not None and known[:2] == (stat.st_size, stat.st_mtime_ns):
+            return known.digest
+        digest = file_digest(path)
+        self.read += 1
+        if time.time() - stat.st_mtime > SETTLED_SECONDS and "\n" not in name:
+            self._fresh[name] = _Known(stat.st_size, stat.st_mtime_ns, digest)
+        return digest
+
+    def digests(self, paths: Sequence[Path], threads: int) -> dict[Path, str]:
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            found = {}
+            for path, digest in zip(paths, pool.map(self.digest, paths)):
+                found[path] = digest
+                if time.monotonic() - self._saved > SAVE_SECONDS:
+                    self.save()
+        self.save()
+        return found
+
+    def save(self) -> None:
+        """Beside what another run may have saved meanwhile."""
+        self._saved = time.monotonic()
+        if not self._fresh:
+            return
+        self._known = _load(self.folder / NAME) | self._known | self._fresh.copy()
+        text = "".join(f"{k.digest}\t{k.size}\t{k.modified}\t{name}\n" for name, k in self._known.items())
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self.folder / f"{NAME}.{os.getpid()}.part"
+            with part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.folder / NAME)
+
+
+def _load(path: Path) -> dict[str, _Known]:
+    if not path.exists():
+        return {}
+    known = {}
+    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
+    for line in text.split("\n")[:-1]:
+        digest, size, modified, name = line.split("\t", 3)
+        known[name] = _Known(int(size), int(modified), digest)
+    return known

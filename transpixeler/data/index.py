@@ -1,0 +1,202 @@
+"""The cache's index: rows of 64 bytes in, "which segment, at which offset" out, mapped and never parsed.
+
+One file a writer, `NAME.idx`: a header of one row, then a row a record, appended after the record's bytes are on
+disk. A row carries its own check, so one that is torn, zeroed or garbled is no record. A dropped row is all zeros.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from transpixeler.config import UserError
+
+FORMAT = 1
+ROW_BYTES = 64
+KEY_BYTES = 16
+MAGIC = b"TPXCACHE"
+DTYPES = ("bfloat16", "float32", "float16", "uint8")
+ITEM_BYTES = np.array([2, 4, 2, 1], np.uint64)
+KINDS = ("latent", "text")
+
+ROW = np.dtype(
+    [
+        ("key", "<u8", (2,)),
+        ("offset", "<u8"),
+        ("shape", "<u4", (4,)),  # trailing zeros are no dimensions
+        ("segment", "<u4"),
+        ("crc", "<u4"),
+        ("kind", "u1"),
+        ("dtype", "u1"),
+        ("spare", "V6"),
+        ("check", "<u8"),
+    ]
+)
+assert ROW.itemsize == ROW_BYTES
+_SALT = 0x9E3779B97F4A7C15
+_ODD = np.array([(0xBF58476D1CE4E5B9 + 2 * i * 0x632BE59BD9B4E019) % 2**64 for i in range(7)], np.uint64)
+_CHUNK = 1 << 15  # rows checked at once: what stays in the processor's cache
+
+
+class Spec(NamedTuple):
+    """What one record is: the name of its segment and the shape of its tensor come from here."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return int(ITEM_BYTES[DTYPES.index(self.dtype)]) * math.prod(self.shape)
+
+    @property
+    def segment(self) -> str:
+        """Texts differ in length and share a segment: only the width of a token is fixed."""
+        shape = self.shape[1:] if self.kind == "text" else self.shape
+        return f"{self.kind}-{self.dtype}-{'x'.join(map(str, shape))}"
+
+
+def header() -> bytes:
+    return (MAGIC + FORMAT.to_bytes(4, "little") + ROW_BYTES.to_bytes(4, "little")).ljust(ROW_BYTES, b"\0")
+
+
+def checks(rows: np.ndarray) -> np.ndarray:
+    """A change in any one word always changes the check, since every step is a bijection."""
+    words = rows.view(np.uint64).reshape(len(rows), ROW_BYTES // 8)
+    result = np.full(len(rows), _SALT, np.uint64)
+    for column in range(7):
+        result = (result ^ words[:, column]) * _ODD[column]
+        result ^= result >> np.uint64(32)
+    return result
+
+
+def make_rows(
+    keys: Sequence[bytes], spec: Spec, *, segment: int, offsets: Sequence[int] | np.ndarray, crcs: Sequence[int]
+) -> np.ndarray:
+    rows = np.zeros(len(keys), ROW)
+    rows["key"] = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
+    rows["offset"], rows["segment"], rows["crc"] = offsets, segment, crcs
+    rows["shape"][:, : len(spec.shape)] = spec.shape
+    rows["kind"], rows["dtype"] = KINDS.index(spec.kind), DTYPES.index(spec.dtype)
+    rows["check"] = checks(rows)
+    return rows
+
+
+def spec_of(row: np.void) -> Spec:
+    shape = tuple(int(size) for size in row["shape"] if size)
+    return Spec(KINDS[row["kind"]], DTYPES[row["dtype"]], shape)
+
+
+def ends(rows: np.ndarray) -> np.ndarray:
+    """The first byte after each record."""
+    shape = rows["shape"].astype(np.uint64)
+    items = np.where(shape == 0, np.uint64(1), shape).prod(axis=1, dtype=np.uint64)
+    return rows["offset"] + items * ITEM_BYTES[np.minimum(rows["dtype"], len(DTYPES) - 1)]
+
+
+class Segment(NamedTuple):
+    path: Path
+    bytes: int
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """One writer's rows, with what is wrong with them."""
+
+    path: Path
+    rows: np.ndarray  # mapped, read-only
+    valid: np.ndarray  # bool [n]: whole, not dropped, and its bytes are there
+    damaged: np.ndarray  # row numbers whose check is wrong
+    short: np.ndarray  # row numbers whose segment is missing or too short
+    segments: Mapping[int, Segment]
+
+
+def open_index(path: Path, segments: Mapping[int, Segment]) -> IndexFile:
+    rows = _map_rows(path)
+    sizes = np.zeros(max(segments, default=-1) + 2, np.uint64)  # the last one stands for "no such segment"
+    for number, segment in segments.items():
+        sizes[number] = segment.bytes
+    valid, damaged, short = np.zeros(len(rows), bool), [], []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        whole = checks(chunk) == chunk["check"]
+        there = ends(chunk) <= sizes[np.minimum(chunk["segment"], len(sizes) - 1)]
+        valid[start : start + _CHUNK] = whole & there
+        if not whole.all():
+            words = chunk.view(np.uint64).reshape(len(chunk), -1)
+            damaged.extend(start + np.flatnonzero(~whole & words.any(axis=1)))
+        short.extend(start + np.flatnonzero(whole & ~there))
+    return IndexFile(path, rows, valid, np.array(damaged, np.int64), np.array(short, np.int64), segments)
+
+
+def _map_rows(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        if size < 2 * ROW_BYTES:
+            file.seek(0)
+            _check_header(path, file.read(ROW_BYTES))
+            return np.zeros(0, ROW)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _check_header(path, mapped[:ROW_BYTES])
+    return np.frombuffer(mapped, ROW, count=size // ROW_BYTES - 1, offset=ROW_BYTES)
+
+
+def _check_header(path: Path, found: bytes) -> None:
+    if len(found) < ROW_BYTES or not any(found):
+        return  # its writer was killed while it was born: it holds no rows
+    version = int.from_bytes(found[8:12], "little")
+    if found[:8] == MAGIC and version > FORMAT:
+        raise UserError(
+            f"{path} has cache format {version}, this version of transpixeler reads up to {FORMAT}: "
+            "upgrade it, or set data.cache_dir to another folder"
+        )
+    if found != header():
+        raise UserError(f"{path} is not an index of this cache: delete it, and its records are encoded again")
+
+
+class Table:
+    """All valid rows of several index files, sorted by key: looked up in batches or one by one."""
+
+    def __init__(self, files: Sequence[IndexFile]) -> None:
+        self.files = tuple(files)
+        numbers = [np.flatnonzero(file.valid) for file in files]
+        high = np.concatenate([file.rows["key"][n, 0] for file, n in zip(files, numbers)] or [np.zeros(0, np.uint64)])
+        self._starts = np.cumsum([0, *map(len, numbers)])
+        order = np.argsort(high, kind="stable")
+        self._high = high[order]
+        self._places = np.concatenate(numbers or [np.zeros(0, np.int64)])[order]  # row number in its file
+        self._owners = (np.searchsorted(self._starts, order, side="right") - 1).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def find(self, key: bytes) -> tuple[int, int] | None:
+        """(file number, row number) of a key's newest record."""
+        high, low = np.frombuffer(key, "<u8")
+        place = int(np.searchsorted(self._high, high, side="right")) - 1
+        while place >= 0 and self._high[place] == high:
+            file, row = int(self._owners[place]), int(self._places[place])
+            if self.files[file].rows["key"][row, 1] == low:
+                return file, row
+            place -= 1
+        return None
+
+    def missing(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Keys without a record, each once, in the order given."""
+        unique = list(dict.fromkeys(keys))
+        high, low = np.frombuffer(b"".join(unique), "<u8").reshape(-1, 2).T
+        first, after = (np.searchsorted(self._high, high, side=side) for side in ("left", "right"))
+        here = np.zeros(len(unique), bool)
+        for number, file in enumerate(self.files):
+            single = np.flatnonzero(after - first == 1)
+            single = single[self._owners[first[single]] == number]
+            here[single] = file.rows["key"][self._places[first[single]], 1] == low[single]
+        for several in np.flatnonzero(after - first > 1):
+            here[several] = self.find(unique[several]) is not None
+        return [key for key, found in zip(unique, here) if not found]

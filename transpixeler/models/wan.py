@@ -123,11 +123,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
-    """[B, S] in [0, 1] → [B, S, dim]; in float64, because 1000·t leaves few digits for the phase."""
+    """[B, S] in [0, 1] → [B, S, dim]; in fp32 and in diffusers' order, whose rounding of 1000·t is 1e-5 in the output."""
     half = dim // 2
-    steps = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-    phase = 1000.0 * timesteps.double()[..., None] * THETA ** -(steps / half)
-    return torch.cat([phase.cos(), phase.sin()], dim=-1).float()
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    phase = (1000.0 * timesteps.float())[..., None] * torch.exp(-math.log(THETA) * steps / half)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 # -- one vector a stream, over that stream's tokens

@@ -1,0 +1,190 @@
+"""Samples go in, (bucket, clip) pairs come out, and a reason for each clip that is dropped: pure functions.
+
+A bucket is the one shape of all tensors in a batch. A sample yields clips for each resolution, in the bucket nearest
+to its aspect ratio and the longest that fits; an image lands where one frame is wanted and a video never does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from transpixeler.config import BucketRule, DataConfig, Resolution, SourceConfig, TrainConfig, UserError
+from transpixeler.data.media import Clip, Media
+from transpixeler.data.pairs import Sample
+
+
+class Bucket(NamedTuple):
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.width}×{self.height}×{self.frames}"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Clips in the order of samples; `dropped` holds (sample id, reason)."""
+
+    clips: tuple[tuple[Bucket, Clip], ...]
+    dropped: tuple[tuple[str, str], ...]
+
+
+def assign(
+    samples: Sequence[Sample],
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    *,
+    vae_stride: tuple[int, int, int],
+    patch: tuple[int, int, int],
+    seed: int,
+) -> Assignment:
+    """Each sample's clips under its source's options."""
+    ladders = [bucket_groups(source, data, vae_stride=vae_stride, patch=patch) for source in sources]
+    clips: list[tuple[Bucket, Clip]] = []
+    dropped: list[tuple[str, str]] = []
+    for sample in samples:
+        mode = sources[sample.source].clip_mode or data.clip_mode
+        for group in ladders[sample.source]:
+            bucket = choose(sample, group, data, seed=seed)
+            if isinstance(bucket, str):
+                dropped.append((sample.id, bucket))
+            else:
+                clips += [(bucket, clip) for clip in clips_of(sample, bucket, mode=mode, fps=rate(data))]
+    return Assignment(tuple(clips), tuple(dropped))
+
+
+def rate(data: DataConfig) -> Fraction:
+    """29.97 means 30000/1001 and is kept exact from here on."""
+    near = Fraction(round(data.fps) * 1000, 1001)
+    return near if near and abs(near - Fraction(data.fps)) < Fraction(1, 200) else Fraction(str(data.fps))
+
+
+def bucket_groups(
+    source: SourceConfig, data: DataConfig, *, vae_stride: tuple[int, int, int], patch: tuple[int, int, int]
+) -> tuple[tuple[Bucket, ...], ...]:
+    """The buckets that a source offers, a group for each resolution; explicit sizes are one group."""
+    unit = (vae_stride[1] * patch[1], vae_stride[2] * patch[2])
+    own_grid = source.resolutions is not None or source.frames is not None
+    sizes = source.sizes or (() if own_grid else data.sizes)
+    if sizes:
+        return (tuple(_explicit(size, unit, vae_stride[0]) for size in sizes),)
+    frames = source.frames or data.frames
+    groups = []
+    for resolution in source.resolutions or data.resolutions:
+        shapes = dict.fromkeys(_shapes(resolution, data, unit))
+        groups.append(tuple(Bucket(count, *shape) for count in frames for shape in shapes))
+    return tuple(groups)
+
+
+def _explicit(size: tuple[int, int, int], unit: tuple[int, int], stride: int) -> Bucket:
+    width, height, frames = size
+    if width < 1 or height < 1 or width % unit[1] or height % unit[0]:
+        raise UserError(f"data.sizes: {width}×{height} is not a multiple of {unit[1]}×{unit[0]}, which the model needs")
+    if frames < 1 or (frames - 1) % stride:
+        raise UserError(f"data.sizes: {frames} frames is not {stride}k+1, which the video model needs")
+    return Bucket(frames, height, width)
+
+
+def aspect_ratios(data: DataConfig) -> tuple[float, ...]:
+    """Width over height: as given, or evenly spread on a logarithmic scale."""
+    if data.aspect_ratios:
+        return data.aspect_ratios
+    if data.aspect_count == 1:
+        return (math.sqrt(data.aspect_min * data.aspect_max),)
+    step = (data.aspect_max / data.aspect_min) ** (1 / (data.aspect_count - 1))
+    return tuple(data.aspect_min * step**i for i in range(data.aspect_count))
+
+
+def _shapes(resolution: Resolution, data: DataConfig, unit: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """(height, width) of about the resolution's area; a [w, h] resolution is itself one of them."""
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    own = () if isinstance(resolution, int) else (width / height,)
+    for ratio in (*own, *aspect_ratios(data)):
+        tall, wide = math.sqrt(width * height / ratio), math.sqrt(width * height * ratio)
+        yield max(1, round(tall / unit[0])) * unit[0], max(1, round(wide / unit[1])) * unit[1]
+
+
+def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: int) -> Bucket | str:
+    """The bucket of a group that a sample goes to, or why there is none."""
+    media = sample.media
+    lasting = [bucket for bucket in group if _lasts(media, bucket, rate(data))]
+    if not lasting:
+        return _too_short(media, group, rate(data))
+    fitting = [bucket for bucket in lasting if data.upscale or _covers(media, bucket)]
+    if not fitting:
+        near = min(lasting, key=lambda bucket: (_distance(media, bucket), bucket))
+        return f"{media.width}×{media.height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
+    best = min(_distance(media, bucket) for bucket in fitting)
+    ladder = sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
+    for bucket in ladder:
+        if draw(seed, sample.id, bucket) < rule_for(bucket, data.buckets).keep:
+            return bucket
+    return f"not drawn for {', '.join(map(str, ladder))} (data.buckets, keep)"
+
+
+def _lasts(media: Media, bucket: Bucket, fps: Fraction) -> bool:
+    """An image is the one thing that fills a bucket of one frame."""
+    return bucket.frames == 1 if media.image else 1 < bucket.frames <= media.frames_at(fps)
+
+
+def _too_short(media: Media, group: Sequence[Bucket], fps: Fraction) -> str:
+    if media.image:
+        return "an image, and no bucket holds 1 frame"
+    least = min((bucket.frames for bucket in group if bucket.frames > 1), default=0)
+    if not least:
+        return "a video, and all buckets hold 1 frame"
+    return f"{media.frames_at(fps)} frames at {float(fps):g} fps, the shortest bucket holds {least}"
+
+
+def _covers(media: Media, bucket: Bucket) -> bool:
+    return media.width >= bucket.width and media.height >= bucket.height
+
+
+def _distance(media: Media, bucket: Bucket) -> float:
+    return abs(math.log(media.width * bucket.height / (media.height * bucket.width)))
+
+
+def rule_for(bucket: Bucket, rules: Sequence[BucketRule]) -> BucketRule:
+    """The first rule whose [width, height, frames] matches, where 0 stands for any."""
+    shape = (bucket.width, bucket.height, bucket.frames)
+    for rule in rules:
+        if all(wanted in (0, found) for wanted, found in zip(rule.size, shape)):
+            return rule
+    return BucketRule(size=(0, 0, 0))
+
+
+def draw(seed: int, sample_id: str, bucket: Bucket) -> float:
+    """Uniform in [0, 1) and the same on every machine; independent for each bucket of a sample."""
+    digest = hashlib.sha256(f"{seed}\0{sample_id}\0{tuple(bucket)}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / (1 << 56)
+
+
+def clips_of(sample: Sample, bucket: Bucket, *, mode: str, fps: Fraction) -> Iterator[Clip]:
+    """One clip, or as many as cover the whole length, evenly spread and overlapping."""
+    room = sample.media.frames_at(fps) - bucket.frames
+    if mode == "multiple_overlapping":
+        count = -(-(room + bucket.frames) // bucket.frames)
+        firsts = [round(Fraction(i * room, max(1, count - 1))) for i in range(count)]
+    else:
+        firsts = [room // 2 if mode == "single_middle" else 0]
+    for first in firsts:
+        yield Clip(sample.id, Fraction(first) / fps, bucket.frames, fps, bucket.height, bucket.width)
+
+
+def micro_batch_for(
+    bucket: Bucket, *, per_rank_batch: int, train: TrainConfig, rules: Sequence[BucketRule], tokens: int
+) -> int:
+    """How many samples of a bucket one forward takes: the largest divisor of a rank's batch within the limit.
+
+    `tokens` is what one sample of the bucket has in all its streams. A rule's micro_batch goes before the token budget.
+    """
+    limit = rule_for(bucket, rules).micro_batch
+    if limit is None:
+        limit = train.micro_tokens // tokens if train.micro_tokens else train.micro_batch
+    return max(size for size in range(1, per_rank_batch + 1) if per_rank_batch % size == 0 and size <= max(1, limit))

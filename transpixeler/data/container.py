@@ -1,0 +1,198 @@
+"""Video files through PyAV: when each frame is shown, and the frames of given numbers, decoded as a stream.
+
+A frame's number is its place in the order of presentation. Numbers, not times, are what the streams of a sample share.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transpixeler.data.media import SLACK, BadMedia, Clip, Media, check_size, reasons
+
+if TYPE_CHECKING:
+    import av
+
+ALPHA_DECODERS = {"vp9": "libvpx-vp9", "vp8": "libvpx"}  # FFmpeg's own decoders of these drop the alpha plane
+HIDDEN_FRAMES = ("vp8",)  # packets may hold frames that are never shown: only decoding tells
+LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches nothing else
+UNTIMED = ("avi",)  # no presentation times: frames are counted as they come out of the decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """When each frame is shown; `times` is None where a container does not say and frames can only be counted."""
+
+    frames: int
+    time_base: Fraction
+    times: Sequence[int] | None  # ascending, in units of time_base
+    rate: Fraction
+
+    def number_at(self, seconds: Fraction) -> int:
+        """The frame on display at a moment after the first frame."""
+        if self.times is None:
+            return min(self.frames - 1, int((seconds + SLACK) * self.rate))
+        return bisect.bisect_right(self.times, self.times[0] + int((seconds + SLACK) / self.time_base)) - 1
+
+    @property
+    def duration(self) -> Fraction:
+        """Up to the end of the last frame, which is taken to last as long as the mean of the others."""
+        if self.times is None or self.frames == 1:
+            return self.frames / self.rate
+        span = (self.times[-1] - self.times[0]) * self.time_base
+        return span + span / (self.frames - 1)
+
+
+@contextmanager
+def opened(path: Path, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The container and its picture stream, with a bounded number of decoder threads."""
+    import av
+    from av.stream import Disposition
+
+    with reasons(), av.open(f"file:{path}", options=LOCAL, metadata_errors="replace") as container:
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise BadMedia("has no video stream")
+        stream = streams[0]
+        check_size(stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.thread_count = threads or len(os.sched_getaffinity(0))
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+def timeline(container: av.container.InputContainer, stream: av.VideoStream, *, scan: bool = False) -> Timeline:
+    """From the header where that says all (a sample table of constant rate), else from every packet (`scan`)."""
+    base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(0)
+    table = () if scan else getattr(stream, "index_entries", ())  # a complete sample table is mp4's and mov's
+    if len(table) == stream.frames > 1 and stream.start_time is not None and container.format.name not in UNTIMED:
+        steps = {b.timestamp - a.timestamp for a, b in itertools.pairwise(table)}
+        if len(steps) == 1 and (step := steps.pop()) > 0 and not any(entry.is_discard for entry in table):
+            times = range(stream.start_time, stream.start_time + step * len(table), step)
+            return Timeline(len(table), base, times, 1 / (step * base))
+    return _scanned(container, stream, rate)
+
+
+def _scanned(container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction) -> Timeline:
+    decoded = stream.codec_context.name in HIDDEN_FRAMES
+    units = container.decode(stream) if decoded else container.demux(stream)
+    times = [unit.pts for unit in units if decoded or (unit.size and not unit.is_discard)]
+    container.seek(0, backward=True)
+    if not times:
+        raise BadMedia("has no frames")
+    timed = container.format.name not in UNTIMED and None not in times and len(set(times)) == len(times)
+    if not timed:
+        if not rate:
+            raise BadMedia("says neither when its frames are shown nor at what rate")
+        return Timeline(len(times), stream.time_base, None, rate)
+    times.sort()
+    mean = Fraction(len(times) - 1, max(1, times[-1] - times[0])) / stream.time_base
+    close = rate and abs(mean / rate - 1) < Fraction(1, 200)  # timestamps are rounded, the header's rate is not
+    return Timeline(len(times), stream.time_base, tuple(times), rate if close or len(times) == 1 else mean)
+
+
+def probe(path: Path) -> Media:
+    """Opens the file and decodes its first frame, which alone knows rotation and alpha for sure."""
+    with opened(path) as (container, stream):
+        line = timeline(container, stream)
+        frame = next(_decoded(container, stream, alpha=False, seek=None), None)
+        if frame is None:
+            raise BadMedia("has no frame that can be decoded")
+        width, height = shown_size(frame, stream)
+        check_size(width, height)
+        return Media(line.frames, height, width, line.rate or Fraction(1), line.duration, _has_alpha(stream, frame))
+
+
+def _has_alpha(stream: av.VideoStream, frame: av.VideoFrame) -> bool:
+    return stream.metadata.get("alpha_mode") == "1" or any(part.is_alpha for part in frame.format.components)
+
+
+def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
+    """(width, height) with square pixels, the right way up."""
+    aspect = stream.sample_aspect_ratio or 1
+    width, height = max(1, round(frame.width * aspect)), frame.height
+    return (height, width) if frame.rotation % 180 else (width, height)
+
+
+def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
+    """The frame numbers of a clip in the file that sets the time (stream 0)."""
+    with opened(path) as (container, stream):
+        line = timeline(container, stream)
+    return tuple(line.number_at(clip.start + k / clip.fps) for k in range(clip.frames))
+
+
+def frames(
+    path: Path, wanted: Sequence[int], *, alpha: bool, threads: int
+) -> Iterator[tuple[av.VideoFrame, tuple[int, int]]]:
+    """(frame, shown size) for each of `wanted`, which are ascending frame numbers without repeats."""
+    with opened(path, threads) as (container, stream):
+        line = timeline(container, stream)
+        size = (stream.codec_context.width, stream.codec_context.height)
+        if wanted[-1] >= line.frames:
+            raise BadMedia(f"has {line.frames} frames, so there is no frame {wanted[-1]}")
+        for frame in _picked(container, stream, line, wanted, alpha=alpha):
+            if (frame.width, frame.height) != size:
+                raise BadMedia(f"changes its size from {size[0]}×{size[1]} to {frame.width}×{frame.height}")
+            yield frame, shown_size(frame, stream)
+
+
+def _picked(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    line: Timeline,
+    wanted: Sequence[int],
+    *,
+    alpha: bool,
+) -> Iterator[av.VideoFrame]:
+    """Seeks to just before the first wanted frame; starts over from the beginning where the seek came out late."""
+    if line.times is None:
+        yield from _counted(_decoded(container, stream, alpha=alpha, seek=None), wanted)
+        return
+    found = 0
+    for seek in (line.times[wanted[0]] if wanted[0] else None, None):
+        for frame in _decoded(container, stream, alpha=alpha, seek=seek):
+            due = line.times[wanted[found]]
+            if frame.pts is None or frame.pts > due:
+                break
+            if frame.pts == due:
+                yield frame
+                found += 1
+                if found == len(wanted):
+                    return
+        if found or seek is None:
+            break
+    raise BadMedia(f"frame {wanted[found]} cannot be decoded")
+
+
+def _counted(decoded: Iterator[av.VideoFrame], wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
+    due = iter(wanted)
+    number = next(due)
+    for count, frame in enumerate(decoded):
+        if count == number:
+            yield frame
+            number = next(due, None)
+            if number is None:
+                return
+    raise BadMedia(f"frame {number} cannot be decoded")
+
+
+def _decoded(
+    container: av.container.InputContainer, stream: av.VideoStream, *, alpha: bool, seek: int | None
+) -> Iterator[av.VideoFrame]:
+    """Frames in order of presentation, from the key frame before `seek` on, else from the start."""
+    container.seek(0 if seek is None else seek, stream=None if seek is None else stream, backward=True)
+    if not (alpha and stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ALPHA_DECODERS):
+        yield from container.decode(stream)
+        return
+    import av
+
+    decoder = av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r")
+    decoder.thread_count = stream.codec_context.thread_count
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)

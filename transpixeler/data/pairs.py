@@ -1,0 +1,152 @@
+"""Sources go in, samples come out: one entry for all the files of a pair, and a reason for everything that is not used.
+
+One index for a sample: its streams are never zipped from separate lists. The order is the ids', not the file system's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.data.candidate import BadSample, Candidate
+from transpixeler.data.fill import KEEP, Fill
+from transpixeler.data.folder import folder_candidates
+from transpixeler.data.manifest import MANIFEST_ENDINGS, manifest_candidates
+from transpixeler.data.media import BadMedia, Clip, Media
+from transpixeler.data.video import frame_numbers, probe, read_frames, read_rgba
+
+WINDOW = 4096  # candidates examined at a time: manifests are streamed
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The files of one sample, in stream order; with `rgba` one file with alpha stands for both streams."""
+
+    id: str
+    paths: tuple[tuple[str, Path], ...]
+    caption: str
+    source: int
+    rgba: bool
+    media: Media
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What sources hold, in the order of ids."""
+
+    samples: tuple[Sample, ...]
+    bad: tuple[BadSample, ...]
+
+
+def scan(sources: Sequence[SourceConfig], streams: Mapping[str, str], data: DataConfig) -> Scan:
+    """Opens every file once; nothing is dropped without a reason."""
+    samples: list[Sample] = []
+    bad: list[BadSample] = []
+    names = source_names(sources)
+    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+        for index, source in enumerate(sources):
+            offered = _offered(source, names[index], streams)
+            while window := list(itertools.islice(offered, WINDOW)):
+                for found in pool.map(_examined, window, itertools.repeat(index), itertools.repeat(source.rgba)):
+                    (samples if isinstance(found, Sample) else bad).append(found)
+    samples.sort(key=lambda sample: sample.id)
+    bad.sort(key=lambda sample: (sample.id, sample.path))
+    if bad and data.on_bad == "error":
+        first = f"{bad[0].id} ({bad[0].path}): {bad[0].reason}"
+        raise UserError(
+            f"{len(bad)} of {len(bad) + len(samples)} samples cannot be used, the first is {first}; "
+            "mend them or set data.on_bad=skip"
+        )
+    return Scan(tuple(samples), tuple(bad))
+
+
+def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
+    """A name a source, which begins the ids of its samples: given, or the folder's, and never twice."""
+    names: list[str] = []
+    for source in sources:
+        name = wanted = source.name or Path(source.path).resolve().stem
+        for count in itertools.count(2):
+            if name not in names:
+                break
+            name = f"{wanted}-{count}"
+        names.append(name)
+    return tuple(names)
+
+
+def _offered(source: SourceConfig, name: str, streams: Mapping[str, str]) -> Iterator[Candidate | BadSample]:
+    path = Path(source.path)
+    if source.rgba and len(streams) > 2:
+        raise UserError(f"{path}: rgba gives two streams, but streams names {', '.join(streams)}")
+    if path.is_dir():
+        return folder_candidates(path, name, streams, rgba=source.rgba)
+    if not path.exists():
+        raise UserError(f"{path}: the source does not exist; give a folder of pairs or a manifest")
+    if path.suffix.lower() not in MANIFEST_ENDINGS:
+        raise UserError(f"{path}: a source is a folder or a manifest ({', '.join(MANIFEST_ENDINGS)})")
+    return manifest_candidates(path, name, streams, rgba=source.rgba)
+
+
+def _examined(candidate: Candidate | BadSample, source: int, rgba: bool) -> Sample | BadSample:
+    if isinstance(candidate, BadSample):
+        return candidate
+    path = candidate.paths[0][1]
+    try:
+        media = probe(path)
+        _check_claims(candidate, media)
+        if rgba and not media.alpha and len(candidate.paths) > 1:
+            raise BadMedia("has no alpha channel, but its source is rgba")
+        for _, path in () if rgba else candidate.paths[1:]:
+            _check_twin(candidate.paths[0][0], media, probe(path))
+        caption = _caption(candidate.caption)
+    except BadMedia as error:
+        return BadSample(candidate.id, str(path), str(error))
+    return Sample(candidate.id, candidate.paths, caption, source, rgba, media)
+
+
+def _caption(caption: Path | str) -> str:
+    if isinstance(caption, Path):
+        try:
+            caption = caption.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadMedia(f"caption {caption.name} cannot be read: {error}") from error
+    if not caption.strip():
+        raise BadMedia("caption is empty")
+    return caption.strip()
+
+
+def _check_claims(candidate: Candidate, media: Media) -> None:
+    found = {"num_frames": media.frames, "height": media.height, "width": media.width, "fps": media.fps or None}
+    for key, claim in candidate.declared.items():
+        if found[key] is not None and abs(found[key] / claim - 1) > (1 / 200 if key == "fps" else 0):
+            raise BadMedia(f"the manifest says {key} {float(claim):g}, the file has {float(found[key]):g}")
+
+
+def _check_twin(primary: str, media: Media, twin: Media) -> None:
+    """Streams of one sample show the same frames, so their counts, sizes and rates agree."""
+    if twin.frames != media.frames:
+        raise BadMedia(f"has {twin.frames} frames, {primary} has {media.frames}")
+    if (twin.width, twin.height) != (media.width, media.height):
+        raise BadMedia(f"is {twin.width}×{twin.height}, {primary} is {media.width}×{media.height}")
+    if not media.image and media.fps and twin.fps and abs(twin.fps / media.fps - 1) > 1 / 100:
+        raise BadMedia(f"runs at {float(twin.fps):.3f} fps, {primary} at {float(media.fps):.3f}")
+
+
+def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int = 0) -> dict[str, np.ndarray]:
+    """uint8 [F,H,W,3] for each stream, all at the frame numbers that the first stream's timestamps give.
+
+    `fill` rules the RGB of rgba samples; `threads` is the number of decoder threads, 0 for all cores.
+    Raises BadMedia where a file breaks off inside the clip.
+    """
+    first = sample.paths[0][1]
+    numbers = frame_numbers(first, clip)
+    size = {"height": clip.height, "width": clip.width, "threads": threads}
+    if sample.rgba:
+        return dict(zip(dict(sample.paths), read_rgba(first, numbers, fill=fill, **size)))
+    return {stream: read_frames(path, numbers, **size) for stream, path in sample.paths}

@@ -1,0 +1,88 @@
+"""Images, animated images and folders of images through Pillow: the same two questions as for video files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from transpixeler.data.media import BadMedia, Clip, Media, check_size, files_of, reasons
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+ORIENTATION = 0x0112
+
+
+def probe(path: Path) -> Media:
+    files = files_of(path)
+    if not files:
+        raise BadMedia("is a folder without images")
+    with reasons(), _open(files[0]) as image:
+        width, height = image.size
+        if image.getexif().get(ORIENTATION) in TRANSPOSED:
+            width, height = height, width
+        alpha = image.has_transparency_data
+        image.load()
+        if len(files) > 1 or path.is_dir():
+            return Media(len(files), height, width, Fraction(0), Fraction(0), alpha)
+        ends = _ends(image)
+    duration = Fraction(ends[-1], 1000)
+    return Media(len(ends), height, width, len(ends) / duration if duration else Fraction(0), duration, alpha)
+
+
+def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
+    first = round(clip.start * clip.fps)
+    if path.is_dir():
+        return tuple(range(first, first + clip.frames))
+    with reasons(), _open(path) as image:
+        ends = _ends(image)
+    moments = (int((clip.start + k / clip.fps) * 1000) for k in range(clip.frames))
+    return tuple(min(len(ends) - 1, int(np.searchsorted(ends, moment, side="right"))) for moment in moments)
+
+
+def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+    """uint8 [H,W,3] or [H,W,4] for each of `wanted`, which are ascending frame numbers."""
+    files = files_of(path)
+    size = None
+    for number in wanted:
+        with reasons(), _open(files[number] if path.is_dir() else path) as image:
+            if not path.is_dir() and number:
+                image.seek(number)
+            array = _pixels(image)
+        if array.shape[:2] != (size or array.shape[:2]):
+            raise BadMedia(f"changes its size at frame {number}")
+        size = array.shape[:2]
+        yield array
+
+
+def _open(path: Path) -> Image.Image:
+    from PIL import Image
+
+    image = Image.open(path)
+    check_size(*image.size)
+    return image
+
+
+def _ends(image: Image.Image) -> list[int]:
+    """When each frame of an animation ends, in milliseconds; a still has one frame and no time."""
+    ends, now = [], 0
+    for number in range(getattr(image, "n_frames", 1)):
+        image.seek(number)
+        image.load()
+        now += int(image.info.get("duration", 0))
+        ends.append(now)
+    return ends
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of depth or matte, which Pillow's own conversion would clip
+        return np.repeat((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))

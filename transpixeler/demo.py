@@ -1,8 +1,8 @@
 """A folder in, a small world in it: a tiny Wan pipeline, synthetic RGBA pairs, and a config that trains on them.
 
 It lets everyone see every command work in minutes, on a CPU and without a network. The same seed and the same library
-versions give byte-identical files; another ffmpeg build may encode the same pictures to other bytes, and another
-torch build may draw other weights.
+versions give byte-identical files; another ffmpeg build may encode the same pictures to other bytes, and another torch
+build or processor may round the VAE's measured latent scale differently.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ VAE = {"base_dim": 8, "num_res_blocks": 1}
 TEXT_ENCODER = {"d_model": TEXT_DIM, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
 
 CONFIG = """\
-# Trains the demo's tiny model on the demo's clips: `transpixeler train config.yaml`, a minute or two on a CPU.
+# Trains the demo's tiny model on the demo's clips: `transpixeler train config.yaml`; small enough for a CPU.
 # Paths are relative to this file.
 output_dir: output
 
@@ -106,9 +106,7 @@ save:
 """
 
 
-def write_demo(
-    folder: Path, *, seed: int = 0, train_clips: int = 48, eval_clips: int = 8, force: bool = False
-) -> None:
+def write_demo(folder: Path, *, seed: int = 0, train_clips: int = 48, eval_clips: int = 8, force: bool = False) -> None:
     """Writes the whole demo; one that is already there with the same seed and sizes stays as it is."""
     recipe = f"recipe {RECIPE}, seed {seed}, {train_clips} training clips, {eval_clips} eval clips"
     started, finished = f"unfinished: {recipe}\n", f"{recipe}\n"
@@ -117,7 +115,7 @@ def write_demo(
         log.info("%s: the demo of seed %d is already there", folder, seed)
         return
     if found not in (None, started) and not force:
-        raise UserError(f"{folder}: is not empty; choose another folder, or --force to replace {', '.join(PARTS)} in it")
+        raise UserError(f"{folder}: is not empty; choose another folder, or --force to replace its {', '.join(PARTS)}")
     _write_text(folder / MARKER, started)
     _clear(folder)
     log.info("%s: a tiny Wan pipeline", folder / "model")
@@ -201,7 +199,9 @@ def _tokenizer() -> T5TokenizerFast:
     rare = -2.0 * math.log(total)
     letters = [letter for letter in ("▁", *string.printable[:94]) if letter not in words]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5TokenizerFast(vocab=[*special, *pieces, *((letter, rare) for letter in letters)], extra_ids=0)
+    return T5TokenizerFast(
+        vocab=[*special, *pieces, *((letter, rare) for letter in letters)], extra_ids=0, model_max_length=512
+    )
 
 
 @torch.no_grad()

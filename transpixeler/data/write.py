@@ -33,6 +33,12 @@ _PNG_LAYOUTS = {"rgb24": "rgb24", "rgba": "rgba", "rgb48le": "rgb48be", "rgba64l
 # swscale's bicubic | full chroma interpolation | accurate rounding | bit-exact: the last makes the CPU not matter.
 _SCALING = 0x4 | 0x2000 | 0x40000 | 0x80000
 _BT709, _LIMITED_RANGE = 1, 1
+# No level is more than one off: quantizer 1, and none of the tricks that spend accuracy where eyes would not see it.
+_X264_EXACT = {
+    "qp": "1",
+    "bf": "0",
+    "x264-params": "no-psy=1:trellis=0:no-dct-decimate=1:deadzone-inter=0:deadzone-intra=0",
+}
 # A fixed number: x264 and libvpx choose other bytes for another number of threads.
 _THREADS = 4
 
@@ -40,10 +46,8 @@ _THREADS = 4
 def write_mp4(path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, lossless: bool = False) -> None:
     """H.264 that every player reads and that keeps a grey matte within 2/255; `lossless` keeps colour as well, at any
     size, but as 4:4:4, which browsers do not play."""
-    if lossless:
-        _write_video(path, frames, fps=fps, container="mp4", codec="libx264", pixels="yuv444p", options={"qp": "0"})
-    else:
-        _write_video(path, frames, fps=fps, container="mp4", codec="libx264", pixels="yuv420p", options={"qp": "1"})
+    pixels, options = ("yuv444p", {"qp": "0"}) if lossless else ("yuv420p", _X264_EXACT)
+    _write_video(path, frames, fps=fps, container="mp4", codec="libx264", pixels=pixels, options=options)
 
 
 def write_prores4444(path: Path, frames: Iterable[np.ndarray], *, fps: Fraction) -> None:

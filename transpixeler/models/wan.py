@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from transpixeler.config import UserError
 from transpixeler.models.attention import attention, pick_kernel
-from transpixeler.models.base import Block, SamplingDefaults, State, TextEncoder, Tokens, Vae, VideoModel
+from transpixeler.models.base import (
+    Block,
+    Digest,
+    SamplingDefaults,
+    State,
+    TextEncoder,
+    Tokens,
+    Vae,
+    VideoModel,
+    file_digest,
+)
 from transpixeler.models.linear import Linear
 from transpixeler.models.streams import Grid, StreamLayout
 
@@ -123,7 +133,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
-    """[B, S] in [0, 1] → [B, S, dim]; in fp32 and in diffusers' order, whose rounding of 1000·t is 1e-5 in the output."""
+    """[B, S] in [0, 1] → [B, S, dim]; in diffusers' fp32, because the rounding of 1000·t shows in the output."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     phase = (1000.0 * timesteps.float())[..., None] * torch.exp(-math.log(THETA) * steps / half)
@@ -387,16 +397,16 @@ class WanModel(VideoModel):
         return wan_encoders.load_text_encoder(path, device=device, dtype=dtype)
 
     @classmethod
-    def vae_fingerprint(cls, path: str | Path) -> str:
+    def vae_fingerprint(cls, path: str | Path, digest: Digest = file_digest) -> str:
         from transpixeler.models import wan_encoders
 
-        return wan_encoders.vae_fingerprint(path)
+        return wan_encoders.vae_fingerprint(path, digest)
 
     @classmethod
-    def text_fingerprint(cls, path: str | Path) -> str:
+    def text_fingerprint(cls, path: str | Path, digest: Digest = file_digest) -> str:
         from transpixeler.models import wan_encoders
 
-        return wan_encoders.text_fingerprint(path)
+        return wan_encoders.text_fingerprint(path, digest)
 
     @classmethod
     def vae_geometry(cls, path: str | Path) -> tuple[Grid, int]:

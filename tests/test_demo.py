@@ -167,7 +167,7 @@ def test_every_clip_reads_back_as_it_was_drawn(demo: Path, part: str) -> None:
         matte, matte_rate = read(media(folder, f"{number:03d}_seg", scene))
         assert rgb.shape == matte.shape == (*truth.shape[:3], 3)
         assert np.abs(matte.astype(int) - truth[..., 3:]).max() <= 2
-        assert np.abs(rgb.astype(int) - truth[..., :3]).mean() < 3
+        assert np.abs(rgb.astype(int) - truth[..., :3]).mean() < 2
         if scene.format.frames > 1:
             assert rate == matte_rate == scene.format.fps
         assert (folder / f"{number:03d}.txt").read_text() == scene.attributes.caption + "\n"

@@ -28,6 +28,7 @@ from transpixeler.data.synthetic import (
     render,
     scenes,
 )
+from transpixeler.data.video import probe
 from transpixeler.demo import FORMATS, write_demo, write_model
 
 TRAIN, EVAL = 16, 8
@@ -180,6 +181,7 @@ def test_rgba_forms_hold_the_same_clips_with_their_alpha(demo: Path) -> None:
     for number, scene in enumerate(clips, 1):
         truth = np.stack(list(render(scene)))
         for ending in (".mov", ".webm"):
+            assert probe(folder / f"{number:03d}{ending}").alpha
             found, rate = read(folder / f"{number:03d}{ending}", "rgba")
             assert found.shape == truth.shape and rate == scene.format.fps
             assert np.abs(found[..., 3].astype(int) - truth[..., 3]).max() <= 2

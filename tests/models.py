@@ -54,6 +54,13 @@ def inputs(layout: StreamLayout, *, batch: int = 2, seed: int = 0, words: int = 
     return x, torch.rand(batch, len(layout.names), generator=generator), text
 
 
+def without_embeddings(model: WanModel) -> WanModel:
+    """The model with its stream embeddings at their start, zero."""
+    for parameter in model.embed.stream_embedding.values():
+        torch.nn.init.zeros_(parameter)
+    return model
+
+
 def base_of(joint: WanModel) -> WanModel:
     """The one-stream model with the joint model's base weights."""
     single = tiny()

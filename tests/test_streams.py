@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import NAMES, TINY, base_of, inputs, move, tiny
+from tests.models import NAMES, TINY, base_of, inputs, move, tiny, without_embeddings
 from tests.reference import Reference
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.models import wan
@@ -25,8 +25,9 @@ def adapted(streams: int, *, attends: bool = True, scope: str = "aux", zero_b: b
     inject(model, LoraConfig(rank=3, alpha=6.0, scope=scope))
     move(model, seed=7, names=".lora_A" if zero_b else ".lora_")
     if zero_b:
-        for parameter in model.embed.stream_embedding.values():
-            torch.nn.init.zeros_(parameter)
+        without_embeddings(model)
+    else:
+        move(model, seed=8, names="stream_embedding")
     return model
 
 
@@ -176,9 +177,7 @@ def cut_between_streams(monkeypatch, lengths: tuple[int, ...]) -> None:
 @torch.no_grad()
 def test_each_stream_has_its_own_timestep(monkeypatch, shapes) -> None:
     streams = len(shapes)
-    model = tiny(streams)
-    for parameter in model.embed.stream_embedding.values():
-        torch.nn.init.zeros_(parameter)
+    model = without_embeddings(tiny(streams))
     layout = StreamLayout(NAMES[:streams], tuple(shapes), model.patch)
     x, timesteps, text = inputs(layout)
     expected = [one_stream(model, part, timesteps[:, s], text) for s, part in enumerate(layout.unpack(x))]

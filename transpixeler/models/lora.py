@@ -144,7 +144,7 @@ def inject(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
     reset_adapter(model, seed=seed)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return list(adapter_parameters(model))
 
 
 def remove(model: VideoModel) -> None:

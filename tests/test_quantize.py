@@ -1,0 +1,154 @@
+"""A base in eight bits under an adapter: near the full one, half the memory, eight bits in the backward pass too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import inputs, move, tiny
+from transpixeler.config import LoraConfig, UserError
+from transpixeler.models.base import apply_dtypes
+from transpixeler.models.linear import Linear, dequantize
+from transpixeler.models.lora import adapter_parameters, inject, lora_linears, merge, targets
+from transpixeler.models.quantize import quantize, quantize_weight
+from transpixeler.models.wan import WanModel
+
+KINDS = ["int8", "fp8"]
+EXPECTED_ERROR = {"int8": 0.012, "fp8": 0.06}  # of one projection: 8 bits of a row's range, 4 bits of mantissa
+CONFIG = LoraConfig(rank=3, alpha=6.0)
+
+
+def model_of(kind: str, *, dtype: torch.dtype = torch.bfloat16) -> WanModel:
+    model = tiny(2, num_attention_heads=4)
+    inject(model, CONFIG)
+    move(model, seed=4, names=".lora_")
+    apply_dtypes(model, dtype)
+    if kind:
+        quantize(model, kind)
+        apply_dtypes(model, dtype)
+    return model
+
+
+def run(model: WanModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and all gradients of the adapter in a row."""
+    layout = model.layout((4, 2, 4, 6))
+    out = model(*inputs(layout), layout=layout)
+    out.square().mean().backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in adapter_parameters(model).values()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_torchaos_own(kind: str) -> None:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    weight = torch.randn(48, 64)
+    holder = nn.Linear(64, 48, bias=False)
+    holder.weight = nn.Parameter(weight.clone())
+    quantize_(holder, Int8WeightOnlyConfig(set_inductor_config=False) if kind == "int8" else Float8WeightOnlyConfig())
+    data, scale = quantize_weight(weight, kind)
+    torch.testing.assert_close(dequantize(data, scale, kind, torch.float32), holder.weight.dequantize())
+    assert (data.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, (48, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_projection_is_within_the_expected_error(kind: str) -> None:
+    full, low = model_of(""), model_of(kind)
+    x = torch.randn(2, 24, 96, dtype=torch.bfloat16)
+    one = full.blocks["0"].self_attn.q(x, (12, 12)).float()
+    other = low.blocks["0"].self_attn.q(x, (12, 12)).float()
+    assert 0 < (one - other).norm() / one.norm() < EXPECTED_ERROR[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_adapter_gradients_stay_near(kind: str) -> None:
+    (out, grads), (low_out, low_grads) = run(model_of("")), run(model_of(kind))
+    assert (out - low_out).norm() / out.norm() < 2 * EXPECTED_ERROR[kind]
+    assert torch.cosine_similarity(grads, low_grads, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blocks_weights_take_half_the_memory(kind: str) -> None:
+    def bytes_of(model: WanModel) -> int:
+        return sum(
+            p.numel() * p.element_size()
+            for linear in targets(model).values()
+            for name, p in linear.named_parameters()
+            if name.startswith("weight")
+        )
+
+    assert bytes_of(model_of(kind)) / bytes_of(model_of("")) < 0.53  # the rest is one scale a row of only 96
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_full_precision_weight_is_kept_for_the_backward_pass(kind: str) -> None:
+    model, kept = model_of(kind), []
+    shapes = {(linear.out_features, linear.in_features) for linear in targets(model).values()}
+    layout = model.layout((4, 2, 4, 6))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(*inputs(layout), layout=layout)
+    assert not [t for t in kept if tuple(t.shape) in shapes and t.dtype == torch.bfloat16]
+    assert [t for t in kept if t.dtype == torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantizing_shards_of_rows_gives_the_same_as_sharding(kind: str) -> None:
+    weight = torch.randn(48, 64, dtype=torch.bfloat16)
+    whole = quantize_weight(weight, kind)
+    parts = [quantize_weight(part, kind) for part in weight.chunk(4)]
+    for index in range(2):
+        found = torch.cat([part[index].view(torch.uint8) for part in parts])
+        assert torch.equal(found, whole[index].view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_and_shapes_are_known_on_meta(kind: str) -> None:
+    with torch.device("meta"):
+        model = WanModel.from_config(tiny().config.__dict__, streams=("rgb", "seg"))
+    inject(model, CONFIG)
+    apply_dtypes(model, torch.bfloat16)
+    quantize(model, kind)
+    real = tiny(2)
+    inject(real, CONFIG)
+    quantize(real, kind)
+    apply_dtypes(real, torch.bfloat16)
+    assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == {
+        name: (p.shape, p.dtype) for name, p in real.named_parameters()
+    }
+    assert "blocks.0.self_attn.q.weight_data" in model.state_dict()
+    assert "blocks.0.self_attn.q.weight" not in model.state_dict()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model))
+
+
+def test_quantizing_before_or_after_the_adapter_is_the_same() -> None:
+    before, after = tiny(2), tiny(2)
+    before.requires_grad_(False)
+    quantize(before, "int8")
+    inject(before, CONFIG)
+    inject(after, CONFIG)
+    quantize(after, "int8")
+    assert before.state_dict().keys() == after.state_dict().keys()
+    for name, value in before.state_dict().items():  # by bits: eight bits of an integer may read as a NaN
+        assert torch.equal(value.view(torch.uint8), after.state_dict()[name].view(torch.uint8)), name
+
+
+def test_an_adapter_is_not_merged_into_eight_bits() -> None:
+    model = tiny(1)
+    inject(model, LoraConfig(rank=3, scope="all"))
+    quantize(model, "int8")
+    with pytest.raises(UserError, match=r"model\.quantize"):
+        merge(model)
+
+
+def test_a_quantized_block_compiles_without_a_graph_break() -> None:
+    model = model_of("int8", dtype=torch.float32)
+    out, grads = run(model)
+    model.zero_grad()
+    torch._dynamo.reset()
+    for block in model.blocks.values():
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    compiled, compiled_grads = run(model)
+    torch.testing.assert_close(compiled, out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled_grads, grads, atol=1e-5, rtol=1e-4)
+    assert len(lora_linears(model)) == 16
+    assert isinstance(model.blocks["0"].cross_attn.k, Linear)

@@ -5,7 +5,6 @@ The memory is one text file in the cache folder, a line a file; losing it costs 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transpixeler.data.cache import explained
+from transpixeler.models.base import file_digest
 
 NAME = "hashes.tsv"
 SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its clock
@@ -24,14 +24,6 @@ class _Known(NamedTuple):
     size: int
     modified: int
     digest: str
-
-
-def file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class FileHashes:

@@ -6,6 +6,7 @@ velocity. The pipeline, FSDP, recompute, compile and LoRA know this class and no
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transpixeler.config import UserError
 from transpixeler.models.streams import Grid, StreamLayout
 
+Digest = Callable[[Path], str]
 FAMILIES = {"wan": "transpixeler.models.wan:WanModel"}
 
 
@@ -27,6 +29,15 @@ def model_class(family: str) -> type[VideoModel]:
     """The class of `model.family`, imported only when it is used."""
     module, name = FAMILIES[family].split(":")
     return getattr(import_module(module), name)
+
+
+def file_digest(path: Path) -> str:
+    """What a file holds, in one hash."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Conditions(NamedTuple):
@@ -158,11 +169,11 @@ class VideoModel(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def vae_fingerprint(cls, path: str | Path) -> str: ...
+    def vae_fingerprint(cls, path: str | Path, digest: Digest = file_digest) -> str: ...
 
     @classmethod
     @abstractmethod
-    def text_fingerprint(cls, path: str | Path) -> str: ...
+    def text_fingerprint(cls, path: str | Path, digest: Digest = file_digest) -> str: ...
 
     @classmethod
     @abstractmethod

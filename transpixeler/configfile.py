@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
+import math
+import os
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -17,6 +20,9 @@ from transpixeler.config import Config, PathKind, Range, UserError, faults
 
 Key = tuple[str, ...]
 COMMAND_LINE = "the command line"
+MERGE_KEY = "tag:yaml.org,2002:merge"  # `<<: *other`
+# what yaml raises for a text it cannot read: a date of 2024-13-45, a bool of 7, a thousand brackets
+BAD_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class Raw(str):
@@ -70,11 +76,17 @@ def _build(tree: Tree, overrides: Iterable[str]) -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
+    """Safe YAML that refuses a key given twice and a value that holds itself."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self.deep_construct = True  # at once instead of in a second pass: only the latter can tie a knot
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[object] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE_KEY:
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
@@ -84,20 +96,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, where a YAML file is expected")
+def _read(path: Path, named_in: str = "") -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file{named_in}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, where a YAML file is expected{named_in}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}") from None
+        raise UserError(f"{path}: cannot be read: {error}{named_in}") from None
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except BAD_YAML as error:
+        raise UserError(_bad_yaml(path, error)) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -105,12 +116,20 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _bad_yaml(path: Path, error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{path}:{mark.line + 1}" if mark else str(path)
+    said = [getattr(error, "context", None), getattr(error, "problem", None)]
+    problem = ", ".join(part for part in said if part) or " ".join(str(error).split()) or type(error).__name__
+    return f"{where}: not valid YAML: {problem}"
+
+
 def _merge_file(tree: Tree, path: Path, above: tuple[Path, ...]) -> None:
     here = path.resolve()
     if here in above:
         chain = " → ".join(str(p) for p in (*above[above.index(here) :], here))
         raise UserError(f"{path}: `base:` goes round in a circle: {chain}")
-    content = _read(path)
+    content = _read(path, f" (named as base in {above[-1]})" if above else "")
     bases = content.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -123,6 +142,8 @@ def _merge_file(tree: Tree, path: Path, above: tuple[Path, ...]) -> None:
 def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, origin: str) -> None:
     for name, value in new.items():
         inner = (*key, name)
+        if value is None and isinstance(into.get(name), dict):
+            continue  # a section with nothing left in it takes nothing away
         tree.origins = {k: o for k, o in tree.origins.items() if k[: len(inner)] != inner or isinstance(value, dict)}
         tree.origins[inner] = origin
         if isinstance(value, dict):
@@ -130,7 +151,7 @@ def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, o
                 into[name] = {}
             _merge(tree, into[name], value, inner, origin)
         else:
-            into[name] = value
+            into[name] = copy.deepcopy(value)  # an alias in the file is a value of its own
 
 
 def _merge_override(tree: Tree, override: str) -> None:
@@ -138,12 +159,7 @@ def _merge_override(tree: Tree, override: str) -> None:
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
         raise UserError(f"{override!r}: expected key=value, such as optim.lr=1e-4 (on the command line)")
-    try:
-        value = yaml.load(text, Loader=_Loader) if text.strip() else ""
-    except yaml.YAMLError:
-        value = text
-    if not isinstance(value, dict | list) and value is not None:
-        value = Raw(text)
+    value = _override_value(text)
     level: Any = tree.values
     for depth, name in enumerate(key[:-1]):
         if isinstance(level, list):
@@ -159,6 +175,17 @@ def _merge_override(tree: Tree, override: str) -> None:
         _merge(tree, level, {key[-1]: value}, key[:-1], COMMAND_LINE)
     else:
         raise tree.fault(key, f"{'.'.join(key[:-1])} holds a value, not keys")
+
+
+def _override_value(text: str) -> Any:
+    """Lists, `{…}` and null are read as YAML; all else waits as text for the type of its key."""
+    try:
+        value = yaml.load(text, Loader=_Loader) if text.strip() else text
+    except BAD_YAML:
+        return Raw(text)
+    if value is None or isinstance(value, list) or (isinstance(value, dict) and text.lstrip().startswith("{")):
+        return value
+    return Raw(text)
 
 
 def _list_index(tree: Tree, items: list, key: Key) -> int:
@@ -209,6 +236,8 @@ def _convert(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
     if origin in (Union, types.UnionType):
         return _union(get_args(hint), value, key, tree)
     if origin is Literal:
+        if isinstance(value, bool):
+            value = "on" if value else "off"  # YAML 1.1 takes on and off for true and false
         if value not in get_args(hint):
             near = difflib.get_close_matches(str(value), [str(a) for a in get_args(hint)], n=1)
             hint_text = f"; did you mean {near[0]}?" if near else ""
@@ -239,8 +268,9 @@ def _path(kind: PathKind, value: str, origin: str) -> str:
     if not value:
         return value
     folder = Path.cwd() if origin == COMMAND_LINE else Path(origin).resolve().parent
-    path = folder / Path(value).expanduser()
-    if kind is PathKind.HUB_OR_LOCAL and not path.exists() and not value.startswith((".", "/", "~")):
+    path = folder / os.path.expanduser(value)  # noqa: PTH111  an unknown user's ~name is a name like another
+    there = os.path.exists(path)  # noqa: PTH110  false, where Path.exists raises, for a name too long to be a file's
+    if kind is PathKind.HUB_OR_LOCAL and not there and not value.startswith((".", "/", "~")):
         return value
     return str(path)
 
@@ -274,19 +304,28 @@ def _tuple(hints: tuple[Any, ...], value: Any, key: Key, tree: Tree) -> tuple:
 def _scalar(hint: type, value: Any, key: Key, tree: Tree) -> Any:
     if hint is str and isinstance(value, str):
         return str(value)
-    read = yaml.safe_load(value) if isinstance(value, Raw) and value.strip() else value
+    read = _override_scalar(value) if isinstance(value, Raw) else value
     if hint is bool and isinstance(read, bool):
         return read
     if hint is int and isinstance(read, int) and not isinstance(read, bool):
         return read
     if hint is float and _number(read):
-        return float(read)  # YAML 1.1 takes 1e-4 for text
-    raise tree.fault(key, f"expected {_name(hint)}, found {_kind(value)}")
+        return float(str(read))  # YAML 1.1 takes 1e-4 for text
+    quote = "; put it in quotes" if hint is str and not isinstance(value, dict | list | None) else ""
+    raise tree.fault(key, f"expected {_name(hint)}, found {_kind(value)}{quote}")
+
+
+def _override_scalar(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except BAD_YAML:
+        return text
 
 
 def _number(value: Any) -> bool:
-    pattern = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf"
-    return not isinstance(value, bool) and re.fullmatch(pattern, str(value).strip(), re.IGNORECASE) is not None
+    written = isinstance(value, str | int | float) and not isinstance(value, bool)
+    pattern = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+    return written and bool(re.fullmatch(pattern, str(value).strip(), re.I)) and math.isfinite(float(str(value)))
 
 
 def _optional(hint: Any) -> bool:

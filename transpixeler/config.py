@@ -47,6 +47,8 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+Byte = Annotated[int, Range(0, 255)]
+Beta = Annotated[float, Range(0, 0.999999)]
 Resolution = int | tuple[int, int]  # the side of a square of the same area, or [width, height]
 Size = tuple[int, int, int]  # [width, height, frames]
 
@@ -81,7 +83,7 @@ class LoraConfig:
         "ffn.0",
         "ffn.2",
     )
-    ranks: dict[str, int] = field(default_factory=dict)
+    ranks: dict[str, Count] = field(default_factory=dict)
     init_from: HubPath = ""
 
 
@@ -115,7 +117,7 @@ class DataConfig:
     cache_dir: LocalPath = ""
     fps: Positive = 16.0
     resolutions: tuple[Resolution, ...] = ((832, 480),)
-    aspect_ratios: tuple[float, ...] = ()
+    aspect_ratios: tuple[Positive, ...] = ()
     aspect_min: Positive = 0.5
     aspect_max: Positive = 2.0
     aspect_count: Count = 7
@@ -125,7 +127,7 @@ class DataConfig:
     clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] = "single_beginning"
     upscale: bool = False
     fill: Literal["keep", "extend", "black", "color"] = "keep"
-    fill_color: tuple[int, int, int] = (0, 0, 0)
+    fill_color: tuple[Byte, Byte, Byte] = (0, 0, 0)
     on_bad: Literal["skip", "error"] = "skip"
     workers: Natural = 0
 
@@ -157,7 +159,7 @@ class GroupRule:
 class OptimConfig:
     name: str = "adamw"
     lr: NonNegative = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     momentum: Fraction = 0.0
@@ -169,7 +171,7 @@ class OptimConfig:
     force_lr: NonNegative | None = None
     clip: NonNegative = 1.0
     bf16_parameters: bool = False
-    ema: Annotated[float, Range(0, 0.999999)] = 0.0
+    ema: Beta = 0.0
 
 
 @dataclass(frozen=True)
@@ -263,9 +265,9 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "objective.t_min", f"must be below objective.t_max ({config.objective.t_max:g})"
     if sum(config.objective.tasks.values()) <= 0:
         yield "objective.tasks", "at least one task needs a weight above zero, as in {joint: 1.0}"
-    for i, frames in enumerate(config.data.frames):
+    for key, frames in _frame_counts(config.data):
         if frames < 1 or frames % 4 != 1:
-            yield f"data.frames.{i}", f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), which the video model needs"
+            yield key, f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), which the video model needs"
     if config.data.aspect_min > config.data.aspect_max:
         yield "data.aspect_min", f"must not be above data.aspect_max ({config.data.aspect_max:g})"
     if config.quantized and not config.lora.enabled:
@@ -275,3 +277,11 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
         )
     if config.optim.lr_min > config.optim.lr:
         yield "optim.lr_min", f"must not be above optim.lr ({config.optim.lr:g})"
+
+
+def _frame_counts(data: DataConfig) -> Iterator[tuple[str, int]]:
+    counts = {"data.frames": data.frames}
+    for name, sources in (("train", data.train), ("eval", data.eval)):
+        counts |= {f"data.{name}.{i}.frames": source.frames or () for i, source in enumerate(sources)}
+    for key, frames in counts.items():
+        yield from ((f"{key}.{i}", count) for i, count in enumerate(frames))

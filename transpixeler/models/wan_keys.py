@@ -8,8 +8,10 @@ the table raises `UnknownName`, so that nothing is loaded or saved under a guess
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 COMFYUI_PREFIX = "model.diffusion_model."
 
@@ -142,3 +144,20 @@ def internal_names(stored: Iterable[str]) -> dict[str, str]:
         except UnknownName:
             names[name] = name
     return names
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The config of a file that comes without one, from shapes by internal name: Wan's heads are all 128 wide."""
+    width, channels, *patch = shapes["embed.patch_embedding.weight"]
+    blocks = [int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")]
+    return {
+        "num_attention_heads": width // 128,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": shapes["head.head.weight"][0] // math.prod(patch),
+        "text_dim": shapes["embed.text_embedding.0.weight"][1],
+        "freq_dim": shapes["embed.time_embedding.0.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "num_layers": max(blocks) + 1,
+        "patch_size": patch,
+    }

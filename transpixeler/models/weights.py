@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from transpixeler.config import UserError
 from transpixeler.models import wan_keys
+from transpixeler.models.lora import is_adapter
+from transpixeler.models.quantize import quantize_weight
 
 Slices = tuple[slice, ...]
 
@@ -187,7 +189,7 @@ class WeightSource:
             raise UserError(f"{self.path}: {module} is stored as {described.get('format')}; use the bf16 or fp8 file")
 
 
-class _Readable(Protocol):
+class Readable(Protocol):
     """What `load_weights` asks of a source, so that a source may be wrapped."""
 
     path: Path
@@ -195,11 +197,6 @@ class _Readable(Protocol):
     def names(self) -> tuple[str, ...]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read_slice(self, name: str, slices: Slices) -> Tensor: ...
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter is trained beside the base, and so is in no base model's file."""
-    return name.endswith((".lora_A", ".lora_B")) or ".stream_embedding." in name
 
 
 def local_slices(parameter: Tensor) -> Slices:
@@ -217,19 +214,49 @@ def local_slices(parameter: Tensor) -> Slices:
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes))
 
 
-def load_weights(model: nn.Module, source: _Readable) -> None:
-    """Fill every base parameter of a model, a stage or a shard of one, reading only the slice that this rank keeps."""
-    parameters = {name: p for name, p in model.named_parameters() if not is_adapter(name)}
+def assign(parameter: Tensor, whole: Tensor) -> None:
+    """Put a whole tensor into a parameter that may hold a shard of it."""
+    with torch.no_grad():
+        _local(parameter).copy_(whole[local_slices(parameter)])
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def load_weights(model: nn.Module, source: Readable) -> None:
+    """Fill every base parameter of a model, a stage or a shard of one, reading only the slice that this rank keeps.
+
+    A linear that is quantized (by its shapes, on meta) is read in its rows and quantized here, row by row.
+    """
+    parameters = _base_parameters(model)
     _check_fit(model, parameters, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = _local(parameter)
             assert not local.is_meta, f"{name} has no memory yet: to_empty comes before load_weights"
-            if local.numel():
-                local.copy_(source.read_slice(name, local_slices(parameter)))
+            if not local.numel():
+                continue
+            piece = source.read_slice(name, local_slices(parameter))
+            linear = model.get_submodule(name.rpartition(".")[0])
+            if getattr(linear, "quantized", "") and name.endswith(".weight"):
+                data, scale = quantize_weight(piece.to(local.device), linear.quantized)
+                local.copy_(data)
+                _local(linear.weight_scale).copy_(scale)
+            else:
+                local.copy_(piece)
 
 
-def _check_fit(model: nn.Module, parameters: Mapping[str, Tensor], source: _Readable) -> None:
+def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """What a base's file must give, under the name it has there: a quantized weight counts as the weight it was."""
+    return {
+        name.replace(".weight_data", ".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if not is_adapter(name) and not name.endswith(".weight_scale")
+    }
+
+
+def _check_fit(model: nn.Module, parameters: Mapping[str, Tensor], source: Readable) -> None:
     stored = set(source.names())
     missing = [name for name in parameters if name not in stored]
     unexpected = [name for name in sorted(stored - set(parameters)) if not _lives_elsewhere(model, name)]

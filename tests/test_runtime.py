@@ -54,12 +54,13 @@ def test_a_hanging_rank_is_killed() -> None:
 
 
 def test_a_single_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     with runtime.running(device="cpu") as here:
         assert (here.rank, here.world_size, here.is_main) == (0, 1, True)
         assert here.broadcast({"a": 1}) == {"a": 1} and here.gather(3) == [3]
-        assert not dist.is_initialized()
+        assert dist.get_world_size() == 1
+    assert not dist.is_initialized()
 
 
 def test_a_garbled_environment_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,13 +74,17 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
     rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
     local_rank = _from_environment("LOCAL_RANK", 0)
     where = _device(device, local_rank)
+    if world_size > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE={world_size} in the environment, but no MASTER_ADDR; launch with torchrun")
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if world_size > 1 and not dist.is_initialized():
+    if not dist.is_initialized():
         # gloo beside nccl carries host tensors: object collectives and checkpoint plans
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        options = {"device_id": where} if where.type == "cuda" else {}
+        options: dict = {"device_id": where} if where.type == "cuda" else {}
+        if "MASTER_ADDR" not in os.environ:  # alone, without torchrun: a group of one needs no rendezvous
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timeout, **options)
     log_to_terminal(rank)
     return Runtime(rank, world_size, local_rank, where)
@@ -176,3 +180,13 @@ def run_stamp() -> str:
     """A run's folder name: sorts by time, and two runs of one second differ."""
     now = datetime.datetime.now()
     return f"{now:%Y%m%d-%H%M%S}-{random.SystemRandom().randrange(16**4):04x}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is never seen half-written."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

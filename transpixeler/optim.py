@@ -1,0 +1,231 @@
+"""Optimizer, learning rate and clipping, over parameters that may be plain or sharded.
+
+In: named parameters and `optim.*`. Out: a torch optimizer, the rate of each step as a pure function, and the norm of
+all gradients over every stage and shard.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from transpixeler.config import OptimConfig, UserError
+
+Named = Mapping[str, nn.Parameter]
+TORCHAO = {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit", "adamw_fp8": "AdamWFp8"}
+
+
+def build(parameters: Named, config: OptimConfig) -> Optimizer | None:
+    """The configured optimizer; none for a stage where nothing is trained."""
+    if not parameters:
+        return None
+    groups = list(_groups(parameters, config))
+    return _maker(config)(groups)
+
+
+def _groups(parameters: Named, config: OptimConfig) -> Iterator[dict[str, Any]]:
+    """One group for each rule, first match wins, and one for the rest; empty ones are left out."""
+    rules = [(rule.pattern, rule.lr, rule.weight_decay) for rule in config.groups]
+    left = dict(parameters)
+    for pattern, lr, decay in [*rules, ("*", None, None)]:
+        chosen = {name: p for name, p in left.items() if fnmatchcase(name, pattern)}
+        left = {name: p for name, p in left.items() if name not in chosen}
+        base = config.lr if lr is None else lr
+        for flat, members in _by_rank(chosen):
+            weight_decay = config.weight_decay if decay is None else decay
+            yield {
+                "params": list(members.items()),
+                "lr": base,
+                "base_lr": base,
+                # vectors (norms, biases, tables, stream embeddings) are not shrunk unless a rule says so
+                "weight_decay": 0.0 if flat and decay is None else weight_decay,
+            }
+
+
+def _by_rank(parameters: Named) -> Iterator[tuple[bool, dict[str, nn.Parameter]]]:
+    for flat in (False, True):
+        members = {name: p for name, p in parameters.items() if (p.ndim < 2) is flat}
+        if members:
+            yield flat, members
+
+
+def check_groups(names: Iterable[str], config: OptimConfig) -> None:
+    """A pattern that matches nothing is a slip; `names` are the trained parameters of all stages."""
+    known = list(names)
+    for i, rule in enumerate(config.groups):
+        if not any(fnmatchcase(name, rule.pattern) for name in known):
+            example = ", ".join(known[:3])
+            raise UserError(
+                f"optim.groups.{i}.pattern: {rule.pattern!r} matches no trained parameter (such as {example})"
+            )
+
+
+def _maker(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    adam = {"betas": config.betas, "eps": config.eps, **config.args}
+    name = config.name.lower()
+    if name == "adamw":
+        return lambda groups: torch.optim.AdamW(groups, **{"fused": True, **adam})
+    if name == "sgd":
+        return lambda groups: torch.optim.SGD(groups, momentum=config.momentum, **config.args)
+    if name == "adafactor":
+        return lambda groups: torch.optim.Adafactor(groups, **config.args)
+    if name == "muon":
+        return lambda groups: Muon(groups, momentum=config.momentum or 0.95, betas=config.betas, eps=config.eps)
+    if name in TORCHAO:
+        return _torchao(TORCHAO[name], adam, stochastic=config.bf16_parameters)
+    if "." in config.name:
+        return _imported(config)
+    known = ", ".join(["adamw", "sgd", "adafactor", "muon", *TORCHAO])
+    raise UserError(f"optim.name: {config.name!r} is not one of {known}, nor module.Class")
+
+
+def _torchao(cls: str, options: dict[str, Any], *, stochastic: bool) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    # the compiled update of one family is taken for another's from this cache
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+    from torchao import optim as torchao_optim
+
+    if stochastic:
+        options = {**options, "bf16_stochastic_round": True}
+    return lambda groups: getattr(torchao_optim, cls)(_unnamed(groups), **options)
+
+
+def _imported(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    module, _, cls = config.name.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"optim.name: {config.name!r} cannot be imported: {error}") from None
+    return lambda groups: made(_unnamed(groups), **config.args)
+
+
+def _unnamed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Optimizers of others know no (name, parameter) pairs."""
+    return [{**group, "params": [p for _, p in group["params"]]} for group in groups]
+
+
+class Muon(Optimizer):
+    """Matrices step by their orthogonalised momentum, everything else by AdamW.
+
+    A sharded matrix is gathered for its step, because orthogonality is a property of the whole.
+    """
+
+    def __init__(self, groups: Any, *, momentum: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "momentum": momentum, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    update = self._matrix if parameter.ndim == 2 else self._vector
+                    parameter.add_(update(parameter, group), alpha=-group["lr"])
+
+    def _matrix(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+        update = torch.lerp(parameter.grad, buffer, group["momentum"])  # Nesterov
+        whole = update.full_tensor() if isinstance(update, DTensor) else update
+        # the scale makes one rate fit matrices of any shape
+        whole = orthogonalize(whole) * max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5
+        return _like(whole, parameter)
+
+    def _vector(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            state |= {"step": torch.tensor(0.0)}
+            state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state["step"] += 1
+        count = float(state["step"])
+        mean = state["exp_avg"].lerp_(parameter.grad, 1 - beta1) / (1 - beta1**count)
+        square = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - beta2) / (1 - beta2**count)
+        return mean / (square.sqrt() + group["eps"])
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Newton–Schulz: singular values towards one, in a few matmuls."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+
+
+def _like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor cut as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+# --- the rate --------------------------------------------------------------------------------------------------------
+
+
+def rate(config: OptimConfig, step: int, total: int) -> float:
+    """The learning rate of a step (the first is 1), as a factor of `optim.lr`'s schedule; a pure function."""
+    if config.force_lr is not None:
+        return config.force_lr
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    span = max(1, total - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr_min + (config.lr - config.lr_min) * left
+
+
+def set_rate(optimizer: Optimizer, config: OptimConfig, lr: float) -> None:
+    """Each group's own rate follows the same curve."""
+    for group in optimizer.param_groups:
+        value = lr * (group["base_lr"] / config.lr if config.lr else 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)  # compiled optimizers hold it as a tensor
+        else:
+            group["lr"] = value
+
+
+# --- the norm --------------------------------------------------------------------------------------------------------
+
+
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], pipeline_group: dist.ProcessGroup, device: torch.device
+) -> Tensor:
+    """Over all stages and shards; the same number on every rank."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    total = torch.zeros((), device=device)
+    for sharded in (False, True):
+        kind = [g for g in gradients if isinstance(g, DTensor) is sharded]
+        if kind:
+            norm = torch.nn.utils.get_total_norm(kind)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            total += norm.to(device).float().square()
+    dist.all_reduce(total, group=pipeline_group)
+    return total.sqrt()
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scales all gradients so that their norm is at most `limit`; 0 clips nothing."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not limit or not gradients:
+        return
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    torch._foreach_mul_(local, scale.to(local[0].device))

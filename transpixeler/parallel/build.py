@@ -1,0 +1,78 @@
+"""From a config to this rank's stages, with their weights: built on meta, cut, adapted, wrapped, and only then filled.
+
+In: how to make the model on meta, where its weights lie, and the mesh. Out: an `Engine`. No rank ever holds more of the
+model than its own stages' shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from transpixeler.config import Config
+from transpixeler.models import lora, quantize
+from transpixeler.models.base import VideoModel, apply_dtypes, set_trainable
+from transpixeler.models.weights import Readable, load_weights, local_slices
+from transpixeler.parallel import pipeline, shard
+from transpixeler.parallel.mesh import Mesh
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What matmuls run in: bf16 on a GPU, fp32 on a CPU, unless the config says."""
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def build_engine(config: Config, mesh: Mesh, make: Callable[[], VideoModel], source: Readable) -> pipeline.Engine:
+    """`make` builds the whole model on the current device; it is called on meta, once a stage."""
+    dtype = compute_dtype(config, mesh.device)
+    whole = _shape(config, make, dtype)
+    ranges = pipeline.split_blocks(config.parallel, len(whole.blocks))
+    stages = []
+    for index in pipeline.local_stages(config.parallel, mesh):
+        model = whole if len(ranges) == 1 else _shape(config, make, dtype)
+        model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
+        stage = pipeline.Stage(model)
+        shard.wrap(stage, list(model.blocks.values()), config.parallel, mesh)
+        stage.to_empty(device=torch.device("cpu") if config.parallel.offload else mesh.device)
+        fill(model, config, source)
+        stages.append(stage)
+    return pipeline.Engine(stages, config.parallel, mesh, dtype)
+
+
+def _shape(config: Config, make: Callable[[], VideoModel], dtype: torch.dtype) -> VideoModel:
+    """The whole model on meta: quantized, adapted, every parameter in its dtype and trainable or not."""
+    with torch.device("meta"):
+        model = make()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if config.quantized:
+            quantize.quantize(model, config.model.quantize)
+        if config.lora.enabled:
+            lora.inject(model, config.lora, seed=config.seed)
+        else:
+            set_trainable(model, config.model.trainable)
+        apply_dtypes(model, dtype)
+        if not config.optim.bf16_parameters:  # what is trained keeps its small steps
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+    return model
+
+
+def fill(model: VideoModel, config: Config, source: Readable) -> None:
+    """Base weights from the source, each rank its own slices; adapters from (seed, name)."""
+    load_weights(model, source)
+    model.rebuild_buffers()
+    lora.reset_adapter(model, seed=config.seed, assign=assign)
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Puts a whole tensor into a parameter that may hold a shard of it."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(whole[local_slices(parameter)])

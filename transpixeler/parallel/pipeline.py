@@ -1,0 +1,250 @@
+"""One call for a training step's forward and backward, whatever the layout.
+
+In: an `Example`. Out: gradients summed over every data rank, and each sample's error per stream. With one stage it is a
+loop over microbatches; with more, a schedule of `torch.distributed.pipelining`. Nothing above knows which.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import schedules as torch_schedules
+
+from transpixeler.config import ParallelConfig, UserError
+from transpixeler.models.base import Conditions, VideoModel
+from transpixeler.models.streams import StreamLayout
+from transpixeler.objective import Example, mean_squared_errors
+from transpixeler.parallel import shard
+from transpixeler.parallel.mesh import Mesh
+
+SCHEDULES = {
+    "gpipe": torch_schedules.ScheduleGPipe,
+    "1f1b": torch_schedules.Schedule1F1B,
+    "interleaved-1f1b": torch_schedules.ScheduleInterleaved1F1B,
+    "interleaved-zero-bubble": torch_schedules.ScheduleInterleavedZeroBubble,
+}
+INTERLEAVED = ("interleaved-1f1b", "interleaved-zero-bubble")
+KEPT_SCHEDULES = 2  # each holds receive buffers: microbatches × hidden in both directions
+
+
+class Stage(nn.Module):
+    """A run of the model's parts; the last one turns velocity into errors when it is told the target."""
+
+    def __init__(self, model: VideoModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, *state: Tensor, layout: StreamLayout, velocity: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        out = self.model(*state, layout=layout)
+        if self.model.head is None:
+            hidden, *conditions = out  # zero-bubble schedules detach a stage's output in place, which a view forbids
+            return hidden.clone() if hidden._is_view() else hidden, *conditions
+        return out if velocity is None else mean_squared_errors(out, velocity, layout)
+
+
+def stage_count(config: ParallelConfig) -> int:
+    """Stages in the whole pipeline."""
+    interleaved = config.pipeline > 1 and config.schedule in INTERLEAVED
+    return config.pipeline * (config.stages_per_rank if interleaved else 1)
+
+
+def split_blocks(config: ParallelConfig, count: int) -> list[range]:
+    """Contiguous blocks for each stage, as `parallel.split` says or evenly.
+
+    Blocks cost the same and the ends next to nothing (under 1 % of one block at video sizes), so even numbers balance
+    the FLOPs; a block that is left over goes to the later stages, which hold fewer microbatches in memory.
+    """
+    stages = stage_count(config)
+    if config.split:
+        if len(config.split) != stages or sum(config.split) != count or min(config.split) < 0:
+            raise UserError(
+                f"parallel.split: {list(config.split)} must be {stages} numbers whose sum is {count} blocks"
+            )
+        sizes = list(config.split)
+    else:
+        if stages > count:
+            raise UserError(f"parallel.pipeline: {stages} stages for a model of {count} blocks; use fewer stages")
+        sizes = [(count + stage) // stages for stage in range(stages)]
+    ends = [sum(sizes[: i + 1]) for i in range(stages)]
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def local_stages(config: ParallelConfig, mesh: Mesh) -> range:
+    """Indices of the stages on this rank."""
+    return range(mesh.pipeline_rank, stage_count(config), config.pipeline)
+
+
+class Engine:
+    """This rank's stages and how they work together with everyone else's."""
+
+    def __init__(self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype) -> None:
+        self.stages = list(stages)
+        self.config = config
+        self.mesh = mesh
+        self.dtype = dtype
+        self.sharded = shard.is_sharded(config, mesh)
+        self._schedules: OrderedDict[Any, Any] = OrderedDict()
+        embeds = [stage.model.embed for stage in self.stages if stage.model.embed is not None]
+        moves = any(p.requires_grad for embed in embeds for name, p in embed.named_parameters() if "stream" not in name)
+        self.conditions_need_grad = self._any_stage(moves)
+        if mesh.device.type == "cuda" and config.pipeline > 1:
+            dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.pipeline_group)  # warms the communicator
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this rank holds, under names that no layout changes."""
+        for stage in self.stages:
+            yield from stage.model.named_parameters()
+
+    def models(self) -> list[VideoModel]:
+        return [stage.model for stage in self.stages]
+
+    def forward_backward(self, example: Example, micro_batch: int) -> Tensor:
+        """Adds to every gradient; returns [b, S] mean squared errors, the same on all ranks of the pipeline."""
+        count, rest = divmod(len(example.latents), micro_batch)
+        assert not rest, (len(example.latents), micro_batch)
+        run = self._loop if self.config.pipeline == 1 else self._pipeline
+        errors = run(example, count)
+        if not self.sharded:
+            shard.reduce_gradients((p for _, p in self.named_parameters()), self.mesh.data_group)
+        return errors
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, conditions: Conditions, layout: StreamLayout, micro_batch: int | None = None
+    ) -> Tensor:
+        """Velocity [b, N] on every rank of the pipeline; nothing of training changes."""
+        size = micro_batch or len(x)
+        if self.config.pipeline == 1:
+            chunks = zip(x.split(size), *(c.split(size) for c in conditions), strict=True)
+            return torch.cat([self.stages[0](*chunk, layout=layout) for chunk in chunks])
+        schedule = self._schedule(layout, conditions, size, len(x) // size, training=False)
+        inputs = (x, *conditions) if self.mesh.is_first_stage else ()
+        out = schedule.step(*inputs, layout=layout)
+        return self._from_last(out, (len(x), layout.elements))
+
+    # -- one stage
+
+    def _loop(self, example: Example, count: int) -> Tensor:
+        stage, size = self.stages[0], len(example.latents) // count
+        errors = []
+        for i in range(count):
+            last = i == count - 1
+            if isinstance(stage, FSDPModule):
+                stage.set_requires_gradient_sync(last)
+                stage.set_is_last_backward(last)
+            part = _rows(example, slice(i * size, (i + 1) * size))
+            inputs = (part.noisy(), part.timesteps, part.text)
+            error = stage(*inputs, layout=part.layout, velocity=part.velocity())
+            (error * part.weights).sum().backward()
+            errors.append(error.detach())
+        return torch.cat(errors)
+
+    # -- several stages
+
+    def _pipeline(self, example: Example, count: int) -> Tensor:
+        conditions = Conditions(example.timesteps, example.text)
+        layout, size = example.layout, len(example.latents) // count
+        schedule = self._schedule(layout, conditions, size, count, training=True)
+        inputs = (example.noisy(), *conditions) if self.mesh.is_first_stage else ()
+        extra = {}
+        if self.mesh.is_last_stage:
+            extra = {"target": example.weights, "losses": [], "velocity": example.velocity()}
+        errors = schedule.step(*inputs, layout=layout, **extra)
+        errors = None if errors is None else errors.detach()
+        return self._from_last(errors, (len(example.latents), len(layout.names)))
+
+    def _schedule(self, layout: StreamLayout, conditions: Conditions, size: int, count: int, *, training: bool) -> Any:
+        """A schedule has receive buffers of one shape: another bucket is another schedule over the same modules."""
+        key = (layout, size, count, training)
+        if key not in self._schedules:
+            self._schedules[key] = self._new_schedule(layout, conditions, size, count, training)
+            if len(self._schedules) > KEPT_SCHEDULES:
+                self._schedules.popitem(last=False)
+        self._schedules.move_to_end(key)
+        return self._schedules[key]
+
+    def _new_schedule(self, layout: StreamLayout, conditions: Conditions, size: int, count: int, training: bool) -> Any:
+        total, name = stage_count(self.config), self._schedule_name(count, training)
+        indices = local_stages(self.config, self.mesh)
+        stages = [
+            PipelineStage(
+                stage,
+                index,
+                total,
+                self.mesh.device,
+                input_args=self._meta(stage, layout, conditions, size, entering=index == 0),
+                output_args=self._meta(stage, layout, conditions, size, leaving=index == total - 1, training=training),
+                group=self.mesh.pipeline_group,
+            )
+            for index, stage in zip(indices, self.stages, strict=True)
+        ]
+        options = {"loss_fn": _weighted_sum, "scale_grads": False} if training else {}
+        return SCHEDULES[name](stages if name in INTERLEAVED else stages[0], count, **options)
+
+    def _schedule_name(self, count: int, training: bool) -> str:
+        name = self.config.schedule
+        if name == "auto":
+            return "1f1b" if training and count >= self.config.pipeline else "gpipe"
+        if name == "gpipe" or (name == "1f1b" and not training):
+            return "gpipe"
+        if training and (count < self.config.pipeline or (name in INTERLEAVED and count % self.config.pipeline)):
+            raise UserError(
+                f"parallel.schedule: {name} over {self.config.pipeline} pipeline ranks needs a multiple of that many "
+                f"microbatches, and a rank has {count} a step; raise train.global_batch, lower train.micro_batch, "
+                "or set parallel.schedule=gpipe"
+            )
+        return name
+
+    def _meta(
+        self,
+        stage: Stage,
+        layout: StreamLayout,
+        conditions: Conditions,
+        size: int,
+        *,
+        entering: bool = False,
+        leaving: bool = False,
+        training: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Shapes, dtypes and need of gradients of what enters or leaves a stage."""
+        if entering:
+            shapes = [torch.empty(size, layout.elements, device="meta")]
+            return (*shapes, *(c[:size].to("meta") for c in conditions))
+        if leaving:
+            return (torch.empty(size, len(layout.names) if training else layout.elements, device="meta"),)
+        state = stage.model.state_meta(layout, size, self.dtype)
+        hidden, *others = (t.to("meta") for t in state)
+        return (hidden.requires_grad_(True), *(t.requires_grad_(self.conditions_need_grad) for t in others))
+
+    def _from_last(self, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """The last stage's result on all ranks of the pipeline, whose ranks hold the same samples."""
+        if value is None:
+            value = torch.empty(shape, device=self.mesh.device)
+        group = self.mesh.pipeline_group
+        source = dist.get_global_rank(group, self.config.pipeline - 1)
+        value = value.float().contiguous()
+        dist.broadcast(value, src=source, group=group)
+        return value
+
+    def _any_stage(self, value: bool) -> bool:
+        flag = torch.tensor(float(value), device=self.mesh.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.mesh.pipeline_group)
+        return bool(flag)
+
+
+def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
+    return (errors * weights).sum()
+
+
+def _rows(example: Example, rows: slice) -> Example:
+    parts = (example.latents, example.noise, example.timesteps, example.text, example.weights)
+    return Example(example.layout, *(part[rows] for part in parts))

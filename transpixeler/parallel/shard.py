@@ -1,0 +1,149 @@
+"""What is done to one stage's blocks before training, in this order: recompute → compile → shard.
+
+In: a stage on meta. Out: the same stage under the same names, whose blocks keep, recompute, fuse and shard as told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from transpixeler.config import ParallelConfig, UserError
+from transpixeler.models.attention import SAVED_OPS
+from transpixeler.models.base import Block
+from transpixeler.parallel.mesh import Mesh
+
+REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB
+
+
+def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh: Mesh) -> None:
+    set_recompute(blocks, config)
+    if wants_compile(config, mesh.device):
+        for block in blocks:
+            block.compile()
+    if is_sharded(config, mesh):
+        _shard(stage, blocks, config, mesh)
+
+
+# --- recompute -------------------------------------------------------------------------------------------------------
+
+
+def set_recompute(blocks: Sequence[Block], config: ParallelConfig) -> None:
+    """Decides for each block what its forward keeps for the backward pass."""
+    mode = "attention" if config.recompute == "auto" else config.recompute
+    if isinstance(mode, int):
+        if mode < 1:
+            raise UserError(f"parallel.recompute: {mode} is no spacing of blocks; 1 is every block, 2 every other one")
+        for block in blocks[::mode]:
+            block.recompute = _full
+        return
+    how = {"none": None, "full": _full, "attention": _keep_attention, "offload": _offload}[mode]
+    for block in blocks:
+        block.recompute = how
+
+
+def _full(compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return checkpoint(compute, *inputs, use_reentrant=False)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention(compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Attention is most of a long sequence's forward and little of its memory, so its outputs stay."""
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _offload(compute: Callable[..., Tensor], hidden: Tensor, *inputs: Any) -> Tensor:
+    """Recomputes all, and keeps each block's input in host memory."""
+
+    def pack(saved: Tensor) -> tuple[Tensor, torch.device | None]:
+        if saved.data_ptr() != hidden.data_ptr() or saved.shape != hidden.shape:
+            return saved, None  # conditions are shared by all blocks: moving them would multiply them
+        host = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.is_cuda)
+        return host.copy_(saved, non_blocking=saved.is_cuda), saved.device
+
+    def unpack(packed: tuple[Tensor, torch.device | None]) -> Tensor:
+        kept, device = packed
+        return kept if device is None else kept.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return checkpoint(compute, hidden, *inputs, use_reentrant=False)
+
+
+# --- compile ---------------------------------------------------------------------------------------------------------
+
+
+def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
+    if config.recompute == "offload":  # hooks on saved tensors cannot be traced
+        if config.compile == "on":
+            raise UserError("parallel.compile: on does not go with parallel.recompute=offload; set one of them to auto")
+        return False
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
+# --- shard -----------------------------------------------------------------------------------------------------------
+
+
+def is_sharded(config: ParallelConfig, mesh: Mesh) -> bool:
+    """Weights are gathered when used; otherwise every rank holds its stage whole."""
+    return mesh.layout.shard > 1 or config.offload
+
+
+def _shard(stage: nn.Module, blocks: Iterable[Block], config: ParallelConfig, mesh: Mesh) -> None:
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if config.offload else OffloadPolicy()
+    options = {
+        "mesh": mesh.shards,
+        # every parameter keeps its own dtype: bf16 base, fp32 islands and adapters; gradients are summed in fp32
+        "mp_policy": MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32),
+        "offload_policy": offload,
+        # a pipeline runs many microbatches a step: gathering once is worth the memory, unless memory is what lacks
+        "reshard_after_forward": mesh.layout.pipeline == 1 or config.offload,
+    }
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(stage, **options)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sums gradients over replicas that hold their weights whole: the adapter's bytes, once a step."""
+    if dist.get_world_size(group) == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:  # a replica whose samples missed it still joins the sum
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            dist.all_reduce(flat, group=group)
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if bucket and held + tensor.numel() > REDUCE_ELEMENTS:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.numel()
+    if bucket:
+        yield bucket

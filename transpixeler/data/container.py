@@ -101,7 +101,7 @@ def probe(path: Path) -> Media:
     """Opens the file and decodes its first frame, which alone knows rotation and alpha for sure."""
     with opened(path) as (container, stream):
         line = timeline(container, stream)
-        frame = next(_decoded(container, stream, alpha=False, seek=None), None)
+        frame = next(_decoded(container, stream, alpha=False), None)
         if frame is None:
             raise BadMedia("has no frame that can be decoded")
         width, height = shown_size(frame, stream)
@@ -110,7 +110,12 @@ def probe(path: Path) -> Media:
 
 
 def _has_alpha(stream: av.VideoStream, frame: av.VideoFrame) -> bool:
-    return stream.metadata.get("alpha_mode") == "1" or any(part.is_alpha for part in frame.format.components)
+    return _tagged_with_alpha(stream) or any(part.is_alpha for part in frame.format.components)
+
+
+def _tagged_with_alpha(stream: av.VideoStream) -> bool:
+    """Matroska names the tag in capitals where it was written as one, in small letters where the track says it."""
+    return any(name.lower() == "alpha_mode" and value == "1" for name, value in stream.metadata.items())
 
 
 def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
@@ -152,20 +157,20 @@ def _picked(
 ) -> Iterator[av.VideoFrame]:
     """Seeks to just before the first wanted frame; starts over from the beginning where the seek came out late."""
     if line.times is None:
-        yield from _counted(_decoded(container, stream, alpha=alpha, seek=None), wanted)
+        yield from _counted(_decoded(container, stream, alpha=alpha), wanted)
         return
+    due = [line.times[number] for number in wanted]
     found = 0
-    for seek in (line.times[wanted[0]] if wanted[0] else None, None):
-        for frame in _decoded(container, stream, alpha=alpha, seek=seek):
-            due = line.times[wanted[found]]
-            if frame.pts is None or frame.pts > due:
+    for seek in (due[0], None) if wanted[0] else (None,):
+        for frame in _decoded(container, stream, alpha=alpha, seek=seek, due=frozenset(due)):
+            if frame.pts is None or frame.pts > due[found]:
                 break
-            if frame.pts == due:
+            if frame.pts == due[found]:
                 yield frame
                 found += 1
-                if found == len(wanted):
+                if found == len(due):
                     return
-        if found or seek is None:
+        if found:
             break
     raise BadMedia(f"frame {wanted[found]} cannot be decoded")
 
@@ -183,16 +188,28 @@ def _counted(decoded: Iterator[av.VideoFrame], wanted: Sequence[int]) -> Iterato
 
 
 def _decoded(
-    container: av.container.InputContainer, stream: av.VideoStream, *, alpha: bool, seek: int | None
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    *,
+    alpha: bool,
+    seek: int | None = None,
+    due: frozenset[int] = frozenset(),
 ) -> Iterator[av.VideoFrame]:
-    """Frames in order of presentation, from the key frame before `seek` on, else from the start."""
-    container.seek(0 if seek is None else seek, stream=None if seek is None else stream, backward=True)
-    if not (alpha and stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ALPHA_DECODERS):
-        yield from container.decode(stream)
-        return
+    """Frames in order of presentation, from the key frame before `seek` on, else from the start.
+
+    Where it is known which frames are `due`, the decoder leaves out others that none depends on: half the work.
+    """
     import av
 
-    decoder = av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r")
-    decoder.thread_count = stream.codec_context.thread_count
-    for packet in container.demux(stream):
+    container.seek(0 if seek is None else seek, stream=None if seek is None else stream, backward=True)
+    decoder = stream.codec_context
+    if alpha and _tagged_with_alpha(stream) and decoder.name in ALPHA_DECODERS:
+        threads = decoder.thread_count
+        decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
+        decoder.thread_count = threads
+    for packet in container.demux(stream):  # the last one is empty and drains the decoder
+        spare = bool(due) and packet.size > 0 and packet.pts not in due
+        if spare and decoder.codec.intra_only:
+            continue
+        decoder.skip_frame = "NONREF" if spare else "DEFAULT"
         yield from decoder.decode(packet)

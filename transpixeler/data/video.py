@@ -112,6 +112,7 @@ def _fit(
         height=wide if turns % 2 else tall,
         format=layout,
         interpolation=How.BICUBIC | How.ACCURATE_RND | How.FULL_CHR_H_INT,
+        threads=1,
     ).to_ndarray()
     array = np.rot90(scaled, turns)
     top, left = (tall - height) // 2, (wide - width) // 2

@@ -485,12 +485,20 @@ def test_a_save_that_breaks_off_leaves_nothing(tmp_path: Path, base: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_a_comfyui_file_alone_tells_the_models_config() -> None:
-    config = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 3, "ffn_dim": 40, "text_dim": 16}
-    with torch.device("meta"):
-        model = WanModel.from_config(config | {"freq_dim": 32}, streams=("rgb",))
-        found = wan_keys.config_from_shapes({name: tuple(p.shape) for name, p in model.named_parameters()})
-        assert WanModel.from_config(found, streams=("rgb",)).config == model.config
+def test_a_comfyui_file_alone_is_a_whole_model(tmp_path: Path) -> None:
+    config = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 40, "text_dim": 16}
+    model = WanModel.from_config(config | {"freq_dim": 32}, streams=("rgb",))
+    state = {f"model.diffusion_model.{wan_keys.from_internal(n)}": p.detach() for n, p in model.named_parameters()}
+    save_file(state, tmp_path / "wan.safetensors")
+    again = our_model(tmp_path / "wan.safetensors")
+    assert again.config == model.config
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
+    with pytest.raises(UserError, match=r"flux\.safetensors holds no Wan model: embed\.patch_embedding\.weight"):
+        WanModel.read_config(tmp_path / "flux.safetensors")
 
 
 # -- the command

@@ -47,7 +47,7 @@ def resolve(path: str | Path, *, only: Sequence[str], key: str = "model.path") -
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(only)))
-    except OSError as fault:  # every fault of the Hub's client is one: no network, offline mode, no such repository
+    except (OSError, ValueError) as fault:  # no network, offline mode, no such repository, or no valid id
         raise UserError(
             f"{key}: {path} is no local path, and the Hub does not give it ({type(fault).__name__}); download it where "
             f"there is network (hf download {path} --local-dir FOLDER) and set {key} to that folder"

@@ -59,6 +59,7 @@ class Tokens(NamedTuple):
     rope: Tensor  # [T, head_dim / 2, 2], cosine and sine
     lengths: tuple[int, ...]  # tokens of each stream
     kernel: str  # attention kernel
+    lean: bool = True  # copy what an adapter keeps for the backward pass, where that frees more than it takes
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ class Block(nn.Module, ABC):
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
         if self.recompute is not None:
-            return self.recompute(self.compute, hidden, modulation, context, tokens)
+            again = Tokens(
+                tokens.rope, tokens.lengths, tokens.kernel, lean=False
+            )  # nothing is kept: copying saves nothing
+            return self.recompute(self.compute, hidden, modulation, context, again)
         return self.compute(hidden, modulation, context, tokens)
 
     @abstractmethod

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transpixeler.models.base import Tokens
+from transpixeler.models.streams import span_slice
+
 INT8 = "int8"
 
 
@@ -27,10 +30,18 @@ class Linear(nn.Linear):
 
     quantized: str = ""  # the kind, when `weight_data` and `weight_scale` stand in place of `weight`
 
-    def forward(self, x: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int] = (), part: Tensor | None = None) -> Tensor:
         if self.quantized:
             return project(x, self)
         return F.linear(x, self.weight, self.bias)
+
+
+def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:
+    """A copy of the tokens that these linears' adapters all act on, when the backward pass then holds fewer."""
+    spans = {getattr(linear, "span", None) for linear in linears}
+    if not tokens.lean or len(spans) > 1 or None in spans or not x.requires_grad:
+        return None
+    return x.detach()[:, span_slice(tokens.lengths, *spans)].clone()
 
 
 def project(
@@ -41,25 +52,29 @@ def project(
     *,
     scale: float = 1.0,
     scope: slice = slice(0, 0),
+    part: Tensor | None = None,
 ) -> Tensor:
-    """Base projection of all tokens, plus the adapter's on the scope's; the base is frozen."""
+    """Base projection of all tokens, plus the adapter's on the scope's; the base is frozen.
+
+    `part`, a copy of the scope's tokens, is what is kept for the backward pass; a view would keep all tokens alive.
+    """
     if linear.quantized:
         weight, weight_scale, kind = linear.weight_data, linear.weight_scale, linear.quantized
     else:
         weight, weight_scale, kind = linear.weight, None, ""
-    return _Project.apply(x, weight, weight_scale, kind, linear.bias, down, up, scale, scope.start, scope.stop)
+    return _Project.apply(x, weight, weight_scale, kind, linear.bias, down, up, scale, scope.start, scope.stop, part)
 
 
 class _Project(torch.autograd.Function):
     """y = x Wᵀ + b;  y[:, scope] += s · (x[:, scope] Aᵀ) Bᵀ, added by the matmul itself in both directions."""
 
     @staticmethod
-    def forward(ctx, x, weight, weight_scale, kind, bias, down, up, scale, start, stop):
+    def forward(ctx, x, weight, weight_scale, kind, bias, down, up, scale, start, stop, part):
         full = weight if weight_scale is None else dequantize(weight, weight_scale, kind, x.dtype)
         y = F.linear(x, full, bias)
-        part = inner = None
+        inner = None
         if down is not None:
-            part = x[:, start:stop]
+            part = x[:, start:stop] if part is None else part
             inner = F.linear(part, down.to(x.dtype))  # [B, Ts, r]
             scaled = (up * scale).to(x.dtype)  # [out, r]
             y[:, start:stop].baddbmm_(inner, scaled.t().expand(x.shape[0], -1, -1))
@@ -81,4 +96,4 @@ class _Project(torch.autograd.Function):
                 grad_x[:, ctx.start : ctx.stop].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
             grad_down = torch.bmm(grad_inner.mT, part).sum(0, dtype=down.dtype)
             grad_up = torch.bmm(grad_part.mT, inner).sum(0, dtype=up.dtype) * ctx.scale
-        return grad_x, None, None, None, None, grad_down, grad_up, None, None, None
+        return grad_x, None, None, None, None, grad_down, grad_up, None, None, None, None

@@ -48,12 +48,12 @@ class LoraLinear(Linear):
         """From the actual input, never from a length fixed at start-up."""
         return slice(0, x.shape[1]) if self.span is None else span_slice(lengths, self.span)
 
-    def forward(self, x: Tensor, lengths: tuple[int, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, lengths: tuple[int, ...] = (), part: Tensor | None = None) -> Tensor:
         if self._unmerged is not None:
             return super().forward(x)
         scope = self.scope(x, lengths)
         if not (self.training and self.dropout):
-            return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope)
+            return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope, part=part)
         y = project(x, self) if self.quantized else F.linear(x, self.weight, self.bias)
         inner = F.linear(F.dropout(x[:, scope], self.dropout), self.lora_A.to(x.dtype))
         y[:, scope] += F.linear(inner, (self.lora_B * self.scale).to(x.dtype))

@@ -32,8 +32,10 @@ from transpixeler.models.base import (
     VideoModel,
     file_digest,
 )
-from transpixeler.models.linear import Linear
+from transpixeler.models.linear import Linear, scope_copy
 from transpixeler.models.streams import Grid, StreamLayout
+from transpixeler.models.wan_keys import config_from_shapes
+from transpixeler.models.weights import WeightSource, resolve
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
@@ -187,10 +189,10 @@ class SelfAttention(Attention):
     first_attends_all: bool = True
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        lengths = tokens.lengths
-        q = rotate(self.split(self.norm_q(self.q(x, lengths).float())), tokens.rope).to(x.dtype)
-        k = rotate(self.split(self.norm_k(self.k(x, lengths).float())), tokens.rope).to(x.dtype)
-        v = self.split(self.v(x, lengths))
+        lengths, part = tokens.lengths, scope_copy(x, tokens, self.q, self.k, self.v)
+        q = rotate(self.split(self.norm_q(self.q(x, lengths, part).float())), tokens.rope).to(x.dtype)
+        k = rotate(self.split(self.norm_k(self.k(x, lengths, part).float())), tokens.rope).to(x.dtype)
+        v = self.split(self.v(x, lengths, part))
         if self.first_attends_all or len(lengths) == 1:
             y = attention(q, k, v, tokens.kernel)
         else:
@@ -204,8 +206,8 @@ class CrossAttention(Attention):
     """Every token attends the text."""
 
     def forward(self, x: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
-        text = (context.shape[1],)
-        q = self.split(self.norm_q(self.q(x, tokens.lengths).float())).to(x.dtype)
+        text, part = (context.shape[1],), scope_copy(x, tokens, self.q)
+        q = self.split(self.norm_q(self.q(x, tokens.lengths, part).float())).to(x.dtype)
         k = self.split(self.norm_k(self.k(context, text).float())).to(x.dtype)
         y = attention(q, k, self.split(self.v(context, text)), tokens.kernel)
         return self.o(y.flatten(2), tokens.lengths)
@@ -215,8 +217,9 @@ class FeedForward(nn.Sequential):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__(Linear(width, inner), nn.GELU(approximate="tanh"), Linear(inner, width))
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        return self[2](self[1](self[0](x, lengths)), lengths)
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        inner = self[1](self[0](x, tokens.lengths, scope_copy(x, tokens, self[0])))
+        return self[2](inner, tokens.lengths, scope_copy(inner, tokens, self[2]))
 
 
 class WanBlock(Block):
@@ -237,7 +240,7 @@ class WanBlock(Block):
         hidden = add_gated(hidden, self.self_attn(x, tokens), gate, lengths=lengths)
         hidden = hidden + self.cross_attn(self.norm3(hidden.float()).to(dtype), context, tokens)
         x = modulate(hidden, ffn_shift, ffn_scale, lengths=lengths, eps=self.eps).to(dtype)
-        return add_gated(hidden, self.ffn(x, lengths), ffn_gate, lengths=lengths)
+        return add_gated(hidden, self.ffn(x, tokens), ffn_gate, lengths=lengths)
 
 
 # -- the ends
@@ -328,8 +331,14 @@ class WanModel(VideoModel):
 
     @classmethod
     def read_config(cls, path: str | Path) -> dict[str, Any]:
-        """From a diffusers pipeline, its transformer folder or an original folder."""
-        folder = Path(path)
+        """From a diffusers pipeline, its transformer folder, an original folder, or a single file's shapes."""
+        folder = resolve(path, only=("config.json", "transformer/config.json"))
+        if folder.is_file():
+            source = WeightSource(folder)
+            try:
+                return config_from_shapes({name: source.shape(name) for name in source.names()})
+            except KeyError as fault:
+                raise UserError(f"model.path: {folder} holds no Wan model: {fault.args[0]} is not in it") from fault
         found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
         if not found:
             raise UserError(f"model.path: {path} holds neither transformer/config.json nor config.json")

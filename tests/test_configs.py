@@ -1,0 +1,154 @@
+"""The configs that are shipped load, and the reference says every key, its default and how to choose."""
+
+import dataclasses
+import json
+import re
+import textwrap
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+
+from transpixeler import configfile
+from transpixeler.config import Config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+REFERENCE = CONFIGS / "reference.yaml"
+LINES = REFERENCE.read_text(encoding="utf-8").splitlines()
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+# --- what the dataclasses say ----------------------------------------------------------------------------------------
+
+
+def defaults() -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(Config())))
+
+
+def entries(cls: type, key: str = "") -> Iterator[tuple[str, type]]:
+    """Lists of dataclasses, whose keys no default shows: (the list's key, the dataclass)."""
+    for name, hint in get_type_hints(cls).items():
+        here = f"{key}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from entries(hint, f"{here}.")
+        for inner in parts(hint):
+            yield here, inner
+
+
+def parts(hint: Any) -> Iterator[type]:
+    if get_origin(hint) in (tuple, dict, Union, types.UnionType):
+        for argument in get_args(hint):
+            if dataclasses.is_dataclass(argument):
+                yield argument
+            yield from parts(argument)
+
+
+# --- what the file says ----------------------------------------------------------------------------------------------
+
+
+def keys(node: yaml.MappingNode, known: dict[str, Any], key: str = "") -> Iterator[tuple[str, int]]:
+    """Every key with its line; names within a table are the user's."""
+    for name, value in node.value:
+        here = f"{key}{name.value}"
+        yield here, name.start_mark.line
+        inside = known.get(name.value)
+        if isinstance(value, yaml.MappingNode) and not key and dataclasses.is_dataclass(getattr(Config(), name.value)):
+            yield from keys(value, inside, f"{here}.")
+
+
+REFERENCE_KEYS = dict(keys(yaml.compose("\n".join(LINES)), defaults()))
+
+
+def is_example(line: str) -> bool:
+    """Lines indented behind their `#` are examples, all other comments are prose."""
+    return re.match(r"\s*#   ", line) is not None
+
+
+def comment_above(line: int) -> list[str]:
+    above = []
+    while line and LINES[line - 1].lstrip().startswith("#"):
+        line -= 1
+        above.insert(0, LINES[line])
+    return above
+
+
+def examples(key: str) -> str:
+    """The YAML shown as example above a key."""
+    lines = [line.lstrip()[1:] for line in comment_above(REFERENCE_KEYS[key]) if is_example(line)]
+    return textwrap.dedent("\n".join(lines))
+
+
+WITH_EXAMPLE = [key for key in REFERENCE_KEYS if examples(key)]
+
+
+def test_the_reference_has_every_key_in_the_order_of_the_dataclasses_and_no_other() -> None:
+    def order(tree: dict[str, Any]) -> Iterator[str]:
+        for section, value in tree.items():
+            yield section
+            if dataclasses.is_dataclass(getattr(Config(), section)):
+                yield from (f"{section}.{name}" for name in value)
+
+    wanted, found = list(order(defaults())), list(REFERENCE_KEYS)
+    assert [key for key in wanted if key not in found] == [], "not documented in configs/reference.yaml"
+    assert [key for key in found if key not in wanted] == [], "documented in configs/reference.yaml, but no key"
+    assert found == wanted
+
+
+def test_every_value_of_the_reference_is_the_default() -> None:
+    said = yaml.safe_load("\n".join(LINES))
+    for section, value in defaults().items():
+        assert said[section] == value, section
+
+
+def test_the_reference_loads_as_the_defaults() -> None:
+    reference = configfile.load(REFERENCE)
+    assert dataclasses.replace(reference, output_dir="") == dataclasses.replace(Config(), output_dir="")
+
+
+@pytest.mark.parametrize("key", REFERENCE_KEYS)
+def test_every_key_has_a_comment(key: str) -> None:
+    line = REFERENCE_KEYS[key]
+    if "." not in key and dataclasses.is_dataclass(getattr(Config(), key)):
+        return  # a section has a heading
+    prose = [text for text in comment_above(line) if not is_example(text)]
+    assert len(" ".join(prose)) > 10, f"{key} has no comment in configs/reference.yaml"
+
+
+@pytest.mark.parametrize("section", [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default)])
+def test_every_section_has_a_heading(section: str) -> None:
+    before = max(line for line in REFERENCE_KEYS.values() if line < REFERENCE_KEYS[section])
+    between = LINES[before + 1 : REFERENCE_KEYS[section]]
+    assert any(line.startswith("# --- ") for line in between), f"{section} has no heading in configs/reference.yaml"
+
+
+@pytest.mark.parametrize("key", WITH_EXAMPLE)
+def test_every_example_is_a_config(key: str, tmp_path: Path) -> None:
+    section, _, name = key.rpartition(".")
+    shown = yaml.safe_load(examples(key))
+    assert list(shown) == [name]
+    (tmp_path / "example.yaml").write_text(yaml.safe_dump({section: shown} if section else shown, sort_keys=False))
+    configfile.load(tmp_path / "example.yaml")
+
+
+@pytest.mark.parametrize(("key", "cls"), entries(Config), ids=str)
+def test_every_key_of_a_list_entry_stands_in_an_example_with_a_comment(key: str, cls: type) -> None:
+    alike = [other for other, same in entries(Config) if same is cls]  # one example will do for all of them
+    shown = {}
+    for text in [line for other in alike for line in examples(other).splitlines()]:
+        shown.setdefault(text.strip(" -").partition(":")[0], text)
+    missing = [field.name for field in dataclasses.fields(cls) if "#" not in shown.get(field.name, "")]
+    assert missing == [], f"no example with a comment above {key} in configs/reference.yaml"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path: Path) -> None:
+    configfile.load(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_opens_with_what_it_is_for(path: Path) -> None:
+    opening = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    assert len(opening) >= 2 and all(line.startswith("#") for line in opening)

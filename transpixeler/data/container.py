@@ -67,34 +67,35 @@ def opened(path: Path, threads: int = 1) -> Iterator[tuple[av.container.InputCon
         yield container, stream
 
 
-def timeline(container: av.container.InputContainer, stream: av.VideoStream, *, scan: bool = False) -> Timeline:
-    """From the header where that says all (a sample table of constant rate), else from every packet (`scan`)."""
-    base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(0)
-    table = () if scan else getattr(stream, "index_entries", ())  # a complete sample table is mp4's and mov's
+def timeline(container: av.container.InputContainer, stream: av.VideoStream) -> Timeline:
+    """From the header where that says all (a sample table of constant rate), else from every packet."""
+    table = getattr(stream, "index_entries", ())  # a complete sample table is what mp4 and mov have
     if len(table) == stream.frames > 1 and stream.start_time is not None and container.format.name not in UNTIMED:
         steps = {b.timestamp - a.timestamp for a, b in itertools.pairwise(table)}
         if len(steps) == 1 and (step := steps.pop()) > 0 and not any(entry.is_discard for entry in table):
             times = range(stream.start_time, stream.start_time + step * len(table), step)
-            return Timeline(len(table), base, times, 1 / (step * base))
-    return _scanned(container, stream, rate)
+            return Timeline(len(table), stream.time_base, times, 1 / (step * stream.time_base))
+    return _scanned(container, stream)
 
 
-def _scanned(container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction) -> Timeline:
+def _scanned(container: av.container.InputContainer, stream: av.VideoStream) -> Timeline:
     decoded = stream.codec_context.name in HIDDEN_FRAMES
     units = container.decode(stream) if decoded else container.demux(stream)
     times = [unit.pts for unit in units if decoded or (unit.size and not unit.is_discard)]
     container.seek(0, backward=True)
     if not times:
         raise BadMedia("has no frames")
+    rates = [rate for rate in (stream.base_rate, stream.average_rate) if rate]
     timed = container.format.name not in UNTIMED and None not in times and len(set(times)) == len(times)
-    if not timed:
-        if not rate:
+    if len(times) == 1 or not timed:
+        if not rates and len(times) > 1:
             raise BadMedia("says neither when its frames are shown nor at what rate")
-        return Timeline(len(times), stream.time_base, None, rate)
+        return Timeline(len(times), stream.time_base, None, rates[-1] if rates else Fraction(1))
     times.sort()
-    mean = Fraction(len(times) - 1, max(1, times[-1] - times[0])) / stream.time_base
-    close = rate and abs(mean / rate - 1) < Fraction(1, 200)  # timestamps are rounded, the header's rate is not
-    return Timeline(len(times), stream.time_base, tuple(times), rate if close or len(times) == 1 else mean)
+    mean = Fraction(len(times) - 1, times[-1] - times[0]) / stream.time_base
+    rounding = Fraction(2, times[-1] - times[0])  # timestamps are rounded, the header's rate is not
+    close = [rate for rate in rates if abs(mean / rate - 1) <= rounding]
+    return Timeline(len(times), stream.time_base, tuple(times), close[0] if close else mean)
 
 
 def probe(path: Path) -> Media:
@@ -106,7 +107,7 @@ def probe(path: Path) -> Media:
             raise BadMedia("has no frame that can be decoded")
         width, height = shown_size(frame, stream)
         check_size(width, height)
-        return Media(line.frames, height, width, line.rate or Fraction(1), line.duration, _has_alpha(stream, frame))
+        return Media(line.frames, height, width, line.rate, line.duration, _has_alpha(stream, frame))
 
 
 def _has_alpha(stream: av.VideoStream, frame: av.VideoFrame) -> bool:

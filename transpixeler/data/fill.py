@@ -1,19 +1,18 @@
 """What lies under zero alpha: a file's RGB there is arbitrary, and a model would learn it, so a policy decides.
 
-Colours are scaled premultiplied whenever they are filled: what was invisible must not bleed into visible edges.
+Colours are scaled times alpha whenever they are filled: what was invisible must not bleed into visible edges.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from transpixeler.config import DataConfig
-
-if TYPE_CHECKING:
-    import av
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +29,13 @@ class Fill:
 KEEP = Fill()
 
 
-def premultiplied(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame as 16 bit RGBA with its colours times alpha; the rotation stays with the caller's frame."""
-    import av
-
-    rgba = frame.reformat(format="rgba").to_ndarray().astype(np.uint16)
-    rgba[..., :3] *= rgba[..., 3:]
-    rgba[..., 3] *= 255
-    return av.VideoFrame.from_ndarray(rgba, "rgba64le")
-
-
-def unmultiplied(rgba: np.ndarray) -> np.ndarray:
-    """uint16 premultiplied [H,W,4] → uint8 straight [H,W,4]."""
-    alpha = rgba[..., 3:].astype(np.float32)
-    color = rgba[..., :3] * (255 / np.maximum(alpha, 1))
-    return np.concatenate([color, alpha / 257], axis=2).round().clip(0, 255).astype(np.uint8)
+def scaled_straight(rgba: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """uint8 straight [H,W,4] at another size, scaled as colour times alpha so that what is hidden has no weight."""
+    pixels = torch.from_numpy(np.ascontiguousarray(rgba)).permute(2, 0, 1).float()
+    pixels[:3] *= pixels[3:] / 255
+    scaled = F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]
+    scaled[:3] *= 255 / scaled[3:].clamp(min=1e-3)
+    return scaled.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def filled(rgba: np.ndarray, fill: Fill) -> np.ndarray:

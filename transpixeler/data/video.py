@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from transpixeler.data import container, stills
-from transpixeler.data.fill import Fill, filled, premultiplied, unmultiplied
+from transpixeler.data.fill import Fill, filled, scaled_straight
 from transpixeler.data.media import IMAGE_ENDINGS, BadMedia, Clip, Media, reasons
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def read_rgba(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The RGB under its fill policy and the alpha as grey, both uint8 [F,H,W,3], in one decoding pass."""
     shape = (len(numbers), height, width, 4)
-    multiply = fill.policy != "keep"
-    fitted = _fitted(path, numbers, height=height, width=width, channels=4, threads=threads, multiply=multiply)
+    straight = fill.policy != "keep"
+    fitted = _fitted(path, numbers, height=height, width=width, channels=4, threads=threads, straight=straight)
     rgba = _collect((filled(frame, fill) for frame in fitted), numbers, shape)
     return np.ascontiguousarray(rgba[..., :3]), np.repeat(rgba[..., 3:], 3, axis=3)
 
@@ -70,8 +70,9 @@ def _collect(fitted: Iterator[np.ndarray], numbers: Sequence[int], shape: tuple[
 
 
 def _fitted(
-    path: Path, numbers: Sequence[int], *, height: int, width: int, channels: int, threads: int, multiply: bool = False
+    path: Path, numbers: Sequence[int], *, height: int, width: int, channels: int, threads: int, straight: bool = False
 ) -> Iterator[np.ndarray]:
+    """Scales each frame in one pass and crops in the output's pixels, so that the phase is one for all formats."""
     import av
     from av.video.reformatter import VideoReformatter
 
@@ -79,41 +80,25 @@ def _fitted(
     scaler, layout = VideoReformatter(), "rgb24" if channels == 3 else "rgba"
     if _still(path):
         arrays = stills.frames(path, wanted)
-        pairs = (
-            (av.VideoFrame.from_ndarray(a, "rgba" if a.shape[2] == 4 else "rgb24"), a.shape[1::-1]) for a in arrays
-        )
+        kinds = {3: "rgb24", 4: "rgba"}
+        pairs = ((av.VideoFrame.from_ndarray(a, kinds[a.shape[2]]), a.shape[1::-1]) for a in arrays)
     else:
         pairs = container.frames(path, wanted, alpha=channels == 4, threads=threads)
     for frame, shown in pairs:
+        scale = max(height / shown[1], width / shown[0])
+        tall, wide = max(height, round(shown[1] * scale)), max(width, round(shown[0] * scale))
         turns = frame.rotation // 90
-        if multiply:
-            yield unmultiplied(_fit(premultiplied(frame), turns, shown, (height, width), "rgba64le", scaler))
+        size = {"height": wide, "width": tall} if turns % 2 else {"height": tall, "width": wide}
+        if straight:
+            array = scaled_straight(frame.to_ndarray(format=layout), **size)
         else:
-            yield _fit(frame, turns, shown, (height, width), layout, scaler)
+            array = _scaled(frame, scaler, layout, **size)
+        top, left = (tall - height) // 2, (wide - width) // 2
+        yield np.rot90(array, turns)[top : top + height, left : left + width]
 
 
-def _fit(
-    frame: av.VideoFrame,
-    turns: int,
-    shown: tuple[int, int],
-    size: tuple[int, int],
-    layout: str,
-    scaler: VideoReformatter,
-) -> np.ndarray:
-    """Scales the whole frame in one pass and crops in the output's pixels, so that the phase is one for all formats."""
+def _scaled(frame: av.VideoFrame, scaler: VideoReformatter, layout: str, *, height: int, width: int) -> np.ndarray:
     from av.video.reformatter import Interpolation as How
 
-    height, width = size
-    scale = max(height / shown[1], width / shown[0])
-    tall, wide = max(height, round(shown[1] * scale)), max(width, round(shown[0] * scale))
-    scaled = scaler.reformat(
-        frame,
-        width=tall if turns % 2 else wide,
-        height=wide if turns % 2 else tall,
-        format=layout,
-        interpolation=How.BICUBIC | How.ACCURATE_RND | How.FULL_CHR_H_INT,
-        threads=1,
-    ).to_ndarray()
-    array = np.rot90(scaled, turns)
-    top, left = (tall - height) // 2, (wide - width) // 2
-    return array[top : top + height, left : left + width]
+    how = How.BICUBIC | How.ACCURATE_RND | How.FULL_CHR_H_INT | How.FULL_CHR_H_INP
+    return scaler.reformat(frame, width=width, height=height, format=layout, interpolation=how, threads=1).to_ndarray()

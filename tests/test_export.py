@@ -215,6 +215,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_whoever_reads_the_old_file_while_it_is_replaced_reads_the_old_file(tmp_path: Path, base: Path) -> None:
+    file = write_adapter(adapter_of(trained(base), METADATA), tmp_path / "a.safetensors")
+    before = file.read_bytes()
+    with file.open("rb") as reader:
+        write_adapter(adapter_of(trained(base, alpha=1.0), METADATA), file)
+        assert reader.read() == before
+    assert file.read_bytes() != before
+
+
 # -- in other programs
 
 
@@ -242,20 +251,22 @@ def test_diffusers_refuses_a_joint_adapter_instead_of_misusing_it(tmp_path: Path
         pipeline().load_lora_weights(tmp_path)
 
 
-def test_an_adapter_trained_by_peft_in_diffusers_comes_in(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_an_adapter_trained_by_peft_in_diffusers_comes_in(rank_stabilized: bool, tmp_path: Path, base: Path) -> None:
     from diffusers import WanPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig as PeftConfig
     from peft.utils import get_peft_model_state_dict
 
     theirs = diffusers_wan()
-    config = PeftConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0", "net.2"], use_rslora=False)
+    options = {"r": 4, "lora_alpha": 8, "use_rslora": rank_stabilized}
+    config = PeftConfig(**options, target_modules=["to_q", "to_out.0", "net.2"])
     theirs.add_adapter(config)
     move_adapter(theirs)
     layers = get_peft_model_state_dict(theirs)
     WanPipeline.save_lora_weights(tmp_path / "header", layers, transformer_lora_adapter_metadata=config.to_dict())
     WanPipeline.save_lora_weights(tmp_path / "beside", convert_state_dict_to_diffusers(layers))
-    (tmp_path / "beside" / CONFIG_FILE).write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    (tmp_path / "beside" / CONFIG_FILE).write_text(json.dumps(options))
     for name in ("header", "beside"):
         model = our_model(base)
         apply_adapter(model, read_adapter(tmp_path / name))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from transpixeler.config import UserError
 from transpixeler.models.streams import Grid, StreamLayout
 
 Digest = Callable[[Path], str]
+if TYPE_CHECKING:
+    from transpixeler.models.costs import Dimensions
+
 FAMILIES = {"wan": "transpixeler.models.wan:WanModel"}
 
 
@@ -116,7 +119,7 @@ class VideoModel(nn.Module, ABC):
        `models.linear.Linear`.
     2. `embed(x, *conditions, layout=…)` returns a `State`; each block is a `Block`; `head(hidden, temb, layout=…)`
        returns packed velocity. `positions` gives what blocks need of the layout.
-    3. `read_config`, `dtype_of`, `shape_of_costs`, the geometry properties, `sampling`, and the lazy encoders.
+    3. `read_config`, `dtype_of`, `dimensions`, the geometry properties, `sampling`, and the lazy encoders.
     Streams, LoRA, pipelines, sharding, recompute, compile, quantization, caches and sampling then work as they are.
     """
 
@@ -156,6 +159,10 @@ class VideoModel(nn.Module, ABC):
     @abstractmethod
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype a base parameter keeps when matmuls run in `dtype`."""
+
+    @abstractmethod
+    def dimensions(self) -> Dimensions:
+        """What `models.costs` needs to know; of the whole model, so ask before `keep`."""
 
     @abstractmethod
     def rebuild_buffers(self) -> None:

@@ -32,6 +32,7 @@ from transpixeler.models.base import (
     VideoModel,
     file_digest,
 )
+from transpixeler.models.costs import Dimensions, adapter_shapes
 from transpixeler.models.linear import Linear, scope_copy
 from transpixeler.models.streams import Grid, StreamLayout
 from transpixeler.models.wan_keys import config_from_shapes
@@ -319,6 +320,7 @@ class WanModel(VideoModel):
         self.embed = Embed(config, self.streams)
         self.blocks = nn.ModuleDict({str(index): WanBlock(config) for index in range(config.num_layers)})
         self.head = Head(config)
+        self.rgb_attends_aux = rgb_attends_aux
         for block in self.blocks.values():
             block.self_attn.first_attends_all = rgb_attends_aux
         self._ropes: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
@@ -389,6 +391,21 @@ class WanModel(VideoModel):
         parts = name.split(".")
         matmul = parts[-1] in ("weight", "bias") and (parts[-2] in ("q", "k", "v", "o") or "ffn" in parts)
         return dtype if matmul or "text_embedding" in parts else torch.float32
+
+    def dimensions(self) -> Dimensions:
+        config, patch = self.config, math.prod(self.config.patch_size)
+        return Dimensions(
+            width=config.width,
+            ffn=config.ffn_dim,
+            heads=config.num_attention_heads,
+            blocks=config.num_layers,
+            text_len=self.text_len,
+            text_dim=config.text_dim,
+            patch_in=config.in_channels * patch,
+            patch_out=config.out_channels * patch,
+            first_attends_all=self.rgb_attends_aux,
+            adapters=adapter_shapes(self),
+        )
 
     def rebuild_buffers(self) -> None:
         self._ropes.clear()

@@ -1,0 +1,197 @@
+"""What a step costs: FLOPs and bytes as pure functions of a model's dimensions and a layout.
+
+In: dimensions (of a model on meta, so no weights are needed) and tokens of each stream. Out: numbers for telemetry,
+`plan` and the choice of what to recompute. A frozen layer costs its forward and its input's
+gradient, no weight gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from transpixeler.models.lora import TEXT_TARGETS, inside, lora_linears
+from transpixeler.models.streams import span_slice
+
+FLASH_BACKWARD = 2.5  # times its forward: five matmuls instead of two
+Recompute = str | int  # "none", "full", "attention", "offload", or so many blocks in full
+
+
+class AdapterShape(NamedTuple):
+    inputs: int
+    outputs: int
+    rank: int
+    span: tuple[int, int] | None
+    on_text: bool
+
+    def tokens(self, lengths: Sequence[int], text_len: int) -> int:
+        if self.on_text:
+            return text_len
+        scope = span_slice(lengths, self.span or (0, len(lengths)))
+        return scope.stop - scope.start
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """All that the formulas need to know of a transformer whose blocks are self-attention, cross-attention and ffn."""
+
+    width: int
+    ffn: int
+    heads: int
+    blocks: int
+    text_len: int
+    text_dim: int
+    patch_in: int  # numbers in one patch
+    patch_out: int
+    first_attends_all: bool = True
+    adapters: tuple[AdapterShape, ...] = ()
+
+
+class Flops(NamedTuple):
+    """Of one sample's forward pass."""
+
+    linear: float
+    attention: float
+    adapter: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.adapter
+
+
+class Memory(NamedTuple):
+    """Bytes of one replica; the caller divides what is sharded."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def adapter_shapes(model: nn.Module) -> tuple[AdapterShape, ...]:
+    """Of every adapter that is in the model."""
+    return tuple(
+        AdapterShape(linear.in_features, linear.out_features, linear.rank, linear.span, inside(name) in TEXT_TARGETS)
+        for name, linear in lora_linears(model)
+    )
+
+
+# -- FLOPs
+
+
+def linear_flops(d: Dimensions, tokens: int) -> float:
+    """Projections of all blocks, and the ends."""
+    block = tokens * (12 * d.width**2 + 4 * d.width * d.ffn) + 4 * d.width**2 * d.text_len
+    ends = 2 * tokens * d.width * (d.patch_in + d.patch_out) + 2 * d.text_len * d.width * (d.text_dim + d.width)
+    return d.blocks * block + ends
+
+
+def attention_flops(d: Dimensions, lengths: Sequence[int]) -> float:
+    tokens = sum(lengths)
+    pairs = tokens**2 if d.first_attends_all else lengths[0] ** 2 + (tokens - lengths[0]) * tokens
+    return 4 * d.blocks * d.width * (pairs + tokens * d.text_len)
+
+
+def adapter_flops(d: Dimensions, lengths: Sequence[int]) -> float:
+    return sum(2 * a.tokens(lengths, d.text_len) * a.rank * (a.inputs + a.outputs) for a in d.adapters)
+
+
+def forward_flops(d: Dimensions, lengths: Sequence[int]) -> Flops:
+    return Flops(linear_flops(d, sum(lengths)), attention_flops(d, lengths), adapter_flops(d, lengths))
+
+
+def step_flops(d: Dimensions, lengths: Sequence[int], *, recompute: Recompute = "none", full: bool = False) -> float:
+    """Forward, backward and what is recomputed, of one sample; `full` trains the base as well."""
+    forward = forward_flops(d, lengths)
+    step = forward.linear * (3 if full else 2) + forward.attention * (1 + FLASH_BACKWARD) + forward.adapter * 3
+    if recompute == "attention":
+        return step + forward.linear + forward.adapter
+    return step + forward.total * recomputed_share(d, recompute)
+
+
+def recomputed_share(d: Dimensions, recompute: Recompute) -> float:
+    """Of the blocks, those that run in full again."""
+    if isinstance(recompute, int):
+        return min(recompute, d.blocks) / d.blocks
+    return 1.0 if recompute == "full" else 0.0
+
+
+# -- memory
+
+
+def kept_bytes(
+    d: Dimensions, lengths: Sequence[int], *, size: int, full: bool = False, compiled: bool = False
+) -> float:
+    """What one block keeps for its backward pass for one sample, in `size` bytes a number.
+
+    Without compiling, what norms take in is kept in fp32. Training the base keeps what linears, norms and
+    gates take in.
+    """
+    tokens, wide = sum(lengths), 4 if not compiled else size
+    into_norms = 6 * wide  # three layer norms', q's, k's and cross q's
+    matmul_operands = 6 * size  # q, k, v, out, cross q, cross out
+    kept = tokens * d.width * (into_norms + matmul_operands) + tokens * d.ffn * size
+    kept += d.text_len * d.width * (wide + 2 * size)
+    if full:
+        normed = 8 * wide  # the same norms' outputs, and what the gates multiply
+        return kept + tokens * d.width * (normed + 3 * size) + tokens * d.ffn * size
+    kept += sum(a.tokens(lengths, d.text_len) * a.rank for a in d.adapters) / max(d.blocks, 1) * size
+    return kept + scope_tokens(d, lengths) * (3 * d.width + d.ffn) * size
+
+
+def scope_tokens(d: Dimensions, lengths: Sequence[int]) -> int:
+    return max((a.tokens(lengths, d.text_len) for a in d.adapters if not a.on_text), default=0)
+
+
+def activation_bytes(
+    d: Dimensions,
+    lengths: Sequence[int],
+    *,
+    size: int,
+    recompute: Recompute = "none",
+    full: bool = False,
+    compiled: bool = False,
+) -> int:
+    """Of one sample at the worst moment: what all blocks keep, and the work of the one whose turn it is."""
+    tokens = sum(lengths)
+    block = kept_bytes(d, lengths, size=size, full=full, compiled=compiled)
+    work = tokens * (2 * d.ffn + 4 * d.width) * size
+    entry = tokens * d.width * size
+    if recompute == "attention":
+        outputs = 2 * tokens * (d.width * size + 4 * d.heads)  # both attentions', and their log-sum-exp
+        return int(d.blocks * (entry + outputs) + block + work)
+    if recompute == "offload":
+        return int(2 * block + work)
+    again = recomputed_share(d, recompute) * d.blocks
+    return int(again * entry + (d.blocks - again) * block + (block if again else 0) + work)
+
+
+def state_bytes(parameters: Iterable[nn.Parameter], *, moments: int = 2) -> tuple[int, int, int]:
+    """Weights, gradients and optimizer state."""
+    parameters = list(parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(p.numel() * p.element_size() for p in parameters), 4 * trained, 4 * moments * trained
+
+
+def memory(
+    model: nn.Module,
+    d: Dimensions,
+    lengths: Sequence[int],
+    *,
+    size: int,
+    batch: int = 1,
+    recompute: Recompute = "none",
+    full: bool = False,
+    compiled: bool = False,
+    moments: int = 2,
+) -> Memory:
+    """Of one replica that trains `batch` samples at a time."""
+    activations = activation_bytes(d, lengths, size=size, recompute=recompute, full=full, compiled=compiled)
+    return Memory(*state_bytes(model.parameters(), moments=moments), batch * activations)

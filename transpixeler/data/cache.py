@@ -34,7 +34,7 @@ OPEN_SEGMENTS = 4096  # mapped at once; the kernel allows 65,530 mappings
 SYNC_INDEX_SECONDS = 1.0
 _SEGMENT_NAME = re.compile(r"(?P<writer>.+)\.(?P<number>\d+)\.(?P<spec>[a-z0-9x-]+)\.seg")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -85,7 +85,10 @@ class Cache:
         """Fills `out` and verifies the record on every read: what training sees was checked just now."""
         file, row = self._place(key)
         self.verify(file, row)
-        out.copy_(self.view(file, row))
+        value = self.view(file, row)
+        if value.shape != out.shape:  # copying would broadcast
+            raise CacheDamaged(f"the record {key.hex()} is {tuple(value.shape)}, not {tuple(out.shape)}")
+        out.copy_(value)
 
     def view(self, file: int, row: int) -> Tensor:
         spec = index.spec_of(self.table.files[file].rows[row])
@@ -288,7 +291,7 @@ def explained(folder: Path) -> Iterator[None]:
                 f"{folder}: no space left ({error.strerror}); what was written stays valid. "
                 "Free some space, or set data.cache_dir to another disk, and start again"
             ) from error
-        if error.errno in _READ_ONLY:
+        if error.errno in READ_ONLY:
             raise UserError(
                 f"{folder} cannot be written ({error.strerror}): set data.cache_dir to a folder that can"
             ) from error

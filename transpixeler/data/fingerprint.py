@@ -5,6 +5,7 @@ The memory is one text file in the cache folder, a line a file; losing it costs 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from transpixeler.data.cache import explained
+from transpixeler.data.cache import READ_ONLY
 from transpixeler.models.base import file_digest
 
+logger = logging.getLogger("transpixeler")
 NAME = "hashes.tsv"
 SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its clock
 SAVE_SECONDS = 30.0
@@ -63,9 +65,10 @@ class FileHashes:
         self._saved = time.monotonic()
         if not self._fresh:
             return
-        self._known = _load(self.folder / NAME) | self._known | self._fresh.copy()
+        fresh, self._fresh = self._fresh, {}
+        self._known = _load(self.folder / NAME) | self._known | fresh
         text = "".join(f"{k.digest}\t{k.size}\t{k.modified}\t{name}\n" for name, k in self._known.items())
-        with explained(self.folder):
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self.folder / f"{NAME}.{os.getpid()}.part"
             with part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
@@ -73,6 +76,10 @@ class FileHashes:
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(self.folder / NAME)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            logger.info("%s cannot be written: files are hashed again the next time", self.folder)
 
 
 def _load(path: Path) -> dict[str, _Known]:

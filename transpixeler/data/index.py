@@ -190,6 +190,8 @@ class Table:
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """Keys without a record, each once, in the order given."""
         unique = list(dict.fromkeys(keys))
+        if not unique or not len(self):
+            return unique
         high, low = np.frombuffer(b"".join(unique), "<u8").reshape(-1, 2).T
         first, after = (np.searchsorted(self._high, high, side=side) for side in ("left", "right"))
         here = np.zeros(len(unique), bool)

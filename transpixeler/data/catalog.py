@@ -1,0 +1,212 @@
+"""Which records a config needs: sources in; clips, captions and their keys out, and what makes each record.
+
+A key is a hash of all that its record depends on, so that what is cached stays valid until one of those changes: the
+files' content, the cut, the fill policy, the encoder's weights. Names, paths and times of files are not among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from transpixeler.config import Config, SourceConfig, UserError
+from transpixeler.data.buckets import Bucket, assign
+from transpixeler.data.dataset import Item
+from transpixeler.data.fill import Fill
+from transpixeler.data.fingerprint import FileHashes
+from transpixeler.data.media import Clip, files_of
+from transpixeler.data.pairs import Sample, scan
+from transpixeler.models.base import VideoModel
+
+ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
+SETS = ("train", "eval")
+HASHING_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """One clip and the streams of it that are to be encoded."""
+
+    id: str
+    sample: Sample
+    clip: Clip
+    bucket: Bucket
+    folder: Path
+    keys: Mapping[str, bytes]  # by stream
+
+    @property
+    def cost(self) -> int:
+        return self.clip.frames * self.clip.height * self.clip.width * len(self.keys)
+
+
+@dataclass(frozen=True)
+class TextJob:
+    """One caption to be encoded."""
+
+    key: bytes
+    caption: str
+    folder: Path
+
+    @property
+    def cost(self) -> int:
+        return 32 + len(self.caption)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Everything a config refers to, encoded or not."""
+
+    items: Mapping[str, tuple[Item, ...]]  # by set
+    skipped: Mapping[str, tuple[tuple[str, str], ...]]
+    clips: tuple[ClipJob, ...]
+    texts: tuple[TextJob, ...]
+    empty_text_key: bytes
+    folders: tuple[Path, ...]
+    files_read: int  # whose content had to be hashed
+
+    def keys(self) -> dict[bytes, str]:
+        """Every key with a name for it."""
+        names = {key: f"clip {job.id}, stream {stream}" for job in self.clips for stream, key in job.keys.items()}
+        return names | {job.key: f"caption {job.caption[:60]!r}" for job in self.texts}
+
+
+def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
+    """Reads the sources; files that have not changed since the last time are not opened again for their hash."""
+    if not config.data.train and not config.data.eval:
+        raise UserError("data.train names no source; give a folder of pairs or a manifest")
+    folders = cache_folders(config)
+    hashes = {folder: FileHashes(folder) for folder in folders}
+    texts_with = model_cls.text_fingerprint(config.model.path, hashes[folders[0]].digest)
+    latents_with = model_cls.vae_fingerprint(config.model.path, hashes[folders[0]].digest)
+    empty = TextJob(text_key("", texts_with), "", folders[0])
+    clips: dict[tuple[bytes, ...], ClipJob] = {}
+    texts = {empty.key: empty}
+    items: dict[str, tuple[Item, ...]] = {}
+    skipped: dict[str, tuple[tuple[str, str], ...]] = {}
+    for name in SETS:
+        jobs, skipped[name] = _clip_jobs(config, model_cls, getattr(config.data, name), hashes, latents_with)
+        found = []
+        for source, job in jobs:
+            text = TextJob(text_key(job.sample.caption, texts_with), job.sample.caption, job.folder)
+            clips.setdefault(tuple(job.keys.values()), job)
+            texts.setdefault(text.key, text)
+            found.append(_item(job, text, source))
+        items[name] = tuple(found)
+    for memory in hashes.values():
+        memory.save()
+    read = sum(memory.read for memory in hashes.values())
+    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, folders, read)
+
+
+def cache_folders(config: Config) -> tuple[Path, ...]:
+    """Beside each source, or the one that `data.cache_dir` names."""
+    sources = (*config.data.train, *config.data.eval)
+    return tuple(dict.fromkeys(cache_folder(source, config) for source in sources))
+
+
+def cache_folder(source: SourceConfig, config: Config) -> Path:
+    if config.data.cache_dir:
+        return Path(config.data.cache_dir).expanduser().absolute()
+    path = Path(source.path).expanduser().absolute()
+    return (path if path.is_dir() else path.parent) / "cache"
+
+
+def _item(job: ClipJob, text: TextJob, source: SourceConfig) -> Item:
+    return Item(
+        id=job.id,
+        sample_id=job.sample.id,
+        caption=text.caption,
+        bucket=job.bucket,
+        latent_keys=tuple(job.keys.values()),
+        text_key=text.key,
+        repeats=source.repeats,
+    )
+
+
+def _clip_jobs(
+    config: Config,
+    model_cls: type[VideoModel],
+    sources: Sequence[SourceConfig],
+    hashes: Mapping[Path, FileHashes],
+    vae: str,
+) -> tuple[list[tuple[SourceConfig, ClipJob]], tuple[tuple[str, str], ...]]:
+    """All clips of one set in the order of their samples, and what was left out with its reason."""
+    if not sources:
+        return [], ()
+    found = scan(sources, config.streams, config.data)
+    stride, _ = model_cls.vae_geometry(config.model.path)
+    assigned = assign(
+        found.samples, sources, config.data, vae_stride=stride, patch=patch_of(config, model_cls), seed=config.seed
+    )
+    folders = [cache_folder(source, config) for source in sources]
+    samples = {sample.id: sample for sample in found.samples}
+    used = [samples[name] for name in dict.fromkeys(clip.sample_id for _, clip in assigned.clips)]
+    digests = _digests(used, folders, hashes)
+    fill = Fill.of(config.data)
+    jobs = []
+    for bucket, clip in assigned.clips:
+        sample = samples[clip.sample_id]
+        keys = latent_keys(sample, clip, digests=digests, fill=fill, vae=vae)
+        job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], keys)
+        jobs.append((sources[sample.source], job))
+    bad = tuple((sample.id, sample.reason) for sample in found.bad)
+    return jobs, (*bad, *assigned.dropped)
+
+
+def latent_shape(bucket: Bucket, stride: Sequence[int], channels: int) -> tuple[int, int, int, int]:
+    """(C, f, h, w): the first frame stands alone, the others go by strides."""
+    return channels, 1 + (bucket.frames - 1) // stride[0], bucket.height // stride[1], bucket.width // stride[2]
+
+
+def patch_of(config: Config, model_cls: type[VideoModel]) -> tuple[int, int, int]:
+    with torch.device("meta"):
+        return model_cls.from_config(model_cls.read_config(config.model.path), streams=tuple(config.streams)).patch
+
+
+def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping[Path, FileHashes]) -> dict[Path, str]:
+    """The content of each stream's file, or of all images in its folder."""
+    found: dict[Path, str] = {}
+    for folder, memory in hashes.items():
+        paths = {path for sample in samples if folders[sample.source] == folder for _, path in sample.paths}
+        files = {path: files_of(path) for path in sorted(paths)}
+        each = memory.digests([file for some in files.values() for file in some], HASHING_THREADS)
+        for path, some in files.items():
+            whole = [each[file] for file in some]
+            found[path] = whole[0] if len(whole) == 1 else hashlib.sha256("".join(whole).encode()).hexdigest()
+    return found
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str) -> dict[str, bytes]:
+    """One a stream. An aux stream is cut at the first stream's timestamps, so that it depends on both files."""
+    first = sample.paths[0][1]
+    rate = str(clip.fps) if clip.frames > 1 else "still"
+    return {
+        stream: _hash(
+            what="latent",
+            encoder=ENCODER_VERSION,
+            vae=vae,
+            dtype="bfloat16",
+            files=[digests[first], digests[path]],
+            plane=("color" if number == 0 else "alpha") if sample.rgba else "all",
+            fill=[fill.policy, *fill.color] if sample.rgba else [],
+            clip=[str(clip.start), clip.frames, rate, clip.height, clip.width],
+        )
+        for number, (stream, path) in enumerate(sample.paths)
+    }
+
+
+def text_key(caption: str, encoder: str) -> bytes:
+    return _hash(what="text", encoder=ENCODER_VERSION, weights=encoder, dtype="bfloat16", caption=caption)
+
+
+def _hash(**parts: object) -> bytes:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,315 @@
+"""Encodes what the cache lacks: a config in, data sets whose records are all there out, alone or on many ranks.
+
+Rank 0 reads the sources and says what is missing; every rank takes a share by cost, decodes ahead in threads while the
+device encodes, and writes to files of its own. The VAE goes before the text encoder comes, and neither is loaded when
+nothing is missing. Each video is encoded by itself: in a batch its last bits would depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from transpixeler.config import Config, UserError
+from transpixeler.data.cache import Cache, CacheWriter, Record
+from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog, latent_shape
+from transpixeler.data.dataset import Dataset, Datasets
+from transpixeler.data.fill import Fill
+from transpixeler.data.media import BadMedia
+from transpixeler.data.pairs import decode_pair
+from transpixeler.data.progress import Progress
+from transpixeler.models.base import VideoModel
+from transpixeler.runtime import Runtime
+
+logger = logging.getLogger("transpixeler")
+DECODERS = 4  # clips decoded at a time on a rank
+TEXTS_AT_ONCE = 16  # written together, so that a disk is asked to sync once for all
+DTYPE = torch.bfloat16
+Job = TypeVar("Job", ClipJob, TextJob)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is missing, for all ranks."""
+
+    clips: tuple[ClipJob, ...]
+    texts: tuple[TextJob, ...]
+
+
+@dataclass
+class Outcome:
+    """What one rank did."""
+
+    bad: dict[bytes, str] = field(default_factory=dict)  # key: why there is no such record
+    bytes: int = 0
+    records: int = 0
+    fault: Exception | None = None
+
+
+def encode_missing(config: Config, model_cls: type[VideoModel], runtime: Runtime) -> Datasets:
+    """The train and eval sets of a config, with every record in the cache."""
+    with _talking(runtime) as ranks:
+        found, work = ranks.from_main(partial(_survey, config, model_cls))
+        outcome, own = Outcome(), None
+        try:
+            _encode(config, model_cls, runtime, work, outcome)
+        except Exception as fault:  # told to all ranks first, so that none waits for this one
+            own, outcome.fault = fault, _told(fault, runtime.rank)
+        outcomes = ranks.gather(outcome)
+    if own is not None:
+        raise own
+    for other in outcomes:
+        if other.fault is not None:
+            raise other.fault
+    bad = {key: reason for other in outcomes for key, reason in other.bad.items()}
+    datasets = _datasets(config, found, bad)
+    if runtime.is_main:
+        _summarise(datasets, outcomes)
+    return datasets
+
+
+def missing_work(found: Catalog, cache: Cache) -> Work:
+    """The jobs that lack a record, each with only the streams that lack one."""
+    absent = set(cache.missing([*(key for job in found.clips for key in job.keys.values())]))
+    clips: list[ClipJob] = []
+    for job in found.clips:
+        keys = {stream: key for stream, key in job.keys.items() if key in absent}
+        absent.difference_update(keys.values())  # the same content twice is encoded once
+        if keys:
+            clips.append(replace(job, keys=keys))
+    texts = set(cache.missing([job.key for job in found.texts]))
+    return Work(tuple(clips), tuple(job for job in found.texts if job.key in texts))
+
+
+def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
+    """The largest job goes to the rank with the least to do; a rank's own come largest first."""
+    loads = [(0, number) for number in range(ranks)]
+    mine = []
+    for job in sorted(jobs, key=lambda job: -job.cost):
+        load, number = heapq.heappop(loads)
+        if number == rank:
+            mine.append(job)
+        heapq.heappush(loads, (load + job.cost, number))
+    return mine
+
+
+def _survey(config: Config, model_cls: type[VideoModel]) -> tuple[Catalog, Work]:
+    found = catalog(config, model_cls)
+    return found, missing_work(found, Cache(*found.folders))
+
+
+# --- one rank's share ------------------------------------------------------------------------------------------------
+
+
+def _encode(config: Config, model_cls: type[VideoModel], runtime: Runtime, work: Work, outcome: Outcome) -> None:
+    clips = share(work.clips, rank=runtime.rank, ranks=runtime.world_size)
+    texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
+    with _Writers(f"rank{runtime.rank}", outcome) as writers:
+        if clips:
+            _encode_clips(config, model_cls, runtime, clips, writers)
+        if texts:
+            _encode_texts(config, model_cls, runtime, texts, writers)
+
+
+def _encode_clips(
+    config: Config, model_cls: type[VideoModel], runtime: Runtime, jobs: Sequence[ClipJob], writers: _Writers
+) -> None:
+    vae = None
+    stride, channels = model_cls.vae_geometry(config.model.path)
+    cores = _cores(runtime)
+    workers = config.data.workers or min(DECODERS, cores)
+    decode = partial(_decode, fill=Fill.of(config.data), threads=max(1, cores // workers))
+    frames = sum(job.clip.frames * len(job.keys) for job in jobs)
+    with Progress("clips", len(jobs), frames, shown=runtime.is_main, ranks=runtime.world_size) as progress:
+        for job, decoded in _ahead(jobs, decode, workers):
+            try:
+                videos = decoded.result()
+                vae = vae or model_cls.load_vae(config.model.path, device=runtime.device, dtype=torch.float32)
+                latents = {stream: vae.encode(torch.from_numpy(videos[stream])[None])[0] for stream in job.keys}
+                _check(latents, latent_shape(job.bucket, stride, channels))
+            except BadMedia as reason:
+                if config.data.on_bad == "error":
+                    raise UserError(f"{job.id}: {reason}; mend it or set data.on_bad=skip") from reason
+                logger.warning("%s is skipped: it %s", job.id, reason)
+                writers.outcome.bad.update(dict.fromkeys(job.keys.values(), str(reason)))
+            else:
+                records = [Record("latent", key, latents[stream].to(DTYPE)) for stream, key in job.keys.items()]
+                writers.put(job.folder, records)
+            progress.step(frames=job.clip.frames * len(job.keys))
+    del vae
+    _free(runtime.device)
+
+
+def _check(latents: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+    for stream, latent in latents.items():
+        assert latent.shape == shape, (stream, latent.shape, shape)
+        if not latent.isfinite().all():
+            raise BadMedia(f"gives values that are not finite when its {stream} stream is encoded")
+
+
+def _encode_texts(
+    config: Config, model_cls: type[VideoModel], runtime: Runtime, jobs: Sequence[TextJob], writers: _Writers
+) -> None:
+    dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
+    encoder = model_cls.load_text_encoder(config.model.path, device=runtime.device, dtype=dtype)
+    with Progress("captions", len(jobs), 0, shown=runtime.is_main, ranks=runtime.world_size) as progress:
+        for start in range(0, len(jobs), TEXTS_AT_ONCE):
+            some = jobs[start : start + TEXTS_AT_ONCE]
+            values = encoder.encode([job.caption for job in some])
+            for folder in dict.fromkeys(job.folder for job in some):
+                rows = [(job, value) for job, value in zip(some, values) if job.folder == folder]
+                writers.put(folder, [Record("text", job.key, value.to(DTYPE)) for job, value in rows])
+            progress.step(len(some))
+    del encoder
+    _free(runtime.device)
+
+
+def _decode(job: ClipJob, *, fill: Fill, threads: int) -> dict[str, np.ndarray]:
+    return decode_pair(job.sample, job.clip, fill=fill, threads=threads)
+
+
+def _ahead(
+    jobs: Sequence[ClipJob], decode: Callable[[ClipJob], dict[str, np.ndarray]], workers: int
+) -> Iterator[tuple[ClipJob, Future[dict[str, np.ndarray]]]]:
+    """Jobs in order, each decoded while those before it are encoded; memory holds `workers` + 2 clips at most."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[ClipJob, Future[dict[str, np.ndarray]]]] = deque()
+        try:
+            for job in jobs:
+                waiting.append((job, pool.submit(decode, job)))
+                if len(waiting) > workers:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Writers:
+    """One writer a folder, opened when it is first written to."""
+
+    def __init__(self, name: str, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._name = name
+        self._stack = ExitStack()
+        self._open: dict[Path, CacheWriter] = {}
+
+    def put(self, folder: Path, records: Sequence[Record]) -> None:
+        if folder not in self._open:
+            self._open[folder] = self._stack.enter_context(CacheWriter(folder, self._name))
+        self._open[folder].put(records)
+        self.outcome.records += len(records)
+        self.outcome.bytes += sum(record.value.nbytes for record in records)
+
+    def __enter__(self) -> _Writers:
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        self._stack.__exit__(*fault)
+
+
+def _cores(runtime: Runtime) -> int:
+    """This rank's part of the machine."""
+    here = min(runtime.world_size, torch.cuda.device_count() or runtime.world_size)
+    return max(1, len(os.sched_getaffinity(0)) // here)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- all ranks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Talks over a group that waits for days: one rank may read a large data set while the others idle."""
+
+    runtime: Runtime
+    group: dist.ProcessGroup | None
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives on rank 0, on every rank; its fault is raised on all of them."""
+        box: list[Any] = [None, None]
+        own = None
+        if self.runtime.is_main:
+            try:
+                box = [make(), None]
+            except Exception as fault:
+                box, own = [None, _told(fault, 0)], fault
+        if self.group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        if box[1] is not None:
+            raise own or box[1]
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.runtime.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def _told(fault: Exception, rank: int) -> Exception:
+    """What other ranks raise: any exception could refuse to be pickled, these two do not."""
+    if isinstance(fault, UserError):
+        return UserError(str(fault))
+    return RuntimeError(f"rank {rank} failed: {type(fault).__name__}: {fault}")
+
+
+@contextmanager
+def _talking(runtime: Runtime) -> Iterator[_Ranks]:
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if runtime.world_size > 1 else None
+    try:
+        yield _Ranks(runtime, group)
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def _datasets(config: Config, found: Catalog, bad: dict[bytes, str]) -> Datasets:
+    cache = Cache(*found.folders)
+    sets = {}
+    for name, items in found.items.items():
+        reasons = {item.id: bad[key] for item in items for key in item.latent_keys if key in bad}
+        kept = tuple(item for item in items if item.id not in reasons)
+        keys = [key for item in kept for key in (*item.latent_keys, item.text_key)]
+        if absent := cache.missing([*keys, found.empty_text_key]):
+            raise UserError(f"{found.folders[0]}: {len(absent)} records are gone; was `cache --gc` run? start again")
+        skipped = (*found.skipped[name], *reasons.items())
+        sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_key, cache, name, skipped)
+    return Datasets(sets["train"], sets["eval"])
+
+
+def _summarise(datasets: Datasets, outcomes: Sequence[Outcome]) -> None:
+    logger.info("%-6s %-18s %8s", "set", "bucket", "clips")
+    for dataset in (datasets.train, datasets.eval):
+        for bucket, clips in dataset.buckets().items():
+            frames, height, width = bucket
+            logger.info("%-6s %-18s %8d", dataset.key, f"{width}×{height}×{frames}", clips)
+        for reason, count in Counter(reason for _, reason in dataset.skipped).most_common():
+            first = next(name for name, why in dataset.skipped if why == reason)
+            logger.info("%-6s skipped %d: %s (%s%s)", dataset.key, count, reason, first, ", …" if count > 1 else "")
+    records, size = sum(other.records for other in outcomes), sum(other.bytes for other in outcomes)
+    logger.info("%d records encoded, %.1f MB; the cache holds %d", records, size / 1e6, len(datasets.train.cache))

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 import yaml
 
 from transpixeler import configfile
 from transpixeler.config import Config
+from transpixeler.models import lora
+from transpixeler.models.wan import WanModel
+from transpixeler.parallel import mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REFERENCE = CONFIGS / "reference.yaml"
@@ -152,3 +156,64 @@ def test_every_shipped_config_loads(path: Path) -> None:
 def test_every_shipped_config_opens_with_what_it_is_for(path: Path) -> None:
     opening = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     assert len(opening) >= 2 and all(line.startswith("#") for line in opening)
+
+
+# --- what the shipped configs say of themselves ----------------------------------------------------------------------
+
+
+WAN = {
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "patch_size": [1, 2, 2],
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+}
+SIZES = {
+    "1.3b": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "14b": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+}
+
+
+def shipped(name: str) -> Config:
+    return configfile.load(CONFIGS / f"wan2.1-t2v-{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "layout"),
+    [
+        ("1.3b-joint", 1, (1, 1, 1)),
+        ("1.3b-joint", 8, (1, 8, 1)),
+        ("1.3b-plain", 1, (1, 1, 1)),
+        ("1.3b-full", 1, (1, 1, 1)),
+        ("1.3b-full", 8, (1, 1, 8)),
+        ("14b-joint", 8, (2, 1, 4)),
+        ("14b-joint", 4, (2, 1, 2)),
+        ("14b-24gb", 1, (1, 1, 1)),
+    ],
+)
+def test_a_shipped_config_fits_the_machine_that_it_names(name: str, processes: int, layout: tuple[int, ...]) -> None:
+    config = shipped(name)
+    found = mesh.resolve(config.parallel, processes)
+    assert (found.pipeline, found.replicate, found.shard) == layout
+    assert config.train.global_batch % found.data == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("1.3b-joint", 151), ("1.3b-plain", 44), ("14b-joint", 509), ("14b-24gb", 127)]
+)
+def test_a_shipped_adapter_fits_wan_and_has_the_parameters_that_are_said(name: str, trained: int) -> None:
+    config = shipped(name)
+    with torch.device("meta"):
+        model = WanModel.from_config(WAN | SIZES[name.split("-")[0]], streams=tuple(config.streams))
+        lora.inject(model, config.lora)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert round(count / 1e6) == trained
+    assert f"# {trained} M parameters" in (CONFIGS / f"wan2.1-t2v-{name}.yaml").read_text(encoding="utf-8")
+
+
+def test_the_plain_config_has_one_stream() -> None:
+    assert shipped("1.3b-plain").streams == {"rgb": ""}

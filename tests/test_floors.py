@@ -11,7 +11,7 @@ FLOORS = [
     {"config", "configfile", "runtime"},
     {"data", "models", "objective"},
     {"parallel", "optim", "ema", "telemetry"},
-    {"checkpoint", "export", "adapters", "sampling"},
+    {"checkpoint", "export", "adapters", "runs", "saving", "sampling"},
     {"trainer", "evaluate", "hub", "demo", "inspection"},
     {"cli", "__main__"},
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_explicit_resume(sys.argv[1:] if argv is None else argv))
     try:
         return arguments.command(arguments)
     except UserError as error:
         if arguments.debug:
             raise
-        print(f"transpixeler: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         print("transpixeler: stopped", file=sys.stderr)
@@ -35,6 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _say(message: str) -> None:
+    """One line for all ranks: another one speaks only where the first has met no mistake."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(2.0)  # torchrun ends this process first when rank 0 has said it
+    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
+
+
+def _explicit_resume(argv: Sequence[str]) -> list[str]:
+    """`--resume` may stand alone before the config or an override, without taking it for a run."""
+    words = list(argv)
+    for i, word in enumerate(words[:-1]):
+        following = words[i + 1]
+        if word == "--resume" and ("=" in following or following.endswith((".yaml", ".yml")) or following[0] == "-"):
+            words[i] = "--resume="
+    return words
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -47,6 +66,35 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     with _running():
         demo.write_demo(Path(arguments.folder), seed=arguments.seed, force=arguments.force)
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from transpixeler.data import encode
+    from transpixeler.models.base import model_class
+
+    with _running(config) as runtime:
+        encode.cache_command(
+            config,
+            model_class(config.model.family),
+            runtime,
+            verify=arguments.verify,
+            gc=arguments.gc,
+            rebuild=arguments.rebuild,
+            list=arguments.list,
+        )
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from transpixeler import trainer
+
+    with _running(config) as runtime:
+        folder = trainer.train(config, runtime, resume=arguments.resume)
+        if runtime.is_main:
+            print(folder)
     return 0
 
 
@@ -70,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake as well")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_cache(commands)
+    _add_train(commands)
     return parser
 
 
@@ -90,6 +140,30 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="where to write")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the clips (0)")
     parser.add_argument("--force", action="store_true", help="replace what stands in DIR")
+
+
+def _add_cache(commands: Any) -> None:
+    text = "Encodes every clip and caption that the cache lacks. Runs alone, under torchrun, and again after any stop."
+    parser = _add(commands, "cache", _cache, "encode what the cache lacks", text)
+    _add_config(parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="read every record and name each that is damaged")
+    what.add_argument("--gc", action="store_true", help="remove what this config does not refer to")
+    what.add_argument("--rebuild", action="store_true", help="encode everything anew")
+    what.add_argument("--list", action="store_true", help="show what is in the cache")
+
+
+def _add_train(commands: Any) -> None:
+    text = "Caches what is missing, then trains. Under torchrun it uses every process it is given."
+    parser = _add(commands, "train", _train, "train an adapter, or the whole model", text)
+    _add_config(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on from the newest valid checkpoint of the latest run, or of this run or checkpoint folder",
+    )
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------

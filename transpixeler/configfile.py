@@ -59,7 +59,7 @@ def from_overrides(overrides: Iterable[str]) -> Config:
 
 def dump(config: Config) -> str:
     """YAML that reads back as an equal config."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _build(tree: Tree, overrides: Iterable[str]) -> Config:
@@ -347,9 +347,10 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else repr(str(value) if isinstance(value, Raw) else value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as the dicts and lists that YAML and JSON hold."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+        return {name: plain(v) for name, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple) else value

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from transpixeler.config import Config
 from transpixeler.models import lora, quantize
 from transpixeler.models.base import VideoModel, apply_dtypes, set_trainable
-from transpixeler.models.weights import Readable, load_weights, local_slices
+from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.mesh import Mesh
 
@@ -69,10 +67,3 @@ def fill(model: VideoModel, config: Config, source: Readable) -> None:
     load_weights(model, source)
     model.rebuild_buffers()
     lora.reset_adapter(model, seed=config.seed, assign=assign)
-
-
-@torch.no_grad()
-def assign(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Puts a whole tensor into a parameter that may hold a shard of it."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    local.copy_(whole[local_slices(parameter)])

@@ -1,0 +1,46 @@
+"""A slow copy of the trained parameters, in fp32 and sharded as they are.
+
+In: the parameters after each step. Out: their exponential mean, swapped in for evaluation and saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Ema:
+    """Follows named parameters; `decay` 0 follows nothing."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.parameters = dict(parameters) if decay else {}
+        self.shadow = {name: p.detach().to(torch.float32, copy=True) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.shadow:
+            now = [local(p.detach()).float() for p in self.parameters.values()]
+            torch._foreach_lerp_([local(s) for s in self.shadow.values()], now, 1 - self.decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def swapped(self) -> Iterator[None]:
+        """The parameters hold the mean inside, and exactly what they held before afterwards."""
+        pairs = [(local(self.parameters[name].detach()), local(mean)) for name, mean in self.shadow.items()]
+        kept = [p.clone() for p, _ in pairs]
+        for parameter, mean in pairs:
+            parameter.copy_(mean)
+        try:
+            yield
+        finally:
+            for (parameter, _), value in zip(pairs, kept, strict=True):
+                parameter.copy_(value)

@@ -1,0 +1,189 @@
+"""The folder of one run: where it is, what stands in it, and what a user asks of it while it trains.
+
+In: `output_dir`, `run_name`, a `--resume` argument. Out: a `Run` with its paths, and the requests (`save`, `save_quit`
+files, signals) that the trainer honours at the next step boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transpixeler import checkpoint, configfile
+from transpixeler.config import Config, UserError
+from transpixeler.runtime import Runtime, run_stamp, write_whole
+
+logger = logging.getLogger("transpixeler")
+
+LATEST = "latest"
+CONFIG = "config.yaml"
+# A checkpoint of another value of these holds other tensors, or means something else.
+FIXED = ("streams", "model.family", "model.trainable", "model.fuse", "lora", "optim.name", "optim.bf16_parameters")
+FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
+# Where a run writes and on how many devices it runs says nothing about what it trains.
+SILENT = ("output_dir", "run_name", "parallel", "log", "checkpoint", "save", "data.workers", "train.gc_every")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder, and the checkpoint that it goes on from."""
+
+    folder: Path
+    resume_from: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
+    """A new folder, or the one to resume; the same on every rank. A collective call."""
+    output = Path(config.output_dir)
+    if resume is None:
+        return _new(config, runtime, output)
+    folder, chosen = _find(output, resume)
+    if chosen is not None:
+        _insist_valid(chosen)
+    found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
+    if found is None:
+        logger.info("%s: no checkpoint to resume yet; training starts from the beginning", folder)
+    else:
+        _compare(config, found)
+    return Run(folder, found)
+
+
+def _new(config: Config, runtime: Runtime, output: Path) -> Run:
+    name = str(runtime.broadcast(config.run_name or run_stamp()))
+    folder = output / name
+    if runtime.broadcast((folder / CONFIG).exists()):
+        raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
+    if runtime.is_main:
+        _make(folder)
+        write_whole(folder / CONFIG, configfile.dump(config))
+        _point(output / LATEST, name)
+    runtime.barrier()
+    return Run(folder)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be made: {error.strerror}") from None
+
+
+def _point(link: Path, name: str) -> None:
+    """`latest` changes in one move, so that nobody finds it missing."""
+    fresh = link.with_name(f".{LATEST}.{os.getpid()}")
+    fresh.symlink_to(name)
+    fresh.replace(link)
+
+
+def _find(output: Path, resume: str) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint) that a --resume argument means: nothing for the latest, a run, or one checkpoint."""
+    path = Path(resume) if resume else output / LATEST
+    if not path.is_dir():
+        wanted = f"{path} is no folder" if resume else f"{output} holds no run yet"
+        raise UserError(f"--resume: {wanted}; leave --resume out to start one, or give a run or checkpoint folder")
+    path = path.resolve()
+    if path.name.startswith(checkpoint.PREFIX):
+        return path.parents[1], path
+    return path, None
+
+
+def _insist_valid(folder: Path) -> None:
+    try:
+        checkpoint.check(folder)
+    except checkpoint.CheckpointFault as fault:
+        raise UserError(
+            f"--resume: {folder}: {fault}; give the run's folder to take its newest valid checkpoint"
+        ) from None
+
+
+# --- another config --------------------------------------------------------------------------------------------------
+
+
+def _compare(config: Config, folder: Path) -> None:
+    """Says what differs from the checkpoint's config; refuses what its tensors cannot follow."""
+    before = _flat(checkpoint.read_state(folder)["config"])
+    changed = {
+        key: (before.get(key), value)
+        for key, value in _flat(configfile.plain(config)).items()
+        if before.get(key) != value and not _under(key, SILENT)
+    }
+    refused = [key for key in changed if _under(key, FIXED) and not _under(key, FREE_IN_FIXED)]
+    if refused:
+        lines = "; ".join(f"{key}: {changed[key][0]!r} there, {changed[key][1]!r} here" for key in refused)
+        raise UserError(
+            f"--resume: {folder.name} was trained with another model: {lines}; start a new run without --resume"
+        )
+    for key, (old, new) in changed.items():
+        logger.info("resuming with another config: %s was %r, is %r", key, old, new)
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {key: tree}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Requests:
+    """What was asked since the last step, by signal on any rank or by file on rank 0."""
+
+    folder: Path
+    is_main: bool
+    save: bool = False
+    quit: bool = False
+
+    def poll(self) -> tuple[bool, bool]:
+        """(save, quit) of this rank; the trainer makes them everyone's."""
+        if self.is_main:
+            for name in ("save", "save_quit"):
+                asked = self.folder / name
+                if asked.exists():
+                    asked.unlink()
+                    self.save = True
+                    self.quit |= name == "save_quit"
+        return self.save, self.quit
+
+    def done(self) -> None:
+        self.save = False
+
+
+@contextmanager
+def listening(run: Run, runtime: Runtime) -> Iterator[Requests]:
+    """SIGTERM saves and leaves, SIGUSR1 saves and goes on; both wait for the step boundary."""
+    requests = Requests(run.folder, runtime.is_main)
+
+    def terminate(*_: object) -> None:
+        requests.save = requests.quit = True
+
+    def keep(*_: object) -> None:
+        requests.save = True
+
+    before = {
+        number: signal.signal(number, act) for number, act in ((signal.SIGTERM, terminate), (signal.SIGUSR1, keep))
+    }
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,202 @@
+"""What a run says of itself: one line of metrics a step, TensorBoard, a bar, and a manifest of what it was made from.
+
+In: numbers that the trainer measured, on rank 0. Out: RUN/metrics.jsonl, event files, the terminal. Nothing here
+touches the device, so that telling costs no step anything.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from transpixeler.config import LogConfig
+from transpixeler.runtime import write_whole
+
+logger = logging.getLogger("transpixeler")
+
+METRICS = "metrics.jsonl"
+PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+# dense bf16 TFLOP/s of one device, by a part of its name; the first that fits
+PEAKS = (
+    ("B200", 2250.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("H800", 989.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("RTX PRO 6000", 504.0),
+    ("5090", 209.0),
+    ("4090", 165.0),
+    ("3090", 71.0),
+    ("A6000", 155.0),
+)
+
+
+def peak_tflops(config: LogConfig, device: torch.device) -> float:
+    """The device's peak, or 0 where it is not known."""
+    if config.peak_tflops or device.type != "cuda":
+        return config.peak_tflops
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS if part in name), 0.0)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at most so far; of the process where there is no device of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    scale = 2**10 if sys.platform == "darwin" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale / 2**20
+
+
+@dataclass
+class Progress:
+    """Where a run is, for the bar and the time that is left."""
+
+    step: int
+    total: int
+    epoch: int
+    steps_in_epoch: int
+
+
+class Telemetry:
+    """Rank 0's voice in numbers; on other ranks there is none."""
+
+    def __init__(self, run: Path, config: LogConfig, *, step: int, total: int, name: str) -> None:
+        self.config = config
+        self.metrics: IO[str] = _reopen(run / METRICS, step)
+        self.board = _board(run, step) if config.tensorboard else None
+        self.wandb = _wandb(config.wandb, run, name) if config.wandb else None
+        self.bar = _bar(step, total)
+        self.total = total
+        self.started, self.first_step = time.monotonic(), step
+        self._said = 0.0
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One line for the step that just ended."""
+        self.write(record)
+        step = record["step"]
+        if step % self.config.every_steps == 0:
+            self.scalars(step, {f"train/{key}": value for key, value in record.items() if _is_number(key, value)})
+        self._progress(record)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.flush()  # a killed process loses no line; the step boundary makes it whole
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if self.board is not None:
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _progress(self, record: Mapping[str, Any]) -> None:
+        shown = {"epoch": record["epoch"], "loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.2e}"}
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(1)
+            return
+        now, step = time.monotonic(), record["step"]
+        if now - self._said >= PLAIN_SECONDS or step in (self.first_step + 1, self.total):
+            self._said = now
+            pace = (now - self.started) / (step - self.first_step)
+            left = _clock(pace * (self.total - step))
+            text = ", ".join(f"{key} {value}" for key, value in shown.items())
+            logger.info("step %d of %d, %s, %.3g s a step, %s left", step, self.total, text, pace, left)
+
+
+def _is_number(key: str, value: Any) -> bool:
+    return isinstance(value, int | float) and key not in ("step",)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _bar(step: int, total: int) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+
+def _board(run: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run), purge_step=step + 1 if step else None)
+
+
+def _wandb(project: str, run: Path, name: str) -> Any:
+    import wandb
+
+    return wandb.init(project=project, name=name, id=name, dir=str(run), resume="allow")
+
+
+def _reopen(path: Path, step: int) -> IO[str]:
+    """Metrics after a resume go on from its step: what was written beyond it is trained, and written, again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_whole(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    return path.open("a", encoding="utf-8")
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def manifest(**facts: Any) -> dict[str, Any]:
+    """What made the run: versions, code, machine, and the given facts of data, model and layout."""
+    packages = ["transpixeler", "torch", "diffusers", "transformers", "safetensors", "torchao", "av"]
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "git": _commit(),
+        "machine": {
+            "host": platform.node(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        },
+        "command": sys.argv,
+        **facts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this code where it is a checkout; an installed package has none."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,389 @@
+"""The training loop: batch → forward and backward → clip → optimizer → EMA → tell → save → checkpoint → stop?
+
+In: a config and, perhaps, a checkpoint. Out: a run folder. The order of samples, their noise and their timesteps are
+pure functions of the step, so the whole state is what `_tensors` lists and the number of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from transpixeler import adapters, checkpoint, configfile, ema, export, objective, optim, runs, telemetry
+from transpixeler.checkpoint import Checkpointer
+from transpixeler.config import Config, UserError
+from transpixeler.data.buckets import Bucket, micro_batch_for
+from transpixeler.data.encode import encode_missing
+from transpixeler.data.loader import Assembler, Batch, Loader
+from transpixeler.models.base import VideoModel, model_class
+from transpixeler.models.streams import StreamLayout
+from transpixeler.models.weights import WeightSource
+from transpixeler.objective import Example
+from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel.build import build_engine
+from transpixeler.runs import Requests, Run
+from transpixeler.runtime import Runtime, log_to_file, steady_garbage, write_whole
+from transpixeler.saving import Saver
+
+logger = logging.getLogger("transpixeler")
+
+T_BINS = 5
+
+
+class TrainingFailed(Exception):
+    """Training cannot go on; the run's last checkpoint is whole."""
+
+
+def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Path:
+    """Caches what is missing, trains, and returns the run's folder. `resume`: "" for the latest run, or a folder."""
+    layout = meshes.resolve(config.parallel, runtime.world_size)
+    check(config, layout)
+    run = runs.open_run(config, runtime, resume)
+    log = log_to_file(run.folder / "log.txt", runtime.rank) if runtime.is_main else None
+    try:
+        with runs.listening(run, runtime) as requests:
+            trainer = Trainer(config, runtime, layout, run, requests)
+            try:
+                trainer.train()
+            finally:
+                trainer.close()
+    finally:
+        if log is not None:
+            logging.getLogger("transpixeler").removeHandler(log)
+            log.close()
+    return run.folder
+
+
+def check(config: Config, layout: meshes.Layout) -> None:
+    """What can be known before anything is loaded."""
+    if not config.model.path:
+        raise UserError("model.path: set it to a Wan folder or Hub id, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    if not config.data.train:
+        raise UserError("data.train: set it to a folder of pairs or a manifest")
+    if not config.train.epochs and not config.train.max_steps:
+        raise UserError("train.epochs: set it or train.max_steps, so that training ends")
+    if config.train.global_batch % layout.data:
+        near = layout.data * max(1, round(config.train.global_batch / layout.data))
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} samples do not divide over {layout.data} data ranks "
+            f"(replicate {layout.replicate} × shard {layout.shard}); {near} would"
+        )
+    objective.check_tasks(config.objective, tuple(config.streams))
+
+
+class Trainer:
+    """Everything a run holds; `train` reads top to bottom."""
+
+    def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, requests: Requests) -> None:
+        self.config, self.runtime, self.run, self.requests = config, runtime, run, requests
+        self.model_cls: type[VideoModel] = model_class(config.model.family)
+        self.data = encode_missing(config, self.model_cls, runtime)
+        self.order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
+        self.total = self._total_steps()
+        self.mesh = meshes.build(layout, runtime)
+        self.engine = build_engine(config, self.mesh, self._make_model, self._base())
+        self.trained = {name: p for name, p in self.engine.named_parameters() if p.requires_grad}
+        optim.check_groups([name for names in runtime.gather(list(self.trained)) for name in names], config.optim)
+        self.optimizer = optim.build(self.trained, config.optim)
+        self._start_from_adapter()
+        self.ema = ema.Ema(self.trained, config.optim.ema)
+        self.checkpointer = Checkpointer(run.checkpoints, config.checkpoint, runtime)
+        self.saver = Saver(config, runtime, self.mesh, self.engine, self.model_cls)
+        self.step = self._restore()  # steps that are done
+        self.bad_steps = 0  # steps in a row that were not finite
+        self.saved_at = self.checkpointed_at = time.monotonic()
+        self.loader = self._open_loader()
+        self.telemetry = self._open_telemetry() if runtime.is_main else None
+
+    # -- the loop
+
+    def train(self) -> None:
+        with steady_garbage(self.config.train.gc_every) as collect:
+            while self.step < self.total:
+                started = time.perf_counter()
+                batch, example = next(self.loader)
+
+                errors = self.engine.forward_backward(example.to(self.mesh.device), self._micro_batch(batch.layout))
+                norm = optim.gradient_norm(self.trained.values(), self.mesh.pipeline_group, self.mesh.device)
+                facts = self._agree(errors, example, norm)
+
+                lr = optim.rate(self.config.optim, batch.step + 1, self.total)
+                if facts["finite"]:
+                    self._update(lr, norm)
+                self._zero_grad()
+                self.step = batch.step + 1
+
+                self._tell(batch, facts, lr, time.perf_counter() - started)
+                self._guard(batch, facts)
+                self._save_what_is_due(batch, facts)
+                if facts["quit"]:
+                    logger.info("asked to stop: the checkpoint of step %d is written", self.step)
+                    break
+                collect(self.step)
+        self._finish()
+
+    def _update(self, lr: float, norm: Tensor) -> None:
+        if self.optimizer is None:  # a stage where nothing is trained
+            return
+        optim.clip(self.trained.values(), self.config.optim.clip, norm)
+        optim.set_rate(self.optimizer, self.config.optim, lr)
+        self.optimizer.step()
+        self.ema.update()
+
+    def _zero_grad(self) -> None:
+        for parameter in self.trained.values():
+            parameter.grad = None
+
+    # -- what the ranks agree on
+
+    def _agree(self, errors: Tensor, example: Example, norm: Tensor) -> dict[str, Any]:
+        """Sums over all ranks what each knows, in one small all-reduce; everything that is decided comes from here."""
+        streams = len(example.layout.names)
+        weights, times = example.weights.to(errors.device), example.timesteps.to(errors.device)
+        mine = float(self.mesh.pipeline_rank == 0)  # all ranks of a pipeline hold the same errors
+        counted = (weights > 0).double() * mine
+        bins = torch.nn.functional.one_hot((times * T_BINS).long().clamp(max=T_BINS - 1), T_BINS) * counted[..., None]
+        values = torch.where(counted > 0, errors, 0.0).double()
+        save, quit = self.requests.poll()
+        finite = torch.isfinite(errors).all() & torch.isfinite(norm)
+        sums = torch.cat(
+            [
+                (errors.double() * weights).sum()[None] * mine,
+                values.sum(0),
+                counted.sum(0),
+                (values[..., None] * bins).sum((0, 1)),
+                bins.sum((0, 1)),
+                torch.stack([~finite]).double(),
+                torch.tensor([save, quit, self._clock_says()], dtype=torch.float64, device=errors.device),
+            ]
+        )
+        dist.all_reduce(sums)
+        loss, stream_sums, counts, bin_sums, bin_counts, (bad,), (save, quit, due) = (
+            part.tolist() for part in sums.split([1, streams, streams, T_BINS, T_BINS, 1, 3])
+        )
+        return {
+            "loss": loss[0],
+            "norm": float(norm),
+            "streams": dict(zip(example.layout.names, map(_ratio, stream_sums, counts), strict=True)),
+            "bins": [_ratio(total, count) for total, count in zip(bin_sums, bin_counts, strict=True)],
+            "finite": not bad,
+            "save": bool(save),
+            "quit": bool(quit),
+            "due": bool(due),
+        }
+
+    def _clock_says(self) -> bool:
+        """Whether rank 0's clock calls for a checkpoint: one clock, or ranks would differ."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.runtime.is_main and minutes > 0 and time.monotonic() - self.checkpointed_at >= 60 * minutes
+
+    def _guard(self, batch: Batch, facts: Mapping[str, Any]) -> None:
+        """A step that is not finite changed nothing; too many in a row end the run with a checkpoint."""
+        if facts["finite"]:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        if self.runtime.is_main:
+            logger.error(
+                "step %d: loss %s, gradient norm %s: the update was left out; samples %s",
+                self.step,
+                facts["loss"],
+                facts["norm"],
+                ", ".join(batch.ids),
+            )
+        if self.bad_steps >= self.config.train.nonfinite_limit:
+            self._checkpoint(wait=True)
+            raise TrainingFailed(
+                f"{self.bad_steps} steps in a row were not finite; the checkpoint of step {self.step} is written. "
+                f"Lower optim.lr ({self.config.optim.lr:g}) or optim.clip, or look at the samples named above"
+            )
+
+    # -- saving
+
+    def _save_what_is_due(self, batch: Batch, facts: Mapping[str, Any]) -> None:
+        epoch_ends = batch.epoch_step + 1 == self.order.steps(batch.epoch)
+        epoch = batch.epoch + 1
+        save, points = self.config.save, self.config.checkpoint
+        if epoch_ends and save.every_epochs and epoch % save.every_epochs == 0:
+            self._save(f"epoch{epoch}")
+        if save.every_steps and self.step % save.every_steps == 0:
+            self._save(f"step{self.step}")
+        by_step = points.every_steps and self.step % points.every_steps == 0
+        by_epoch = epoch_ends and points.every_epochs and epoch % points.every_epochs == 0
+        if facts["save"] or facts["quit"] or facts["due"] or by_step or by_epoch:
+            self._checkpoint(wait=facts["quit"])
+            self.requests.done()
+
+    def _save(self, name: str) -> None:
+        self.saver.save(self.run.folder / name, self.ema, self.step)
+        if self.runtime.is_main:
+            logger.info("saved %s", self.run.folder / name)
+
+    def _checkpoint(self, *, wait: bool = False) -> None:
+        self.checkpointer.save(self.step, self._tensors(), self._state(), wait=wait)
+        self.checkpointed_at = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All of training's state that is made of numbers, under names that no layout changes."""
+        moments = checkpoint.optimizer_tensors(self.trained, self.optimizer)
+        parameters = {f"model.{name}": p.detach() for name, p in self.trained.items()}
+        return parameters | moments | {f"ema.{name}": mean for name, mean in self.ema.shadow.items()}
+
+    def _state(self) -> dict[str, Any]:
+        epoch, epoch_step = self.order.locate(self.step)
+        return {
+            "step": self.step,
+            "epoch": epoch,
+            "epoch_step": epoch_step,
+            "layout": dataclasses.asdict(self.mesh.layout),
+            "config": configfile.plain(self.config),
+        }
+
+    def _restore(self) -> int:
+        """Fills everything from the run's checkpoint; the number of steps that are done."""
+        if self.run.resume_from is None:
+            return 0
+        checkpoint.materialize(self.optimizer)
+        checkpoint.load(self.run.resume_from, self._tensors())
+        step = checkpoint.read_state(self.run.resume_from)["step"]
+        if self.runtime.is_main:
+            logger.info("resumed %s at step %d", self.run.resume_from, step)
+        return step
+
+    def _finish(self) -> None:
+        """The last state is saved and checkpointed, whatever the intervals were."""
+        if self.step >= self.total and not (self.run.folder / f"step{self.step}").exists():
+            self._save(f"step{self.step}")
+        self._checkpoint(wait=True)
+
+    # -- telling
+
+    def _tell(self, batch: Batch, facts: Mapping[str, Any], lr: float, seconds: float) -> None:
+        if self.telemetry is None:
+            return
+        tokens = batch.layout.tokens * self.config.train.global_batch
+        record = {
+            "step": self.step,
+            "epoch": batch.epoch + 1,
+            "loss": facts["loss"],
+            **{f"loss_{name}": value for name, value in facts["streams"].items()},
+            "grad_norm": facts["norm"],
+            "lr": lr,
+            "loss_by_t": facts["bins"],
+            "samples": list(batch.ids),
+            "seconds": seconds,
+            "data_wait": self.loader.wait_seconds,
+            "checkpoint_stall": self.checkpointer.take_stall(),
+            "samples_per_second": self.config.train.global_batch / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_gib": telemetry.peak_memory(self.mesh.device),
+        }
+        self.telemetry.step(record)
+
+    # -- making
+
+    def _make_model(self) -> VideoModel:
+        return self.model_cls.from_config(
+            self.model_cls.read_config(self.config.model.path),
+            streams=tuple(self.config.streams),
+            rgb_attends_aux=self.config.model.rgb_attends_aux,
+            attention=self.config.model.attention,
+        )
+
+    def _base(self) -> Any:
+        """Where base weights are read from, with `model.fuse`'s adapters added on the way."""
+        source = WeightSource(self.config.model.path)
+        fused = [adapters.read_adapter(path) for path in self.config.model.fuse]
+        return export.FusedSource(source, fused) if fused else source
+
+    def _start_from_adapter(self) -> None:
+        if self.config.lora.init_from and self.run.resume_from is None:
+            adapter = adapters.read_adapter(self.config.lora.init_from)
+            for model in self.engine.models():
+                export.apply_adapter(model, adapter)
+
+    def _total_steps(self) -> int:
+        by_epoch = self.order.first_step(self.config.train.epochs) if self.config.train.epochs else math.inf
+        total = min(by_epoch, self.config.train.max_steps or math.inf)
+        if total < 1:
+            epochs, clips = self.config.train.epochs, len(self.data.train.items)
+            raise UserError(
+                f"train.epochs: {epochs} epochs of {clips} clips do not fill one batch of "
+                f"train.global_batch={self.config.train.global_batch}; train longer or lower the batch"
+            )
+        return int(total)
+
+    def _open_loader(self) -> Loader:
+        epoch, epoch_step = self.order.locate(self.step)
+        pinned = self.mesh.device.type == "cuda"
+        patch, text_len = self.engine.models()[0].patch, self.model_cls.text_len
+        assembler = Assembler(self.data.train, patch=patch, text_len=text_len, pin=pinned)
+        return Loader(
+            assembler,
+            self.order,
+            rank=self.mesh.data_rank,
+            ranks=self.mesh.layout.data,
+            epoch=epoch,
+            step=epoch_step,
+            prepare=partial(_prepare, self.config),
+        )
+
+    def _open_telemetry(self) -> telemetry.Telemetry:
+        self._write_manifest()
+        return telemetry.Telemetry(
+            self.run.folder, self.config.log, step=self.step, total=self.total, name=self.run.name
+        )
+
+    def _write_manifest(self) -> None:
+        facts = {
+            "layout": dataclasses.asdict(self.mesh.layout),
+            "steps": self.total,
+            "clips": {"train": len(self.data.train.items), "eval": len(self.data.eval.items)},
+            "skipped": [list(pair) for pair in (*self.data.train.skipped, *self.data.eval.skipped)],
+            "model": {"path": self.config.model.path, "vae": self.model_cls.vae_fingerprint(self.config.model.path)},
+        }
+        write_whole(self.run.folder / "manifest.json", json.dumps(telemetry.manifest(**facts), indent=1))
+
+    def _micro_batch(self, layout: StreamLayout) -> int:
+        (_, frames, height, width), (tf, th, tw) = layout.shapes[0], self.engine.models()[0].vae_stride
+        bucket = Bucket((frames - 1) * tf + 1, height * th, width * tw)
+        share = self.config.train.global_batch // self.mesh.layout.data
+        rules = self.config.data.buckets
+        return micro_batch_for(bucket, per_rank_batch=share, train=self.config.train, rules=rules, tokens=layout.tokens)
+
+    def close(self) -> None:
+        self.loader.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
+
+
+def _prepare(config: Config, batch: Batch) -> tuple[Batch, Example]:
+    """Runs in the loader's thread, a few steps ahead of the device."""
+    example = objective.prepare(
+        config.objective,
+        seed=config.seed,
+        step=batch.step,
+        layout=batch.layout,
+        latents=batch.latents,
+        text=batch.text,
+        empty_text=batch.empty_text,
+        ids=[batch.ids[slot] for slot in batch.slots],
+        slots=batch.slots,
+        batch=config.train.global_batch,
+    )
+    return batch, example
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None

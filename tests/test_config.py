@@ -24,7 +24,6 @@ from transpixeler.config import Config, PathKind, Range, UserError, faults
 
 ROOT = Path(__file__).parents[1]
 
-has_cache = pytest.mark.skipif("cache" not in cli._parser().format_help(), reason="no command reads a config")
 fast = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 
 
@@ -349,7 +348,6 @@ def said(path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]) -
     return printed.err
 
 
-@has_cache
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_answered_with_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, overrides, named = MISTAKES[name]
@@ -359,14 +357,12 @@ def test_a_mistake_is_answered_with_one_line(name: str, tmp_path: Path, capsys: 
     assert [part for part in named if part not in line] == [], line
 
 
-@has_cache
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{tmp_path / 'no.yaml'}: no such file" in said(tmp_path / "no.yaml", [], capsys)
     assert f"{tmp_path}: a folder" in said(tmp_path, [], capsys)
     assert "cannot be read" in said(tmp_path / ("x" * 300), [], capsys)
 
 
-@has_cache
 def test_a_circle_of_bases_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, base in (("a", "b"), ("b", "[c]"), ("c", "b")):
         (tmp_path / f"{name}.yaml").write_text(f"base: {base.replace('b', 'b.yaml').replace('c', 'c.yaml')}\n")
@@ -407,7 +403,6 @@ def test_no_override_ever_ends_in_a_traceback(key: str, text: str) -> None:
         assert str(error).strip() and "\n" not in str(error), error
 
 
-@has_cache
 def test_a_misspelt_key_answers_in_a_blink(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("optim: {lrr: 1}\n")
     command = [sys.executable, "-m", "transpixeler", "cache", str(tmp_path / "mine.yaml")]

@@ -106,11 +106,12 @@ def test_a_block_keeps_what_the_formula_says(mode: str, dtype: torch.dtype) -> N
 
 def test_modes_of_recompute_stand_in_the_right_order() -> None:
     d = published("1.3B")
-    modes = ["none", 10, 20, "attention", "full"]
+    modes = ["none", 3, 2, "attention", "full", "offload"]
     sizes = [activation_bytes(d, (UNIT, UNIT), size=2, recompute=mode, compiled=True) for mode in modes]
     assert sizes == sorted(sizes, reverse=True)
-    flops = [step_flops(d, (UNIT, UNIT), recompute=mode) for mode in ("none", 10, 20, 30)]
+    flops = [step_flops(d, (UNIT, UNIT), recompute=mode) for mode in ("none", 3, 2, 1)]
     assert flops == sorted(flops)
+    assert flops[1] - flops[0] == pytest.approx(forward_flops(d, (UNIT, UNIT)).total / 3)
     assert flops[-1] == step_flops(d, (UNIT, UNIT), recompute="full")
 
 

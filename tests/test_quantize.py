@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.models import inputs, move, tiny
+from tests.ranks import run_ranks
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.models.base import apply_dtypes
 from transpixeler.models.linear import Linear, dequantize
@@ -130,6 +133,28 @@ def test_quantizing_before_or_after_the_adapter_is_the_same() -> None:
     assert before.state_dict().keys() == after.state_dict().keys()
     for name, value in before.state_dict().items():  # by bits: eight bits of an integer may read as a NaN
         assert torch.equal(value.view(torch.uint8), after.state_dict()[name].view(torch.uint8)), name
+
+
+def sharded_gradients(rank: int, world: int, kind: str) -> torch.Tensor:
+    """The adapter's gradients with every block's parameters, quantized ones too, spread over the ranks."""
+    model = model_of(kind, dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (world,))
+    for part in (*model.blocks.values(), model):
+        fully_shard(part, mesh=mesh)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    data = model.blocks["0"].self_attn.q.weight_data
+    assert data.to_local().shape[0] == data.shape[0] // world
+    layout = model.layout((4, 2, 4, 6))
+    (model(*inputs(layout), layout=layout).square().mean() / world).backward()
+    return torch.cat([p.grad.full_tensor().flatten() for p in adapter_parameters(model).values()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_base_shards_like_any_other(kind: str) -> None:
+    _, expected = run(model_of(kind, dtype=torch.float32))
+    for found in run_ranks(sharded_gradients, 2, kind):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_an_adapter_is_not_merged_into_eight_bits() -> None:

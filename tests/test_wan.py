@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.models import TINY, inputs, move, tiny
-from transpixeler.config import UserError
+from transpixeler.config import LoraConfig, UserError
 from transpixeler.models.attention import SAVED_OPS, attention, available_kernels, pick_kernel
 from transpixeler.models.base import apply_dtypes, model_class, set_trainable
+from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.wan import Tokens, WanConfig, WanModel, rope_table, rotate
 from transpixeler.models.wan_keys import internal_names
@@ -106,17 +109,30 @@ def test_two_stages_equal_the_whole_bit_for_bit(streams: int) -> None:
     assert all(torch.equal(grads[name], p.grad) for name, p in whole.named_parameters())
 
 
-def test_recompute_is_a_seam_of_every_block() -> None:
-    from torch.utils.checkpoint import checkpoint
+def again_in_full(compute, *args):
+    return checkpoint(compute, *args, use_reentrant=False)
 
+
+def again_but_attention(compute, *args):
+    kept = partial(create_selective_checkpoint_contexts, list(SAVED_OPS))
+    return checkpoint(compute, *args, use_reentrant=False, context_fn=kept)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("recompute", [again_in_full, again_but_attention])
+def test_recomputing_changes_no_bit_of_any_gradient(recompute, lora: bool) -> None:
     plain, again = tiny(2), tiny(2)
-    for block in again.blocks.values():
-        block.recompute = lambda compute, *args: checkpoint(compute, *args, use_reentrant=False)
     layout = plain.layout((4, 2, 4, 4))
     for model in (plain, again):
+        if lora:
+            inject(model, LoraConfig(rank=3))
+            move(model, seed=1, names=".lora_")
+        for block in model.blocks.values():
+            block.recompute = recompute if model is again else None
         model(*inputs(layout), layout=layout).square().sum().backward()
     for (name, one), other in zip(plain.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad), name
+        assert one.requires_grad == (one.grad is not None), name
+        assert one.grad is None or torch.equal(one.grad, other.grad), name
 
 
 @pytest.mark.parametrize(("streams", "attends"), [(1, True), (2, False)])

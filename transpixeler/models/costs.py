@@ -7,6 +7,7 @@ gradient, no weight gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from transpixeler.models.lora import TEXT_TARGETS, inside, lora_linears
 from transpixeler.models.streams import span_slice
 
 FLASH_BACKWARD = 2.5  # times its forward: five matmuls instead of two
-Recompute = str | int  # "none", "full", "attention", "offload", or so many blocks in full
+Recompute = str | int  # as in `parallel.recompute`: "none", "full", "attention", "offload", or n for every n-th block
 
 
 class AdapterShape(NamedTuple):
@@ -119,8 +120,8 @@ def step_flops(d: Dimensions, lengths: Sequence[int], *, recompute: Recompute = 
 def recomputed_share(d: Dimensions, recompute: Recompute) -> float:
     """Of the blocks, those that run in full again."""
     if isinstance(recompute, int):
-        return min(recompute, d.blocks) / d.blocks
-    return 1.0 if recompute == "full" else 0.0
+        return math.ceil(d.blocks / recompute) / d.blocks
+    return 1.0 if recompute in ("full", "offload") else 0.0
 
 
 # -- memory
@@ -168,7 +169,7 @@ def activation_bytes(
         outputs = 2 * tokens * (d.width * size + 4 * d.heads)  # both attentions', and their log-sum-exp
         return int(d.blocks * (entry + outputs) + block + work)
     if recompute == "offload":
-        return int(2 * block + work)
+        return int(2 * entry + block + work)
     again = recomputed_share(d, recompute) * d.blocks
     return int(again * entry + (d.blocks - again) * block + (block if again else 0) + work)
 

@@ -22,7 +22,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(_explicit_resume(sys.argv[1:] if argv is None else argv))
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return arguments.command(arguments)
     except UserError as error:
@@ -36,6 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Overrides may stand anywhere after the command, between options too."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(_explicit_resume(argv))
+    overrides = [word for word in left if "=" in word and not word.startswith("-")]
+    if left != overrides or (overrides and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if overrides:
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments
 
 
 def _say(message: str) -> None:

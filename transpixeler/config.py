@@ -217,6 +217,32 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    every_steps: Natural = 0
+    every_epochs: Natural = 1
+    before_first_step: bool = True
+    times: tuple[Fraction, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    clips: Natural = 0
+    samples: Natural = 4
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    prompts: tuple[str, ...] = ()
+    prompts_file: LocalPath = ""
+    negative_prompt: str | None = None
+    size: Size = (832, 480, 33)
+    steps: Count = 30
+    guidance: NonNegative = 5.0
+    shift: Positive = 5.0
+    scheduler: Literal["unipc", "euler", "dpm++"] = "unipc"
+    seed: Natural = 0
+    formats: tuple[Literal["mov", "webm", "png", "png16", "checkerboard", "composite"], ...] = ("checkerboard",)
+    alpha_mode: Literal["straight", "premultiplied"] = "straight"
+    background: LocalPath = ""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every_steps: Count = 1
     tensorboard: bool = True
@@ -239,6 +265,8 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     save: SaveConfig = SaveConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
 
     @property

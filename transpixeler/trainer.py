@@ -26,6 +26,7 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler, Batch, Loader
+from transpixeler.models import costs
 from transpixeler.models.base import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource
@@ -105,6 +106,7 @@ class Trainer:
         self.saved_at = self.checkpointed_at = time.monotonic()
         self.loader = self._open_loader()
         self.telemetry = self._open_telemetry() if runtime.is_main else None
+        self._introduce()
 
     # -- the loop
 
@@ -287,9 +289,39 @@ class Trainer:
             "checkpoint_stall": self.checkpointer.take_stall(),
             "samples_per_second": self.config.train.global_batch / seconds,
             "tokens_per_second": tokens / seconds,
+            **self._flops(batch.layout, seconds),
             "memory_gib": telemetry.peak_memory(self.mesh.device),
         }
         self.telemetry.step(record)
+
+    def _flops(self, layout: StreamLayout, seconds: float) -> dict[str, float]:
+        """What the mathematics needs, a device: what is recomputed to save memory is not counted as work done."""
+        sample = costs.step_flops(self.engine.dimensions, layout.lengths, full=not self.config.lora.enabled)
+        tflops = sample * self.config.train.global_batch / seconds / self.runtime.world_size / 1e12
+        peak = telemetry.peak_tflops(self.config.log, self.mesh.device)
+        return {"tflops": tflops} | ({"mfu": tflops / peak} if peak else {})
+
+    def _introduce(self) -> None:
+        """What will be trained, on what and for how long, said before the first step. A collective call."""
+        own = {name: (p.numel(), p.requires_grad) for name, p in self.engine.named_parameters()}
+        everyone = {name: it for part in self.runtime.gather(own) for name, it in part.items()}
+        if not self.runtime.is_main:
+            return
+        trained = sum(n for n, trains in everyone.values() if trains)
+        kind = f"adapter of rank {self.config.lora.rank}" if self.config.lora.enabled else "the model's own weights"
+        share = self.config.train.global_batch // self.mesh.layout.data
+        by_bucket = ", ".join(f"{w}×{h}×{f}: {n}" for (f, h, w), n in self.data.train.buckets().items())
+        mean = sum(len(row.items) for row in self.order.rows) / self.config.train.global_batch
+        lines = {
+            "trains": f"{trained:,} parameters ({kind}) of {sum(n for n, _ in everyone.values()):,}",
+            "streams": ", ".join(self.config.streams),
+            "layout": f"{self.mesh.layout} on {self.mesh.device.type}, {str(self.engine.dtype).removeprefix('torch.')}",
+            "batch": f"{self.config.train.global_batch} a step, {share} a data rank",
+            "clips": by_bucket,
+            "steps": f"{self.total} in all, {mean:.4g} an epoch" + (f", {self.step} done" if self.step else ""),
+            "run": str(self.run.folder),
+        }
+        logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
 
     # -- making
 

@@ -29,6 +29,7 @@ def build_engine(config: Config, mesh: Mesh, make: Callable[[], VideoModel], sou
     """`make` builds the whole model on the current device; it is called on meta, once a stage."""
     dtype = compute_dtype(config, mesh.device)
     whole = _shape(config, make, dtype)
+    dimensions = whole.dimensions()
     ranges = pipeline.split_blocks(config.parallel, len(whole.blocks))
     stages = []
     for index in pipeline.local_stages(config.parallel, mesh):
@@ -39,7 +40,7 @@ def build_engine(config: Config, mesh: Mesh, make: Callable[[], VideoModel], sou
         stage.to_empty(device=torch.device("cpu") if config.parallel.offload else mesh.device)
         fill(model, config, source)
         stages.append(stage)
-    return pipeline.Engine(stages, config.parallel, mesh, dtype)
+    return pipeline.Engine(stages, config.parallel, mesh, dtype, dimensions)
 
 
 def _shape(config: Config, make: Callable[[], VideoModel], dtype: torch.dtype) -> VideoModel:

@@ -19,6 +19,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from transpixeler.config import ParallelConfig, UserError
 from transpixeler.models.base import Conditions, VideoModel
+from transpixeler.models.costs import Dimensions
 from transpixeler.models.streams import StreamLayout
 from transpixeler.objective import Example, mean_squared_errors
 from transpixeler.parallel import shard
@@ -86,11 +87,14 @@ def local_stages(config: ParallelConfig, mesh: Mesh) -> range:
 class Engine:
     """This rank's stages and how they work together with everyone else's."""
 
-    def __init__(self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype, dimensions: Dimensions
+    ) -> None:
         self.stages = list(stages)
         self.config = config
         self.mesh = mesh
         self.dtype = dtype
+        self.dimensions = dimensions  # of the whole model, for its costs
         self.sharded = shard.is_sharded(config, mesh)
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         embeds = [stage.model.embed for stage in self.stages if stage.model.embed is not None]

@@ -16,7 +16,8 @@ from transpixeler.models.attention import SAVED_OPS, attention, available_kernel
 from transpixeler.models.base import apply_dtypes, model_class, set_trainable
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
-from transpixeler.models.wan import Tokens, WanConfig, WanModel, rope_table, rotate
+from transpixeler.models.wan import Tokens, WanModel, rope_table, rotate
+from transpixeler.models.wan_config import WanConfig
 from transpixeler.models.wan_keys import internal_names
 
 GRIDS = [(4, 1, 4, 4), (4, 3, 8, 6), (4, 5, 4, 10)]

@@ -5,6 +5,7 @@ In: queries, keys and values `[B, T, H, d]`. Out: the same shape. What is not th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -74,13 +75,13 @@ def _backends(kernel: str) -> AbstractContextManager:
 
 
 @cache
-def _compiled_flex() -> torch.nn.Module:
+def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex():
+def _flex() -> Callable[..., Tensor]:
     """Flex is fast only when compiled; inside a compiled block it is compiled already."""
     from torch.nn.attention.flex_attention import flex_attention
 

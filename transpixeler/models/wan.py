@@ -11,7 +11,6 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +34,7 @@ from transpixeler.models.base import (
 from transpixeler.models.costs import Dimensions, adapter_shapes
 from transpixeler.models.linear import Linear, scope_copy
 from transpixeler.models.streams import Grid, StreamLayout
+from transpixeler.models.wan_config import TEXT_LEN, WanConfig
 from transpixeler.models.wan_keys import config_from_shapes
 from transpixeler.models.weights import WeightSource, resolve
 
@@ -42,62 +42,7 @@ NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-TEXT_LEN = 512
 THETA = 10000.0
-# original config.json key → the diffusers key that the rest of the code knows
-ORIGINAL_KEYS = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
-UNSUPPORTED = {
-    "added_kv_proj_dim": "image conditioning (image-to-video)",
-    "image_dim": "an image embedder (image-to-video)",
-    "pos_embed_seq_len": "an image embedder (image-to-video)",
-}
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """The published transformer config, in diffusers' words."""
-
-    num_attention_heads: int = 40
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 13824
-    num_layers: int = 40
-    patch_size: Grid = (1, 2, 2)
-    cross_attn_norm: bool = True
-    eps: float = 1e-6
-    rope_max_seq_len: int = 1024
-
-    @property
-    def width(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> WanConfig:
-        """From either published spelling; what this code does not do is refused by name."""
-        config = {ORIGINAL_KEYS.get(key, key): value for key, value in config.items()}
-        if "dim" in config:
-            config["attention_head_dim"] = config["dim"] // config["num_attention_heads"]
-        for key, what in UNSUPPORTED.items():
-            if config.get(key) is not None:
-                raise UserError(f"model.path: {key} is set: {what} is not supported; use a Wan text-to-video model")
-        if config.get("model_type", "t2v") != "t2v":
-            raise UserError(f"model.path: model_type {config['model_type']!r} is not supported; use a Wan t2v model")
-        if config.get("qk_norm", True) not in (True, "rms_norm_across_heads"):
-            raise UserError(f"model.path: qk_norm {config['qk_norm']!r} is not supported, only rms_norm_across_heads")
-        if config.get("text_len", TEXT_LEN) != TEXT_LEN:
-            raise UserError(f"model.path: text_len {config['text_len']} is not supported, only {TEXT_LEN}")
-        values = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
-        values["patch_size"] = tuple(values.get("patch_size", cls.patch_size))
-        made = cls(**values)
-        if made.in_channels != made.out_channels:
-            raise UserError(
-                f"model.path: in_channels {made.in_channels} and out_channels {made.out_channels} differ: "
-                "image-to-video is not supported; use a Wan text-to-video model"
-            )
-        return made
 
 
 # -- positions

@@ -102,9 +102,9 @@ def aspect_ratios(data: DataConfig) -> tuple[float, ...]:
 
 
 def _shapes(resolution: Resolution, data: DataConfig, unit: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """(height, width) of about the resolution's area; a [w, h] resolution is itself one of them."""
+    """(height, width) of about the resolution's area; a [w, h] resolution is itself one of them, upright and lying."""
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
-    own = () if isinstance(resolution, int) else (width / height,)
+    own = () if isinstance(resolution, int) else (width / height, height / width)
     for ratio in (*own, *aspect_ratios(data)):
         tall, wide = math.sqrt(width * height / ratio), math.sqrt(width * height * ratio)
         yield max(1, round(tall / unit[0])) * unit[0], max(1, round(wide / unit[1])) * unit[1]

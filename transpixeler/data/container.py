@@ -61,6 +61,8 @@ def opened(path: Path, threads: int = 1) -> Iterator[tuple[av.container.InputCon
         if not streams:
             raise BadMedia("has no video stream")
         stream = streams[0]
+        if stream.codec_context is None:
+            raise BadMedia("is in a format that this build of FFmpeg cannot decode")
         check_size(stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.thread_count = threads or len(os.sched_getaffinity(0))
         stream.thread_type = "AUTO"

@@ -125,4 +125,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a parquet file that can be read: {str(error)[:160]}") from error
+        text = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a parquet file that can be read: {text}") from error

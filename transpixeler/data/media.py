@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,18 @@ MAX_SIDE = 16384
 MAX_PIXELS = 1 << 26
 MAX_ASPECT = 32
 SLACK = Fraction(1, 1000)  # Matroska rounds timestamps to milliseconds: a frame counts as shown 1 ms early
+FAULTS = (
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    struct.error,
+    zlib.error,
+)
 
 
 class BadMedia(Exception):
@@ -88,11 +102,12 @@ def check_size(width: int, height: int) -> None:
 
 @contextmanager
 def reasons() -> Iterator[None]:
-    """Whatever a parser of foreign bytes throws becomes a reason; their exceptions have no common base."""
+    """Whatever a parser of foreign bytes throws becomes a reason; a mistake of our own (TypeError…) passes through."""
+    import av
+    from PIL import Image
+
     try:
         yield
-    except (BadMedia, GeneratorExit):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+    except (av.FFmpegError, Image.DecompressionBombError, *FAULTS) as error:
+        text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise BadMedia(f"cannot be read: {text[:160]}") from error

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+ANIMATED = ("WEBP", "PNG")  # a TIFF's pages are no film
 ORIENTATION = 0x0112
 
 
@@ -63,7 +64,10 @@ def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
 def _open(path: Path) -> Image.Image:
     from PIL import Image
 
-    image = Image.open(path)
+    try:
+        image = Image.open(path)
+    except TypeError as error:  # what Pillow raises at a TIFF without its dimensions
+        raise BadMedia(f"cannot be read: {error}") from error
     check_size(*image.size)
     return image
 
@@ -71,7 +75,7 @@ def _open(path: Path) -> Image.Image:
 def _ends(image: Image.Image) -> list[int]:
     """When each frame of an animation ends, in milliseconds; a still has one frame and no time."""
     ends, now = [], 0
-    for number in range(getattr(image, "n_frames", 1)):
+    for number in range(image.n_frames if image.format in ANIMATED else 1):
         image.seek(number)
         image.load()
         now += int(image.info.get("duration", 0))

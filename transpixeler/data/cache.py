@@ -14,7 +14,6 @@ import re
 import time
 import uuid
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +25,11 @@ from torch import Tensor
 
 from transpixeler.config import UserError
 from transpixeler.data import index
-from transpixeler.data.index import IndexFile, Segment, Spec, Table
+from transpixeler.data.index import IndexFile, Place, Segment, Spec, Table
 
 SEGMENT_BYTES = 1 << 30
 ALIGNMENT = 64
-OPEN_SEGMENTS = 4096  # mapped at once; the kernel allows 65,530 mappings
+MAPPED_SEGMENTS = 4096  # mapped at once; the kernel allows 65,530 mappings
 SYNC_INDEX_SECONDS = 1.0
 _SEGMENT_NAME = re.compile(r"(?P<writer>.+)\.(?P<number>\d+)\.(?P<spec>[a-z0-9x-]+)\.seg")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,7 +56,7 @@ class Cache:
     def __init__(self, *folders: Path) -> None:
         self.folders = folders
         self.table = Table([file for folder in folders for file in open_indexes(folder)])
-        self._maps: OrderedDict[Path, Tensor] = OrderedDict()
+        self._maps: dict[tuple[int, int], Tensor] = {}
         self._verified = [np.zeros(len(file.rows), bool) for file in self.table.files]
 
     def __len__(self) -> int:
@@ -70,8 +69,7 @@ class Cache:
         return self.table.missing(keys)
 
     def spec(self, key: bytes) -> Spec:
-        file, row = self._place(key)
-        return index.spec_of(self.table.files[file].rows[row])
+        return self.place(*self._found(key)).spec
 
     def latent(self, key: bytes) -> Tensor | None:
         """A view [C, f, h, w]; its checksum is verified when it is first read."""
@@ -83,60 +81,63 @@ class Cache:
 
     def copy(self, key: bytes, out: Tensor) -> None:
         """Fills `out` and verifies the record on every read: what training sees was checked just now."""
-        file, row = self._place(key)
+        file, row = self._found(key)
         self.verify(file, row)
         value = self.view(file, row)
         if value.shape != out.shape:  # copying would broadcast
             raise CacheDamaged(f"the record {key.hex()} is {tuple(value.shape)}, not {tuple(out.shape)}")
         out.copy_(value)
 
+    def place(self, file: int, row: int) -> Place:
+        return index.read_row(self.table.files[file].rows, row)
+
     def view(self, file: int, row: int) -> Tensor:
-        spec = index.spec_of(self.table.files[file].rows[row])
-        return self._bytes(file, row).view(getattr(torch, spec.dtype)).view(spec.shape)
+        place = self.place(file, row)
+        return self._bytes(file, place).view(getattr(torch, place.spec.dtype)).view(place.spec.shape)
 
     def verify(self, file: int, row: int) -> None:
-        data, found = self._bytes(file, row), self.table.files[file].rows[row]
-        if zlib.crc32(data.numpy()) != found["crc"]:
-            path = self.table.files[file].segments[int(found["segment"])].path
+        place = self.place(file, row)
+        if zlib.crc32(self._bytes(file, place).numpy()) != place.crc:
             raise CacheDamaged(
-                f"{path}: the record {found['key'].tobytes().hex()} at byte {found['offset']} is damaged; "
+                f"{self._segment(file, place).path}: the record {place.key.hex()} at byte {place.offset} is damaged; "
                 "run `transpixeler cache CONFIG --verify`, which drops it, and the next run encodes it again"
             )
         self._verified[file][row] = True
 
     def _view_once_verified(self, key: bytes) -> Tensor | None:
-        place = self.table.find(key)
-        if place is None:
+        found = self.table.find(key)
+        if found is None:
             return None
-        if not self._verified[place[0]][place[1]]:
-            self.verify(*place)
-        return self.view(*place)
+        if not self._verified[found[0]][found[1]]:
+            self.verify(*found)
+        return self.view(*found)
 
-    def _place(self, key: bytes) -> tuple[int, int]:
-        place = self.table.find(key)
-        if place is None:
+    def _found(self, key: bytes) -> tuple[int, int]:
+        found = self.table.find(key)
+        if found is None:
             raise UserError(f"the cache has no record {key.hex()}: was `cache --gc` run meanwhile? start again")
-        return place
+        return found
 
-    def _bytes(self, file: int, row: int) -> Tensor:
-        found = self.table.files[file].rows[row]
-        mapped = self._map(self.table.files[file].segments[int(found["segment"])].path)
-        return mapped[int(found["offset"]) : int(index.ends(found[None])[0])]
+    def _segment(self, file: int, place: Place) -> Segment:
+        return self.table.files[file].segments[place.segment]
 
-    def _map(self, path: Path) -> Tensor:
+    def _bytes(self, file: int, place: Place) -> Tensor:
+        mapped = self._maps.get((file, place.segment))
+        if mapped is None:
+            mapped = self._map(file, place)
+        return mapped[place.offset : place.end]
+
+    def _map(self, file: int, place: Place) -> Tensor:
         """The whole segment as bytes, mapped; no file stays open, and old mappings go when nobody views them."""
-        if path not in self._maps:
-            try:
-                size = path.stat().st_size
-                self._maps[path] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            except (OSError, RuntimeError) as error:
-                raise UserError(
-                    f"{path} cannot be read ({error}): was `cache --gc` run meanwhile? start again"
-                ) from error
-            if len(self._maps) > OPEN_SEGMENTS:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(path)
-        return self._maps[path]
+        path = self._segment(file, place).path
+        try:
+            mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); was `cache --gc` run? start again") from error
+        if len(self._maps) >= MAPPED_SEGMENTS:
+            del self._maps[next(iter(self._maps))]
+        self._maps[file, place.segment] = mapped
+        return mapped
 
 
 def open_indexes(folder: Path) -> list[IndexFile]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import mmap
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +40,7 @@ ROW = np.dtype(
         ("check", "<u8"),
     ]
 )
+_FIELDS = struct.Struct("<16sQ4IIIBB")  # the same without spare and check, for one row: numpy is slow at that
 assert ROW.itemsize == ROW_BYTES
 _SALT = 0x9E3779B97F4A7C15
 _ODD = np.array([(0xBF58476D1CE4E5B9 + 2 * i * 0x632BE59BD9B4E019) % 2**64 for i in range(7)], np.uint64)
@@ -88,9 +91,28 @@ def make_rows(
     return rows
 
 
-def spec_of(row: np.void) -> Spec:
-    shape = tuple(int(size) for size in row["shape"] if size)
-    return Spec(KINDS[row["kind"]], DTYPES[row["dtype"]], shape)
+class Place(NamedTuple):
+    """One row, read."""
+
+    key: bytes
+    offset: int
+    segment: int
+    crc: int
+    spec: Spec
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.spec.bytes
+
+
+def read_row(rows: np.ndarray, row: int) -> Place:
+    key, offset, *shape, segment, crc, kind, dtype = _FIELDS.unpack_from(rows.data, row * ROW_BYTES)
+    return Place(key, offset, segment, crc, _spec(kind, dtype, tuple(shape)))
+
+
+@lru_cache(maxsize=4096)
+def _spec(kind: int, dtype: int, shape: tuple[int, ...]) -> Spec:
+    return Spec(KINDS[kind], DTYPES[dtype], tuple(size for size in shape if size))
 
 
 def ends(rows: np.ndarray) -> np.ndarray:

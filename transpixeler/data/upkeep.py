@@ -268,8 +268,8 @@ def _whole(cache: Cache, file: int, row: int) -> bool:
 
 
 def _record(cache: Cache, file: int, row: int) -> Record:
-    found = cache.table.files[file].rows[row]
-    return Record(index.spec_of(found).kind, found["key"].tobytes(), cache.view(file, row))
+    place = cache.place(file, row)
+    return Record(place.spec.kind, place.key, cache.view(file, row))
 
 
 def _replace_index(file: IndexFile, rows: np.ndarray) -> None:

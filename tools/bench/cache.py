@@ -1,0 +1,176 @@
+"""Random reads of one pair's latents: the cache against a safetensors file a sample and against pickled shards.
+
+All hold the same bf16 numbers on the same disk, are read in the same random order by one thread with the page cache
+warm, and end in the same preallocated tensor. The pickled shards are what shard-wise tools leave: one `torch.save` of a
+list of 64 samples, which `torch.load` reads whole to give one of them.
+
+The cache is read copied out (a record's checksum is verified when it is first read), as a view without the copy, and as
+training reads (copied, verified on every read). `memory` copies the same bytes from memory to memory: no reader that
+copies can be faster, so that `x_limit` is the best that `x_safetensors` can be on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from transpixeler.data import index
+from transpixeler.data.cache import Cache, CacheWriter, Record
+
+SHAPE = (16, 9, 60, 104)  # of one stream: 33 frames of 480×832
+STREAMS = 2
+SHARD = 64  # samples in a pickled shard
+PROBE = """
+import sys, time
+from pathlib import Path
+from transpixeler.data import index
+path = Path(sys.argv[1])
+segment = next(path.parent.glob("*.seg"))
+start = time.perf_counter()
+table = index.Table([index.open_index(path, {0: index.Segment(segment, segment.stat().st_size)})])
+seconds = time.perf_counter() - start
+rss = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+print(seconds, rss, len(table))
+"""
+
+
+def key(number: int, stream: int) -> bytes:
+    return hashlib.blake2b(f"{number}/{stream}".encode(), digest_size=16).digest()
+
+
+def write(folder: Path, count: int) -> None:
+    (folder / "safetensors").mkdir()
+    (folder / "pickle").mkdir()
+    shard: list[Tensor] = []
+    with CacheWriter(folder / "cache") as writer:
+        for number in range(count):
+            pair = torch.randn(STREAMS, *SHAPE, generator=torch.Generator().manual_seed(number)).bfloat16()
+            writer.put([Record("latent", key(number, stream), pair[stream]) for stream in range(STREAMS)])
+            save_file({"latents": pair}, folder / f"safetensors/{number:06d}.safetensors")
+            shard.append(pair)
+            if len(shard) == SHARD:
+                torch.save(shard, folder / f"pickle/{number // SHARD:04d}.pt")
+                shard = []
+
+
+def rates(ways: dict[str, Callable[[int], object]], order: list[int], rounds: int) -> dict[str, float]:
+    """Pairs a second of each way's best round: taking turns, since another process may slow any one of them."""
+    best = dict.fromkeys(ways, float("inf"))
+    for turn in range(rounds + 1):  # the first warms the page cache
+        for name, read in ways.items():
+            some = order[: len(order) // 8] if name == "pickle" else order
+            start = time.perf_counter()
+            for number in some:
+                read(number)
+            if turn:
+                best[name] = min(best[name], (time.perf_counter() - start) / len(some))
+    return {name: 1 / seconds for name, seconds in best.items()}
+
+
+def million(folder: Path, count: int = 1_000_000) -> tuple[float, float]:
+    """Seconds and resident megabytes of a fresh process that opens an index of a million rows."""
+    spec = index.Spec("latent", "bfloat16", (2, 1, 4, 4))
+    data = np.random.default_rng(0).bytes(64 * count)
+    keys = [data[64 * n : 64 * n + 16] for n in range(count)]
+    crcs = np.array([zlib.crc32(data[64 * n : 64 * n + 64]) for n in range(count)], np.uint32)
+    rows = index.make_rows(keys, spec, segment=0, offsets=np.arange(count) * 64, crcs=crcs)
+    folder.mkdir()
+    (folder / "w.idx").write_bytes(index.header() + rows.tobytes())
+    (folder / f"w.00000.{spec.segment}.seg").write_bytes(data)
+    probe = [sys.executable, "-c", PROBE, str(folder / "w.idx")]
+    seconds, rss, found = map(float, subprocess.run(probe, capture_output=True, text=True, check=True).stdout.split())
+    assert found == count
+    return seconds, rss
+
+
+def ways_to_read(folder: Path, count: int, out: Tensor) -> dict[str, Callable[[int], object]]:
+    cache = Cache(folder / "cache")
+    numbers = torch.stack([cache.latent(key(n, stream)) for n in range(count) for stream in range(STREAMS)])
+    numbers = numbers.view(count, *out.shape)
+
+    def view(number: int) -> list[Tensor | None]:
+        return [cache.latent(key(number, stream)) for stream in range(STREAMS)]
+
+    def copied(number: int) -> None:
+        for stream in range(STREAMS):
+            out[stream].copy_(cache.latent(key(number, stream)))
+
+    def verified(number: int) -> None:
+        for stream in range(STREAMS):
+            cache.copy(key(number, stream), out[stream])
+
+    def safetensors(number: int) -> None:
+        out.copy_(load_file(folder / f"safetensors/{number:06d}.safetensors")["latents"])
+
+    def pickled(number: int) -> None:
+        out.copy_(torch.load(folder / f"pickle/{number // SHARD:04d}.pt")[number % SHARD])
+
+    return {
+        "cache": copied,
+        "view": view,
+        "verified": verified,
+        "safetensors": safetensors,
+        "pickle": pickled,
+        "memory": lambda number: out.copy_(numbers[number]),
+    }
+
+
+def check(ways: dict[str, Callable[[int], object]], out: Tensor) -> None:
+    """All of them read the same numbers."""
+    for number in (0, 7):
+        reads = []
+        for name, read in ways.items():
+            if name != "view":
+                out.zero_()
+                read(number)
+                reads.append(out.clone())
+        assert all(torch.equal(reads[0], other) for other in reads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=128, help="pairs in the data set")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=None, help="where to write the data sets")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    count = -(-arguments.count // SHARD) * SHARD
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        write(folder, count)
+        out = torch.empty(STREAMS, *SHAPE, dtype=torch.bfloat16)
+        ways = ways_to_read(folder, count, out)
+        check(ways, out)
+        found = rates(ways, np.random.default_rng(0).permutation(count).tolist(), arguments.rounds)
+        seconds, resident = million(folder / "million")
+    for name, pairs in found.items():
+        print(f"{name:12} {pairs:10.1f} pairs/s {pairs * out.nbytes / 1e9:8.2f} GB/s")
+    print(f"1,000,000 records open in {seconds:.3f} s, {resident:.0f} MB resident")
+    figures = {
+        "x_safetensors": round(found["cache"] / found["safetensors"], 2),
+        "x_pickle": round(found["cache"] / found["pickle"], 1),
+        "records_per_s": round(found["cache"] * STREAMS),
+        "x_limit": round(found["memory"] / found["safetensors"], 2),
+        "x_safetensors_view": round(found["view"] / found["safetensors"], 1),
+        "verified_records_per_s": round(found["verified"] * STREAMS),
+        "million_open_seconds": round(seconds, 3),
+        "million_resident_mb": round(resident),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -30,6 +32,7 @@ _LAYOUTS = {
     (4, "uint16"): "rgba64le",
 }
 _PNG_LAYOUTS = {"rgb24": "rgb24", "rgba": "rgba", "rgb48le": "rgb48be", "rgba64le": "rgba64be"}
+_PNG_HEAD = 8 + 25  # signature and IHDR, after which texts may stand
 # swscale's bicubic | full chroma interpolation | accurate rounding | bit-exact: the last makes the CPU not matter.
 _SCALING = 0x4 | 0x2000 | 0x40000 | 0x80000
 _BT709, _LIMITED_RANGE = 1, 1
@@ -39,6 +42,10 @@ _X264_EXACT = {
     "bf": "0",
     "x264-params": "no-psy=1:trellis=0:no-dct-decimate=1:deadzone-inter=0:deadzone-intra=0",
 }
+# What eyes take for the original, at a fraction of the size.
+_X264_VIEW = {"crf": "16", "preset": "medium"}
+# Starts to play before all of it is read, and keeps keys that the format does not know by itself.
+_MP4_FLAGS = {"movflags": "+faststart+use_metadata_tags"}
 # A fixed number: x264 and libvpx choose other bytes for another number of threads.
 _THREADS = 4
 
@@ -50,23 +57,42 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, lossle
     _write_video(path, frames, fps=fps, container="mp4", codec="libx264", pixels=pixels, options=options)
 
 
-def write_prores4444(path: Path, frames: Iterable[np.ndarray], *, fps: Fraction) -> None:
-    """ProRes 4444 with straight alpha, for editors."""
+def write_browser_mp4(
+    path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, exact: bool, facts: Mapping[str, str] | None = None
+) -> None:
+    """H.264 that a browser plays while it still loads; `exact` as in `write_mp4`, or small and fine to look at."""
+    options = _X264_EXACT if exact else _X264_VIEW
+    _write_video(
+        path, frames, fps=fps, container="mp4", codec="libx264", pixels="yuv420p", options=options,
+        muxing=_MP4_FLAGS, facts=facts,
+    )  # fmt: skip
+
+
+def write_prores4444(
+    path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, facts: Mapping[str, str] | None = None
+) -> None:
+    """ProRes 4444 with alpha, for editors; `facts` become tags of the file."""
     options = {"profile": "4444", "alpha_bits": "16", "qscale": "1"}
-    _write_video(path, frames, fps=fps, container="mov", codec="prores_ks", pixels="yuva444p10le", options=options)
+    _write_video(
+        path, frames, fps=fps, container="mov", codec="prores_ks", pixels="yuva444p10le", options=options,
+        muxing=_MP4_FLAGS if facts else None, facts=facts,
+    )  # fmt: skip
 
 
-def write_webm_alpha(path: Path, frames: Iterable[np.ndarray], *, fps: Fraction) -> None:
-    """Lossless VP9 with straight alpha, for browsers; ffmpeg gives the alpha back only through its libvpx-vp9 decoder,
+def write_webm_alpha(
+    path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, facts: Mapping[str, str] | None = None
+) -> None:
+    """Lossless VP9 with alpha, for browsers; ffmpeg gives the alpha back only through its libvpx-vp9 decoder,
     as its own VP9 decoder leaves it out."""
     options = {"lossless": "1", "deadline": "good", "cpu-used": "2", "auto-alt-ref": "0"}
     tags = {"alpha_mode": "1"}
     _write_video(
-        path, frames, fps=fps, container="webm", codec="libvpx-vp9", pixels="yuva420p", options=options, tags=tags
-    )
+        path, frames, fps=fps, container="webm", codec="libvpx-vp9", pixels="yuva420p", options=options,
+        tags=tags, facts=facts,
+    )  # fmt: skip
 
 
-def write_png_sequence(folder: Path, frames: Iterable[np.ndarray]) -> None:
+def write_png_sequence(folder: Path, frames: Iterable[np.ndarray], *, facts: Mapping[str, str] | None = None) -> None:
     """Numbered exact PNG files in a new folder, 8 bits a channel for uint8 frames and 16 for uint16."""
     if folder.exists():
         raise UserError(f"{folder}: already exists; a PNG sequence needs a folder of its own")
@@ -75,7 +101,7 @@ def write_png_sequence(folder: Path, frames: Iterable[np.ndarray]) -> None:
         unfinished.mkdir(parents=True)
         for number, frame in enumerate(frames):
             assert frame.shape == first.shape and frame.dtype == first.dtype, "frames of one sequence differ"
-            (unfinished / f"{number:05d}.png").write_bytes(_png(frame))
+            (unfinished / f"{number:05d}.png").write_bytes(_png(frame, facts))
 
 
 def write_png(path: Path, frame: np.ndarray) -> None:
@@ -93,7 +119,9 @@ def _write_video(
     codec: str,
     pixels: str,
     options: dict[str, str],
-    tags: dict[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+    muxing: Mapping[str, str] | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Encodes frame by frame; tags and conversion agree on BT.709 in limited range, so that readers invert exactly."""
     import av
@@ -105,8 +133,9 @@ def _write_video(
         raise UserError(f"{path}: {width}x{height} is an odd size; this format needs even sizes, so crop or resize")
     with (
         _whole(path) as unfinished,
-        av.open(unfinished, "w", format=container, container_options={"fflags": "+bitexact"}) as out,
+        av.open(unfinished, "w", format=container, container_options={"fflags": "+bitexact", **(muxing or {})}) as out,
     ):
+        out.metadata.update(facts or {})
         stream = out.add_stream(codec, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.metadata.update(tags or {})
@@ -141,7 +170,7 @@ def _layout(frame: np.ndarray) -> str:
     return layout
 
 
-def _png(frame: np.ndarray) -> bytes:
+def _png(frame: np.ndarray, facts: Mapping[str, str] | None = None) -> bytes:
     import av
 
     pixels = _PNG_LAYOUTS[_layout(frame)]
@@ -150,7 +179,15 @@ def _png(frame: np.ndarray) -> bytes:
     encoder.pix_fmt, encoder.time_base = pixels, Fraction(1)
     picture = _array_frame(frame).reformat(format=pixels)
     picture.pts = 0
-    return b"".join(bytes(packet) for packet in (*encoder.encode(picture), *encoder.encode(None)))
+    encoded = b"".join(bytes(packet) for packet in (*encoder.encode(picture), *encoder.encode(None)))
+    texts = b"".join(_png_text(key, value) for key, value in (facts or {}).items())
+    return encoded[:_PNG_HEAD] + texts + encoded[_PNG_HEAD:]
+
+
+def _png_text(key: str, value: str) -> bytes:
+    """A tEXt chunk, which every reader shows and none needs."""
+    body = b"tEXt" + key.encode("latin-1") + b"\0" + value.encode("latin-1", "replace")
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
 
 def _peek(path: Path, frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:

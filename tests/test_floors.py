@@ -9,10 +9,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "transpixeler"
 FLOORS = [
     {"config", "configfile", "runtime"},
-    {"data", "models", "objective"},
+    {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "telemetry"},
     {"checkpoint", "export", "adapters", "runs", "saving", "sampling"},
-    {"trainer", "evaluate", "hub", "demo", "inspection"},
+    {"trainer", "evaluate", "hub", "demo", "inspection", "report"},
     {"cli", "__main__"},
 ]
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}

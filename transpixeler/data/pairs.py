@@ -104,6 +104,7 @@ def _examined(candidate: Candidate | BadSample, source: int, rgba: bool) -> Samp
             raise BadMedia("has no alpha channel, but its source is rgba")
         for _, path in () if rgba else candidate.paths[1:]:
             _check_twin(candidate.paths[0][0], media, probe(path))
+        path = candidate.caption if isinstance(candidate.caption, Path) else candidate.paths[0][1]
         caption = _caption(candidate.caption)
     except BadMedia as error:
         return BadSample(candidate.id, str(path), str(error))

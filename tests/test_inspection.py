@@ -1,0 +1,114 @@
+"""The page shows what is wrong with a data set, and it works in a browser."""
+
+import re
+import shutil
+import subprocess
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.data.write import write_mp4, write_webm_alpha
+from transpixeler.inspection import FLAGS, Inspection, inspect_dataset
+
+STREAMS = {"rgb": "", "seg": "_seg"}
+DATA = DataConfig(resolutions=((96, 64),), frames=(1, 5), fill="black")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def film(kind: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """A disc that moves over what lies hidden, and its matte with one fault."""
+    y, x = np.mgrid[:64, :96]
+    pictures, mattes = [], []
+    for i in range(9):
+        disc = np.hypot(y - 32, x - 20 - 6 * i) < 16
+        hidden = np.dstack([x * 2, y * 3, 128 + 0 * x]) if kind == "hidden color" else np.zeros((64, 96, 3))
+        pictures.append(np.where(disc[..., None], (220, 120, 40), hidden).astype(np.uint8))
+        disc = np.hypot(y - 32, x - 48) < 16 if kind == "static alpha" else disc
+        matte = {"blank alpha": 0 * disc, "all opaque": 0 * disc + 1}.get(kind, disc)[..., None].repeat(3, 2) * 255
+        mattes.append((matte * (1.0, 0.3, 0.1) if kind == "colored alpha" else matte).astype(np.uint8))
+    return pictures, mattes
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
+    root = tmp_path_factory.mktemp("inspect")
+    folder = root / "set"
+    for kind in ("fine", *FLAGS):
+        for suffix, frames in zip(("", "_seg"), film(kind)):
+            write_mp4(folder / f"{kind}{suffix}.mp4", frames, fps=Fraction(16))
+        (folder / f"{kind}.txt").write_text(f"A <b>disc</b> & a matte: {kind}")
+    for name in ("still", "still_seg"):
+        Image.fromarray(film("fine")[name.endswith("seg")][3]).save(folder / f"{name}.png")
+    (folder / "still.txt").write_text("an image")
+    (folder / "lonely.mp4").write_bytes((folder / "fine.mp4").read_bytes())
+    data = (folder / "fine.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(data)
+    (folder / "cut_seg.mp4").write_bytes(data[:900])
+    (folder / "cut.txt").write_text("cut short")
+    return inspect_dataset([SourceConfig(str(folder))], root / "out" / "page.html", streams=STREAMS, data=DATA)
+
+
+def test_each_flag_is_raised_where_it_belongs_and_nowhere_else(report: Inspection) -> None:
+    articles = re.findall(r'data-flags="([^"]*)".*?<h3>set/([^<]*)', report.page.read_text())
+    expected = {kind: kind for kind in FLAGS} | {"fine": "", "still": ""}
+    for kind in ("blank alpha", "static alpha"):  # where the matte misses the disc, the disc is what it hides
+        expected[kind] += "|hidden color"
+    assert {name: flags for flags, name in articles} == expected
+    assert dict(report.flags) == dict.fromkeys(FLAGS, 1) | {"hidden color": 3}
+
+
+def test_every_problem_is_in_the_report_and_on_the_page(report: Inspection) -> None:
+    told = {bad.id: bad.reason for bad in report.bad}
+    assert set(told) == {"set/lonely", "set/cut"} and told["set/lonely"] == "no seg file lonely_seg.*"
+    page, text = report.page.read_text(), "\n".join(report.lines())
+    for reason in told.values():
+        assert reason in text and reason in page
+    assert report.samples == 7 and [(str(bucket), count) for bucket, count in report.buckets] == [
+        ("96×64×5", 6),
+        ("96×64×1", 1),
+    ]
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing_from_captions(report: Inspection) -> None:
+    page = report.page.read_text()
+    assert not re.search(r"https?://|src=\"(?!data:)|<link|@import|url\(", page)
+    assert "A &lt;b&gt;disc&lt;/b&gt; &amp; a matte" in page and "<b>disc" not in page
+
+
+def test_an_rgba_source_is_shown_with_both_streams(tmp_path: Path) -> None:
+    pictures, mattes = film("fine")
+    frames = [np.dstack([picture, matte[..., :1]]) for picture, matte in zip(pictures, mattes)]
+    write_webm_alpha(tmp_path / "set" / "a.webm", frames, fps=Fraction(16))
+    (tmp_path / "set" / "a.txt").write_text("a disc")
+    source = SourceConfig(str(tmp_path / "set"), rgba=True)
+    report = inspect_dataset([source], tmp_path / "page.html", streams=STREAMS, data=DATA)
+    assert report.samples == 1 and not any(count for _, count in report.flags)
+    assert "figcaption>cut out<" in report.page.read_text()
+
+
+def browse(page: Path, *arguments: str) -> str:
+    quiet = [
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        f"--user-data-dir={page.parent / 'profile'}",
+    ]
+    command = [CHROMIUM, *quiet, *arguments, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_and_filters_it(report: Inspection) -> None:
+    shot = report.page.with_name("page.png")
+    browse(report.page, f"--screenshot={shot}", "--window-size=1280,1600")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    orange = (np.abs(pixels - (220, 120, 40)).max(axis=2) < 20).sum()
+    assert orange > 3000, "the discs are not to be seen"
+    clicking = report.page.with_name("click.html")
+    click = "<script>document.querySelector('[data-flag=\"blank alpha\"]').click()</script>"
+    clicking.write_text(report.page.read_text() + click)
+    dom = browse(clicking, "--dump-dom")
+    assert "1 of 7 shown" in dom and len(re.findall(r"<article[^>]* hidden(?=[ >=])", dom)) == 6

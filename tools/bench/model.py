@@ -132,17 +132,19 @@ def peak_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     return live.peak
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument(
-        "--grid", type=int, nargs=3, default=(4, 16, 16), help="tokens of one stream: frames, rows, columns"
-    )
+    parser.add_argument("--grid", type=int, nargs=3, default=(4, 16, 16), help="one stream's frames, rows, columns")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def both(args: argparse.Namespace) -> tuple[Ours, Rival, tuple[Tensor, ...]]:
+    """The two with the same weights, what they start from, and the proof that they compute the same."""
     torch.manual_seed(0)
     config = {
         "num_attention_heads": args.width // 128,
@@ -156,18 +158,20 @@ def main() -> None:
     lora = LoraConfig(rank=args.rank)
     rival, ours = Rival(config, lora, (f, h, w)), Ours(config, lora, layout)
     pairs = share_weights(ours, rival)
+    hidden, context = torch.randn(args.batch, layout.tokens, args.width), torch.randn(args.batch, 512, args.width)
     modulation = torch.randn(args.batch, 1, 6, args.width).expand(-1, 2, -1, -1) / 4
-    inputs = (
-        torch.randn(args.batch, layout.tokens, args.width),
-        modulation,
-        torch.randn(args.batch, 512, args.width),
-    )
+    inputs = hidden, modulation, context
     for model in (ours, rival):
         step(model, inputs)
     for name, (mine, other) in pairs.items():
-        torch.testing.assert_close(
-            mine.grad, other.grad, atol=1e-4 * float(other.grad.abs().max()), rtol=1e-3, msg=name
-        )
+        tolerance = 1e-4 * float(other.grad.abs().max())
+        torch.testing.assert_close(mine.grad, other.grad, atol=tolerance, rtol=1e-3, msg=name)
+    return ours, rival, inputs
+
+
+def main() -> None:
+    args = arguments()
+    ours, rival, inputs = both(args)
     times = [(seconds(lambda: step(ours, inputs)), seconds(lambda: step(rival, inputs))) for _ in range(args.repeats)]
     mine, other = (min(column) for column in zip(*times, strict=True))  # the least disturbed of each
     bytes_mine, bytes_other = peak_bytes(ours, inputs), peak_bytes(rival, inputs)
@@ -179,7 +183,7 @@ def main() -> None:
         "rival_mib": round(bytes_other / 2**20, 1),
         "x_rival_time": round(other / mine, 3),
         "x_rival_memory": round(bytes_other / bytes_mine, 3),
-        "tokens": layout.tokens,
+        "tokens": inputs[0].shape[1],
     }
     print(json.dumps(figures))
 

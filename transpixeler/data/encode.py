@@ -119,7 +119,7 @@ def _survey(config: Config, model_cls: type[VideoModel]) -> tuple[Catalog, Work]
 def _encode(config: Config, model_cls: type[VideoModel], runtime: Runtime, work: Work, outcome: Outcome) -> None:
     clips = share(work.clips, rank=runtime.rank, ranks=runtime.world_size)
     texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
-    with _Writers(f"rank{runtime.rank}", outcome) as writers:
+    with _Writers(f"rank{runtime.rank}", outcome) as writers, _one_thread(runtime.device):
         if clips:
             _encode_clips(config, model_cls, runtime, clips, writers)
         if texts:
@@ -221,6 +221,19 @@ class _Writers:
 
     def __exit__(self, *fault: Any) -> None:
         self._stack.__exit__(*fault)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU ranks share the work and threads do not: torchrun gives a rank one thread anyway, so that the records of
+    one rank are those of many, and small convolutions lose far more to threads than they gain."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cores(runtime: Runtime) -> int:

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transpixeler.config import BucketRule, DataConfig, SourceConfig, TrainConfig, UserError
-from transpixeler.data.buckets import Assignment, Bucket, aspect_ratios, assign, bucket_groups, draw, micro_batch_for
+from transpixeler.data.buckets import (
+    Assignment,
+    Bucket,
+    aspect_ratios,
+    assign,
+    bucket_groups,
+    draw,
+    micro_batch_for,
+    rate,
+)
 from transpixeler.data.media import Media
 from transpixeler.data.pairs import Sample
 
@@ -171,6 +180,11 @@ def test_a_failed_draw_falls_to_the_next_smaller_bucket() -> None:
     assert abs(share[81] - 0.3) < 0.04 and abs(share[33] - 0.35) < 0.04
     assert len(result.dropped) + len(result.clips) == 1000 and "not drawn" in result.dropped[0][1]
     assert result != assigned(*many, frames=(1, 33, 81), buckets=rules, seed=1)
+
+
+def test_rates_are_exact() -> None:
+    rates = {5.0: 5, 16.0: 16, 12.5: Fraction(25, 2), 23.976: Fraction(24000, 1001), 29.97: Fraction(30000, 1001)}
+    assert {fps: rate(DataConfig(fps=fps)) for fps in rates} == rates
 
 
 def test_a_draw_is_the_same_everywhere() -> None:

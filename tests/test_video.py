@@ -96,6 +96,7 @@ KINDS = {
     "b_frames.mp4": ("libx264", "yuv420p", {"g": "30", "bf": "3"}),
     "open_gop.mkv": ("libx264", "yuv420p", {"x264-params": "open-gop=1:keyint=10:bframes=3"}),
     "hevc.mp4": ("libx265", "yuv420p", {"x265-params": "log-level=none:keyint=16"}),
+    "av1.mp4": ("libsvtav1", "yuv420p", {"preset": "11", "g": "16"}),
     "vp9.webm": ("libvpx-vp9", "yuv420p", {"g": "20", "cpu-used": "8", "deadline": "realtime"}),
     "vp8.webm": ("libvpx", "yuv420p", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "20"}),
     "intra.mov": ("prores_ks", "yuv422p10le", {}),

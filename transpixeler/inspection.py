@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,7 @@ def inspect_dataset(
     seed: int = 0,
 ) -> Inspection:
     """Opens and judges every sample, and writes the page; bad samples never stop it."""
-    found = scan(sources, streams, data)
+    found = scan(sources, streams, replace(data, on_bad="skip"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         judged = list(pool.map(lambda sample: _card(sample, data), found.samples))
     cards = [card for card in judged if isinstance(card, Card)]

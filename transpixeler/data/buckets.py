@@ -62,7 +62,8 @@ def assign(
 def rate(data: DataConfig) -> Fraction:
     """29.97 means 30000/1001 and is kept exact from here on."""
     near = Fraction(round(data.fps) * 1000, 1001)
-    return near if near and abs(near - Fraction(data.fps)) < Fraction(1, 200) else Fraction(str(data.fps))
+    meant = data.fps % 1 != 0 and abs(data.fps - near) < near / 5000
+    return near if meant else Fraction(str(data.fps))
 
 
 def bucket_groups(
@@ -85,9 +86,9 @@ def bucket_groups(
 def _explicit(size: tuple[int, int, int], unit: tuple[int, int], stride: int) -> Bucket:
     width, height, frames = size
     if width < 1 or height < 1 or width % unit[1] or height % unit[0]:
-        raise UserError(f"data.sizes: {width}×{height} is not a multiple of {unit[1]}×{unit[0]}, which the model needs")
+        raise UserError(f"data.sizes, {width}×{height}: not a multiple of {unit[1]}×{unit[0]}, which the model needs")
     if frames < 1 or (frames - 1) % stride:
-        raise UserError(f"data.sizes: {frames} frames is not {stride}k+1, which the video model needs")
+        raise UserError(f"data.sizes, {frames} frames: not {stride}k+1, which the video model needs")
     return Bucket(frames, height, width)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ALPHA_DECODERS = {"vp9": "libvpx-vp9", "vp8": "libvpx"}  # FFmpeg's own decoders of these drop the alpha plane
 HIDDEN_FRAMES = ("vp8",)  # packets may hold frames that are never shown: only decoding tells
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches nothing else
+SKIPPING = ("h264", "hevc")  # decoders that can be told packet by packet to leave out what nothing depends on
 UNTIMED = ("avi",)  # no presentation times: frames are counted as they come out of the decoder
 
 
@@ -64,7 +65,7 @@ def opened(path: Path, threads: int = 1) -> Iterator[tuple[av.container.InputCon
         if stream.codec_context is None:
             raise BadMedia("is in a format that this build of FFmpeg cannot decode")
         check_size(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.thread_count = threads or len(os.sched_getaffinity(0))
+        stream.codec_context.thread_count = threads or os.cpu_count() or 1
         stream.thread_type = "AUTO"
         yield container, stream
 
@@ -121,6 +122,10 @@ def _tagged_with_alpha(stream: av.VideoStream) -> bool:
     return any(name.lower() == "alpha_mode" and value == "1" for name, value in stream.metadata.items())
 
 
+def _alpha_decoder(stream: av.VideoStream) -> str | None:
+    return ALPHA_DECODERS.get(stream.codec_context.name) if _tagged_with_alpha(stream) else None
+
+
 def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
     """(width, height) with square pixels, the right way up."""
     aspect = stream.sample_aspect_ratio or 1
@@ -164,7 +169,8 @@ def _picked(
         return
     due = [line.times[number] for number in wanted]
     found = 0
-    for seek in (due[0], None) if wanted[0] else (None,):
+    whole = wanted[0] == 0 or (alpha and _alpha_decoder(stream))  # key frames of colour and alpha may differ
+    for seek in (None,) if whole else (due[0], None):
         for frame in _decoded(container, stream, alpha=alpha, seek=seek, due=frozenset(due)):
             if frame.pts is None or frame.pts > due[found]:
                 break
@@ -206,13 +212,13 @@ def _decoded(
 
     container.seek(0 if seek is None else seek, stream=None if seek is None else stream, backward=True)
     decoder = stream.codec_context
-    if alpha and _tagged_with_alpha(stream) and decoder.name in ALPHA_DECODERS:
-        threads = decoder.thread_count
-        decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
-        decoder.thread_count = threads
+    if alpha and (name := _alpha_decoder(stream)):
+        decoder = av.CodecContext.create(name, "r")
+        decoder.thread_count = stream.codec_context.thread_count
     for packet in container.demux(stream):  # the last one is empty and drains the decoder
         spare = bool(due) and packet.size > 0 and packet.pts not in due
         if spare and decoder.codec.intra_only:
             continue
-        decoder.skip_frame = "NONREF" if spare else "DEFAULT"
+        if decoder.name in SKIPPING:
+            decoder.skip_frame = "NONREF" if spare else "DEFAULT"
         yield from decoder.decode(packet)

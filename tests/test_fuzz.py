@@ -1,6 +1,8 @@
 """Whatever lies in a data folder, the answer is a sample or a reason: never another exception, a crash or a hang."""
 
+import os
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from fractions import Fraction
@@ -114,9 +116,8 @@ def use(path: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of what it forgives
 def test_every_mutated_file_is_used_or_named(tmp_path: Path) -> None:
-    import time
-
     (tmp_path / "seeds").mkdir()
     results = {"good": 0, "bad": 0, "long": 0}
     for name, content in media_cases(tmp_path / "seeds"):
@@ -137,8 +138,6 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(tmp_path: Path) -
 
 
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere")

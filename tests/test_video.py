@@ -270,9 +270,7 @@ def ghost(number: int) -> np.ndarray:
     """A red disc over hidden green; its edge is soft, and it moves."""
     y, x = np.mgrid[:64, :96]
     alpha = (20 - np.hypot(y - 32, x - 30 - number)).clip(0, 1)
-    return (
-        np.dstack([alpha > 0, alpha == 0, np.zeros_like(alpha), alpha]).astype(np.float64).__mul__(255).astype(np.uint8)
-    )
+    return (np.dstack([alpha > 0, alpha == 0, 0 * alpha, alpha]) * 255).astype(np.uint8)
 
 
 def write_animation(path: Path, frames: list[np.ndarray]) -> None:

@@ -110,6 +110,15 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from transpixeler import report
+
+    print(report.write_report(Path(arguments.run)))
+    return 0
+
+
 # --- the parser ------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_cache(commands)
     _add_train(commands)
+    _add_report(commands)
     return parser
 
 
@@ -176,6 +186,12 @@ def _add_train(commands: Any) -> None:
         metavar="RUN",
         help="go on from the newest valid checkpoint of the latest run, or of this run or checkpoint folder",
     )
+
+
+def _add_report(commands: Any) -> None:
+    text = "Writes RUN/report.html anew: curves, held-out losses, alpha, sample videos, speed and skipped clips."
+    parser = _add(commands, "report", _report, "write a run's report page", text)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, such as OUTPUT_DIR/latest")
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------

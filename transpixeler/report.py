@@ -8,6 +8,7 @@ place in the folder.
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from transpixeler import configfile
-from transpixeler.config import Config, UserError
+from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.rgba import FACTS
 from transpixeler.runs import CONFIG
 from transpixeler.runtime import write_whole
@@ -34,8 +35,9 @@ UNDRAWN = ("step", "samples")  # of a step's line
 
 def write_report(run: Path) -> Path:
     """Writes the page anew and returns where it is."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run}: holds no {CONFIG}, so it is no run's folder; give OUTPUT_DIR/latest or OUTPUT_DIR/RUN")
+    for name in (CONFIG, METRICS):
+        if not (run / name).is_file():
+            raise UserError(f"{run}: holds no {name}, so it is no run's folder; give OUTPUT_DIR/latest or OUTPUT_DIR/RUN")
     page = run / PAGE
     write_whole(page, render(gather(run)))
     return page
@@ -67,7 +69,7 @@ def render(data: Mapping[str, Any]) -> str:
     page = (ASSETS / "report.html").read_text(encoding="utf-8")
     for name in ("chart.js", "report.js"):
         page = page.replace(f"/* {name} */", (ASSETS / name).read_text(encoding="utf-8"))
-    return page.replace("<!-- title -->", _escaped(data["name"])).replace("<!-- data -->", value)
+    return page.replace("<!-- title -->", html.escape(data["name"])).replace("<!-- data -->", value)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -110,7 +112,16 @@ def _finite(value: Any) -> Any:
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The keys that were set to something else than their default."""
     default = dict(_flat(configfile.plain(Config())))
-    return [(key, value) for key, value in _flat(config) if default.get(key) != value]
+    return [(key, _set(value)) for key, value in _flat(config) if default.get(key) != value]
+
+
+def _set(value: Any) -> Any:
+    """Of a list of data sets or rules what was said of each, without what nobody said."""
+    if not isinstance(value, list):
+        return value
+    unset = configfile.plain(SourceConfig(""))
+    short = [{k: v for k, v in p.items() if unset.get(k) != v} if isinstance(p, dict) else p for p in value]
+    return [part["path"] if isinstance(part, dict) and list(part) == ["path"] else part for part in short]
 
 
 def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -155,9 +166,3 @@ def _source(path: Path, run: Path, left: int) -> tuple[str, int]:
     if size > min(left, EMBED_FILE):
         return path.relative_to(run).as_posix(), 0
     return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}", size
-
-
-def _escaped(text: str) -> str:
-    import html
-
-    return html.escape(text)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from transpixeler.config import LogConfig
@@ -26,6 +27,7 @@ from transpixeler.runtime import write_whole
 logger = logging.getLogger("transpixeler")
 
 METRICS = "metrics.jsonl"
+BOARD_SIDE = 480  # pixels at most of a video on TensorBoard
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
 # dense bf16 TFLOP/s of one device, by a part of its name; the first that fits
 PEAKS = (
@@ -105,6 +107,23 @@ class Telemetry:
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
 
+    def still(self, step: int, name: str, picture: np.ndarray) -> None:
+        """A uint8 [H,W,3] picture on the board."""
+        if self.board is not None:
+            self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def video(self, step: int, name: str, frames: np.ndarray, *, fps: float) -> None:
+        """uint8 [F,H,W,3] frames as an animated picture, which is how the board plays videos."""
+        if self.board is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        small = frames[:, :: (skip := 1 + max(frames.shape[1:3]) // (BOARD_SIDE + 1)), ::skip]
+        image = Summary.Image(
+            height=small.shape[1], width=small.shape[2], colorspace=3, encoded_image_string=_gif(small, fps)
+        )
+        self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
     def close(self) -> None:
         self.metrics.close()
         if self.bar is not None:
@@ -127,6 +146,17 @@ class Telemetry:
             left = _clock(pace * (self.total - step))
             text = ", ".join(f"{key} {value}" for key, value in shown.items())
             logger.info("step %d of %d, %s, %.3g s a step, %s left", step, self.total, text, pace, left)
+
+
+def _gif(frames: np.ndarray, fps: float) -> bytes:
+    import io
+
+    from PIL import Image
+
+    first, *rest = map(Image.fromarray, frames)
+    out = io.BytesIO()
+    first.save(out, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return out.getvalue()
 
 
 def _is_number(key: str, value: Any) -> bool:

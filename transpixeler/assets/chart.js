@@ -75,12 +75,12 @@ function path(xs, ys, x, y) {
 
 // series: {name, x, y, color, dash, raw: draw the points faintly under their smoothed curve, marks: a dot on each point}
 class Chart {
-  constructor({ title, sub, series, height = 220, zero = false, xlabel = "step", xname = v => `step ${short(v)}`, wide = false }) {
+  constructor({ title, sub, line, series, height = 220, zero = false, xlabel = "step", xname = v => `step ${short(v)}`, wide = false }) {
     Object.assign(this, { series, height, zero, xlabel, xname, weight: 0 });
     this.tip = el("div", { class: "tip", hidden: "" });
     this.svg = document.createElementNS(SVG, "svg");
     const head = el("h3", {}, title, sub ? el("small", {}, ` ${sub}`) : null);
-    this.node = el("figure", { class: wide ? "card wide" : "card" }, head, this.legend(), this.svg, this.tip);
+    this.node = el("figure", { class: wide ? "card wide" : "card" }, head, line ? el("div", { class: "legend" }, line) : this.legend(), this.svg, this.tip);
     this.svg.setAttribute("role", "img");
     this.svg.setAttribute("aria-label", `${title}: ${series.map(ending).join(", ")}`);
     this.svg.onpointermove = this.svg.onpointerdown = event => this.point(event);
@@ -99,7 +99,7 @@ class Chart {
     this.svg.replaceChildren();
     this.svg.setAttribute("height", this.height);
     for (const s of this.series) s.smooth = s.raw ? smoothed(s.y, this.weight) : null;
-    const [low, high] = span(this.series, this.zero), rows = ticks(low, high, this.height / 52);
+    const [low, high] = span(this.series, this.zero), rows = ticks(low, high, this.height / 44);
     const left = Math.max(...rows.map(v => short(v).length)) * 6.6 + 12;
     const xs = this.series.flatMap(s => s.x), first = Math.min(...xs), last = Math.max(...xs);
     const right = width - MARGIN.right, bottom = this.height - MARGIN.bottom;
@@ -122,12 +122,12 @@ class Chart {
       const edge = this.x(v) > right - 14;
       draw(this.svg, "text", { x: edge ? right + MARGIN.right : this.x(v), y: bottom + 17, "text-anchor": edge ? "end" : "middle" }, short(v));
     }
-    draw(this.svg, "text", { x: 0, y: bottom + 17 }, this.xlabel);
+    if (this.x(whole[0]) > 44) draw(this.svg, "text", { x: 0, y: bottom + 17 }, this.xlabel);
   }
 
   curves({ left, right, bottom }) {
     const id = `clip${Math.random().toString(36).slice(2)}`;
-    draw(draw(this.svg, "clipPath", { id }), "rect", { x: left, y: 0, width: right - left + 6, height: bottom });
+    draw(draw(this.svg, "clipPath", { id }), "rect", { x: left - 4, y: 0, width: right - left + 8, height: bottom });
     const group = draw(this.svg, "g", { "clip-path": `url(#${id})` });
     for (const s of this.series) {
       const style = { stroke: s.color, "stroke-width": s.width ?? 1.8, "stroke-dasharray": s.dash ? "5 4" : "none" };

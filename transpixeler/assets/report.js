@@ -11,11 +11,14 @@ const ABOUT = {
   channel_spread: "is the matte grey?", edge_alignment: "matte edges on picture edges", fill_deviation: "colour under zero alpha",
   holes: "see-through inside shapes", flicker: "comes and goes", rgb_drift: "RGB against the base's", vae_psnr: "the VAE's own round trip",
 };
+const ALONE = new Set(["channel_spread", "edge_alignment", "fill_deviation", "holes", "flicker"]);
+const TITLES = { mad: "MAD", mse: "MSE", sad: "SAD", grad: "Grad", conn: "Conn", dtssd: "dtSSD", iou: "IoU", foreground_mse: "Foreground MSE", rgb_drift: "RGB drift", vae_psnr: "VAE PSNR" };
 const smoothing = [];
 
 const known = values => (values ?? []).filter(v => v !== null && v !== undefined);
 const mean = values => known(values).length ? known(values).reduce((a, b) => a + b, 0) / known(values).length : null;
 const tail = values => mean(known(values).slice(-Math.max(1, Math.ceil(known(values).length / 20))));
+const head = values => mean(known(values).slice(0, Math.max(1, Math.ceil(known(values).length / 20))));
 const percent = share => `${share > 0 ? "+" : share < 0 ? "−" : ""}${Math.abs(share * 100).toFixed(Math.abs(share) < 0.1 ? 1 : 0)} %`;
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 
@@ -44,10 +47,10 @@ function scope(value) {
 }
 
 function figures() {
-  const { last, manifest } = data, loss = tail(data.steps.loss), start = known(data.steps.loss)[0];
+  const { last, manifest } = data, loss = tail(data.steps.loss), start = head(data.steps.loss);
   const found = [
     figure("steps", (last.step ?? data.steps.step.at(-1) ?? 0).toLocaleString("en"), manifest.steps ? `of ${manifest.steps.toLocaleString("en")}, epoch ${last.epoch ?? "–"}` : ""),
-    figure("training loss", short(loss), loss === null ? "" : `${percent(loss / start - 1)} since the first step`),
+    figure("training loss", short(loss), loss === null ? "" : `${percent(loss / start - 1)} since the start`),
     ...heldOutFigures(), ...metricFigures(),
     figure("time in steps", time(data.seconds), last.seconds ? `${short(tail(data.steps.seconds))} s a step` : ""),
     figure("peak memory", last.memory_gib ? `${short(Number(last.memory_gib.toFixed(2)))} GiB` : "–", deviceName()),
@@ -170,7 +173,7 @@ function heldOutPart() {
   if (!data.evals.some(line => sets.some(set => line.eval[set].loss)))
     return [el("p", { class: "none" }, "Nothing was evaluated yet: data.eval names the clips, eval.every_steps and eval.every_epochs say when.")];
   const note = "The same clips with the same noise each time, so that every change is the model's. The base's line is the loss before the first step.";
-  return [el("p", { class: "note" }, note), charts("", sets.flatMap(set => streams.flatMap(s => [quantileChart(set, s), heldOutChart(set, s)])))];
+  return [el("p", { class: "note" }, note), charts("pairs", sets.flatMap(set => streams.flatMap(s => [quantileChart(set, s), heldOutChart(set, s)])))];
 }
 
 // --- alpha ---
@@ -189,12 +192,14 @@ function metricCurves() {
 function alphaPart() {
   const curves = metricCurves();
   if (!curves.length) return [el("p", { class: "none" }, "No sample was measured yet: eval.samples says how many clips of data.eval are sampled at each evaluation.")];
-  const list = curves.map(c => {
-    const way = HIGHER_IS_BETTER.has(c.name) ? "↑ is better" : "↓ is better";
-    const series = [{ ...c, color: "var(--accent)", marks: true }];
-    return new Chart({ title: c.name, sub: [sets.length > 1 ? c.set : "", ABOUT[c.name], way].filter(Boolean).join(" · "), series, height: 140 });
-  });
-  return [charts("small", list)];
+  const groups = [["Against the reference matte", curves.filter(c => !ALONE.has(c.name))], ["Without a reference", curves.filter(c => ALONE.has(c.name))]];
+  return groups.filter(([, list]) => list.length).flatMap(([title, list]) => [el("h3", { class: "group" }, title), charts("small", list.map(metricChart))]);
+}
+
+function metricChart(c) {
+  const way = HIGHER_IS_BETTER.has(c.name) ? "↑ more is better" : "↓ less is better";
+  const line = [sets.length > 1 ? c.set : "", ABOUT[c.name], way].filter(Boolean).join(" · ");
+  return new Chart({ title: TITLES[c.name] ?? c.name.replaceAll("_", " "), line, series: [{ ...c, color: "var(--accent)", marks: true }], height: 150 });
 }
 
 // --- samples ---
@@ -304,7 +309,7 @@ function dataPart() {
   const reasons = new Map();
   for (const [, reason] of data.skipped) reasons.set(reason, (reasons.get(reason) ?? 0) + 1);
   const parts = [el("p", { class: "lead" }, counts.map(([set, n]) => `${plural(n, "clip")} to ${set === "train" ? "train on" : "evaluate"}`).join(", "), data.skipped.length ? `; ${data.skipped.length.toLocaleString("en")} skipped.` : "; none was skipped.")];
-  if (reasons.size > 1) parts.push(details("Why clips were skipped", plural(reasons.size, "reason"), table(["reason", "clips"], [...reasons].sort((a, b) => b[1] - a[1]), [1]), true));
+  if (reasons.size < data.skipped.length) parts.push(details("Why clips were skipped", plural(reasons.size, "reason"), table(["reason", "clips"], [...reasons].sort((a, b) => b[1] - a[1]), [1]), true));
   if (data.skipped.length) parts.push(details("Skipped clips", data.skipped.length.toLocaleString("en"), table(["sample", "reason"], data.skipped), data.skipped.length <= 20));
   return parts;
 }

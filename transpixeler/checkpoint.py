@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -72,16 +73,36 @@ def materialize(optimizer: Optimizer | None) -> None:
         group["lr"], group["weight_decay"] = lr, decay
 
 
+def _quantized(tensor: Tensor) -> Tensor | None:
+    """What this rank holds, where that is a tensor subclass of codes and scales."""
+    inner = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return inner if hasattr(type(inner), "__tensor_flatten__") and hasattr(inner, "codes") else None
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """Quantized moments as numbers: their blocks fit no other sharding."""
-    inner = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if not hasattr(inner, "dequantize") or type(inner) is Tensor or isinstance(inner, nn.Parameter):
+    inner = _quantized(tensor)
+    if inner is None:
         return tensor
     values = inner.dequantize()
     if isinstance(tensor, DTensor):
         shape, stride = tensor.shape, tensor.stride()
         return DTensor.from_local(values, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
     return values
+
+
+def _codes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Quantized moments as they are, under their shard's place: the same layout resumes with the very same bits."""
+    found = {}
+    for name, tensor in tensors.items():
+        inner = _quantized(tensor)
+        if inner is not None:
+            place = "0"
+            if isinstance(tensor, DTensor):
+                axes = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+                place = "-".join(str(at) for at, placement in axes if placement.is_shard())
+            found |= {f"{name}.{part}.{place}": getattr(inner, part) for part in inner.__tensor_flatten__()[0]}
+    return found
 
 
 # --- whole folders ---------------------------------------------------------------------------------------------------
@@ -198,7 +219,7 @@ class Checkpointer:
             partial.mkdir(parents=True)
         if self.runtime.broadcast(final.exists()):  # saved at this very step already
             return
-        plain = {name: _plain(tensor) for name, tensor in tensors.items()}
+        plain = {name: _plain(tensor) for name, tensor in tensors.items()} | _codes(tensors)
         save = _Save(step)
         self._running = save
         if self.config.asynchronous and not wait:
@@ -243,7 +264,7 @@ class Checkpointer:
             self._list_own_files(partial)
             if self.runtime.is_main:
                 self._publish(partial, final, state)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             save.fault = _reason(error)
 
     def _list_own_files(self, partial: Path) -> None:
@@ -296,21 +317,21 @@ def _reason(error: BaseException) -> str:
 
 
 @torch.no_grad()
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def load(folder: Path, tensors: Mapping[str, Tensor], *, same_layout: bool) -> None:
     """Fills the tensors in place from a checkpoint of any layout. A collective call."""
     plain = {name: _plain(tensor) for name, tensor in tensors.items()}
+    codes = _codes(tensors) if same_layout else {}
     stored = set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
-    missing = sorted(set(plain) - stored)
+    missing = sorted({*plain, *codes} - stored)
     if missing:
         raise UserError(
             f"{folder}: holds no {missing[0]} ({len(missing)} tensors are missing); it is of another config"
         )
     dcp.load(plain, checkpoint_id=folder)
     for name, tensor in tensors.items():
-        if plain[name] is not tensor:  # back into its quantized form
-            _copy_local(tensor, plain[name])
-
-
-def _copy_local(into: Tensor, source: Tensor) -> None:
-    target = into.to_local() if isinstance(into, DTensor) else into
-    target.copy_(source.to_local() if isinstance(source, DTensor) else source)
+        inner = _quantized(tensor)
+        if inner is not None:  # back into codes
+            values = plain[name]
+            inner.copy_(values.to_local() if isinstance(values, DTensor) else values)
+    if codes:
+        dcp.load(codes, checkpoint_id=folder)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transpixeler.config import Config, UserError
 
 if TYPE_CHECKING:
-    pass
+    from transpixeler.data.upkeep import Report
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -83,20 +83,27 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _cache(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from transpixeler.data import encode
-    from transpixeler.models.base import model_class
+    from transpixeler.data import upkeep
 
+    what = {name: getattr(arguments, name) for name in ("verify", "gc", "rebuild", "list")}
     with _running(config) as runtime:
-        encode.cache_command(
-            config,
-            model_class(config.model.family),
-            runtime,
-            verify=arguments.verify,
-            gc=arguments.gc,
-            rebuild=arguments.rebuild,
-            list=arguments.list,
-        )
-    return 0
+        report = upkeep.cache_command(config, runtime, **what)
+        if runtime.is_main:
+            _print_cache(report, arguments)
+    return 1 if report.problems else 0
+
+
+def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
+    for shelf in report.shelves:
+        size = f"{shelf.bytes / 2**20:,.1f} MiB in {shelf.segments} segments"
+        print(f"{shelf.name:40} {shelf.records:>9,} records, {size}")
+    for problem in report.problems:
+        print(problem)
+    if arguments.verify:
+        bad = len(report.problems)
+        print(f"{bad} damaged: they count as missing now and are encoded next time" if bad else "every record is whole")
+    if arguments.gc or arguments.rebuild:
+        print(f"removed {report.removed_records:,} records, {report.removed_bytes / 2**20:,.1f} MiB")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -107,6 +114,38 @@ def _train(arguments: argparse.Namespace) -> int:
         folder = trainer.train(config, runtime, resume=arguments.resume)
         if runtime.is_main:
             print(folder)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from transpixeler import configfile
+
+    if arguments.dataset.endswith((".yaml", ".yml")):
+        config = configfile.load(arguments.dataset, arguments.overrides)
+    else:
+        config = configfile.from_overrides([f"data.train=[{{path: {arguments.dataset!r}}}]", *arguments.overrides])
+    from transpixeler import inspection
+
+    sources = (*config.data.train, *config.data.eval)
+    found = inspection.inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data)
+    print(found)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from transpixeler import export
+
+    made = export.export_command(
+        arguments.path,
+        format=arguments.format,
+        out=arguments.out,
+        base=arguments.base,
+        alpha=arguments.alpha,
+        stream=arguments.stream,
+    )
+    print(made)
     return 0
 
 
@@ -141,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_cache(commands)
     _add_train(commands)
+    _add_inspect(commands)
+    _add_export(commands)
     _add_report(commands)
     return parser
 
@@ -186,6 +227,26 @@ def _add_train(commands: Any) -> None:
         metavar="RUN",
         help="go on from the newest valid checkpoint of the latest run, or of this run or checkpoint folder",
     )
+
+
+def _add_inspect(commands: Any) -> None:
+    text = "Opens every sample of a data set, judges its matte, and writes one page that shows them all."
+    parser = _add(commands, "inspect", _inspect, "find every bad pair, and see the good ones", text)
+    parser.add_argument("dataset", metavar="DATASET", help="a folder of pairs, a manifest, or a config")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set, such as data.fill=black")
+    parser.add_argument("--out", default="inspect.html", metavar="PAGE", help="where to write (inspect.html)")
+
+
+def _add_export(commands: Any) -> None:
+    text = "Writes an adapter, or a run's newest, under the names that another program reads, or merged into its base."
+    parser = _add(commands, "export", _export, "an adapter for other programs, or merged", text)
+    parser.add_argument("path", metavar="RUN_OR_ADAPTER", help="a run's folder, an adapter's, a file or a Hub id")
+    formats = ("transpixeler", "comfyui", "diffusers", "kohya", "merged")
+    parser.add_argument("--format", required=True, choices=formats, help="whose names, or `merged` for a full model")
+    parser.add_argument("--out", required=True, metavar="PATH", help="a folder, or a .safetensors file")
+    parser.add_argument("--base", default="", metavar="MODEL", help="for `merged`, where the adapter does not say it")
+    parser.add_argument("--alpha", type=float, help="of a foreign adapter whose file does not say it")
+    parser.add_argument("--stream", default="seg", help="that a foreign joint adapter's embedding is for (seg)")
 
 
 def _add_report(commands: Any) -> None:

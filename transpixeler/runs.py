@@ -36,6 +36,7 @@ class Run:
 
     folder: Path
     resume_from: Path | None = None
+    changed: tuple[str, ...] = ()  # what its config has that the checkpoint's had not
 
     @property
     def checkpoints(self) -> Path:
@@ -58,8 +59,8 @@ def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     if found is None:
         logger.info("%s: no checkpoint to resume yet; training starts from the beginning", folder)
     else:
-        _compare(config, found)
-    return Run(folder, found)
+        return Run(folder, found, _changes(config, found))
+    return Run(folder)
 
 
 def _new(config: Config, runtime: Runtime, output: Path) -> Run:
@@ -113,8 +114,8 @@ def _insist_valid(folder: Path) -> None:
 # --- another config --------------------------------------------------------------------------------------------------
 
 
-def _compare(config: Config, folder: Path) -> None:
-    """Says what differs from the checkpoint's config; refuses what its tensors cannot follow."""
+def _changes(config: Config, folder: Path) -> tuple[str, ...]:
+    """What differs from the checkpoint's config; refuses what its tensors cannot follow."""
     before = _flat(checkpoint.read_state(folder)["config"])
     changed = {
         key: (before.get(key), value)
@@ -127,8 +128,7 @@ def _compare(config: Config, folder: Path) -> None:
         raise UserError(
             f"--resume: {folder.name} was trained with another model: {lines}; start a new run without --resume"
         )
-    for key, (old, new) in changed.items():
-        logger.info("resuming with another config: %s was %r, is %r", key, old, new)
+    return tuple(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:

@@ -256,11 +256,15 @@ class Trainer:
         """Fills everything from the run's checkpoint; the number of steps that are done."""
         if self.run.resume_from is None:
             return 0
+        state = checkpoint.read_state(self.run.resume_from)
         checkpoint.materialize(self.optimizer)
-        checkpoint.load(self.run.resume_from, self._tensors())
-        step = checkpoint.read_state(self.run.resume_from)["step"]
+        same = state["layout"] == dataclasses.asdict(self.mesh.layout)
+        checkpoint.load(self.run.resume_from, self._tensors(), same_layout=same)
+        step = state["step"]
         if self.runtime.is_main:
             logger.info("resumed %s at step %d", self.run.resume_from, step)
+            for change in self.run.changed:
+                logger.info("resumed with another config: %s", change)
         return step
 
     def _finish(self) -> None:

@@ -1,0 +1,34 @@
+"""What several test files stand on: a small demo with its cache, made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo folder whose clips are all in the cache: 10 clips of 4 buckets. Nobody writes into it."""
+    from tests.ranks import run_ranks
+    from transpixeler.demo import write_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    write_demo(folder, train_clips=10, eval_clips=2)
+    run_ranks(_cache, 2, folder)
+    return folder
+
+
+def _cache(rank: int, world_size: int, folder: Path) -> None:
+    import torch
+
+    from transpixeler import configfile
+    from transpixeler.data.encode import encode_missing
+    from transpixeler.models.wan import WanModel
+    from transpixeler.runtime import Runtime
+
+    config = configfile.load(folder / "config.yaml")
+    encode_missing(config, WanModel, Runtime(rank, world_size, rank, torch.device("cpu")))

@@ -209,6 +209,23 @@ def test_two_sets_and_two_runs_share_what_they_share(model: Path, tmp_path: Path
     assert counted.loads == []
 
 
+def test_one_file_with_alpha_gives_both_streams_and_its_fill_policy_counts(
+    model: Path, tmp_path: Path, counted: Counted
+) -> None:
+    (tmp_path / "d").mkdir()
+    write_png(tmp_path / "d/a.png", np.concatenate([picture(0), picture(1)[..., :1] // 64 * 85], 2))
+    (tmp_path / "d/a.txt").write_text("see through")
+    rgba = f"data.train=[{{path: {tmp_path / 'd'}, rgba: true}}]"
+    (item,) = run(config(model, tmp_path / "d", rgba)).train.items
+    assert len(set(item.latent_keys)) == 2 and counted.videos == 2
+    (filled,) = run(config(model, tmp_path / "d", rgba, "data.fill=black")).train.items
+    assert not set(filled.latent_keys) & set(item.latent_keys) and filled.text_key == item.text_key
+    write_pair(tmp_path / "pairs", "a", 0)
+    (pair,) = run(config(model, tmp_path / "pairs")).train.items
+    (same,) = run(config(model, tmp_path / "pairs", "data.fill=black")).train.items
+    assert pair == same  # where no file has alpha there is nothing to fill
+
+
 def test_other_weights_encode_anew_beside_the_old(model: Path, tmp_path: Path, counted: Counted) -> None:
     import shutil
 

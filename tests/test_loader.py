@@ -30,6 +30,7 @@ def orders(draw: st.DrawFn) -> Order:
     return make_order(buckets=buckets, repeats=repeats, seed=draw(st.integers(0, 2**40)), global_batch=batch)
 
 
+@settings(deadline=None)
 @given(order=orders(), epochs=st.integers(1, 6))
 def test_each_item_appears_once_an_epoch_give_or_take_what_the_batch_cuts(order: Order, epochs: int) -> None:
     seen = Counter(int(item) for epoch in range(epochs) for batch in order.batches(epoch) for item in batch)
@@ -42,6 +43,7 @@ def test_each_item_appears_once_an_epoch_give_or_take_what_the_batch_cuts(order:
             assert 0 <= missing <= -(-left // len(row.items)) * times  # 1 where the rest is shorter than an epoch
 
 
+@settings(deadline=None)
 @given(order=orders(), epoch=st.integers(0, 5))
 def test_a_batch_is_of_one_bucket_and_no_epoch_is_like_another(order: Order, epoch: int) -> None:
     batches = list(order.batches(epoch))
@@ -52,6 +54,7 @@ def test_a_batch_is_of_one_bucket_and_no_epoch_is_like_another(order: Order, epo
     assert all(np.array_equal(one, two) for one, two in zip(batches, order.batches(epoch)))
 
 
+@settings(deadline=None)
 @given(order=orders(), epoch=st.integers(0, 4), data=st.data())
 def test_any_point_can_be_resumed(order: Order, epoch: int, data: st.DataObject) -> None:
     whole = list(order.batches(epoch))
@@ -188,10 +191,10 @@ def test_waiting_is_measured_and_closing_never_hangs(tmp_path: Path) -> None:
     order = dataset.order(seed=0, global_batch=4)
     loader = Loader(Assembler(dataset, patch=(1, 2, 2)), order, prepare=slow)
     next(loader)
-    assert 0.03 < loader.wait_seconds < 0.5
+    assert loader.wait_seconds > 0.03
     time.sleep(0.4)  # the thread now waits for room
     next(loader)
-    assert loader.wait_seconds < 0.01
+    assert loader.wait_seconds < 0.03
     loader.close()
     assert not loader._thread.is_alive()
 

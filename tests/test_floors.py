@@ -11,8 +11,8 @@ FLOORS = [
     {"config", "configfile", "runtime"},
     {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "telemetry"},
-    {"checkpoint", "export", "adapters", "runs", "saving", "sampling"},
-    {"trainer", "evaluate", "hub", "demo", "inspection", "report"},
+    {"checkpoint", "export", "adapters", "runs", "saving", "sampling", "trained"},
+    {"trainer", "evaluate", "hub", "demo", "inspection", "report", "generate"},
     {"cli", "__main__"},
 ]
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}

@@ -29,13 +29,13 @@ from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.models import costs
 from transpixeler.models.base import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout
-from transpixeler.models.weights import WeightSource
 from transpixeler.objective import Example
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.runs import Requests, Run
 from transpixeler.runtime import Runtime, log_to_file, steady_garbage, write_whole
 from transpixeler.saving import Saver
+from transpixeler.trained import base_weights, make_model
 
 logger = logging.getLogger("transpixeler")
 
@@ -93,7 +93,7 @@ class Trainer:
         self.order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.total = self._total_steps()
         self.mesh = meshes.build(layout, runtime)
-        self.engine = build_engine(config, self.mesh, self._make_model, self._base())
+        self.engine = build_engine(config, self.mesh, partial(make_model, config), base_weights(config))
         self.trained = {name: p for name, p in self.engine.named_parameters() if p.requires_grad}
         optim.check_groups([name for names in runtime.gather(list(self.trained)) for name in names], config.optim)
         self.optimizer = optim.build(self.trained, config.optim)
@@ -328,20 +328,6 @@ class Trainer:
         logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
 
     # -- making
-
-    def _make_model(self) -> VideoModel:
-        return self.model_cls.from_config(
-            self.model_cls.read_config(self.config.model.path),
-            streams=tuple(self.config.streams),
-            rgb_attends_aux=self.config.model.rgb_attends_aux,
-            attention=self.config.model.attention,
-        )
-
-    def _base(self) -> Any:
-        """Where base weights are read from, with `model.fuse`'s adapters added on the way."""
-        source = WeightSource(self.config.model.path)
-        fused = [adapters.read_adapter(path) for path in self.config.model.fuse]
-        return export.FusedSource(source, fused) if fused else source
 
     def _start_from_adapter(self) -> None:
         if self.config.lora.init_from and self.run.resume_from is None:

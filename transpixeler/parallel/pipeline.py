@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,14 +127,33 @@ class Engine:
         self, x: Tensor, conditions: Conditions, layout: StreamLayout, micro_batch: int | None = None
     ) -> Tensor:
         """Velocity [b, N] on every rank of the pipeline; nothing of training changes."""
-        size = micro_batch or len(x)
+        rows, size = len(x), micro_batch or len(x)
         if self.config.pipeline == 1:
             chunks = zip(x.split(size), *(c.split(size) for c in conditions), strict=True)
             return torch.cat([self.stages[0](*chunk, layout=layout) for chunk in chunks])
+        unit = size * (self.config.pipeline if self.config.schedule in INTERLEAVED else 1)
+        x, *others = (_extended(t, -rows % unit) for t in (x, *conditions))
+        conditions = Conditions(*others)
         schedule = self._schedule(layout, conditions, size, len(x) // size, training=False)
         inputs = (x, *conditions) if self.mesh.is_first_stage else ()
         out = schedule.step(*inputs, layout=layout)
-        return self._from_last(out, (len(x), layout.elements))
+        return self._from_last(out, (len(x), layout.elements))[:rows]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout inside. Weights that a forward gathered are let go at the end, or a change of their shards, such
+        as the mean's in place of the parameters, would not be seen."""
+        before = [stage.training for stage in self.stages]
+        for stage in self.stages:
+            stage.eval()
+        try:
+            yield
+        finally:
+            for stage, training in zip(self.stages, before, strict=True):
+                stage.train(training)
+                for module in stage.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     # -- one stage
 
@@ -247,6 +267,11 @@ class Engine:
 
 def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
     return (errors * weights).sum()
+
+
+def _extended(tensor: Tensor, rows: int) -> Tensor:
+    """The last row again, where microbatches must be full."""
+    return torch.cat([tensor, tensor[-1:].expand(rows, *tensor.shape[1:])]) if rows else tensor
 
 
 def _rows(example: Example, rows: slice) -> Example:

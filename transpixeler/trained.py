@@ -1,0 +1,209 @@
+"""What was trained, and the base under it: a run, an adapter or nothing goes in, an engine that computes it comes out.
+
+Training takes its model from the same two functions, `make_model` and `base_weights`, so that a config becomes a model
+in one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transpixeler import adapters, configfile, export
+from transpixeler.adapters import ADAPTER_FILE, Adapter
+from transpixeler.config import Config, UserError
+from transpixeler.models import lora
+from transpixeler.models.base import VideoModel, model_class
+from transpixeler.models.weights import Readable, WeightSource
+from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel.build import build_engine
+from transpixeler.parallel.pipeline import Engine
+from transpixeler.runs import CONFIG, LATEST
+from transpixeler.runtime import Runtime
+
+MODEL = "transformer"  # folder of a model that was trained in full
+EMA = "ema"
+
+
+# --- a config's model ------------------------------------------------------------------------------------------------
+
+
+def make_model(config: Config) -> VideoModel:
+    """The whole model on the current default device, without weights."""
+    model_cls = model_class(config.model.family)
+    return model_cls.from_config(
+        model_cls.read_config(config.model.path),
+        streams=tuple(config.streams),
+        rgb_attends_aux=config.model.rgb_attends_aux,
+        attention=config.model.attention,
+    )
+
+
+def base_weights(config: Config) -> Readable:
+    """Where base weights are read from, with `model.fuse`'s adapters added on the way."""
+    source = WeightSource(config.model.path)
+    fused = [adapters.read_adapter(path) for path in config.model.fuse]
+    return export.FusedSource(source, fused) if fused else source
+
+
+# --- what was trained ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What to sample from or to evaluate."""
+
+    config: Config
+    name: str  # as the user knows it: a path, or `base`
+    adapter: Adapter | None = None  # of a model that was trained in full: its stream embeddings
+    weights: Path | None = None  # of a model that was trained in full
+    run: Path | None = None
+
+    @property
+    def step(self) -> int | None:
+        text = self.adapter.metadata.get("step", "") if self.adapter else ""
+        return int(text) if text.isdigit() else None
+
+
+def base(config: Config) -> Trained:
+    """The model before anything is learned."""
+    return Trained(config, "base")
+
+
+def base_alone(overrides: Sequence[str]) -> Trained:
+    """A base model without any config: it knows one stream."""
+    config = configfile.from_overrides(["streams={rgb: ''}", "lora.enabled=false", *overrides])
+    if not config.model.path:
+        raise UserError("sample: name a run or an adapter, or give a base with --model")
+    return base(config)
+
+
+def find(
+    source: str, overrides: Sequence[str] = (), *, config: Config | None = None, ema: bool | None = None
+) -> Trained:
+    """A run (its newest save), a save or an adapter file. `ema`: the means, or not; None for means where there are any.
+
+    The config is the given one, or stands beside what was saved; a bare adapter file says itself what it needs.
+    """
+    path = Path(source).expanduser()
+    run = next((folder.resolve() for folder in (path / LATEST, path) if (folder / CONFIG).is_file()), None)
+    save = _newest(run) if run is not None and not _is_save(run) else path
+    save = _choose(save, ema)
+    if config is None:
+        config = _config_of(save, overrides)
+    run = run if run is not None and not _is_save(run) else None
+    if (save / MODEL).is_dir():
+        embeddings = adapters.read_adapter(save) if (save / ADAPTER_FILE).is_file() else None
+        return Trained(config, str(save), embeddings, weights=save / MODEL, run=run)
+    return Trained(config, str(save), adapters.read_adapter(save), run=run)
+
+
+def _is_save(folder: Path) -> bool:
+    return (folder / MODEL).is_dir() or (folder / ADAPTER_FILE).is_file()
+
+
+def _newest(run: Path) -> Path:
+    full = [folder.parent for name in ("epoch*", "step*") for folder in run.glob(f"{name}/{MODEL}")]
+    if full:
+        return max(full, key=lambda folder: folder.stat().st_mtime)
+    if not any(run.glob(f"*/{ADAPTER_FILE}")):
+        raise UserError(f"{run}: nothing is saved there yet; save.every_steps and save.every_epochs say when")
+    return adapters.adapter_file(run).parent
+
+
+def _choose(save: Path, ema: bool | None) -> Path:
+    """The folder of the means beside the raw weights."""
+    if ema is False or not save.is_dir() or save.name == EMA:
+        return save
+    if _is_save(save / EMA):
+        return save / EMA
+    if ema:
+        raise UserError(f"--ema: {save} holds no {EMA}; it was trained with optim.ema=0. Leave the option out")
+    return save
+
+
+def _config_of(save: Path, overrides: Sequence[str]) -> Config:
+    folder = save if save.is_dir() else save.parent
+    for place in (folder, folder.parent) if folder.name == EMA else (folder,):
+        if (place / CONFIG).is_file():
+            return configfile.load(place / CONFIG, overrides)
+    return _config_from(adapters.read_adapter(save), str(save), overrides)
+
+
+def _config_from(adapter: Adapter, name: str, overrides: Sequence[str]) -> Config:
+    """What a bare adapter file says of the model that it is for."""
+    said = adapter.metadata
+    streams = [s for s in said.get("streams", "").split(",") if s] or ["rgb", *adapter.stream_embeddings]
+    keys = {"streams": "{" + ", ".join(f"{s}: {'_' + s if i else repr('')}" for i, s in enumerate(streams)) + "}"}
+    if said.get("rgb_attends_aux"):
+        keys["model.rgb_attends_aux"] = said["rgb_attends_aux"]
+    if said.get("base_model"):
+        keys["model.path"] = said["base_model"]
+    written = [f"{key}={value}" for key, value in keys.items()]
+    config = configfile.from_overrides(["lora.enabled=false", *written, *overrides])
+    if not config.model.path:
+        raise UserError(f"{name} does not say which base it was trained on; give one with --model")
+    return config
+
+
+# --- its engine ------------------------------------------------------------------------------------------------------
+
+
+def open_engine(trained: Trained, mesh: meshes.Mesh) -> Engine:
+    """Nothing in it is trained: the adapter has the ranks, strengths and scopes that its file says."""
+    config, adapter = _frozen(trained.config), trained.adapter
+
+    def make() -> VideoModel:
+        model = make_model(config)
+        if adapter is not None:
+            _check_fits(adapter, model, trained.name, config.model.path)
+            export.inject_adapter(model, adapter)
+        return model
+
+    source = WeightSource(trained.weights) if trained.weights else base_weights(config)
+    engine = build_engine(config, mesh, make, source)
+    for model in engine.models() if adapter is not None else ():
+        export.apply_adapter(model, adapter)
+    return engine
+
+
+def arranged(config: Config, runtime: Runtime, *, asked: bool) -> tuple[Config, meshes.Layout]:
+    """The config's layout where it fits the processes at hand; else, unless the user asked for it, replicas."""
+    try:
+        return config, meshes.resolve(config.parallel, runtime.world_size)
+    except UserError:
+        if asked:
+            raise
+    parallel = replace(config.parallel, pipeline=1, replicate=0, shard=1, split=(), schedule="auto")
+    return replace(config, parallel=parallel), meshes.resolve(parallel, runtime.world_size)
+
+
+def _frozen(config: Config) -> Config:
+    """No backward pass comes, so nothing is kept for one, and a compiler would take longer than it saves."""
+    compile = "on" if config.parallel.compile == "on" else "off"
+    return replace(
+        config,
+        model=replace(config.model, trainable=()),
+        lora=replace(config.lora, enabled=False),
+        parallel=replace(config.parallel, recompute="none", compile=compile),
+    )
+
+
+def _check_fits(adapter: Adapter, model: VideoModel, name: str, base: str) -> None:
+    linears, there = lora.targets(model), dict(model.named_parameters())
+    wanted = {t: (adapter.up(t).shape[0], adapter.down(t).shape[1]) for t in adapter.targets}
+    found = {t: (linears[t].out_features, linears[t].in_features) for t in adapter.targets if t in linears}
+    for stream, embedding in adapter.stream_embeddings.items():
+        parameter = there.get(f"embed.stream_embedding.{stream}")
+        if parameter is None:
+            raise UserError(f"{name}: was trained for the stream {stream}; streams are {', '.join(model.streams)}")
+        wanted[f"embed.stream_embedding.{stream}"] = tuple(embedding.shape)
+        found[f"embed.stream_embedding.{stream}"] = tuple(parameter.shape)
+    for target, shape in wanted.items():
+        if found.get(target) != shape:
+            has = "×".join(map(str, found[target])) if target in found else "absent"
+            raise UserError(
+                f"{name}: the adapter is for another base: its {target} is {'×'.join(map(str, shape))}, which in "
+                f"{base} is {has}; give the base that it was trained on with --model"
+            )

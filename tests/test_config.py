@@ -9,85 +9,32 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.any_config import TEXT, configs, values
 from transpixeler import cli, configfile
-from transpixeler.config import Config, PathKind, Range, UserError, faults
+from transpixeler.config import Config, UserError
 
 ROOT = Path(__file__).parents[1]
 
-fast = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", "20"))  # more, and others, to look for faults that these do not show
+fast = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=None,
+    derandomize="CONFIG_EXAMPLES" not in os.environ,
+)
 
 
 # --- any config ------------------------------------------------------------------------------------------------------
-
-
-# Where the limits are not in the type, because they hang on other keys.
-CHOSEN: dict[str, st.SearchStrategy] = {
-    "streams": st.just({"rgb": "", "seg": "_seg"}),
-    "lora.scope": st.sampled_from(["aux", "all", ("seg",), ("rgb", "seg")]),
-    "lora.enabled": st.just(True),
-    "objective.t_min": st.floats(0, 0.4),
-    "objective.t_max": st.floats(0.5, 1),
-    "objective.tasks": st.fixed_dictionaries({"joint": st.floats(0.1, 2)}, optional={"rgb_to_aux": st.floats(0, 2)}),
-    "objective.stream_weights": st.dictionaries(st.sampled_from(["rgb", "seg"]), st.floats(0, 2)),
-    "optim.lr": st.floats(0.1, 1),
-    "optim.lr_min": st.floats(0, 0.1),
-    "data.aspect_min": st.floats(0.1, 1),
-    "data.aspect_max": st.floats(1, 4),
-    "frames": st.lists(st.integers(0, 40).map(lambda k: 4 * k + 1), max_size=3).map(tuple),
-}
-TEXT = st.text(max_size=8)
-
-
-def values(hint: Any, key: str = "") -> st.SearchStrategy:
-    """Any value of a field's type, within its limits."""
-    for name in (key, key.rpartition(".")[2]):
-        if name in CHOSEN:
-            return CHOSEN[name]
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hasattr(hint, "__metadata__"):
-        return limited(hint)
-    if dataclasses.is_dataclass(hint):
-        hints = get_type_hints(hint, include_extras=True)
-        return st.builds(hint, **{name: values(h, f"{key}.{name}".lstrip(".")) for name, h in hints.items()})
-    if origin in (Union, types.UnionType):
-        return st.one_of([values(argument) for argument in arguments])
-    if origin is Literal:
-        return st.sampled_from(arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return st.lists(values(arguments[0]), max_size=3).map(tuple)
-    if origin is tuple:
-        return st.tuples(*map(values, arguments))
-    if origin is dict:
-        return st.dictionaries(TEXT, values(arguments[1]), max_size=3)
-    number = st.floats(allow_nan=False, allow_infinity=False)
-    return {str: TEXT, int: st.integers(), float: number, bool: st.booleans(), type(None): st.none()}[hint]
-
-
-def limited(hint: Any) -> st.SearchStrategy:
-    mark = hint.__metadata__[0]
-    if isinstance(mark, PathKind):
-        names = st.text("ab c/ü.", min_size=1, max_size=8).map(lambda name: str(Path("/", name)))
-        hub = [st.just("user/name")] if mark is PathKind.HUB_OR_LOCAL else []
-        return st.one_of(names, *hub)
-    assert isinstance(mark, Range), mark
-    low = None if math.isinf(mark.low) else mark.low
-    high = None if math.isinf(mark.high) else mark.high
-    if hint.__origin__ is int:
-        return st.integers(low, high)
-    return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min=mark.open_low)
-
-
-configs = values(Config).filter(lambda config: not list(faults(config)))
 
 
 def plain(config: object) -> dict:
@@ -379,7 +326,7 @@ def test_a_fault_names_the_file_that_brought_it_in(tmp_path: Path) -> None:
         configfile.load(tmp_path / "mine.yaml", ["lora.rank=-1"])
 
 
-@settings(fast, max_examples=30)
+@fast
 @given(configs, st.data())
 def test_no_text_ever_ends_in_a_traceback(config: Config, data: st.DataObject) -> None:
     lines = configfile.dump(config).splitlines()
@@ -394,7 +341,7 @@ def test_no_text_ever_ends_in_a_traceback(config: Config, data: st.DataObject) -
         assert str(error).strip() and "\n" not in str(error), error
 
 
-@settings(fast, max_examples=100)
+@settings(fast, max_examples=4 * EXAMPLES)
 @given(st.sampled_from([key for key, _ in leaves(plain(Config()))]), TEXT)
 def test_no_override_ever_ends_in_a_traceback(key: str, text: str) -> None:
     try:

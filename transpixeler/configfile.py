@@ -59,7 +59,7 @@ def from_overrides(overrides: Iterable[str]) -> Config:
 
 def dump(config: Config) -> str:
     """YAML that reads back as an equal config."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _build(tree: Tree, overrides: Iterable[str]) -> Config:
@@ -70,6 +70,16 @@ def _build(tree: Tree, overrides: Iterable[str]) -> Config:
     for key, message in faults(config):
         raise tree.fault(tuple(key.split(".")), message)
     return config
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML whose text comes back: in single quotes a NEL (U+0085) would return as two spaces."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""Any config: hypothesis strategies made from the dataclasses, so that a new key is drawn without a word here."""
+
+import dataclasses
+import math
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hypothesis import strategies as st
+
+from transpixeler.config import Config, PathKind, Range, faults
+
+# Where the limits are not in the type, because they hang on other keys.
+CHOSEN: dict[str, st.SearchStrategy] = {
+    "streams": st.just({"rgb": "", "seg": "_seg"}),
+    "lora.scope": st.sampled_from(["aux", "all", ("seg",), ("rgb", "seg")]),
+    "lora.enabled": st.just(True),
+    "objective.t_min": st.floats(0, 0.4),
+    "objective.t_max": st.floats(0.5, 1),
+    "objective.tasks": st.fixed_dictionaries({"joint": st.floats(0.1, 2)}, optional={"rgb_to_aux": st.floats(0, 2)}),
+    "objective.stream_weights": st.dictionaries(st.sampled_from(["rgb", "seg"]), st.floats(0, 2)),
+    "optim.lr": st.floats(0.1, 1),
+    "optim.lr_min": st.floats(0, 0.1),
+    "data.aspect_min": st.floats(0.1, 1),
+    "data.aspect_max": st.floats(1, 4),
+    "frames": st.lists(st.integers(0, 40).map(lambda k: 4 * k + 1), max_size=3).map(tuple),
+}
+TEXT = st.text(max_size=8)
+
+
+def values(hint: Any, key: str = "") -> st.SearchStrategy:
+    """Any value of a field's type, within its limits."""
+    for name in (key, key.rpartition(".")[2]):
+        if name in CHOSEN:
+            return CHOSEN[name]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hasattr(hint, "__metadata__"):
+        return limited(hint)
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint, include_extras=True)
+        return st.builds(hint, **{name: values(h, f"{key}.{name}".lstrip(".")) for name, h in hints.items()})
+    if origin in (Union, types.UnionType):
+        return st.one_of([values(argument) for argument in arguments])
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(values, arguments))
+    if origin is dict:
+        return st.dictionaries(TEXT, values(arguments[1]), max_size=3)
+    number = st.floats(allow_nan=False, allow_infinity=False)
+    return {str: TEXT, int: st.integers(), float: number, bool: st.booleans(), type(None): st.none()}[hint]
+
+
+def limited(hint: Any) -> st.SearchStrategy:
+    mark = hint.__metadata__[0]
+    if isinstance(mark, PathKind):
+        names = st.text("ab c/ü.", min_size=1, max_size=8).map(lambda name: str(Path("/", name)))
+        hub = [st.just("user/name")] if mark is PathKind.HUB_OR_LOCAL else []
+        return st.one_of(names, *hub)
+    assert isinstance(mark, Range), mark
+    low = None if math.isinf(mark.low) else mark.low
+    high = None if math.isinf(mark.high) else mark.high
+    if hint.__origin__ is int:
+        return st.integers(low, high)
+    return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min=mark.open_low)
+
+
+configs = values(Config).filter(lambda config: not list(faults(config)))

@@ -42,7 +42,8 @@ class Tree:
         return self.origins.get(key, "the defaults")
 
     def fault(self, key: Key, message: str) -> UserError:
-        return UserError(f"{'.'.join(key)}: {message} (in {self.origin(key)})")
+        origin = self.origin(key)
+        return UserError(f"{'.'.join(key)}: {message} ({'on' if origin == COMMAND_LINE else 'in'} {origin})")
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -81,11 +81,12 @@ class Chart {
     this.svg = document.createElementNS(SVG, "svg");
     const head = el("h3", {}, title, sub ? el("small", {}, ` ${sub}`) : null);
     this.node = el("figure", { class: wide ? "card wide" : "card" }, head, line ? el("div", { class: "legend" }, line) : this.legend(), this.svg, this.tip);
+    this.svg.setAttribute("height", height);
     this.svg.setAttribute("role", "img");
     this.svg.setAttribute("aria-label", `${title}: ${series.map(ending).join(", ")}`);
     this.svg.onpointermove = this.svg.onpointerdown = event => this.point(event);
     this.svg.onpointerleave = () => this.leave();
-    new ResizeObserver(() => this.draw()).observe(this.node);
+    new ResizeObserver(() => this.svg.clientWidth !== this.width && this.draw()).observe(this.svg);
   }
 
   legend() {
@@ -97,7 +98,7 @@ class Chart {
     const width = this.svg.clientWidth;
     if (!width) return;
     this.svg.replaceChildren();
-    this.svg.setAttribute("height", this.height);
+    this.width = width;
     for (const s of this.series) s.smooth = s.raw ? smoothed(s.y, this.weight) : null;
     const [low, high] = span(this.series, this.zero), rows = ticks(low, high, this.height / 44);
     const left = Math.max(...rows.map(v => short(v).length)) * 6.6 + 12;

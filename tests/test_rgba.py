@@ -159,7 +159,7 @@ def test_a_sample_says_what_it_was_made_with(tmp_path: Path, streams) -> None:
         "height": 48,
         "frames": 9,
         "fps": "16",
-        "alpha": "premultiplied",
+        "alpha_mode": "premultiplied",
         "files": {"rgb": "rgb.mp4", "seg": "seg.mp4", "webm": "rgba.webm", "png": "png", "still": "still.png"},
     }
     assert all(path.exists() and path.parent == tmp_path / "s" for path in files.values())
@@ -168,7 +168,7 @@ def test_a_sample_says_what_it_was_made_with(tmp_path: Path, streams) -> None:
 def test_one_stream_has_no_alpha_to_show(tmp_path: Path, streams) -> None:
     files = sample(tmp_path / "s", {"rgb": streams["rgb"]}, *ALL)
     assert set(files) == {"rgb", "still", "facts"}
-    assert json.loads(files["facts"].read_text())["alpha"] is None
+    assert json.loads(files["facts"].read_text())["alpha_mode"] is None
     assert read_png(files["still"]).shape == (48, 3 * 64 + 8, 3)
 
 

@@ -157,7 +157,8 @@ def _samples(run: Path) -> Iterator[dict[str, Any]]:
             if file.endswith(".mp4"):
                 videos[name], used = _source(folder / file, run, left)
                 left -= used
-        yield {"name": folder.name, "step": int(folder.parent.name.removeprefix("step")), "videos": videos, **facts}
+        step = int(folder.parent.name.removeprefix("step"))
+        yield facts | {"name": folder.name, "step": step, "videos": videos}
 
 
 def _source(path: Path, run: Path, left: int) -> tuple[str, int]:

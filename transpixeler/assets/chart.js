@@ -132,7 +132,7 @@ class Chart {
     const group = draw(this.svg, "g", { "clip-path": `url(#${id})` });
     for (const s of this.series) {
       const style = { stroke: s.color, "stroke-width": s.width ?? 1.8, "stroke-dasharray": s.dash ? "5 4" : "none" };
-      if (s.raw && this.weight > 0) draw(group, "path", { ...style, d: path(s.x, s.y, this.x, this.y), "stroke-width": 1, opacity: 0.28 });
+      if (s.raw && this.weight > 0) draw(group, "path", { ...style, d: path(s.x, s.y, this.x, this.y), "stroke-width": 1, opacity: s.x.length > 400 ? 0.18 : 0.3 });
       draw(group, "path", { ...style, class: "curve", d: path(s.x, s.smooth ?? s.y, this.x, this.y) });
       if (!s.marks && s.x.length > 1) continue;
       s.y.forEach((v, i) => v !== null && draw(group, "circle", { cx: this.x(s.x[i]), cy: this.y(v), r: 2.8, fill: s.color }));
@@ -161,7 +161,7 @@ class Chart {
     const frame = this.node.getBoundingClientRect(), tip = this.tip.getBoundingClientRect(), beside = x - frame.left + 14;
     const left = beside + tip.width > frame.width ? beside - tip.width - 28 : beside;
     this.tip.style.left = `${Math.max(4, left)}px`;
-    this.tip.style.top = `${this.svg.offsetTop + 8}px`;
+    this.tip.style.top = `${this.svg.getBoundingClientRect().top - frame.top + 4}px`;
   }
 
   leave() {

@@ -25,7 +25,7 @@ const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "
 function time(seconds) {
   if (seconds < 90) return `${short(Math.round(seconds * 10) / 10)} s`;
   const minutes = Math.round(seconds / 60);
-  return minutes < 90 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")} min`;
+  return minutes < 90 ? `${minutes} min` : `${short(Math.round(minutes / 6) / 10)} h`;
 }
 
 // --- figures ---
@@ -151,8 +151,8 @@ function quantileChart(set, stream) {
   const base = having[0].step === 0 && now.step > 0 ? having[0] : null;
   const series = [
     base && quantiles(base, set, stream, "loss", { name: "base", color: "var(--base)", dash: true }),
-    quantiles(now, set, stream, "loss", { name: `step ${now.step.toLocaleString("en")}`, color: colorOf(stream) }),
     quantiles(now, set, stream, "loss_ema", { name: "EMA", color: "var(--c2)" }),
+    quantiles(now, set, stream, "loss", { name: `step ${now.step.toLocaleString("en")}`, color: colorOf(stream) }),
   ].filter(Boolean);
   return new Chart({ title: `${stream}, loss at each time`, sub: sets.length > 1 ? set : "", series, xlabel: "t", xname: t => `t = ${short(t)}` });
 }
@@ -162,8 +162,8 @@ function heldOutChart(set, stream) {
   if (!plain.x.length) return null;
   const based = plain.x[0] === 0 && plain.x.length > 1;
   const series = [
-    { name: stream, ...plain, color: colorOf(stream), marks: true },
     ema.x.length ? { name: "EMA", ...ema, color: "var(--c2)", marks: true } : null,
+    { name: stream, ...plain, color: colorOf(stream), marks: true },
     based ? { name: "base", x: plain.x, y: plain.x.map(() => plain.y[0]), color: "var(--base)", dash: true } : null,
   ].filter(Boolean);
   return new Chart({ title: `${stream}, mean over times`, sub: sets.length > 1 ? set : "", series });
@@ -266,7 +266,8 @@ function label(name) {
 function factsOf(sample) {
   const parts = [`step ${sample.step.toLocaleString("en")}`, `${sample.width}×${sample.height}, ${plural(sample.frames, "frame")}`];
   for (const name of ["seed", "steps", "guidance", "shift", "scheduler"]) if (sample[name] !== undefined && sample[name] !== null && typeof sample[name] !== "object") parts.push(`${name} ${sample[name]}`);
-  if (sample.alpha === "premultiplied") parts.push("premultiplied");
+  if (sample.given?.length) parts.push(`given ${sample.given.join(", ")}`);
+  if (sample.alpha_mode === "premultiplied") parts.push("premultiplied");
   return parts.join(" · ");
 }
 

@@ -110,7 +110,7 @@ class _Sample:
     def facts(self) -> dict[str, Any]:
         frames, height, width, _ = self.rgb.shape
         size = {"width": width, "height": height, "frames": frames, "fps": str(self.fps)}
-        return {"streams": list(self.streams), **size, "alpha": None if self.aux is None else self.alpha_mode}
+        return {"streams": list(self.streams), **size, "alpha_mode": None if self.aux is None else self.alpha_mode}
 
     def frames(self, *, deep: bool = False) -> Iterator[np.ndarray]:
         """[H,W,4] in the alpha mode, uint8 or, `deep`, uint16."""

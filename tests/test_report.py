@@ -60,9 +60,13 @@ def write_run(folder: Path, *, steps: int = 30, samples: bool = True) -> Path:
         for name in ("000", "001"):
             rgb = np.full((5, 32, 48, 3), 40 + step, np.uint8)
             write_sample(
-                folder / f"samples/step{step:08}" / name, {"rgb": rgb, "seg": rgb}, fps=Fraction(8),
-                formats=("checkerboard",), alpha_mode="straight", facts={"prompt": f"a star, {name}", "seed": 3, "step": None},
-            )  # fmt: skip
+                folder / f"samples/step{step:08}" / name,
+                {"rgb": rgb, "seg": rgb},
+                fps=Fraction(8),
+                formats=("checkerboard",),
+                alpha_mode="straight",
+                facts={"prompt": f"a star, {name}", "seed": 3, "step": None},
+            )
     return folder
 
 

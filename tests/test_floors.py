@@ -12,7 +12,7 @@ FLOORS = [
     {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "telemetry"},
     {"checkpoint", "export", "adapters", "runs", "saving", "sampling", "trained"},
-    {"trainer", "evaluate", "hub", "demo", "inspection", "report", "generate"},
+    {"trainer", "evaluate", "hub", "demo", "inspection", "report", "generate", "heldout"},
     {"cli", "__main__"},
 ]
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}

@@ -223,6 +223,7 @@ class EvalConfig:
     before_first_step: bool = True
     times: tuple[Fraction, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     clips: Natural = 0
+    micro_batch: Count = 1
     samples: Natural = 4
 
 

@@ -50,6 +50,7 @@ def make_solver(name: str, *, steps: int, shift: float) -> Any:
     else:
         solver = diffusers.UniPCMultistepScheduler(**flow)
     solver.set_timesteps(steps)
+    solver.set_begin_index(0)
     return solver
 
 
@@ -248,15 +249,17 @@ def free(device: torch.device) -> None:
 
 
 def layout_of(
-    size: Sequence[int], streams: Sequence[str], *, geometry: tuple[Sequence[int], int], patch: Sequence[int], key: str
+    size: Sequence[int], streams: Sequence[str], *, geometry: tuple[Sequence[int], int], patch: Sequence[int]
 ) -> StreamLayout:
     """Of a video of [width, height, frames], whose latents must divide into patches."""
     (width, height, frames), ((tf, th, tw), channels) = size, geometry
     across, down = tw * patch[2], th * patch[1]
     if width % across or height % down or min(width, height) < 1:
-        near = f"{max(1, round(width / across)) * across}x{max(1, round(height / down)) * down}x{frames}"
-        raise UserError(f"{key}: {width}×{height} is not a multiple of {across}×{down} pixels; {near} would be")
-    if frames < 1 or frames % tf != 1 % tf:
+        wide, tall = (max(1, round(n / unit)) * unit for n, unit in ((width, across), (height, down)))
+        raise UserError(
+            f"sample.size: {width}x{height} is not a multiple of {across}x{down} pixels; {wide}x{tall} would be"
+        )
+    if frames < 1 or (frames - 1) % tf:
         near = max(0, round((frames - 1) / tf)) * tf + 1
-        raise UserError(f"{key}: {frames} frames are not {tf}k+1; {width}x{height}x{near} would be")
+        raise UserError(f"sample.size: {frames} frames are not {tf}k+1; {near} would be")
     return StreamLayout.equal(streams, (channels, (frames - 1) // tf + 1, height // th, width // tw), patch)

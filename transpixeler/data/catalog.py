@@ -20,7 +20,7 @@ from transpixeler.data.dataset import Item
 from transpixeler.data.fill import Fill
 from transpixeler.data.fingerprint import FileHashes
 from transpixeler.data.media import Clip, files_of
-from transpixeler.data.pairs import Sample, scan
+from transpixeler.data.pairs import Sample, scan, source_names
 from transpixeler.models.base import VideoModel
 
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
@@ -90,12 +90,12 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
     skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name in SETS:
         jobs, skipped[name] = _clip_jobs(config, model_cls, getattr(config.data, name), hashes, latents_with)
-        found = []
+        names, found = source_names(getattr(config.data, name)), []
         for source, job in jobs:
             text = TextJob(text_key(job.sample.caption, texts_with), job.sample.caption, job.folder)
             clips.setdefault(tuple(job.keys.values()), job)
             texts.setdefault(text.key, text)
-            found.append(_item(job, text, source))
+            found.append(_item(job, text, source, names[job.sample.source]))
         items[name] = tuple(found)
     for memory in hashes.values():
         memory.save()
@@ -116,7 +116,7 @@ def cache_folder(source: SourceConfig, config: Config) -> Path:
     return (path if path.is_dir() else path.parent) / "cache"
 
 
-def _item(job: ClipJob, text: TextJob, source: SourceConfig) -> Item:
+def _item(job: ClipJob, text: TextJob, source: SourceConfig, name: str) -> Item:
     return Item(
         id=job.id,
         sample_id=job.sample.id,
@@ -125,6 +125,7 @@ def _item(job: ClipJob, text: TextJob, source: SourceConfig) -> Item:
         latent_keys=tuple(job.keys.values()),
         text_key=text.key,
         repeats=source.repeats,
+        source=name,
     )
 
 

@@ -1,0 +1,171 @@
+"""`transpixeler sample`: prompts in, folders of videos out, from a run, an adapter or the base model alone.
+
+No data set is needed. A clip may be given: its RGB, and the model makes the mattes of it; or its mattes, and the model
+paints the RGB. Under torchrun the prompts are shared out, or one model is spread over the processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from transpixeler import sampling, trained
+from transpixeler.config import Config, SampleConfig, UserError
+from transpixeler.data import video
+from transpixeler.data.catalog import patch_of
+from transpixeler.data.media import BadMedia, Clip
+from transpixeler.data.rgba import write_sample
+from transpixeler.models.base import VideoModel, model_class
+from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel import mesh as meshes
+from transpixeler.runtime import Runtime
+from transpixeler.sampling import Frames, Request, Sampler
+from transpixeler.trained import Trained
+
+logger = logging.getLogger("transpixeler")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for besides `sample.*`."""
+
+    prompts: tuple[str, ...] = ()
+    count: int = 1
+    out: str = "samples"
+    rgb: str = ""  # a clip to make mattes of
+    alpha: str = ""  # a clip of mattes to paint
+    asked_layout: bool = False  # whether the user set parallel.*
+
+
+def sample_command(source: Trained, runtime: Runtime, wish: Wish) -> list[Path]:
+    """Makes every prompt `count` times; returns the folders that this rank wrote."""
+    config, layout = trained.arranged(source.config, runtime, asked=wish.asked_layout)
+    source = replace(source, config=config)
+    model_cls = model_class(config.model.family)
+    shape = video_layout(config, model_cls)
+    prompts = _prompts(config.sample, wish)
+    frames = Frames(model_cls, config.model.path, runtime.device)
+    clips = _given_clips(config, wish)
+    negative = sampling.negative_prompt(config.sample, model_cls)
+    wanted = [*prompts, *([] if negative is None else [negative])]
+    texts = sampling.encode_texts(wanted, model_cls, config.model.path, runtime)
+    given = {stream: frames.encode(clip) for stream, clip in clips.items()}
+    requests = _requests(config.sample, prompts, texts, shape, given, count=wish.count)
+    mesh = meshes.build(layout, runtime)
+    engine = trained.open_engine(source, mesh)
+    sampler = Sampler(engine, mesh, config.sample, None if negative is None else texts[negative])
+    written = []
+    for number, latents in sampler.each(requests):
+        if mesh.is_first_stage:
+            request = requests[number]
+            facts = {"model": config.model.path, "adapter": source.name, "step": source.step}
+            facts |= {"rgb": wish.rgb, "alpha": wish.alpha} if given else {}
+            written.append(write_video(Path(wish.out), request, frames.decode(latents, shape), config, facts))
+            logger.info("%s", written[-1])
+    runtime.barrier()
+    return written
+
+
+def video_layout(config: Config, model_cls: type[VideoModel]) -> StreamLayout:
+    """Of a video of `sample.size`."""
+    geometry, patch = model_cls.vae_geometry(config.model.path), patch_of(config, model_cls)
+    return sampling.layout_of(config.sample.size, tuple(config.streams), geometry=geometry, patch=patch)
+
+
+def write_video(
+    folder: Path, request: Request, streams: Mapping[str, Any], config: Config, facts: Mapping[str, Any]
+) -> Path:
+    """FOLDER/NAME with what `sample.formats` asks for, and beside it what it was made with."""
+    sample = config.sample
+    write_sample(
+        folder / request.name,
+        streams,
+        fps=Fraction(config.data.fps).limit_denominator(1001),
+        formats=sample.formats,
+        alpha_mode=sample.alpha_mode,
+        background=sample.background,
+        facts=settings(request, sample) | dict(facts),
+    )
+    return folder / request.name
+
+
+def settings(request: Request, sample: SampleConfig) -> dict[str, Any]:
+    """What makes this video again."""
+    return {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "shift": sample.shift,
+        "scheduler": sample.scheduler,
+        "negative_prompt": sample.negative_prompt,
+        "given": [request.layout.names[stream] for stream in sorted(request.given)],
+    }
+
+
+def named(prompt: str) -> str:
+    """A part of a folder's name that says which prompt it was."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].strip("-") or "empty"
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _prompts(config: SampleConfig, wish: Wish) -> Sequence[str]:
+    prompts = wish.prompts or sampling.read_prompts(config)
+    if prompts or wish.rgb or wish.alpha:
+        return prompts or ("",)
+    raise UserError('sample: nothing to make; give --prompt "…", --prompts FILE, or set sample.prompts')
+
+
+def _requests(
+    config: SampleConfig,
+    prompts: Sequence[str],
+    texts: Mapping[str, Tensor],
+    layout: StreamLayout,
+    given: Mapping[int, Tensor],
+    *,
+    count: int,
+) -> list[Request]:
+    """Seeds count up, so that each video can be made again by itself."""
+    requests = []
+    for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count)):
+        seed = config.seed + number
+        name = f"{number:03}-{named(prompt)}-seed{seed}"
+        requests.append(Request(name, prompt, texts[prompt], seed, layout, given))
+    return requests
+
+
+def _given_clips(config: Config, wish: Wish) -> dict[int, Any]:
+    """uint8 [F, H, W, 3] by stream."""
+    paths = {0: ("--rgb", wish.rgb), 1: ("--alpha", wish.alpha)}
+    paths = {stream: (option, path) for stream, (option, path) in paths.items() if path}
+    if paths and len(config.streams) < 2:
+        raise UserError(f"{paths.popitem()[1][0]}: the model has one stream, and nothing to make from it")
+    if len(paths) == len(config.streams):
+        raise UserError("--rgb, --alpha: every stream is given and none is left to make; leave one out")
+    return {stream: _read_clip(option, path, config) for stream, (option, path) in paths.items()}
+
+
+def _read_clip(option: str, path: str, config: Config) -> Any:
+    """The clip's beginning at the size that is sampled."""
+    width, height, frames = config.sample.size
+    fps = Fraction(config.data.fps).limit_denominator(1001)
+    try:
+        there = video.probe(Path(path)).frames_at(fps)
+        if there < frames:
+            fits = max(0, there - 1) // 4 * 4 + 1
+            raise BadMedia(
+                f"has {there} frames at {float(fps):g} fps, not {frames}; try --size {width}x{height}x{fits}"
+            )
+        clip = Clip(path, Fraction(0), frames, fps, height, width)
+        return video.read_frames(Path(path), video.frame_numbers(Path(path), clip), height=height, width=width)
+    except BadMedia as fault:
+        raise UserError(f"{option}: {path} {fault}") from None

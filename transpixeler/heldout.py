@@ -1,0 +1,240 @@
+"""What a model has learned: losses on held-out clips, sample videos and measures of them, without touching training.
+
+In: an engine and the clips of `data.eval`. Out: numbers that depend on nothing but the weights. Every clip meets the
+same noise at the same times at each evaluation, on any layout; clips are shared out over the data ranks and their
+values are summed in one order. Each task that is trained is evaluated: joint under the name of the data set, another
+under NAME/TASK.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transpixeler import generate, metrics, objective, sampling
+from transpixeler.config import Config
+from transpixeler.data import video
+from transpixeler.data.dataset import Dataset
+from transpixeler.data.loader import Assembler, Batch
+from transpixeler.models.base import Conditions, VideoModel, model_class
+from transpixeler.objective import Example, mean_squared_errors
+from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.pipeline import Engine
+from transpixeler.runtime import Runtime
+from transpixeler.sampling import Frames, Request, Sampler
+
+logger = logging.getLogger("transpixeler")
+
+Losses = dict[str, dict[str, dict[str, float]]]  # set or set/task: stream: time: mean squared error
+PROMPTS = "prompts"  # what samples of prompts are measured under; they have no data set
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One clip under one task."""
+
+    item: int  # its place in the data set
+    task: str
+    given: frozenset[int]
+    name: str  # of the data set, and of the task where it is not joint
+
+
+class Evaluator:
+    """Evaluates an engine as it is; every rank calls it at the same time."""
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        mesh: Mesh,
+        engine: Engine,
+        data: Dataset,
+        texts: Mapping[str, Tensor],
+    ) -> None:
+        self.config, self.runtime, self.mesh, self.engine, self.data = config, runtime, mesh, engine, data
+        self.model_cls: type[VideoModel] = model_class(config.model.family)
+        self.texts = texts
+        negative = sampling.negative_prompt(config.sample, self.model_cls)
+        self.sampler = Sampler(engine, mesh, config.sample, texts.get(negative) if negative is not None else None)
+        self.frames = Frames(self.model_cls, config.model.path, mesh.device)
+        patch = engine.models()[0].patch
+        self.assembler = Assembler(data, patch=patch, text_len=self.model_cls.text_len) if data.items else None
+        self.pieces = pieces(data, config)
+
+    # -- losses
+
+    def losses(self) -> Losses:
+        """Each stream's error at each time, mean over the clips. A collective call."""
+        mine: dict[int, list[list[float]]] = {}
+        with self.engine.evaluating():
+            for number, counts in sampling.turns(len(self.pieces), self.mesh):
+                errors = self._errors(self.pieces[number])
+                if counts and self.mesh.is_first_stage:
+                    mine[number] = errors.tolist()
+        values = {number: rows for part in self.runtime.gather(mine) for number, rows in part.items()}
+        return {
+            name: self._means([(self.pieces[n], values[n]) for n in sorted(values) if self.pieces[n].name == name])
+            for name in dict.fromkeys(piece.name for piece in self.pieces)
+        }
+
+    def _errors(self, piece: Piece) -> Tensor:
+        """[Q, S] of one clip at each of `eval.times`."""
+        example = held_out(self.assembler.batch(np.array([piece.item]), slots=range(1)), self.config, piece.given)
+        example = example.to(self.mesh.device)
+        conditions = Conditions(example.timesteps, example.text)
+        found = self.engine.forward(example.noisy(), conditions, example.layout, self.config.eval.micro_batch)
+        return mean_squared_errors(found, example.velocity(), example.layout).double().cpu()
+
+    def _means(self, rows: Sequence[tuple[Piece, list[list[float]]]]) -> dict[str, dict[str, float]]:
+        free = [s for s in range(len(self.data.streams)) if s not in rows[0][0].given]
+        return {
+            self.data.streams[stream]: {
+                f"{t:g}": math.fsum(values[q][stream] for _, values in rows) / len(rows)
+                for q, t in enumerate(self.config.eval.times)
+            }
+            for stream in free
+        }
+
+    # -- samples
+
+    def samples(self, folder: Path, facts: Mapping[str, Any], base: Path | None = None) -> dict[str, dict[str, float]]:
+        """Writes FOLDER/NAME of each video and returns mean measures by set. A collective call.
+
+        `base` holds the same videos of the model before training, from which the drift of its RGB is taken.
+        """
+        plan = self._requests()
+        mine: dict[int, dict[str, float]] = {}
+        for number, latents in self.sampler.each([request for request, _ in plan]):
+            if self.mesh.is_first_stage:
+                request, piece = plan[number]
+                streams = self.frames.decode(latents, request.layout)
+                mine[number] = self._measures(request, piece, streams, base)
+                told = {**facts, "task": piece.task if piece else "joint", "metrics": mine[number]}
+                self._write(folder, request, streams, told)
+        everyone = {number: found for part in self.runtime.gather(mine) for number, found in part.items()}
+        names = [piece.name if piece else PROMPTS for _, piece in plan]
+        return {
+            name: _mean_of(everyone[n] for n in sorted(everyone) if names[n] == name) for name in dict.fromkeys(names)
+        }
+
+    def _requests(self) -> list[tuple[Request, Piece | None]]:
+        """Held-out captions at their clips' sizes, then prompts at `sample.size`; seeds count up and never change."""
+        seed, plan = self.config.sample.seed, []
+        for piece in spread(self.pieces, self.config.eval.samples):
+            item = self.data.items[piece.item]
+            batch = self.assembler.batch(np.array([piece.item]), slots=range(1))
+            streams = batch.layout.unpack(batch.latents)
+            given = {stream: streams[stream][0] for stream in piece.given}
+            name = f"{len(plan)}-{generate.named(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
+            plan.append((Request(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
+        for prompt in sampling.read_prompts(self.config.sample):
+            layout = generate.video_layout(self.config, self.model_cls)
+            name = f"{len(plan)}-{generate.named(prompt)}"
+            plan.append((Request(name, prompt, self.texts[prompt], seed + len(plan), layout), None))
+        return plan
+
+    def _measures(
+        self, request: Request, piece: Piece | None, streams: Mapping[str, np.ndarray], base: Path | None
+    ) -> dict[str, float]:
+        """Against the clip's own matte where its RGB was given; a video made from a caption has no reference."""
+        rgb, *aux = (frames / np.float32(255) for frames in streams.values())
+        found: dict[str, float] = {}
+        if aux and not (piece and 1 in piece.given):
+            reference = self._reference(piece) if piece and 0 in piece.given else {}
+            found = metrics.alpha_metrics(rgb, aux[0], fill=fill_color(self.config), **reference)
+        if base is not None and 0 not in request.given and (base / request.name).is_dir():
+            found["rgb_drift"] = metrics.rgb_drift(rgb, _read_rgb(base / request.name, self.data.streams[0], rgb.shape))
+        return found
+
+    def _reference(self, piece: Piece) -> dict[str, np.ndarray]:
+        """The clip as the VAE gives it back: what its latents could at best become."""
+        batch = self.assembler.batch(np.array([piece.item]), slots=range(1))
+        rgb, aux = [*self.frames.decode(batch.latents[0], batch.layout).values()][:2]
+        return {"reference_alpha": aux.mean(-1) / np.float32(255), "reference_rgb": rgb / np.float32(255)}
+
+    def _write(self, folder: Path, request: Request, streams: Mapping[str, np.ndarray], facts: Mapping) -> None:
+        try:
+            generate.write_video(folder, request, streams, self.config, facts)
+        except OSError as fault:  # the numbers stand, and training must not wait for a disk
+            logger.error("%s was not written: %s", folder / request.name, fault)
+
+
+# --- what is held out ------------------------------------------------------------------------------------------------
+
+
+def pieces(data: Dataset, config: Config) -> tuple[Piece, ...]:
+    """Every clip that is evaluated under every task that is trained, in the order of sets, tasks and ids."""
+    known, found = objective.tasks(data.streams), []
+    trained_tasks = [name for name in known if config.objective.tasks.get(name, 0) > 0]
+    by_set: dict[str, list[int]] = {}
+    for number in sorted(range(len(data.items)), key=lambda n: data.items[n].id):
+        by_set.setdefault(data.items[number].source, []).append(number)
+    for name, numbers in by_set.items():
+        for task in trained_tasks:
+            title = name if not known[task] else f"{name}/{task}"
+            chosen = spread(numbers, config.eval.clips or len(numbers))
+            found += [Piece(number, task, known[task], title) for number in chosen]
+    return tuple(found)
+
+
+def spread(things: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of them, from everywhere."""
+    count = min(count, len(things))
+    return [things[i * len(things) // count] for i in range(count)]
+
+
+def held_out(batch: Batch, config: Config, given: frozenset[int]) -> Example:
+    """One clip at every time, each with its own noise: a pure function of (clip, time)."""
+    times = torch.tensor(config.eval.times, dtype=torch.float32)[:, None].repeat(1, len(batch.layout.names))
+    times[:, sorted(given)] = 0
+    rows = len(times)
+    noise = [objective.draw_noise(batch.layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
+    return Example(
+        layout=batch.layout,
+        latents=batch.latents.expand(rows, -1),
+        noise=torch.stack(noise),
+        timesteps=times,
+        text=batch.text.expand(rows, -1, -1),
+        weights=torch.ones_like(times),
+    )
+
+
+def fill_color(config: Config) -> tuple[float, ...] | None:
+    """What the training clips show under zero alpha, where one colour is."""
+    if config.data.fill not in ("black", "color"):
+        return None
+    return tuple(c / 255 for c in config.data.fill_color) if config.data.fill == "color" else (0.0, 0.0, 0.0)
+
+
+def prompt_texts(config: Config, runtime: Runtime) -> dict[str, Tensor]:
+    """What `Evaluator.samples` needs besides the cached captions; encoded before a model fills the device."""
+    prompts = sampling.read_prompts(config.sample)
+    model_cls = model_class(config.model.family)
+    if prompts:
+        generate.video_layout(config, model_cls)  # a wrong size is told now
+    negative = sampling.negative_prompt(config.sample, model_cls)
+    sampled = bool(prompts) or (config.eval.samples > 0 and bool(config.data.eval))
+    texts = [*prompts, *([negative] if sampled and negative is not None else [])]
+    return sampling.encode_texts(texts, model_cls, config.model.path, runtime)
+
+
+def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Each measure's mean over the videos that have it."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+
+
+def _read_rgb(folder: Path, stream: str, shape: Sequence[int]) -> np.ndarray:
+    frames, height, width, _ = shape
+    return video.read_frames(folder / f"{stream}.mp4", range(frames), height=height, width=width) / np.float32(255)

@@ -35,7 +35,11 @@ def step_line(step: int) -> dict:
 def eval_line(step: int) -> dict:
     losses = {s: {t: (1 + float(t)) * (1 - step / 100) for t in TIMES} for s in ("rgb", "seg")}
     metrics = {"iou": 0.5 + step / 100, "mad": 0.2, "flicker": 0.01}
-    return {"step": step, "eval": {"held": {"loss": losses, "loss_ema": losses, "metrics": metrics}}}
+    prompts = {"metrics": {"flicker": 0.02}}  # of videos without a data set
+    return {
+        "step": step,
+        "eval": {"held": {"loss": losses, "loss_ema": losses, "metrics": metrics}, "prompts": prompts},
+    }
 
 
 def write_run(folder: Path, *, steps: int = 30, samples: bool = True) -> Path:
@@ -212,8 +216,14 @@ def test_the_page_draws_all_its_charts_and_fits(seen: dict, width: str) -> None:
     assert page["wide"] == []
     assert page["title"] == "glass-fx · transpixeler"
     assert page["lines"] == {
-        "samples": 0, "training": 3 + 4 + 2, "held-out": 2 * (3 + 3), "alpha": 3, "speed": 6, "data": 0, "settings": 0
-    }  # fmt: skip
+        "samples": 0,
+        "training": 3 + 4 + 2,
+        "held-out": 2 * (3 + 3),
+        "alpha": 3 + 1,
+        "speed": 6,
+        "data": 0,
+        "settings": 0,
+    }
 
 
 def test_the_page_says_what_was_trained_and_what_was_skipped(seen: dict) -> None:

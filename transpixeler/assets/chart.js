@@ -80,7 +80,7 @@ class Chart {
     this.tip = el("div", { class: "tip", hidden: "" });
     this.svg = document.createElementNS(SVG, "svg");
     const head = el("h3", {}, title, sub ? el("small", {}, ` ${sub}`) : null);
-    this.node = el("figure", { class: wide ? "card wide" : "card" }, head, line ? el("div", { class: "legend" }, line) : this.legend(), this.svg, this.tip);
+    this.node = el("figure", { class: wide ? "card wide" : "card" }, head, line ? el("div", { class: "legend" }, line) : null, line && series.length < 2 ? null : this.legend(), this.svg, this.tip);
     this.svg.setAttribute("height", height);
     this.svg.setAttribute("role", "img");
     this.svg.setAttribute("aria-label", `${title}: ${series.map(ending).join(", ")}`);

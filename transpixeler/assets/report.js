@@ -130,6 +130,8 @@ function trainingPart() {
 // --- held out ---
 
 const sets = [...new Set(data.evals.flatMap(line => Object.keys(line.eval)))];
+const lossSets = sets.filter(set => data.evals.some(line => line.eval[set]?.loss));
+const setName = set => lossSets.length > 1 ? set : "";
 
 function lossesOf(line, set, stream, kind = "loss") {
   return line?.eval?.[set]?.[kind]?.[stream] ?? {};
@@ -154,7 +156,7 @@ function quantileChart(set, stream) {
     quantiles(now, set, stream, "loss_ema", { name: "EMA", color: "var(--c2)" }),
     quantiles(now, set, stream, "loss", { name: `step ${now.step.toLocaleString("en")}`, color: colorOf(stream) }),
   ].filter(Boolean);
-  return new Chart({ title: `${stream}, loss at each time`, sub: sets.length > 1 ? set : "", series, xlabel: "t", xname: t => `t = ${short(t)}` });
+  return new Chart({ title: `${stream}, loss at each time`, sub: setName(set), series, xlabel: "t", xname: t => `t = ${short(t)}` });
 }
 
 function heldOutChart(set, stream) {
@@ -166,14 +168,14 @@ function heldOutChart(set, stream) {
     { name: stream, ...plain, color: colorOf(stream), marks: true },
     based ? { name: "base", x: plain.x, y: plain.x.map(() => plain.y[0]), color: "var(--base)", dash: true } : null,
   ].filter(Boolean);
-  return new Chart({ title: `${stream}, mean over times`, sub: sets.length > 1 ? set : "", series });
+  return new Chart({ title: `${stream}, mean over times`, sub: setName(set), series });
 }
 
 function heldOutPart() {
-  if (!data.evals.some(line => sets.some(set => line.eval[set].loss)))
+  if (!lossSets.length)
     return [el("p", { class: "none" }, "Nothing was evaluated yet: data.eval names the clips, eval.every_steps and eval.every_epochs say when.")];
   const note = "The same clips with the same noise each time, so that every change is the model's. The base's line is the loss before the first step.";
-  return [el("p", { class: "note" }, note), charts("pairs", sets.flatMap(set => streams.flatMap(s => [quantileChart(set, s), heldOutChart(set, s)])))];
+  return [el("p", { class: "note" }, note), charts("pairs", lossSets.flatMap(set => streams.flatMap(s => [quantileChart(set, s), heldOutChart(set, s)])))];
 }
 
 // --- alpha ---
@@ -192,14 +194,16 @@ function metricCurves() {
 function alphaPart() {
   const curves = metricCurves();
   if (!curves.length) return [el("p", { class: "none" }, "No sample was measured yet: eval.samples says how many clips of data.eval are sampled at each evaluation.")];
-  const groups = [["Against the reference matte", curves.filter(c => !ALONE.has(c.name))], ["Without a reference", curves.filter(c => ALONE.has(c.name))]];
-  return groups.filter(([, list]) => list.length).flatMap(([title, list]) => [el("h3", { class: "group" }, title), charts("small", list.map(metricChart))]);
+  const names = [...new Set(curves.map(c => c.name))];
+  const groups = [["Against a reference", names.filter(name => !ALONE.has(name))], ["Without a reference", names.filter(name => ALONE.has(name))]];
+  return groups.filter(([, list]) => list.length).flatMap(([title, list]) => [el("h3", { class: "group" }, title), charts("small", list.map(name => metricChart(name, curves)))]);
 }
 
-function metricChart(c) {
-  const way = HIGHER_IS_BETTER.has(c.name) ? "↑ more is better" : "↓ less is better";
-  const line = [sets.length > 1 ? c.set : "", ABOUT[c.name], way].filter(Boolean).join(" · ");
-  return new Chart({ title: TITLES[c.name] ?? c.name.replaceAll("_", " "), line, series: [{ ...c, color: "var(--accent)", marks: true }], height: 150 });
+function metricChart(name, curves) {
+  const way = HIGHER_IS_BETTER.has(name) ? "↑ more is better" : "↓ less is better";
+  const line = [ABOUT[name], way].filter(Boolean).join(" · ");
+  const series = curves.filter(c => c.name === name).map(c => ({ ...c, name: c.set, color: colors[sets.indexOf(c.set) % colors.length], marks: true }));
+  return new Chart({ title: TITLES[name] ?? name.replaceAll("_", " "), line, series, height: 150 });
 }
 
 // --- samples ---
@@ -266,6 +270,7 @@ function label(name) {
 function factsOf(sample) {
   const parts = [`step ${sample.step.toLocaleString("en")}`, `${sample.width}×${sample.height}, ${plural(sample.frames, "frame")}`];
   for (const name of ["seed", "steps", "guidance", "shift", "scheduler"]) if (sample[name] !== undefined && sample[name] !== null && typeof sample[name] !== "object") parts.push(`${name} ${sample[name]}`);
+  for (const name of ["iou", "mad"]) if (typeof sample.metrics?.[name] === "number") parts.push(`${TITLES[name]} ${short(sample.metrics[name])}`);
   if (sample.given?.length) parts.push(`given ${sample.given.join(", ")}`);
   if (sample.alpha_mode === "premultiplied") parts.push("premultiplied");
   return parts.join(" · ");

@@ -76,7 +76,7 @@ def kept(model: WanModel) -> tuple[float, tuple[int, ...]]:
     """Bytes that a block keeps for its backward pass, by storage, and each stream's tokens."""
     layout = model.layout((4, 4, 32, 32))
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    hidden, modulation, context, _ = model.embed(*inputs(layout, batch=1), layout=layout)
+    hidden, modulation, context, _ = model.embed(*inputs(layout, batch=1), layout=layout, dtype=model.matmul_dtype)
     storages, alive = {}, []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

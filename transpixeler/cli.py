@@ -130,8 +130,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     sources = (*config.data.train, *config.data.eval)
     found = inspection.inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data)
-    print(found)
-    return 0
+    print("\n".join(found.lines()))
+    return 2 if found.bad else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

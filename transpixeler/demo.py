@@ -164,6 +164,9 @@ def write_model(folder: Path, *, seed: int) -> None:
         WanTransformer3DModel,
     )
     from transformers import UMT5Config, UMT5EncoderModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     tokenizer = _tokenizer()
     with torch.random.fork_rng(devices=[]):

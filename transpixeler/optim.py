@@ -73,6 +73,11 @@ def check_groups(names: Iterable[str], config: OptimConfig) -> None:
 def _maker(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
     adam = {"betas": config.betas, "eps": config.eps, **config.args}
     name = config.name.lower()
+    if config.bf16_parameters and name != "adamw" and name not in TORCHAO:
+        known = ", ".join(["adamw", *TORCHAO])
+        raise UserError(f"optim.bf16_parameters: only {known} round stochastically; set one of them or false")
+    if name == "adamw" and config.bf16_parameters:
+        return _torchao("_AdamW", adam, stochastic=True)
     if name == "adamw":
         return lambda groups: torch.optim.AdamW(groups, **{"fused": True, **adam})
     if name == "sgd":

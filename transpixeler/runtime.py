@@ -87,6 +87,7 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timeout, **options)
     log_to_terminal(rank)
+    quiet_libraries()
     return Runtime(rank, world_size, local_rank, where)
 
 
@@ -134,6 +135,14 @@ class _Terminal(logging.Handler):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def quiet_libraries() -> None:
+    """What torchao, diffusers and transformers say when they are loaded is nothing that a user can act on."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def log_to_terminal(rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: batch → forward and backward → clip → optimizer → EMA → tell → save → checkpoint → stop?
+"""The training loop: batch → forward and backward → clip → optimizer → EMA → tell → evaluate → save → checkpoint → stop?
 
 In: a config and, perhaps, a checkpoint. Out: a run folder. The order of samples, their noise and their timesteps are
 pure functions of the step, so the whole state is what `_tensors` lists and the number of the step.
@@ -11,13 +11,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from transpixeler import adapters, checkpoint, configfile, ema, export, objective, optim, runs, telemetry
@@ -26,6 +23,9 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler, Batch, Loader
+from transpixeler.facts import Facts, Wishes, agree
+from transpixeler.evaluate import Evaluation, due_at
+from transpixeler.heldout import Evaluator, prompt_texts
 from transpixeler.models import costs
 from transpixeler.models.base import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout
@@ -38,8 +38,6 @@ from transpixeler.saving import Saver
 from transpixeler.trained import base_weights, make_model
 
 logger = logging.getLogger("transpixeler")
-
-T_BINS = 5
 
 
 class TrainingFailed(Exception):
@@ -80,6 +78,8 @@ def check(config: Config, layout: meshes.Layout) -> None:
             f"train.global_batch: {config.train.global_batch} samples do not divide over {layout.data} data ranks "
             f"(replicate {layout.replicate} × shard {layout.shard}); {near} would"
         )
+    if config.optim.bf16_parameters and layout.shard > 1:
+        raise UserError("optim.bf16_parameters: shards need trained weights of one dtype; set it false, or shard to 1")
     objective.check_tasks(config.objective, tuple(config.streams))
 
 
@@ -90,6 +90,7 @@ class Trainer:
         self.config, self.runtime, self.run, self.requests = config, runtime, run, requests
         self.model_cls: type[VideoModel] = model_class(config.model.family)
         self.data = encode_missing(config, self.model_cls, runtime)
+        texts = prompt_texts(config, runtime)  # the encoder leaves the device before the model comes
         self.order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.total = self._total_steps()
         self.mesh = meshes.build(layout, runtime)
@@ -106,11 +107,13 @@ class Trainer:
         self.saved_at = self.checkpointed_at = time.monotonic()
         self.loader = self._open_loader()
         self.telemetry = self._open_telemetry() if runtime.is_main else None
+        self.evaluation = self._open_evaluation(texts)
         self._introduce()
 
     # -- the loop
 
     def train(self) -> None:
+        self.evaluation.catch_up(self.step)
         with steady_garbage(self.config.train.gc_every) as collect:
             while self.step < self.total:
                 started = time.perf_counter()
@@ -118,18 +121,19 @@ class Trainer:
 
                 errors = self.engine.forward_backward(example.to(self.mesh.device), self._micro_batch(batch.layout))
                 norm = optim.gradient_norm(self.trained.values(), self.mesh.pipeline_group, self.mesh.device)
-                facts = self._agree(errors, example, norm)
+                facts = agree(errors, example, norm, self._wishes(), counts=self.mesh.is_first_stage)
 
                 lr = optim.rate(self.config.optim, batch.step + 1, self.total)
-                if facts["finite"]:
+                if facts.finite:
                     self._update(lr, norm)
                 self._zero_grad()
                 self.step = batch.step + 1
 
                 self._tell(batch, facts, lr, time.perf_counter() - started)
                 self._guard(batch, facts)
+                self.evaluation.if_due(self.step, hurry=facts["quit"])
                 self._save_what_is_due(batch, facts)
-                if facts["quit"]:
+                if facts.wishes.quit:
                     logger.info("asked to stop: the checkpoint of step %d is written", self.step)
                     break
                 collect(self.step)
@@ -149,50 +153,21 @@ class Trainer:
 
     # -- what the ranks agree on
 
-    def _agree(self, errors: Tensor, example: Example, norm: Tensor) -> dict[str, Any]:
-        """Sums over all ranks what each knows, in one small all-reduce; everything that is decided comes from here."""
-        streams = len(example.layout.names)
-        weights, times = example.weights.to(errors.device), example.timesteps.to(errors.device)
-        mine = float(self.mesh.pipeline_rank == 0)  # all ranks of a pipeline hold the same errors
-        counted = (weights > 0).double() * mine
-        bins = torch.nn.functional.one_hot((times * T_BINS).long().clamp(max=T_BINS - 1), T_BINS) * counted[..., None]
-        values = torch.where(counted > 0, errors, 0.0).double()
+    def _wishes(self) -> Wishes:
+        """Of this rank; the clock is rank 0's, or ranks would differ."""
         save, quit = self.requests.poll()
-        finite = torch.isfinite(errors).all() & torch.isfinite(norm)
-        sums = torch.cat(
-            [
-                (errors.double() * weights).sum()[None] * mine,
-                values.sum(0),
-                counted.sum(0),
-                (values[..., None] * bins).sum((0, 1)),
-                bins.sum((0, 1)),
-                torch.stack([~finite]).double(),
-                torch.tensor([save, quit, self._clock_says()], dtype=torch.float64, device=errors.device),
-            ]
+        now, clock = time.monotonic(), self.runtime.is_main
+        points, saves = self.config.checkpoint.every_minutes, self.config.save.every_minutes
+        return Wishes(
+            save=save,
+            quit=quit,
+            checkpoint=clock and points > 0 and now - self.checkpointed_at >= 60 * points,
+            adapter=clock and saves > 0 and now - self.saved_at >= 60 * saves,
         )
-        dist.all_reduce(sums)
-        loss, stream_sums, counts, bin_sums, bin_counts, (bad,), (save, quit, due) = (
-            part.tolist() for part in sums.split([1, streams, streams, T_BINS, T_BINS, 1, 3])
-        )
-        return {
-            "loss": loss[0],
-            "norm": float(norm),
-            "streams": dict(zip(example.layout.names, map(_ratio, stream_sums, counts), strict=True)),
-            "bins": [_ratio(total, count) for total, count in zip(bin_sums, bin_counts, strict=True)],
-            "finite": not bad,
-            "save": bool(save),
-            "quit": bool(quit),
-            "due": bool(due),
-        }
 
-    def _clock_says(self) -> bool:
-        """Whether rank 0's clock calls for a checkpoint: one clock, or ranks would differ."""
-        minutes = self.config.checkpoint.every_minutes
-        return self.runtime.is_main and minutes > 0 and time.monotonic() - self.checkpointed_at >= 60 * minutes
-
-    def _guard(self, batch: Batch, facts: Mapping[str, Any]) -> None:
+    def _guard(self, batch: Batch, facts: Facts) -> None:
         """A step that is not finite changed nothing; too many in a row end the run with a checkpoint."""
-        if facts["finite"]:
+        if facts.finite:
             self.bad_steps = 0
             return
         self.bad_steps += 1
@@ -200,8 +175,8 @@ class Trainer:
             logger.error(
                 "step %d: loss %s, gradient norm %s: the update was left out; samples %s",
                 self.step,
-                facts["loss"],
-                facts["norm"],
+                facts.loss,
+                facts.grad_norm,
                 ", ".join(batch.ids),
             )
         if self.bad_steps >= self.config.train.nonfinite_limit:
@@ -213,22 +188,24 @@ class Trainer:
 
     # -- saving
 
-    def _save_what_is_due(self, batch: Batch, facts: Mapping[str, Any]) -> None:
+    def _save_what_is_due(self, batch: Batch, facts: Facts) -> None:
         epoch_ends = batch.epoch_step + 1 == self.order.steps(batch.epoch)
         epoch = batch.epoch + 1
         save, points = self.config.save, self.config.checkpoint
         if epoch_ends and save.every_epochs and epoch % save.every_epochs == 0:
             self._save(f"epoch{epoch}")
-        if save.every_steps and self.step % save.every_steps == 0:
+        if facts.wishes.adapter or (save.every_steps and self.step % save.every_steps == 0):
             self._save(f"step{self.step}")
         by_step = points.every_steps and self.step % points.every_steps == 0
         by_epoch = epoch_ends and points.every_epochs and epoch % points.every_epochs == 0
-        if facts["save"] or facts["quit"] or facts["due"] or by_step or by_epoch:
-            self._checkpoint(wait=facts["quit"])
+        asked = facts.wishes.save or facts.wishes.quit or facts.wishes.checkpoint
+        if asked or by_step or by_epoch:
+            self._checkpoint(wait=facts.wishes.quit)
             self.requests.done()
 
     def _save(self, name: str) -> None:
         self.saver.save(self.run.folder / name, self.ema, self.step)
+        self.saved_at = time.monotonic()
         if self.runtime.is_main:
             logger.info("saved %s", self.run.folder / name)
 
@@ -275,18 +252,18 @@ class Trainer:
 
     # -- telling
 
-    def _tell(self, batch: Batch, facts: Mapping[str, Any], lr: float, seconds: float) -> None:
+    def _tell(self, batch: Batch, facts: Facts, lr: float, seconds: float) -> None:
         if self.telemetry is None:
             return
         tokens = batch.layout.tokens * self.config.train.global_batch
         record = {
             "step": self.step,
             "epoch": batch.epoch + 1,
-            "loss": facts["loss"],
-            **{f"loss_{name}": value for name, value in facts["streams"].items()},
-            "grad_norm": facts["norm"],
+            "loss": facts.loss,
+            **{f"loss_{name}": value for name, value in facts.by_stream.items()},
+            "grad_norm": facts.grad_norm,
             "lr": lr,
-            "loss_by_t": facts["bins"],
+            "loss_by_t": list(facts.by_time),
             "samples": list(batch.ids),
             "seconds": seconds,
             "data_wait": self.loader.wait_seconds,
@@ -367,6 +344,11 @@ class Trainer:
             self.run.folder, self.config.log, step=self.step, total=self.total, name=self.run.name
         )
 
+    def _open_evaluation(self, texts: Mapping[str, Tensor]) -> Evaluation:
+        evaluator = Evaluator(self.config, self.runtime, self.mesh, self.engine, self.data.eval, texts)
+        due = due_at(self.config, self.order, self.total)
+        return Evaluation(evaluator, self.ema, self.run.folder, self.telemetry, due)
+
     def _write_manifest(self) -> None:
         facts = {
             "layout": dataclasses.asdict(self.mesh.layout),
@@ -405,7 +387,3 @@ def _prepare(config: Config, batch: Batch) -> tuple[Batch, Example]:
         batch=config.train.global_batch,
     )
     return batch, example
-
-
-def _ratio(total: float, count: float) -> float | None:
-    return total / count if count else None

@@ -117,8 +117,8 @@ class VideoModel(nn.Module, ABC):
     1. `from_config` builds it (under `torch.device("meta")` too) with the published parameter names inside each part;
        blocks are an `nn.ModuleDict` keyed by the original index, linears that a LoRA may target are
        `models.linear.Linear`.
-    2. `embed(x, *conditions, layout=…)` returns a `State`; each block is a `Block`; `head(hidden, temb, layout=…)`
-       returns packed velocity. `positions` gives what blocks need of the layout.
+    2. `embed(x, *conditions, layout=…, dtype=…)` returns a `State` in the matmuls' dtype; each block is a `Block`;
+       `head(hidden, temb, layout=…)` returns packed velocity. `positions` gives what blocks need of the layout.
     3. `read_config`, `dtype_of`, `dimensions`, the geometry properties, `sampling`, and the lazy encoders.
     Streams, LoRA, pipelines, sharding, recompute, compile, quantization, caches and sampling then work as they are.
     """
@@ -127,6 +127,7 @@ class VideoModel(nn.Module, ABC):
     blocks: nn.ModuleDict
     head: nn.Module | None
     streams: tuple[str, ...]
+    matmul_dtype: torch.dtype = torch.float32
 
     text_len: ClassVar[int]
     sampling: ClassVar[SamplingDefaults]
@@ -196,7 +197,7 @@ class VideoModel(nn.Module, ABC):
     def forward(self, *state: Tensor, layout: StreamLayout) -> Tensor | State:
         """`(x [B, N], *conditions)` or a `State` in; velocity [B, N] or a `State` out, by the parts that are here."""
         if self.embed is not None:
-            state = self.embed(*state, layout=layout)
+            state = self.embed(*state, layout=layout, dtype=self.matmul_dtype)
         hidden, modulation, context, temb = state
         tokens = self.positions(layout, hidden.device)
         for block in self.blocks.values():
@@ -220,7 +221,8 @@ class VideoModel(nn.Module, ABC):
 
 
 def apply_dtypes(model: VideoModel, dtype: torch.dtype) -> None:
-    """Base parameters in `dtype` but for the model's fp32 islands; adapters and stream embeddings stay in fp32."""
+    """Matmuls in `dtype`, and base parameters but for the model's fp32 islands; adapters and embeddings stay fp32."""
+    model.matmul_dtype = dtype
     for name, parameter in model.named_parameters():
         wanted = model.dtype_of(name, dtype)
         if parameter.dtype != wanted and parameter.dtype != torch.float8_e4m3fn:

@@ -33,7 +33,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, lengths: Sequence[int] = (), part: Tensor | None = None) -> Tensor:
         if self.quantized:
             return project(x, self)
-        return F.linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x.dtype:  # a weight that is trained is kept in fp32 and multiplied in bf16
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight, bias)
 
 
 def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:

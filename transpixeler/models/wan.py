@@ -219,11 +219,11 @@ class Embed(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.stream_embedding = nn.ParameterDict({name: torch.zeros(width) for name in streams[1:]})
 
-    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, *, layout: StreamLayout) -> State:
-        dtype = self.text_embedding[0].weight.dtype
+    def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, *, layout: StreamLayout, dtype: torch.dtype) -> State:
         temb = self.time_embedding(sinusoid(timesteps, self.freq_dim))
         modulation = self.time_projection(temb).unflatten(2, (6, -1))
-        return self.embed(x, layout).to(dtype), modulation, self.text_embedding(text.to(dtype)), temb
+        context = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        return self.embed(x, layout).to(dtype), modulation, context.to(dtype), temb
 
     def embed(self, x: Tensor, layout: StreamLayout) -> Tensor:
         """[B, N] → [B, T, D]; a stream's embedding is nothing but another bias."""

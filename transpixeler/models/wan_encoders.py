@@ -149,7 +149,9 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> W
 
 def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanTextEncoder:
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it would break the caller's own
     folder = _text_folder(path)
     if (folder / _TEXT_CONFIG).exists():
         network = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype, local_files_only=True)

@@ -25,7 +25,10 @@ class RanksFailed(AssertionError):
     """Carries every failed rank's own traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, grace: float = 0.5
+) -> list[Any]:
+    """`grace`: seconds that a rank has to leave by itself before it is killed."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store = str(Path(folder) / "store")
         pipes, workers = [], []
@@ -41,7 +44,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             return _collect(pipes, timeout)
         finally:
             for worker in workers:
-                worker.join(0.5)
+                worker.join(grace)
                 if worker.is_alive():
                     worker.kill()
                     worker.join()

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "transpixeler"
 FLOORS = [
     {"config", "configfile", "runtime"},
     {"data", "models", "objective", "metrics", "regions"},
-    {"parallel", "optim", "ema", "telemetry"},
+    {"parallel", "optim", "ema", "facts", "telemetry"},
     {"checkpoint", "export", "adapters", "runs", "saving", "sampling", "trained"},
     {"trainer", "evaluate", "hub", "demo", "inspection", "report", "generate", "heldout"},
     {"cli", "__main__"},

@@ -21,6 +21,7 @@ class Item:
     latent_keys: tuple[bytes, ...]  # one a stream
     text_key: bytes
     repeats: int = 1
+    source: str = ""  # the name of the data set that it came from
 
 
 @dataclass(frozen=True)

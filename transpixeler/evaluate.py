@@ -53,8 +53,9 @@ class Evaluation:
         if not self.evaluator.runtime.broadcast(told):
             self.if_due(step)
 
-    def if_due(self, step: int) -> None:
-        if not self.due(step):
+    def if_due(self, step: int, *, hurry: bool = False) -> None:
+        """In a hurry to stop, the evaluation is left to `catch_up`."""
+        if hurry or not self.due(step) or not self.evaluator.has_work:
             return
         device = self.evaluator.mesh.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

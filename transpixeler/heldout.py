@@ -69,6 +69,10 @@ class Evaluator:
         self.assembler = Assembler(data, patch=patch, text_len=self.model_cls.text_len) if data.items else None
         self.pieces = pieces(data, config)
 
+    @property
+    def has_work(self) -> bool:
+        return bool(self.pieces or sampling.read_prompts(self.config.sample))
+
     # -- losses
 
     def losses(self) -> Losses:
@@ -116,9 +120,10 @@ class Evaluator:
             if self.mesh.is_first_stage:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
-                mine[number] = self._measures(request, piece, streams, base)
+                mine[number] = self._measures(piece, streams)
                 told = {**facts, "task": piece.task if piece else "joint", "metrics": mine[number]}
                 self._write(folder, request, streams, told)
+                mine[number] |= self._drift(request, folder, base)
         everyone = {number: found for part in self.runtime.gather(mine) for number, found in part.items()}
         names = [piece.name if piece else PROMPTS for _, piece in plan]
         return {
@@ -141,18 +146,20 @@ class Evaluator:
             plan.append((Request(name, prompt, self.texts[prompt], seed + len(plan), layout), None))
         return plan
 
-    def _measures(
-        self, request: Request, piece: Piece | None, streams: Mapping[str, np.ndarray], base: Path | None
-    ) -> dict[str, float]:
+    def _measures(self, piece: Piece | None, streams: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Against the clip's own matte where its RGB was given; a video made from a caption has no reference."""
         rgb, *aux = (frames / np.float32(255) for frames in streams.values())
-        found: dict[str, float] = {}
-        if aux and not (piece and 1 in piece.given):
-            reference = self._reference(piece) if piece and 0 in piece.given else {}
-            found = metrics.alpha_metrics(rgb, aux[0], fill=fill_color(self.config), **reference)
-        if base is not None and 0 not in request.given and (base / request.name).is_dir():
-            found["rgb_drift"] = metrics.rgb_drift(rgb, _read_rgb(base / request.name, self.data.streams[0], rgb.shape))
-        return found
+        if not aux or (piece and 1 in piece.given):
+            return {}
+        reference = self._reference(piece) if piece and 0 in piece.given else {}
+        return metrics.alpha_metrics(rgb, aux[0], fill=fill_color(self.config), **reference)
+
+    def _drift(self, request: Request, folder: Path, base: Path | None) -> dict[str, float]:
+        """Of generated RGB from the base's; both as they were written, so that what the file costs is in neither."""
+        files = [place / request.name / f"{self.data.streams[0]}.mp4" for place in (folder, base) if place is not None]
+        if 0 in request.given or len(files) < 2 or not all(file.is_file() for file in files):
+            return {}
+        return {"rgb_drift": metrics.rgb_drift(_read(files[0]), _read(files[1]))}
 
     def _reference(self, piece: Piece) -> dict[str, np.ndarray]:
         """The clip as the VAE gives it back: what its latents could at best become."""
@@ -235,6 +242,7 @@ def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
-def _read_rgb(folder: Path, stream: str, shape: Sequence[int]) -> np.ndarray:
-    frames, height, width, _ = shape
-    return video.read_frames(folder / f"{stream}.mp4", range(frames), height=height, width=width) / np.float32(255)
+def _read(file: Path) -> np.ndarray:
+    media = video.probe(file)
+    frames = video.read_frames(file, range(media.frames), height=media.height, width=media.width)
+    return frames / np.float32(255)

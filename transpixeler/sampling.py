@@ -161,7 +161,9 @@ def turns(count: int, mesh: Mesh) -> list[tuple[int, bool]]:
 def _progress(steps: int, *, shown: bool) -> Iterator[Callable[[], object]]:
     from tqdm import tqdm
 
-    with tqdm(total=steps, desc="sampling", unit="step", leave=False, mininterval=2.0, disable=not shown) as bar:
+    with tqdm(
+        total=steps, desc="sampling", unit="step", leave=False, mininterval=2.0, disable=None if shown else True
+    ) as bar:
         yield bar.update
 
 

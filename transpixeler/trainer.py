@@ -1,4 +1,4 @@
-"""The training loop: batch → forward and backward → clip → optimizer → EMA → tell → evaluate → save → checkpoint → stop?
+"""The training loop: batch → forward and backward → clip → optimizer → EMA → tell → eval → save → checkpoint → stop?
 
 In: a config and, perhaps, a checkpoint. Out: a run folder. The order of samples, their noise and their timesteps are
 pure functions of the step, so the whole state is what `_tensors` lists and the number of the step.
@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler, Batch, Loader
-from transpixeler.facts import Facts, Wishes, agree
 from transpixeler.evaluate import Evaluation, due_at
+from transpixeler.facts import Facts, Wishes, agree
 from transpixeler.heldout import Evaluator, prompt_texts
 from transpixeler.models import costs
 from transpixeler.models.base import VideoModel, model_class
@@ -131,7 +132,7 @@ class Trainer:
 
                 self._tell(batch, facts, lr, time.perf_counter() - started)
                 self._guard(batch, facts)
-                self.evaluation.if_due(self.step, hurry=facts["quit"])
+                self.evaluation.if_due(self.step, hurry=facts.wishes.quit)
                 self._save_what_is_due(batch, facts)
                 if facts.wishes.quit:
                     logger.info("asked to stop: the checkpoint of step %d is written", self.step)

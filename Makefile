@@ -11,9 +11,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m transpixeler,$(BIN)/python -m transpixeler)
 
-.PHONY: help setup demo cache train test lint format bench inspect
+.PHONY: help setup demo cache train eval sample test lint format bench inspect
 help:
-	@echo "make demo | cache | train | inspect | test | lint | bench   with CONFIG= NPROC= ARGS="
+	@echo "make demo | cache | train | eval | sample | inspect | test | lint | bench   with CONFIG= NPROC= ARGS="
 
 setup: $(READY)
 
@@ -30,6 +30,13 @@ demo/config.yaml: | $(READY)
 
 cache train: $(READY) $(CONFIG)
 	$(RUN) $@ $(CONFIG) $(ARGS)
+
+eval: $(READY) $(CONFIG)
+	$(RUN) eval $(CONFIG) $(ARGS)
+
+# make sample ARGS='output/latest --prompt "a paper boat burns"'
+sample: $(READY)
+	$(RUN) sample $(ARGS)
 
 inspect: $(READY)
 	$(BIN)/python -m transpixeler inspect $(ARGS)

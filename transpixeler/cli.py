@@ -117,6 +117,63 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _eval(arguments: argparse.Namespace) -> int:
+    from transpixeler import evaluate, trained
+
+    overrides = arguments.overrides
+    source = trained.chosen(
+        arguments.config, overrides, adapter=arguments.adapter, bare=arguments.base, ema=arguments.ema
+    )
+    with _running(source.config) as runtime:
+        evaluate.eval_command(source, runtime, out=arguments.out, asked_layout=_asks_layout(overrides))
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    path, overrides = arguments.source, [*arguments.overrides, *_sample_overrides(arguments)]
+    if "=" in path and not Path(path).exists():  # no source but an override
+        path, overrides = "", [path, *overrides]
+    from transpixeler import generate, trained
+
+    source = trained.find(path, overrides, ema=arguments.ema) if path else trained.base_alone(overrides)
+    wish = generate.Wish(
+        prompts=tuple(arguments.prompt),
+        prompts_file=arguments.prompts,
+        count=arguments.count,
+        out=arguments.out,
+        rgb=arguments.rgb,
+        alpha=arguments.alpha,
+        asked_layout=_asks_layout(overrides),
+    )
+    with _running(source.config) as runtime:
+        generate.sample_command(source, runtime, wish)
+        if runtime.is_main:
+            print(wish.out)
+    return 0
+
+
+def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Options that are keys of a config by another name."""
+    keys = ("steps", "guidance", "shift", "seed", "scheduler", "alpha_mode", "background")
+    found = [f"sample.{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
+    if arguments.model:
+        found.append(f"model.path={arguments.model}")
+    if arguments.format:
+        found.append(f"sample.formats=[{', '.join(arguments.format)}]")
+    if arguments.size:
+        numbers = arguments.size.lower().split("x")
+        if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
+            raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, such as 832x480x33")
+        found.append(f"sample.size=[{', '.join(numbers)}]")
+    return found
+
+
+def _asks_layout(overrides: Sequence[str]) -> bool:
+    return any(override.startswith("parallel.") for override in overrides)
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -180,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_cache(commands)
     _add_train(commands)
+    _add_eval(commands)
+    _add_sample(commands)
     _add_inspect(commands)
     _add_export(commands)
     _add_report(commands)
@@ -227,6 +286,49 @@ def _add_train(commands: Any) -> None:
         metavar="RUN",
         help="go on from the newest valid checkpoint of the latest run, or of this run or checkpoint folder",
     )
+
+
+def _add_eval(commands: Any) -> None:
+    text = "Held-out losses, sample videos and measures of them, on data.eval: of a run's newest save, or as told."
+    parser = _add(commands, "eval", _eval, "what a run, an adapter or the base has learned", text)
+    parser.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file (its latest run) or a run's folder")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set over the file's")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--adapter", default="", metavar="PATH", help="evaluate this adapter")
+    what.add_argument("--base", action="store_true", help="evaluate the base model, without any adapter")
+    _add_ema(parser)
+    parser.add_argument("--out", default="", metavar="DIR", help="where to write (eval/ in the run's folder)")
+
+
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    text = "the averaged weights, or the raw ones (averaged where there are any)"
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None, help=text)
+
+
+def _add_sample(commands: Any) -> None:
+    text = "Makes videos of prompts. Without RUN_OR_ADAPTER, by the base model that --model names."
+    parser = _add(commands, "sample", _sample, "prompts to videos, by a run, an adapter or the base", text)
+    option = parser.add_argument
+    option("source", metavar="RUN_OR_ADAPTER", nargs="?", default="", help="a run, a save, an adapter file or Hub id")
+    option("overrides", metavar="key=value", nargs="*", help="keys to set over the run's config")
+    option("--model", default="", metavar="PATH", help="the base, where it is not where it was trained on")
+    option("--prompt", action="append", default=[], metavar="TEXT", help="what to make; may be given again")
+    option("--prompts", default="", metavar="FILE", help="a text file with one prompt a line")
+    option("--count", type=_count, default=1, metavar="N", help="videos of each prompt, with seeds that count up (1)")
+    option("--size", default="", metavar="WxHxF", help="width, height and frames, such as 832x480x33")
+    option("--rgb", default="", metavar="CLIP", help="make the other streams of this video: matting")
+    option("--alpha", default="", metavar="CLIP", help="make the RGB of this matte: painting")
+    option("--out", default="samples", metavar="DIR", help="where to write (samples)")
+    option("--format", action="append", default=[], metavar="NAME", help="mov, webm, png, …; may be given again")
+    for name in ("steps", "guidance", "shift", "seed", "scheduler", "alpha-mode", "background"):
+        option(f"--{name}", metavar="VALUE", help=f"as sample.{name.replace('-', '_')}")
+    _add_ema(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _add_inspect(commands: Any) -> None:

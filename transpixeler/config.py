@@ -232,7 +232,7 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     prompts_file: LocalPath = ""
     negative_prompt: str | None = None
-    size: Size = (832, 480, 33)
+    size: Size | None = None
     steps: Count = 30
     guidance: NonNegative = 5.0
     shift: Positive = 5.0

@@ -31,12 +31,15 @@ from transpixeler.trained import Trained
 
 logger = logging.getLogger("transpixeler")
 
+UNIT = 16  # pixels of a default size divide by it, as those of buckets do
+
 
 @dataclass(frozen=True)
 class Wish:
     """What is asked for besides `sample.*`."""
 
     prompts: tuple[str, ...] = ()
+    prompts_file: str = ""
     count: int = 1
     out: str = "samples"
     rgb: str = ""  # a clip to make mattes of
@@ -67,7 +70,9 @@ def sample_command(source: Trained, runtime: Runtime, wish: Wish) -> list[Path]:
             request = requests[number]
             facts = {"model": config.model.path, "adapter": source.name, "step": source.step}
             facts |= {"rgb": wish.rgb, "alpha": wish.alpha} if given else {}
-            written.append(write_video(Path(wish.out), request, frames.decode(latents, shape), config, facts))
+            streams = frames.decode(latents, shape)
+            streams |= {shape.names[stream]: clip for stream, clip in clips.items()}  # as it came, not by the VAE
+            written.append(write_video(Path(wish.out), request, streams, config, facts))
             logger.info("%s", written[-1])
     runtime.barrier()
     return written
@@ -76,7 +81,16 @@ def sample_command(source: Trained, runtime: Runtime, wish: Wish) -> list[Path]:
 def video_layout(config: Config, model_cls: type[VideoModel]) -> StreamLayout:
     """Of a video of `sample.size`."""
     geometry, patch = model_cls.vae_geometry(config.model.path), patch_of(config, model_cls)
-    return sampling.layout_of(config.sample.size, tuple(config.streams), geometry=geometry, patch=patch)
+    return sampling.layout_of(video_size(config), tuple(config.streams), geometry=geometry, patch=patch)
+
+
+def video_size(config: Config) -> tuple[int, int, int]:
+    """(width, height, frames): as asked, or the first size that is trained on, at its longest."""
+    if config.sample.size or config.data.sizes:
+        return config.sample.size or config.data.sizes[0]
+    first = config.data.resolutions[0]
+    width, height = (first, first) if isinstance(first, int) else first
+    return width // UNIT * UNIT, height // UNIT * UNIT, max(config.data.frames)
 
 
 def write_video(
@@ -119,7 +133,8 @@ def named(prompt: str) -> str:
 
 
 def _prompts(config: SampleConfig, wish: Wish) -> Sequence[str]:
-    prompts = wish.prompts or sampling.read_prompts(config)
+    asked = (*wish.prompts, *sampling.prompt_lines(wish.prompts_file, key="--prompts"))
+    prompts = asked or sampling.read_prompts(config)
     if prompts or wish.rgb or wish.alpha:
         return prompts or ("",)
     raise UserError('sample: nothing to make; give --prompt "…", --prompts FILE, or set sample.prompts')
@@ -156,7 +171,7 @@ def _given_clips(config: Config, wish: Wish) -> dict[int, Any]:
 
 def _read_clip(option: str, path: str, config: Config) -> Any:
     """The clip's beginning at the size that is sampled."""
-    width, height, frames = config.sample.size
+    width, height, frames = video_size(config)
     fps = Fraction(config.data.fps).limit_denominator(1001)
     try:
         there = video.probe(Path(path)).frames_at(fps)

@@ -161,9 +161,8 @@ def turns(count: int, mesh: Mesh) -> list[tuple[int, bool]]:
 def _progress(steps: int, *, shown: bool) -> Iterator[Callable[[], object]]:
     from tqdm import tqdm
 
-    with tqdm(
-        total=steps, desc="sampling", unit="step", leave=False, mininterval=2.0, disable=None if shown else True
-    ) as bar:
+    quiet = None if shown else True  # None: where there is no terminal
+    with tqdm(total=steps, desc="sampling", unit="step", leave=False, mininterval=2.0, disable=quiet) as bar:
         yield bar.update
 
 
@@ -179,13 +178,16 @@ def negative_prompt(config: SampleConfig, model_cls: type[VideoModel]) -> str | 
 
 def read_prompts(config: SampleConfig) -> tuple[str, ...]:
     """`sample.prompts` and the lines of `sample.prompts_file`."""
-    if not config.prompts_file:
-        return config.prompts
+    return (*config.prompts, *prompt_lines(config.prompts_file, key="sample.prompts_file"))
+
+
+def prompt_lines(path: str, *, key: str) -> list[str]:
+    """The lines of a file that are not empty."""
     try:
-        text = Path(config.prompts_file).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig") if path else ""
     except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"sample.prompts_file: {config.prompts_file} cannot be read: {fault}") from None
-    return (*config.prompts, *(line.strip() for line in text.splitlines() if line.strip()))
+        raise UserError(f"{key}: {path} cannot be read: {fault}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def encode_texts(texts: Sequence[str], model_cls: type[VideoModel], path: str, runtime: Runtime) -> dict[str, Tensor]:

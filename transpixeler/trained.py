@@ -79,6 +79,29 @@ def base_alone(overrides: Sequence[str]) -> Trained:
     return base(config)
 
 
+def chosen(
+    config_or_run: str, overrides: Sequence[str], *, adapter: str = "", bare: bool = False, ema: bool | None = None
+) -> Trained:
+    """What `eval` is about: a config or run says on which data; its newest save, another adapter or the bare base."""
+    path = Path(config_or_run).expanduser()
+    run = _run_folder(path) if path.is_dir() else None
+    if path.is_dir() and run is None:
+        raise UserError(f"{path}: holds no run; give a run's folder or a config")
+    config = configfile.load(run / CONFIG if run else path, overrides)
+    if bare:
+        return replace(base(config), run=run)
+    if not adapter and run is None and _run_folder(Path(config.output_dir)) is None:
+        raise UserError(
+            f"output_dir: {config.output_dir} holds no run yet; train first, or add --adapter PATH or --base"
+        )
+    return find(adapter or str(run or config.output_dir), config=config, ema=ema)
+
+
+def _run_folder(path: Path) -> Path | None:
+    """The run that a path means: itself, or the latest in it."""
+    return next((folder.resolve() for folder in (path / LATEST, path) if (folder / CONFIG).is_file()), None)
+
+
 def find(
     source: str, overrides: Sequence[str] = (), *, config: Config | None = None, ema: bool | None = None
 ) -> Trained:
@@ -87,7 +110,7 @@ def find(
     The config is the given one, or stands beside what was saved; a bare adapter file says itself what it needs.
     """
     path = Path(source).expanduser()
-    run = next((folder.resolve() for folder in (path / LATEST, path) if (folder / CONFIG).is_file()), None)
+    run = _run_folder(path)
     save = _newest(run) if run is not None and not _is_save(run) else path
     save = _choose(save, ema)
     if config is None:

@@ -24,6 +24,7 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler, Batch, Loader
+from transpixeler.data.order import Order
 from transpixeler.evaluate import Evaluation, due_at
 from transpixeler.facts import Facts, Wishes, agree
 from transpixeler.heldout import Evaluator, prompt_texts
@@ -84,6 +85,19 @@ def check(config: Config, layout: meshes.Layout) -> None:
     objective.check_tasks(config.objective, tuple(config.streams))
 
 
+def total_steps(config: Config, order: Order) -> int:
+    """When training ends: by epochs or by steps, whichever is first."""
+    by_epoch = order.first_step(config.train.epochs) if config.train.epochs else math.inf
+    total = min(by_epoch, config.train.max_steps or math.inf)
+    if total < 1:
+        clips = sum(len(row.items) for row in order.rows)
+        raise UserError(
+            f"train.epochs: {config.train.epochs} epochs of {clips} clips do not fill one batch of "
+            f"train.global_batch={config.train.global_batch}; train longer or lower the batch"
+        )
+    return int(total)
+
+
 class Trainer:
     """Everything a run holds; `train` reads top to bottom."""
 
@@ -93,7 +107,7 @@ class Trainer:
         self.data = encode_missing(config, self.model_cls, runtime)
         texts = prompt_texts(config, runtime)  # the encoder leaves the device before the model comes
         self.order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
-        self.total = self._total_steps()
+        self.total = total_steps(config, self.order)
         self.mesh = meshes.build(layout, runtime)
         self.engine = build_engine(config, self.mesh, partial(make_model, config), base_weights(config))
         self.trained = {name: p for name, p in self.engine.named_parameters() if p.requires_grad}
@@ -312,17 +326,6 @@ class Trainer:
             adapter = adapters.read_adapter(self.config.lora.init_from)
             for model in self.engine.models():
                 export.apply_adapter(model, adapter)
-
-    def _total_steps(self) -> int:
-        by_epoch = self.order.first_step(self.config.train.epochs) if self.config.train.epochs else math.inf
-        total = min(by_epoch, self.config.train.max_steps or math.inf)
-        if total < 1:
-            epochs, clips = self.config.train.epochs, len(self.data.train.items)
-            raise UserError(
-                f"train.epochs: {epochs} epochs of {clips} clips do not fill one batch of "
-                f"train.global_batch={self.config.train.global_batch}; train longer or lower the batch"
-            )
-        return int(total)
 
     def _open_loader(self) -> Loader:
         epoch, epoch_step = self.order.locate(self.step)

@@ -28,12 +28,12 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def build_engine(config: Config, mesh: Mesh, make: Callable[[], VideoModel], source: Readable) -> pipeline.Engine:
     """`make` builds the whole model on the current device; it is called on meta, once a stage."""
     dtype = compute_dtype(config, mesh.device)
-    whole = _shape(config, make, dtype)
+    whole = shape(config, make, dtype)
     dimensions = whole.dimensions()
     ranges = pipeline.split_blocks(config.parallel, len(whole.blocks))
     stages = []
     for index in pipeline.local_stages(config.parallel, mesh):
-        model = whole if len(ranges) == 1 else _shape(config, make, dtype)
+        model = whole if len(ranges) == 1 else shape(config, make, dtype)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         stage = pipeline.Stage(model)
         shard.wrap(stage, list(model.blocks.values()), config.parallel, mesh)
@@ -43,7 +43,7 @@ def build_engine(config: Config, mesh: Mesh, make: Callable[[], VideoModel], sou
     return pipeline.Engine(stages, config.parallel, mesh, dtype, dimensions)
 
 
-def _shape(config: Config, make: Callable[[], VideoModel], dtype: torch.dtype) -> VideoModel:
+def shape(config: Config, make: Callable[[], VideoModel], dtype: torch.dtype) -> VideoModel:
     """The whole model on meta: quantized, adapted, every parameter in its dtype and trainable or not."""
     with torch.device("meta"):
         model = make()

@@ -24,7 +24,7 @@ REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB
 
 
 def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh: Mesh) -> None:
-    set_recompute(blocks, config)
+    set_recompute(blocks, recompute_mode(config, mesh.device))
     if wants_compile(config, mesh.device):
         for block in blocks:
             block.compile()
@@ -35,9 +35,15 @@ def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh
 # --- recompute -------------------------------------------------------------------------------------------------------
 
 
-def set_recompute(blocks: Sequence[Block], config: ParallelConfig) -> None:
+def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
+    """What `auto` means: a GPU's memory is dear, and a CPU is for small things."""
+    if config.recompute != "auto":
+        return config.recompute
+    return "attention" if device.type == "cuda" else "none"
+
+
+def set_recompute(blocks: Sequence[Block], mode: str | int) -> None:
     """Decides for each block what its forward keeps for the backward pass."""
-    mode = "attention" if config.recompute == "auto" else config.recompute
     if isinstance(mode, int):
         if mode < 1:
             raise UserError(f"parallel.recompute: {mode} is no spacing of blocks; 1 is every block, 2 every other one")

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "transpixeler"
 FLOORS = [
-    {"config", "configfile", "runtime"},
+    {"config", "configfile", "runtime", "tooling"},
     {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "facts", "telemetry"},
     {"checkpoint", "export", "adapters", "runs", "saving", "sampling", "trained"},

@@ -5,6 +5,8 @@ Colours are scaled times alpha whenever they are filled: what was invisible must
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +29,44 @@ class Fill:
 
 
 KEEP = Fill()
+LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
+SOFT = (8, 96)  # alpha between these tells best: even dark colours are brighter than it
+OVER, SHARE = 4, 0.02  # so much brighter than its alpha, in so many of the soft pixels, no premultiplied picture is
 
 
-def scaled_straight(rgba: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """uint8 straight [H,W,4] at another size, scaled as colour times alpha so that what is hidden has no weight."""
+def random_color(name: str) -> tuple[int, int, int]:
+    """A colour for a clip, the same on every machine."""
+    red, green, blue = hashlib.sha256(name.encode()).digest()[:3]
+    return red, green, blue
+
+
+def looks_premultiplied(frames: Iterable[np.ndarray]) -> bool:
+    """Whether uint8 [H,W,4] frames hold colour times alpha: then no soft pixel is brighter than its alpha.
+
+    Brightness is judged by luma, which chroma subsampling leaves sharp. Without soft pixels there is nothing to undo.
+    """
+    soft_pixels = over = 0
+    for frame in frames:
+        alpha = frame[..., 3]
+        soft = (alpha >= SOFT[0]) & (alpha <= SOFT[1])
+        luma = frame[soft][:, :3] @ LUMA
+        soft_pixels += len(luma)
+        over += int((luma > alpha[soft].astype(np.float32) + OVER).sum())
+    return over < SHARE * soft_pixels
+
+
+def unpremultiplied(rgba: np.ndarray) -> np.ndarray:
+    """uint8 [H,W,4] colour times alpha as straight colour; what has no alpha has no colour."""
+    alpha = rgba[..., 3:].astype(np.float32)
+    color = np.where(alpha > 0, rgba[..., :3] * (255 / np.maximum(alpha, 1)), 0)
+    return np.concatenate([color.round().clip(0, 255).astype(np.uint8), rgba[..., 3:]], axis=2)
+
+
+def scaled_straight(rgba: np.ndarray, *, height: int, width: int, premultiplied: bool = False) -> np.ndarray:
+    """uint8 [H,W,4] as straight colour at another size, scaled times alpha so that what is hidden has no weight."""
     pixels = torch.from_numpy(np.ascontiguousarray(rgba)).permute(2, 0, 1).float()
-    pixels[:3] *= pixels[3:] / 255
+    if not premultiplied:
+        pixels[:3] *= pixels[3:] / 255
     scaled = F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)[0]
     scaled[:3] *= 255 / scaled[3:].clamp(min=1e-3)
     return scaled.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

@@ -15,7 +15,7 @@ from transpixeler.data.candidate import BadSample, Candidate, normal
 
 MANIFEST_ENDINGS = (".csv", ".jsonl", ".parquet")
 CLAIMS = ("num_frames", "height", "width", "fps")
-PRIMARY_ALIAS = "video"  # what other tools call the column of the first stream
+PRIMARY_ALIASES = ("video", "path")  # what other tools call the column of the first stream
 
 Row = Mapping[str, Any] | str  # a row, or the reason why it is none
 
@@ -25,7 +25,7 @@ def manifest_candidates(
 ) -> Iterator[Candidate | BadSample]:
     """A candidate a row; a row that cannot be one is named by its number."""
     streams, taken = tuple(streams), {}
-    for number, row in _rows(path):
+    for number, row in rows(path):
         where = f"{path}:{number}"
         found = row if isinstance(row, str) else _candidate(row, path.parent, name, streams, rgba=rgba)
         if isinstance(found, str):
@@ -43,10 +43,10 @@ def _candidate(
 ) -> Candidate | str:
     paths = []
     for stream in streams[:1] if rgba else streams:
-        key = PRIMARY_ALIAS if stream == streams[0] and row.get(stream) is None else stream
-        value = row.get(key)
+        names = (stream, *PRIMARY_ALIASES) if stream == streams[0] else (stream,)
+        value = next((row[name] for name in names if row.get(name) is not None), None)
         if not isinstance(value, str) or not value.strip():
-            return f"no path in column {stream!r}" + (f" or {PRIMARY_ALIAS!r}" if stream == streams[0] else "")
+            return f"no path in column {' or '.join(map(repr, names))}"
         paths.append((stream, folder / value.strip()))
     if rgba:
         paths = [(stream, paths[0][1]) for stream in streams]
@@ -74,7 +74,8 @@ def _number(value: Any) -> Fraction | None:
     return number if number > 0 else None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+def rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(number, row), or why it is none, one at a time."""
     ending = path.suffix.lower()
     return {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[ending](path)
 

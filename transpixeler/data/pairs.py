@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from transpixeler.data.manifest import MANIFEST_ENDINGS, manifest_candidates
 from transpixeler.data.media import BadMedia, Clip, Media
 from transpixeler.data.video import frame_numbers, probe, read_frames, read_rgba
 
+Probe = Callable[[Path], Media]
 WINDOW = 4096  # candidates examined at a time: manifests are streamed
 
 
@@ -45,7 +47,9 @@ class Scan:
     bad: tuple[BadSample, ...]
 
 
-def scan(sources: Sequence[SourceConfig], streams: Mapping[str, str], data: DataConfig) -> Scan:
+def scan(
+    sources: Sequence[SourceConfig], streams: Mapping[str, str], data: DataConfig, *, probe: Probe = probe
+) -> Scan:
     """Opens every file once; nothing is dropped without a reason."""
     samples: list[Sample] = []
     bad: list[BadSample] = []
@@ -54,7 +58,7 @@ def scan(sources: Sequence[SourceConfig], streams: Mapping[str, str], data: Data
         for index, source in enumerate(sources):
             offered = _offered(source, names[index], streams)
             while window := list(itertools.islice(offered, WINDOW)):
-                for found in pool.map(_examined, window, itertools.repeat(index), itertools.repeat(source.rgba)):
+                for found in pool.map(partial(examined, source=index, rgba=source.rgba, probe=probe), window):
                     (samples if isinstance(found, Sample) else bad).append(found)
     samples.sort(key=lambda sample: sample.id)
     bad.sort(key=lambda sample: (sample.id, sample.path))
@@ -93,7 +97,8 @@ def _offered(source: SourceConfig, name: str, streams: Mapping[str, str]) -> Ite
     return manifest_candidates(path, name, streams, rgba=source.rgba)
 
 
-def _examined(candidate: Candidate | BadSample, source: int, rgba: bool) -> Sample | BadSample:
+def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: Probe = probe) -> Sample | BadSample:
+    """The candidate's files opened and held against each other and against what is claimed of them."""
     if isinstance(candidate, BadSample):
         return candidate
     path = candidate.paths[0][1]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PLANAR = {3: "gbrp", 4: "gbrap"}  # swscale writes planes in half the time that packed pixels take it
 
-__all__ = ["BadMedia", "Clip", "Media", "frame_numbers", "probe", "read_frames", "read_rgba"]
+__all__ = ["BadMedia", "Clip", "Media", "frame_numbers", "probe", "read_frames", "read_rgba", "stream_rgba"]
 
 
 def probe(path: Path) -> Media:
@@ -57,6 +57,18 @@ def read_rgba(
     fitted = _fitted(path, numbers, height=height, width=width, channels=4, threads=threads, straight=straight)
     rgba = _collect((filled(frame, fill) for frame in fitted), numbers, shape)
     return np.ascontiguousarray(rgba[..., :3]), np.repeat(rgba[..., 3:], 3, axis=3)
+
+
+def stream_rgba(path: Path, numbers: Sequence[int], media: Media, *, threads: int = 0) -> Iterator[np.ndarray]:
+    """uint8 [H,W,4] for each of `numbers`, as the file holds it, one at a time: for clips larger than memory."""
+    size = {"height": media.height, "width": media.width}
+    fitted = _fitted(path, numbers, channels=4, threads=threads, **size)
+    frame, before = None, None
+    with reasons():
+        for number in numbers:
+            frame = frame if number == before else next(fitted)
+            before = number
+            yield frame
 
 
 def _still(path: Path) -> bool:

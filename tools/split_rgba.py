@@ -1,0 +1,282 @@
+"""RGBA videos go in (ProRes 4444, VP9 with alpha, PNG sequences, animated WebP, GIF, APNG), training pairs come out.
+
+NAME.mov becomes NAME.mp4 and NAME_seg.mp4, with the same frames at the same numbers, and a copy of NAME.txt. Colour is
+made straight, scaled as colour times alpha, and filled where nothing is visible. What has no alpha to learn from (none,
+blank, opaque, standing still) is left out with its reason. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from transpixeler.config import UserError
+from transpixeler.data.fill import Fill, filled, looks_premultiplied, random_color, scaled_straight, unpremultiplied
+from transpixeler.data.folder import MEDIA_ENDINGS, is_sequence
+from transpixeler.data.media import BadMedia, Clip, Media
+from transpixeler.data.video import frame_numbers, probe, stream_rgba
+from transpixeler.data.write import write_mp4, write_png
+from transpixeler.tooling import run, summary, write_text
+
+BLANK, OPAQUE = 3, 252  # as the data set's inspection judges a matte
+STILL, MOVING = 0.5, 1.0  # mean change from frame to frame, in levels
+BEST_FIRST = (".mov", "", ".mkv", ".png", ".webp", ".webm", ".gif")  # "": a folder of images
+LOOKED_AT = 16  # frames that say whether colour is premultiplied
+SEQUENCE_FPS = Fraction(16)
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+    alpha: str
+    fill: str
+    color: tuple[int, int, int]
+    fps: Fraction | None
+    short_side: int
+    lossless: bool
+    force: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One RGBA source and the name of its pair within the output folder."""
+
+    source: Path
+    name: Path
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is read of a source, and how it is turned into a pair."""
+
+    source: Path
+    media: Media
+    numbers: tuple[int, ...]
+    fps: Fraction
+    size: tuple[int, int]  # height and width of the pair
+    premultiplied: bool
+    fill: Fill
+
+    def raw(self) -> Iterator[np.ndarray]:
+        return stream_rgba(self.source, self.numbers, self.media)
+
+    def straight(self) -> Iterator[np.ndarray]:
+        """uint8 [H,W,4], straight, scaled and filled; the crop is below a pixel, to a size that 4:2:0 can hold."""
+        height, width = self.size
+        scale = max(height / self.media.height, width / self.media.width)
+        tall, wide = max(height, round(self.media.height * scale)), max(width, round(self.media.width * scale))
+        for frame in self.raw():
+            if (tall, wide) != frame.shape[:2]:
+                frame = scaled_straight(frame, height=tall, width=wide, premultiplied=self.premultiplied)
+            elif self.premultiplied:
+                frame = unpremultiplied(frame)
+            yield filled(frame[:height, :width].copy(), self.fill)
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    options = _options(arguments)
+    jobs, left_out = _jobs(arguments.sources, arguments.ending, options.out)
+    if not jobs:
+        raise UserError(f"{', '.join(map(str, arguments.sources))}: holds no video or image sequence")
+    made = kept = 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        work = pool.map(lambda job: _split(job, options), jobs)
+        for job, found in zip(jobs, tqdm(work, total=len(jobs), unit=" clips", disable=None)):
+            made, kept = made + (found is True), kept + (found is False)
+            if isinstance(found, str):
+                left_out.append((str(job.source), found))
+    summary(f"{options.out}: {made} pairs written, {kept} were there", left_out)
+    if made + kept == 0:
+        raise UserError(f"{options.out}: no pair came out; the reasons are above")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sources", nargs="+", type=Path, help="files, image sequences, or folders of them")
+    add("--out", type=Path, required=True, help="the folder of pairs")
+    add("--alpha", choices=("auto", "straight", "premultiplied"), default="auto", help="what the colour is in the file")
+    add(
+        "--fill",
+        choices=("extend", "black", "color", "random", "keep"),
+        default="extend",
+        help="colour where nothing is visible: the nearest, black, --color, one drawn for each clip, the source's",
+    )
+    add("--color", default="0,0,0", metavar="R,G,B", help="for --fill color, 0 to 255 each")
+    add("--fps", help="resample to this rate by the file's times, such as 16 or 24000/1001; default: the file's own")
+    add("--short-side", type=int, default=0, help="scale down to this many pixels; 0 keeps the size")
+    add("--ending", default="", help="take only files of this ending, such as .mov")
+    add("--lossless", action="store_true", help="4:4:4 without loss: larger, and browsers do not play it")
+    add("--force", action="store_true", help="write pairs anew that are there already")
+    add("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="clips at a time")
+    return parser  # fmt: skip
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    try:
+        red, green, blue = (int(part) for part in arguments.color.split(","))
+    except ValueError:
+        raise UserError(f"--color: {arguments.color!r} is not three numbers such as 0,255,0") from None
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise UserError(f"--color: {arguments.color!r} has a part outside 0 to 255")
+    try:
+        fps = Fraction(arguments.fps) if arguments.fps else None
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--fps: {arguments.fps!r} is not a rate such as 16 or 24000/1001") from None
+    if fps is not None and fps <= 0:
+        raise UserError(f"--fps: {arguments.fps!r} must be above 0")
+    if arguments.jobs < 1 or arguments.short_side < 0 or arguments.short_side == 1:
+        raise UserError("--jobs must be at least 1, and --short-side 0 or at least 2")
+    color = (red, green, blue)
+    short, lossless, force = arguments.short_side, arguments.lossless, arguments.force
+    return Options(arguments.out, arguments.alpha, arguments.fill, color, fps, short, lossless, force)
+
+
+# --- what to do ------------------------------------------------------------------------------------------------------
+
+
+def _jobs(sources: Iterable[Path], ending: str, out: Path) -> tuple[list[Job], list[tuple[str, str]]]:
+    """One for each name: where files share theirs, the best kind is taken and the others are named."""
+    jobs, left_out, taken = [], [], {}
+    found = [job for source in sources for job in _found(source, out.resolve())]
+    wanted = [job for job in found if not ending or job.source.suffix.lower() == ending.lower()]
+    for job in sorted(wanted, key=lambda job: (str(job.name), _rank(job.source))):
+        if job.name in taken:
+            left_out.append((str(job.source), f"{taken[job.name]} has this name and was taken; --ending chooses"))
+        else:
+            taken[job.name] = job.source.name
+            jobs.append(job)
+    return jobs, left_out
+
+
+def _rank(source: Path) -> tuple[int, str]:
+    ending = "" if source.is_dir() else source.suffix.lower()
+    return BEST_FIRST.index(ending) if ending in BEST_FIRST else len(BEST_FIRST), ending
+
+
+def _found(source: Path, out: Path) -> Iterator[Job]:
+    if not source.exists():
+        raise UserError(f"{source}: does not exist; give a video, an image sequence, or a folder of them")
+    if source.is_dir() and not is_sequence(source):
+        yield from _inside(source, Path(), out)
+    elif source.is_dir() or source.suffix.lower() in MEDIA_ENDINGS:
+        yield Job(source, Path(source.name if source.is_dir() else source.stem))
+    else:
+        raise UserError(f"{source}: is no video; known endings are {', '.join(sorted(MEDIA_ENDINGS))}")
+
+
+def _inside(folder: Path, below: Path, out: Path) -> Iterator[Job]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.resolve() == out:
+            continue
+        if path.is_dir() and is_sequence(path):
+            yield Job(path, below / path.name)
+        elif path.is_dir():
+            yield from _inside(path, below / path.name, out)
+        elif path.suffix.lower() in MEDIA_ENDINGS:
+            yield Job(path, below / path.stem)
+
+
+# --- one clip --------------------------------------------------------------------------------------------------------
+
+
+def _split(job: Job, options: Options) -> bool | str:
+    """True for a pair that was written, False for one that was there, or the reason why there is none."""
+    target = options.out / job.name
+    caption = job.source.with_name(job.name.name + ".txt")
+    try:
+        text = caption.read_text(encoding="utf-8-sig") if caption.is_file() else None
+        there = not options.force and any(_pair(target, ending)[0].is_file() for ending in (".mp4", ".png"))
+        if not there:
+            _write(target, _examined(job, options), lossless=options.lossless)
+    except (BadMedia, UserError) as error:
+        return str(error)
+    except UnicodeDecodeError:
+        return f"its caption {caption.name} is not UTF-8"
+    if text is not None:
+        write_text(target.with_name(target.name + ".txt"), text)
+    return not there
+
+
+def _pair(target: Path, ending: str) -> tuple[Path, Path]:
+    return target.with_name(target.name + ending), target.with_name(f"{target.name}_seg{ending}")
+
+
+def _examined(job: Job, options: Options) -> Cut:
+    media = probe(job.source)
+    if not media.alpha:
+        raise BadMedia("has no alpha channel")
+    fps = options.fps or media.fps or SEQUENCE_FPS
+    resampled = options.fps is not None and bool(media.fps) and not media.image
+    clip = Clip(str(job.name), Fraction(0), media.frames_at(fps), fps, media.height, media.width)
+    numbers = frame_numbers(job.source, clip) if resampled else tuple(range(media.frames))
+    cut = Cut(job.source, media, numbers, fps, _size(media, options), False, _fill(job, options))
+    _check_alpha(cut)
+    premultiplied = options.alpha == "premultiplied" or (options.alpha == "auto" and _looks_premultiplied(cut))
+    return Cut(job.source, media, numbers, fps, cut.size, premultiplied, cut.fill)
+
+
+def _size(media: Media, options: Options) -> tuple[int, int]:
+    """Never larger than the source; even, unless the pair holds its colour at full size."""
+    scale = min(1.0, options.short_side / min(media.height, media.width)) if options.short_side else 1.0
+    unit = 1 if options.lossless or media.image else 2
+    height, width = (round(side * scale) // unit * unit for side in (media.height, media.width))
+    if min(height, width) < unit:
+        raise BadMedia(f"is {media.width}×{media.height}, too small for a pair")
+    return height, width
+
+
+def _fill(job: Job, options: Options) -> Fill:
+    if options.fill == "random":
+        return Fill("color", random_color(job.name.as_posix()))
+    return Fill(options.fill, options.color if options.fill == "color" else (0, 0, 0))
+
+
+def _looks_premultiplied(cut: Cut) -> bool:
+    step = max(1, len(cut.numbers) // LOOKED_AT)
+    return looks_premultiplied(stream_rgba(cut.source, cut.numbers[::step], cut.media))
+
+
+def _check_alpha(cut: Cut) -> None:
+    """All frames are looked at: one that shows something makes a clip."""
+    low, high, motion, picture_motion = 255, 0, 0.0, 0.0
+    for before, frame in itertools.pairwise(itertools.chain([None], cut.raw())):
+        alpha = frame[..., 3]
+        low, high = min(low, int(alpha.min())), max(high, int(alpha.max()))
+        if before is not None:
+            change = np.abs(frame.astype(np.int16) - before).mean(axis=(0, 1))
+            motion, picture_motion = max(motion, float(change[3])), max(picture_motion, float(change[:3].mean()))
+    if high <= BLANK:
+        raise BadMedia("its alpha is blank: it shows nothing in any frame")
+    if low >= OPAQUE:
+        raise BadMedia("its alpha is opaque in all frames: there is nothing to learn from it")
+    if len(cut.numbers) > 1 and motion < STILL and picture_motion > MOVING:
+        raise BadMedia("its alpha stands still while the picture moves")
+
+
+def _write(target: Path, cut: Cut, *, lossless: bool) -> None:
+    """The first file last, so that it stands for a whole pair."""
+    first, second = _pair(target, ".png" if cut.media.image else ".mp4")
+    _write_one(second, (frame[..., 3:].repeat(3, axis=2) for frame in cut.straight()), cut, lossless=lossless)
+    _write_one(first, (frame[..., :3] for frame in cut.straight()), cut, lossless=lossless)
+
+
+def _write_one(path: Path, frames: Iterator[np.ndarray], cut: Cut, *, lossless: bool) -> None:
+    if cut.media.image:
+        write_png(path, next(frames))
+    else:
+        write_mp4(path, frames, fps=cut.fps, lossless=lossless)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("split_rgba", main))

@@ -1,0 +1,96 @@
+"""Rows go in one at a time, a manifest comes out (csv, jsonl, parquet), under its name only when it is whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transpixeler.config import UserError
+from transpixeler.data.manifest import MANIFEST_ENDINGS, PRIMARY_ALIASES
+from transpixeler.tooling import whole
+
+BATCH = 1024
+Put = Callable[[Mapping[str, Any]], None]
+
+
+def check_manifest(path: Path, *, there: bool) -> Path:
+    """A manifest by its ending, and, for one that is read, by its presence."""
+    if path.suffix.lower() not in MANIFEST_ENDINGS:
+        raise UserError(f"{path}: is no manifest; those end in {', '.join(MANIFEST_ENDINGS)}")
+    if there and not path.is_file():
+        raise UserError(f"{path}: does not exist; give a manifest ({', '.join(MANIFEST_ENDINGS)})")
+    return path
+
+
+@contextmanager
+def rows_into(path: Path, columns: Sequence[str], schema: Any = None) -> Iterator[Put]:
+    """Gives a function that takes a row; `schema` keeps a parquet source's own types."""
+    with whole(path) as unfinished:
+        open_rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix.lower()]
+        with open_rows(unfinished, columns, schema) as put:
+            yield put
+
+
+def moved(row: Mapping[str, Any], columns: Sequence[str], old: Path, new: Path) -> dict[str, Any]:
+    """The row with its relative paths, which are relative to the manifest's folder, as seen from another folder."""
+    if old.resolve() == new.resolve():
+        return dict(row)
+    paths = {name: row[name] for name in columns if isinstance(row.get(name), str) and row[name]}
+    apart = {name: value for name, value in paths.items() if not Path(value).is_absolute()}
+    return dict(row) | {name: os.path.relpath(old.resolve() / value, new.resolve()) for name, value in apart.items()}
+
+
+def first_path(row: Mapping[str, Any]) -> str | None:
+    """The path of a row's first stream, whatever the column is called."""
+    names = ("rgb", *PRIMARY_ALIASES)
+    return next((row[name].strip() for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
+
+
+@contextmanager
+def _csv(path: Path, columns: Sequence[str], _: Any) -> Iterator[Put]:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        yield writer.writerow
+
+
+@contextmanager
+def _jsonl(path: Path, _: Sequence[str], __: Any) -> Iterator[Put]:
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda row: print(json.dumps(row, ensure_ascii=False, default=str), file=file)
+
+
+@contextmanager
+def _parquet(path: Path, columns: Sequence[str], schema: Any) -> Iterator[Put]:
+    """In batches; without a schema the first batch decides the types."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    waiting: list[Mapping[str, Any]] = []
+    writer = parquet.ParquetWriter(path, schema) if schema is not None else None
+
+    def flush() -> None:
+        nonlocal writer
+        full = [{name: row.get(name) for name in columns} for row in waiting]
+        batch = pyarrow.RecordBatch.from_pylist(full, schema=writer.schema if writer else None)
+        writer = writer or parquet.ParquetWriter(path, batch.schema)
+        writer.write_batch(batch)
+        waiting.clear()
+
+    def put(row: Mapping[str, Any]) -> None:
+        waiting.append(row)
+        if len(waiting) == BATCH:
+            flush()
+
+    try:
+        yield put
+        if waiting:
+            flush()
+    finally:
+        if writer is not None:
+            writer.close()

@@ -85,7 +85,7 @@ class Telemetry:
         self.wandb = _wandb(config.wandb, run, name) if config.wandb else None
         self.bar = _bar(step, total)
         self.total = total
-        self.started, self.first_step = time.monotonic(), step
+        self.trained_seconds, self.first_step = 0.0, step
         self._said = 0.0
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -134,6 +134,7 @@ class Telemetry:
             self.wandb.finish()
 
     def _progress(self, record: Mapping[str, Any]) -> None:
+        self.trained_seconds += record["seconds"]
         shown = {"epoch": record["epoch"], "loss": f"{record['loss']:.4f}", "lr": f"{record['lr']:.2e}"}
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
@@ -142,7 +143,7 @@ class Telemetry:
         now, step = time.monotonic(), record["step"]
         if now - self._said >= PLAIN_SECONDS or step in (self.first_step + 1, self.total):
             self._said = now
-            pace = (now - self.started) / (step - self.first_step)
+            pace = self.trained_seconds / (step - self.first_step)
             left = _clock(pace * (self.total - step))
             text = ", ".join(f"{key} {value}" for key, value in shown.items())
             logger.info("step %d of %d, %s, %.3g s a step, %s left", step, self.total, text, pace, left)

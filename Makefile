@@ -9,7 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-RUN := $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m transpixeler,$(BIN)/python -m transpixeler)
+TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node
+RUN := $(if $(filter-out 1,$(NPROC)),$(TORCHRUN) $(NPROC) -m transpixeler,$(BIN)/python -m transpixeler)
 
 .PHONY: help setup demo cache train eval sample test lint format bench inspect
 help:
@@ -22,8 +23,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+PROMPT ?= a red circle drifts left, half transparent
+
+# The whole way on a tiny model and two processes: files → cache → train → evaluate → a video with alpha → report.
 demo: $(READY)
-	$(BIN)/python -m transpixeler demo demo $(ARGS)
+	$(BIN)/python -m transpixeler demo demo
+	$(TORCHRUN) 2 -m transpixeler train demo/config.yaml $(ARGS)
+	$(BIN)/python -m transpixeler sample demo/output/latest --prompt "$(PROMPT)" --format mov --format webm --out demo/samples
+	@echo
+	@echo "RGBA videos   $$(ls -d demo/samples/*/rgba.* | tr '\n' ' ')"
+	@echo "report        demo/output/latest/report.html"
+	@echo "TensorBoard   $(BIN)/tensorboard --logdir demo/output"
 
 demo/config.yaml: | $(READY)
 	$(BIN)/python -m transpixeler demo demo

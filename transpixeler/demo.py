@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("transpixeler")
 
 # Raised when the files below change, so that an older demo is not taken for this one.
-RECIPE = 1
+RECIPE = 2
 MARKER = "demo.txt"
 PARTS = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
 RGBA_CLIPS = 3
@@ -103,6 +103,14 @@ checkpoint:
 
 save:
   every_steps: 20
+
+eval:
+  samples: 2                          # held-out captions made into videos at each evaluation
+
+sample:
+  prompts: ["a red circle drifts left, half transparent"]
+  size: [64, 64, 17]                  # width, height, frames
+  steps: 20
 """
 
 

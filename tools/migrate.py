@@ -1,0 +1,342 @@
+"""The TOML files of a diffusion-pipe or TransPixeler training go in, a config of ours comes out.
+
+Every key is carried over, or named with the reason why not: on the terminal and at the head of the YAML. What the TOML
+says per GPU is said here for all, so tell how many there were with --gpus. The YAML is read back before it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import yaml
+from migrate_keys import EXAMPLES, OPTIMIZERS, SAME, Migration, Table, Value
+
+from transpixeler import configfile
+from transpixeler.config import Config, UserError
+from transpixeler.tooling import folder_given, run, whole
+
+SECTIONS = [field.name for field in dataclasses.fields(Config)]
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    folder_given(arguments.root, "the folder that training was started in")
+    if arguments.out.exists() and not arguments.force:
+        raise UserError(f"{arguments.out}: already exists; choose another --out, or --force")
+    migration = Migration(arguments)
+    values = _toml(arguments.toml)
+    tables = {name: values.pop(name, None) for name in ("model", "adapter", "optimizer", "monitoring")}
+    train = Table(values, str(arguments.toml), "", migration)
+    if wrong := [name for name, table in tables.items() if not isinstance(table, dict | None)]:
+        raise UserError(f"{arguments.toml}: {wrong[0]} is no table; write [{wrong[0]}]")
+    parts = {name: Table(table or {}, train.where, f"{name}.", migration) for name, table in tables.items()}
+    _model(parts["model"], migration)
+    _data(train, arguments, migration)
+    _adapter(parts["adapter"], migration, given=tables["adapter"] is not None)
+    _optimizer(parts["optimizer"], migration)
+    _monitoring(parts["monitoring"], migration)
+    _batch(train, migration)
+    _rhythm(train, migration)
+    _memory(train, migration)
+    train.finish()
+    _write(migration, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("toml", type=Path, help="the training TOML")
+    add("--dataset", type=Path, help="the dataset TOML; default: the one that the training TOML names")
+    add("--out", type=Path, required=True, help="the YAML")
+    add("--gpus", type=int, help="how many GPUs trained; default: as many as pipeline_stages")
+    add("--root", type=Path, default=Path(), help="the folder that training was started in, for relative paths")
+    add("--force", action="store_true", help="replace the YAML that is there")
+    return parser
+
+
+def _toml_reader() -> ModuleType:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise UserError("Python 3.10 reads no TOML by itself: pip install tomli, or use 3.11") from None
+    return tomllib
+
+
+def _toml(path: Path) -> dict[str, Value]:
+    reader = _toml_reader()
+    try:
+        return reader.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except reader.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+# --- the sections ----------------------------------------------------------------------------------------------------
+
+
+def _model(table: Table, migration: Migration) -> None:
+    kind = str(table.take("type", ""))
+    if not kind.startswith("wan"):
+        raise UserError(f"{table.where}: model.type is {kind!r}; only wan can be trained here")
+    migration.set("model", {"family": "wan"})
+    _mode(table, migration)
+    for name in ("ckpt_path", "diffusers_path"):
+        table.apply(name, lambda value: migration.set("model.path", migration.place(value)))
+    if table.values.get("dtype") in ("bfloat16", "float32"):
+        migration.set("model.dtype", table.take("dtype"))
+    table.leave("dtype", "matmuls run in bfloat16 or float32")
+    if (kept := str(table.values.get("transformer_dtype", ""))).startswith("float8"):
+        table.take("transformer_dtype")
+        migration.set("model.quantize", "fp8")
+    elif kept == migration.get("model.dtype"):
+        table.take("transformer_dtype")
+    table.leave("transformer_dtype", "model.quantize is none, fp8 or int8")
+    if table.values.get("timestep_sample_method") not in (None, "logit_normal", "uniform"):
+        table.leave("timestep_sample_method", "objective.density is logit_normal or uniform")
+    table.finish()
+
+
+def _mode(table: Table, migration: Migration) -> None:
+    if table.values.get("mode") == "pair":
+        table.take("mode")
+        migration.pair = True
+    table.leave("mode", "a data set is of pairs or of single videos; only `pair` is told by a mode")
+
+
+def _adapter(table: Table, migration: Migration, *, given: bool) -> None:
+    migration.set("lora.enabled", given)
+    if not given:
+        migration.notes.append("there is no [adapter], so the base itself is trained: lora.enabled is false")
+        if migration.config["model"].pop("quantize", None):
+            migration.mapped -= 1
+            migration.leave("model.transformer_dtype", "float8", "a base that is trained itself is not quantized")
+        return
+    if table.values.get("type", "lora") == "lora":
+        table.take("type")
+    table.leave("type", "there is LoRA alone, and it is used")
+    if not migration.pair:
+        migration.set("lora.scope", "all")
+    table.apply("init_from_existing", lambda value: migration.set("lora.init_from", migration.place(value)))
+    fused = table.values.get("fuse_adapters", [])
+    if all(isinstance(one, dict) and one.get("weight", 1.0) == 1.0 and "path" in one for one in fused):
+        table.apply(
+            "fuse_adapters", lambda ones: migration.set("model.fuse", [migration.place(o["path"]) for o in ones])
+        )
+    table.leave("fuse_adapters", "model.fuse adds adapters with weight 1")
+    if "alpha" not in table.values and migration.pair:
+        migration.notes.append(
+            "without adapter.alpha the scale here is 1, that of the published TransPixeler adapters 1/rank: take its "
+            "rates of 1e-3 with lora.alpha: 1.0, or a lower rate"
+        )
+    table.finish()
+
+
+def _optimizer(table: Table, migration: Migration) -> None:
+    kind = str(table.values.get("type", ""))
+    known = OPTIMIZERS.get(kind.lower())
+    if known:
+        table.take("type")
+        migration.set("optim.name", known)
+    elif kind:
+        table.leave("type", "no such optimizer here: optim.name takes any importable module.Class; adamw is set")
+        for name in list(table.values):
+            table.leave(name, f"belongs to {kind}")
+    table.finish()
+
+
+def _monitoring(table: Table, migration: Migration) -> None:
+    if table.take("enable_wandb", False):
+        table.apply("wandb_tracker_name", lambda value: migration.set("log.wandb", str(value)))
+    table.leave("wandb_tracker_name", "Weights & Biases is not enabled")
+    table.finish()
+
+
+def _batch(table: Table, migration: Migration) -> None:
+    """What is said per GPU becomes one number for all."""
+
+    def images(value: int) -> None:
+        migration.set("data.buckets", [{"size": [0, 0, 1], "micro_batch": int(value)}])
+
+    micro = table.take("micro_batch_size_per_gpu", 1)
+    if isinstance(micro, list):
+        migration.mapped -= 1
+        migration.leave("micro_batch_size_per_gpu", micro, "the least is taken for all; data.buckets has more by size")
+        micro = min((int(pair[1]) for pair in micro), default=1)
+    stages = table.values.get("pipeline_stages", 1)
+    gpus = migration.gpus or stages
+    accumulated = table.take("gradient_accumulation_steps", 1)
+    if not all(isinstance(n, int) and n > 0 for n in (micro, stages, accumulated, gpus)) or gpus % stages:
+        raise UserError(f"--gpus: {gpus} GPUs hold no whole number of pipelines of {stages}")
+    migration.set("train.micro_batch", micro)
+    migration.set("train.global_batch", micro * accumulated * (gpus // stages))
+    table.apply("image_micro_batch_size_per_gpu", images)
+
+
+def _rhythm(table: Table, migration: Migration) -> None:
+    """A rhythm that is given stands alone: our own default one is switched off."""
+    for name, key in EXAMPLES.items():
+        batch = migration.get("train.global_batch")
+        table.apply(name, lambda value, key=key, batch=batch: migration.set(key, max(1, round(value / batch))))
+    for section, ours in (("eval", "every_epochs"), ("save", "every_epochs"), ("checkpoint", "every_steps")):
+        given = [name for name in SAME if name.startswith(f"{section}_every") and name in table.values]
+        if given or migration.get(f"{section}.every_steps"):
+            migration.config.setdefault(section, {}).setdefault(ours, 0)
+
+
+def _memory(table: Table, migration: Migration) -> None:
+    modes = {True: "full", False: "none", "unsloth": "offload"}
+    table.apply("activation_checkpointing", lambda value: _known(modes, value, "parallel.recompute", migration))
+    table.apply("compile", lambda value: migration.set("parallel.compile", "on" if value else "off"))
+    if table.values.get("partition_method") == "parameters":
+        table.take("partition_method")  # balanced is what an empty parallel.split is
+    table.leave("partition_method", "parallel.split gives the blocks of each stage")
+    if "blocks_to_swap" in table.values:
+        migration.set("parallel.offload", bool(table.take("blocks_to_swap")))
+        migration.notes.append("blocks_to_swap has become parallel.offload, which streams all blocks from host memory")
+    if table.values.get("lr_scheduler") not in (None, "constant", "linear", "cosine"):
+        table.leave("lr_scheduler", "optim.schedule is constant, linear or cosine")
+
+
+def _known(names: Mapping[Value, str], value: Value, key: str, migration: Migration) -> None:
+    if value not in names:
+        raise ValueError(value)
+    migration.set(key, names[value])
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def _data(train: Table, arguments: argparse.Namespace, migration: Migration) -> None:
+    _mode(train, migration)
+    train.apply("output_dir", lambda value: migration.set("output_dir", str((migration.root / value).resolve())))
+    named = train.take("dataset")
+    if arguments.dataset is None and not isinstance(named, str):
+        raise UserError(f"{train.where}: names no dataset; give its TOML with --dataset")
+    sources = _dataset(arguments.dataset or _found(named, arguments, "dataset"), migration, name="")
+    migration.set("data.train", sources)
+    held_out = []
+    for entry in train.take("eval_datasets", []):
+        entry = {"config": entry} if isinstance(entry, str) else entry
+        path = _found(str(entry.get("config", "")), arguments, "eval_datasets")
+        held_out += _dataset(path, migration, name=str(entry.get("name", path.stem)))
+    if held_out:
+        migration.set("data.eval", held_out)
+    migration.set("streams", {"rgb": "", "seg": "_seg"} if migration.pair else {"rgb": ""})
+    migration.set("data.upscale", True)
+    migration.notes.append("data.upscale is true, as every clip was scaled to its bucket; false drops smaller ones")
+
+
+def _found(value: str, arguments: argparse.Namespace, key: str) -> Path:
+    """As the training saw it, or beside the training TOML."""
+    toml = arguments.toml.resolve()
+    for folder in (arguments.root, toml.parent, toml.parent.parent):
+        if value and (folder / value).is_file():
+            return folder / value
+    raise UserError(f"{arguments.toml}: {key} names {value!r}, which is not there; set --root, or give --dataset")
+
+
+def _dataset(path: Path, migration: Migration, *, name: str) -> list[dict[str, Value]]:
+    """Its sources; what it says for all goes to `data` for training, to each source for an eval set."""
+    values = _toml(path)
+    folders = values.pop("directory", [])
+    if not isinstance(folders, list) or not folders or not all(isinstance(folder, dict) for folder in folders):
+        raise UserError(f"{path}: holds no [[directory]]")
+    table = Table(values, str(path), f"{path.name}: ", migration)
+    common = _shape(table, migration)
+    _aspect(table, migration, held_out=bool(name))
+    sources = []
+    for number, folder in enumerate(folders):
+        own = Table(folder, str(path), f"{path.name}: directory {number}: ", migration)
+        sources.append((common if name else {}) | _source(own, migration, name=name))
+    if not name:
+        migration.config.setdefault("data", {}).update(common)
+    table.finish(same=False)
+    return sources
+
+
+def _source(table: Table, migration: Migration, *, name: str) -> dict[str, Value]:
+    source: dict[str, Value] = {"path": None}
+    table.apply("path", lambda value: source.update(path=str((migration.root / value).resolve())))
+    if source["path"] is None:
+        raise UserError(f"{table.where}: a [[directory]] has no path")
+    if name:
+        source["name"] = name
+    table.apply("num_repeats", lambda value: source.update(repeats=max(1, round(value))))
+    source |= _shape(table, migration)
+    for key in ("enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets", "ar_buckets"):
+        table.leave(key, "shapes are the same for all sources: data.aspect_…")
+    table.finish(same=False)
+    return source
+
+
+def _shape(table: Table, migration: Migration) -> dict[str, Value]:
+    """Sizes, lengths and the clip mode, which stand for all sources or for one."""
+    shape: dict[str, Value] = {}
+    _mode(table, migration)
+    table.apply("resolutions", lambda value: shape.update(resolutions=[_size(one) for one in value]))
+    table.apply("frame_buckets", lambda value: shape.update(frames=sorted({1, *map(_length, value)})))
+    table.apply("size_buckets", lambda value: shape.update(sizes=[[int(w), int(h), _length(f)] for w, h, f in value]))
+    table.apply("video_clip_mode", lambda value: shape.update(clip_mode=str(value)))
+    return shape
+
+
+def _size(value: Value) -> int | list[int]:
+    return [int(value[0]), int(value[1])] if isinstance(value, list) else int(value)
+
+
+def _length(frames: int) -> int:
+    """The longest of 4k+1 frames that fits; a length is never rounded up to one that clips do not fill."""
+    if frames < 1:
+        raise ValueError(frames)
+    return (int(frames) - 1) // 4 * 4 + 1
+
+
+def _aspect(table: Table, migration: Migration, *, held_out: bool) -> None:
+    names = {"min_ar": "aspect_min", "max_ar": "aspect_max", "num_ar_buckets": "aspect_count"}
+    if held_out:
+        for name in (*names, "enable_ar_bucket", "ar_buckets"):
+            table.leave(name, "an eval set has the shapes of the training set: data.aspect_…")
+        return
+    for name, ours in names.items():
+        table.apply(name, lambda value, ours=ours: migration.set(f"data.{ours}", value))
+    table.apply("ar_buckets", lambda value: migration.set("data.aspect_ratios", [_ratio(one) for one in value]))
+    if table.take("enable_ar_bucket", True) is False:
+        migration.set("data.aspect_ratios", [1.0])
+
+
+def _ratio(value: Value) -> float:
+    return round(value[0] / value[1], 6) if isinstance(value, list) else float(value)
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def _write(migration: Migration, arguments: argparse.Namespace) -> None:
+    config = {name: migration.config[name] for name in SECTIONS if name in migration.config}
+    head = [f"Made from {arguments.toml.name}. Not carried over:", *(f"  {k}: {why}" for k, why in migration.left_out)]
+    head = head if migration.left_out else [f"Made from {arguments.toml.name}. Every key is carried over."]
+    comments = "".join(f"# {line}\n" for line in [*head, *(f"Note: {note}" for note in migration.notes)])
+    text = comments + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
+    with whole(arguments.out) as draft:
+        draft.write_text(text, encoding="utf-8")
+        try:
+            configfile.load(draft)
+        except UserError as error:
+            raise UserError(f"{arguments.toml}: {str(error).replace(str(draft), 'the YAML made of it')}") from None
+    print(f"{arguments.out}: {migration.mapped} keys carried over, {len(migration.left_out)} not")
+    for key, why in migration.left_out:
+        print(f"  {key}: {why}")
+    for note in migration.notes:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("migrate", main))

@@ -171,7 +171,9 @@ def activation_bytes(
     if recompute == "offload":
         return int(2 * entry + block + work)
     again = recomputed_share(d, recompute) * d.blocks
-    return int(again * entry + (d.blocks - again) * block + (block if again else 0) + work)
+    at_once = again and (d.blocks - 1) % (recompute if isinstance(recompute, int) else 1) == 0
+    # a last block that is kept is done with, and let go, before the first one is computed again
+    return int(again * entry + (d.blocks - again) * block + (block if at_once else 0) + work)
 
 
 def state_bytes(parameters: Iterable[nn.Parameter], *, moments: int = 2) -> tuple[int, int, int]:

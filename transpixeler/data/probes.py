@@ -1,0 +1,91 @@
+"""What each media file is, remembered by path, size and time, so that a data set is looked at anew in a second.
+
+In: a path. Out: its `Media`, from the memory where the file has not changed since. The memory is one text file in the
+cache folder, a line a file; losing it costs opening the files once more. Files that cannot be used are not remembered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from transpixeler.data.cache import READ_ONLY
+from transpixeler.data.fingerprint import SETTLED_SECONDS
+from transpixeler.data.media import Media
+from transpixeler.data.video import probe
+
+logger = logging.getLogger("transpixeler")
+NAME = "probes.tsv"
+VERSION = 1  # raised when probing gives other values
+Stamp = tuple[int, int]  # size, time of change
+
+
+class Probes:
+    """`probe` with a memory; called from many threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.opened = 0  # files that had to be opened
+        self._known = _load(folder / NAME)
+        self._fresh: dict[str, tuple[Stamp, Media]] = {}
+
+    def __call__(self, path: Path) -> Media:
+        if path.is_dir() or "\n" in str(path):  # a folder's time says nothing of the images in it
+            return probe(path)
+        name = os.path.relpath(path, self.folder)
+        found = _stamp(path)
+        stamp, media = self._known.get(name, (None, None))
+        if media is not None and stamp == found:
+            return media
+        media = probe(path)
+        self.opened += 1
+        if found is not None and time.time_ns() - found[1] > SETTLED_SECONDS * 1e9:
+            self._fresh[name] = (found, media)
+        return media
+
+    def save(self) -> None:
+        """Beside what another run may have saved meanwhile."""
+        if not self._fresh:
+            return
+        known = _load(self.folder / NAME) | self._known | self._fresh
+        lines = [f"{VERSION}\n", *(_line(name, stamp, media) for name, (stamp, media) in known.items())]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self.folder / f"{NAME}.{os.getpid()}.part"
+            part.write_text("".join(lines), encoding="utf-8", errors="surrogateescape", newline="\n")
+            part.replace(self.folder / NAME)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            logger.info("%s cannot be written: files are looked at again the next time", self.folder)
+        self._known, self._fresh = known, {}
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        stat = path.stat()
+    except OSError:  # probing says why, in words for the user
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _line(name: str, stamp: Stamp, media: Media) -> str:
+    values = (*stamp, media.frames, media.height, media.width, media.fps, media.duration, int(media.alpha))
+    return "\t".join(map(str, (*values, name))) + "\n"
+
+
+def _load(path: Path) -> dict[str, tuple[Stamp, Media]]:
+    if not path.exists():
+        return {}
+    first, *lines = path.read_bytes().decode("utf-8", errors="surrogateescape").split("\n")[:-1]
+    if first != str(VERSION):
+        return {}
+    known = {}
+    for line in lines:
+        size, modified, frames, height, width, fps, duration, alpha, name = line.split("\t", 8)
+        media = Media(int(frames), int(height), int(width), Fraction(fps), Fraction(duration), alpha == "1")
+        known[name] = ((int(size), int(modified)), media)
+    return known

@@ -12,8 +12,8 @@ FLOORS = [
     {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "facts", "telemetry"},
     {"checkpoint", "export", "adapters", "runs", "saving", "sampling", "trained"},
-    {"trainer", "evaluate", "hub", "demo", "inspection", "report", "generate", "heldout"},
-    {"cli", "__main__"},
+    {"trainer", "plan", "account", "evaluate", "hub", "demo", "inspection", "report", "generate", "heldout"},
+    {"cli", "arguments", "__main__"},
 ]
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from transpixeler import cli, configfile
+from transpixeler import arguments, configfile
 from transpixeler.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def blocks(language: str = "") -> list[str]:
 
 def commands() -> dict[str, str]:
     """Every command of the command line and its help."""
-    (subparsers,) = [action for action in cli._parser()._actions if action.choices]
+    (subparsers,) = [action for action in arguments.make_parser()._actions if action.choices]
     return {name: parser.format_help() for name, parser in subparsers.choices.items()}
 
 

@@ -11,9 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transpixeler.config import Config, UserError
+from transpixeler.arguments import make_parser
+from transpixeler.config import Config, Fault, UserError
 
 if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
@@ -24,12 +25,15 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
-        return arguments.command(arguments)
+        return COMMANDS[arguments.command](arguments)
     except UserError as error:
         if arguments.debug:
             raise
         _say(str(error))
         return 2
+    except Fault as fault:
+        _say(str(fault))
+        return 1
     except KeyboardInterrupt:
         print("transpixeler: stopped", file=sys.stderr)
         return 130
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Overrides may stand anywhere after the command, between options too."""
-    parser = _parser()
+    parser = make_parser()
     arguments, left = parser.parse_known_args(_explicit_resume(argv))
     overrides = [word for word in left if "=" in word and not word.startswith("-")]
     if left != overrides or (overrides and not hasattr(arguments, "overrides")):
@@ -114,6 +118,27 @@ def _train(arguments: argparse.Namespace) -> int:
         folder = trainer.train(config, runtime, resume=arguments.resume)
         if runtime.is_main:
             print(folder)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    import json
+
+    from transpixeler import plan
+
+    asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
+    made = plan.make_plan(config, *plan.find_machine(config, **asked))
+    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else plan.text(made))
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from transpixeler import hub
+
+    terms = hub.Terms(arguments.repo, private=not arguments.public, base=arguments.base, license=arguments.license)
+    parcel = hub.pack(arguments.path, terms, ema=arguments.ema)
+    print(hub.listing(parcel) if arguments.dry_run else hub.push(parcel))
     return 0
 
 
@@ -215,146 +240,18 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# --- the parser ------------------------------------------------------------------------------------------------------
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Room for the texts, and defaults left to the reference."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=100)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="transpixeler",
-        formatter_class=_Help,
-        description="Teaches a video diffusion transformer to generate an RGB video and its companion together.",
-        epilog="Keys of a config: configs/reference.yaml. Any of them is set on the command line as a.b=value.",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake as well")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_demo(commands)
-    _add_cache(commands)
-    _add_train(commands)
-    _add_eval(commands)
-    _add_sample(commands)
-    _add_inspect(commands)
-    _add_export(commands)
-    _add_report(commands)
-    return parser
-
-
-def _add(commands: Any, name: str, run: Command, help: str, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=text, formatter_class=_Help)
-    parser.set_defaults(command=run)
-    return parser
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/ for examples")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set over the file's")
-
-
-def _add_demo(commands: Any) -> None:
-    text = "Writes a tiny Wan pipeline, a synthetic set of RGBA pairs and a config that trains on them."
-    parser = _add(commands, "demo", _demo, "write a tiny model, data and config to try everything on", text)
-    parser.add_argument("folder", metavar="DIR", help="where to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the clips (0)")
-    parser.add_argument("--force", action="store_true", help="replace what stands in DIR")
-
-
-def _add_cache(commands: Any) -> None:
-    text = "Encodes every clip and caption that the cache lacks. Runs alone, under torchrun, and again after any stop."
-    parser = _add(commands, "cache", _cache, "encode what the cache lacks", text)
-    _add_config(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--verify", action="store_true", help="read every record and name each that is damaged")
-    what.add_argument("--gc", action="store_true", help="remove what this config does not refer to")
-    what.add_argument("--rebuild", action="store_true", help="encode everything anew")
-    what.add_argument("--list", action="store_true", help="show what is in the cache")
-
-
-def _add_train(commands: Any) -> None:
-    text = "Caches what is missing, then trains. Under torchrun it uses every process it is given."
-    parser = _add(commands, "train", _train, "train an adapter, or the whole model", text)
-    _add_config(parser)
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="go on from the newest valid checkpoint of the latest run, or of this run or checkpoint folder",
-    )
-
-
-def _add_eval(commands: Any) -> None:
-    text = "Held-out losses, sample videos and measures of them, on data.eval: of a run's newest save, or as told."
-    parser = _add(commands, "eval", _eval, "what a run, an adapter or the base has learned", text)
-    parser.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file (its latest run) or a run's folder")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set over the file's")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--adapter", default="", metavar="PATH", help="evaluate this adapter")
-    what.add_argument("--base", action="store_true", help="evaluate the base model, without any adapter")
-    _add_ema(parser)
-    parser.add_argument("--out", default="", metavar="DIR", help="where to write (eval/ in the run's folder)")
-
-
-def _add_ema(parser: argparse.ArgumentParser) -> None:
-    text = "the averaged weights, or the raw ones (averaged where there are any)"
-    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, default=None, help=text)
-
-
-def _add_sample(commands: Any) -> None:
-    text = "Makes videos of prompts. Without RUN_OR_ADAPTER, by the base model that --model names."
-    parser = _add(commands, "sample", _sample, "prompts to videos, by a run, an adapter or the base", text)
-    option = parser.add_argument
-    option("source", metavar="RUN_OR_ADAPTER", nargs="?", default="", help="a run, a save, an adapter file or Hub id")
-    option("overrides", metavar="key=value", nargs="*", help="keys to set over the run's config")
-    option("--model", default="", metavar="PATH", help="the base, where it is not where it was trained on")
-    option("--prompt", action="append", default=[], metavar="TEXT", help="what to make; may be given again")
-    option("--prompts", default="", metavar="FILE", help="a text file with one prompt a line")
-    option("--count", type=_count, default=1, metavar="N", help="videos of each prompt, with seeds that count up (1)")
-    option("--size", default="", metavar="WxHxF", help="width, height and frames, such as 832x480x33")
-    option("--rgb", default="", metavar="CLIP", help="make the other streams of this video: matting")
-    option("--alpha", default="", metavar="CLIP", help="make the RGB of this matte: painting")
-    option("--out", default="samples", metavar="DIR", help="where to write (samples)")
-    option("--format", action="append", default=[], metavar="NAME", help="mov, webm, png, …; may be given again")
-    for name in ("steps", "guidance", "shift", "seed", "scheduler", "alpha-mode", "background"):
-        option(f"--{name}", metavar="VALUE", help=f"as sample.{name.replace('-', '_')}")
-    _add_ema(parser)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
-def _add_inspect(commands: Any) -> None:
-    text = "Opens every sample of a data set, judges its matte, and writes one page that shows them all."
-    parser = _add(commands, "inspect", _inspect, "find every bad pair, and see the good ones", text)
-    parser.add_argument("dataset", metavar="DATASET", help="a folder of pairs, a manifest, or a config")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set, such as data.fill=black")
-    parser.add_argument("--out", default="inspect.html", metavar="PAGE", help="where to write (inspect.html)")
-
-
-def _add_export(commands: Any) -> None:
-    text = "Writes an adapter, or a run's newest, under the names that another program reads, or merged into its base."
-    parser = _add(commands, "export", _export, "an adapter for other programs, or merged", text)
-    parser.add_argument("path", metavar="RUN_OR_ADAPTER", help="a run's folder, an adapter's, a file or a Hub id")
-    formats = ("transpixeler", "comfyui", "diffusers", "kohya", "merged")
-    parser.add_argument("--format", required=True, choices=formats, help="whose names, or `merged` for a full model")
-    parser.add_argument("--out", required=True, metavar="PATH", help="a folder, or a .safetensors file")
-    parser.add_argument("--base", default="", metavar="MODEL", help="for `merged`, where the adapter does not say it")
-    parser.add_argument("--alpha", type=float, help="of a foreign adapter whose file does not say it")
-    parser.add_argument("--stream", default="seg", help="that a foreign joint adapter's embedding is for (seg)")
-
-
-def _add_report(commands: Any) -> None:
-    text = "Writes RUN/report.html anew: curves, held-out losses, alpha, sample videos, speed and skipped clips."
-    parser = _add(commands, "report", _report, "write a run's report page", text)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, such as OUTPUT_DIR/latest")
+COMMANDS: dict[str, Command] = {
+    "demo": _demo,
+    "plan": _plan,
+    "cache": _cache,
+    "train": _train,
+    "eval": _eval,
+    "sample": _sample,
+    "inspect": _inspect,
+    "export": _export,
+    "push": _push,
+    "report": _report,
+}
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,10 @@ class UserError(Exception):
     """What the user can mend: printed as one line, exit code 2."""
 
 
+class Fault(Exception):
+    """What ends a command for a reason that is not in its input: printed as one line, exit code 1."""
+
+
 @dataclass(frozen=True)
 class Range:
     """Limits of a number, both ends included unless `open_low`."""

@@ -40,6 +40,7 @@ DEVICE_MEMORY = {
 }  # fmt: skip
 LETTERS_A_TOKEN = 4
 BF16 = 2
+LISTED = 40  # dropped clips that the text names
 
 
 class Row(NamedTuple):
@@ -239,7 +240,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         "dropped": {key: [list(pair) for pair in pairs] for key, pairs in plan.dropped.items()},
         "steps": {"first_epoch": plan.steps_first_epoch, "epoch": plan.steps_epoch, "all": plan.steps},
         "flop_step": plan.flop_step,
-        "seconds": {"step": plan.seconds_step, "all": plan.seconds_step * plan.steps, "scan": plan.scan_seconds},
+        "seconds": {"step": plan.seconds_step or None, "all": plan.seconds_step * plan.steps or None, "scan": plan.scan_seconds},
         "recompute": plan.recompute,
         "memory": {mode: memory._asdict() | {"total": memory.total} for mode, memory in plan.memory.items()},
         "cache": {"latents": plan.cache_latents, "texts": plan.cache_texts},
@@ -305,7 +306,8 @@ def _dropped(plan: Plan) -> list[str]:
     for key, pairs in plan.dropped.items():
         if pairs:
             lines.append(f"dropped from data.{key}: {len(pairs):,}")
-            lines += [f"  {name}: {reason}" for name, reason in pairs]
+            lines += [f"  {name}: {reason}" for name, reason in pairs[:LISTED]]
+            lines += [f"  … and {len(pairs) - LISTED:,} more, which --json names"] if len(pairs) > LISTED else []
     return lines
 
 

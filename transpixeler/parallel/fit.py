@@ -222,6 +222,8 @@ class Estimate:
         uneven = max(map(len, ranges)) * len(ranges) / self.dimensions.blocks
         waiting = (passes + layout.pipeline - 1) / passes
         work = self.flops(loads, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
+        if recompute == "offload":
+            work += self._carried(loads) / layout.data / HOST_LINK
         whole = sum(self.parts.values(), Part())
         gathered = 0.0
         if self.config.parallel.offload:
@@ -231,6 +233,13 @@ class Estimate:
             gathered = times * whole.weights / layout.pipeline * (1 - 1 / layout.shard) / LINK
         reduced = 2 * whole.trained_bytes / layout.pipeline / LINK if layout.data > 1 else 0.0
         return max(work, gathered) + reduced
+
+    def _carried(self, loads: Sequence[Load]) -> float:
+        """Bytes of blocks' inputs that a mean step takes to host memory and back."""
+        steps = sum(load.steps for load in loads)
+        tokens = sum(load.steps * load.layout.tokens for load in loads) / steps
+        d = self.dimensions
+        return 2 * self.config.train.global_batch * tokens * d.width * d.blocks * self.size
 
 
 def optimizer_bytes(config: OptimConfig, trained: Part) -> int:

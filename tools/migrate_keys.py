@@ -1,4 +1,4 @@
-"""What the keys of a diffusion-pipe or TransPixeler TOML are called here, and the book that `migrate.py` keeps of them."""
+"""What the keys of a diffusion-pipe or TransPixeler TOML are called here, and the book that `migrate.py` keeps."""
 
 from __future__ import annotations
 

@@ -22,6 +22,26 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps whose adapter can be seen. Nobody writes into it."""
+    from tests.ranks import run_ranks
+
+    return Path(run_ranks(_train, 1, demo / "config.yaml", tmp_path_factory.mktemp("runs"))[0])
+
+
+def _train(rank: int, world_size: int, path: Path, output: Path) -> str:
+    import torch
+
+    from transpixeler import configfile, trainer
+    from transpixeler.runtime import Runtime
+
+    overrides = [f"output_dir={output}", "train.max_steps=2", "optim.lr=0.1", "optim.warmup_steps=0", "optim.ema=0.9"]
+    overrides += ["eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false"]
+    config = configfile.load(path, overrides)
+    return str(trainer.train(config, Runtime(rank, world_size, rank, torch.device("cpu"))))
+
+
 def _cache(rank: int, world_size: int, folder: Path) -> None:
     import torch
 

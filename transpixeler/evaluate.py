@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transpixeler import generate, report, trained
 from transpixeler.config import Config, UserError
@@ -102,6 +103,13 @@ def due_at(config: Config, order: Order, total: int) -> Callable[[int], bool]:
         return by_steps or by_epochs
 
     return due
+
+
+def texts_ahead(config: Config, runtime: Runtime) -> dict[str, Tensor]:
+    """What the evaluations of a run will need, where there will be any."""
+    told = config.eval
+    comes = told.before_first_step or told.every_steps or told.every_epochs
+    return prompt_texts(config, runtime) if comes else {}
 
 
 def sample_folder(step: int) -> str:

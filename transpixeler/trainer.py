@@ -7,7 +7,6 @@ pure functions of the step, so the whole state is what `_tensors` lists and the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -19,30 +18,30 @@ from typing import Any
 from torch import Tensor
 
 from transpixeler import adapters, checkpoint, configfile, ema, export, objective, optim, runs, telemetry
+from transpixeler.account import Account
 from transpixeler.checkpoint import Checkpointer
-from transpixeler.config import Config, UserError
+from transpixeler.config import Config, Fault, UserError
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.data.order import Order
-from transpixeler.evaluate import Evaluation, due_at
+from transpixeler.evaluate import Evaluation, due_at, texts_ahead
 from transpixeler.facts import Facts, Wishes, agree
-from transpixeler.heldout import Evaluator, prompt_texts
-from transpixeler.models import costs
+from transpixeler.heldout import Evaluator
 from transpixeler.models.base import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout
 from transpixeler.objective import Example
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.runs import Requests, Run
-from transpixeler.runtime import Runtime, log_to_file, steady_garbage, write_whole
+from transpixeler.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.saving import Saver
 from transpixeler.trained import base_weights, make_model
 
 logger = logging.getLogger("transpixeler")
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(Fault):
     """Training cannot go on; the run's last checkpoint is whole."""
 
 
@@ -105,7 +104,7 @@ class Trainer:
         self.config, self.runtime, self.run, self.requests = config, runtime, run, requests
         self.model_cls: type[VideoModel] = model_class(config.model.family)
         self.data = encode_missing(config, self.model_cls, runtime)
-        texts = prompt_texts(config, runtime)  # the encoder leaves the device before the model comes
+        texts = texts_ahead(config, runtime)  # the encoder leaves the device before the model comes
         self.order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.total = total_steps(config, self.order)
         self.mesh = meshes.build(layout, runtime)
@@ -121,9 +120,10 @@ class Trainer:
         self.bad_steps = 0  # steps in a row that were not finite
         self.saved_at = self.checkpointed_at = time.monotonic()
         self.loader = self._open_loader()
+        self.account = Account(config, runtime, run, self.engine, self.data, self.order, self.total)
         self.telemetry = self._open_telemetry() if runtime.is_main else None
         self.evaluation = self._open_evaluation(texts)
-        self._introduce()
+        self.account.introduce(self.step)
 
     # -- the loop
 
@@ -268,56 +268,11 @@ class Trainer:
     # -- telling
 
     def _tell(self, batch: Batch, facts: Facts, lr: float, seconds: float) -> None:
-        if self.telemetry is None:
-            return
-        tokens = batch.layout.tokens * self.config.train.global_batch
-        record = {
-            "step": self.step,
-            "epoch": batch.epoch + 1,
-            "loss": facts.loss,
-            **{f"loss_{name}": value for name, value in facts.by_stream.items()},
-            "grad_norm": facts.grad_norm,
-            "lr": lr,
-            "loss_by_t": list(facts.by_time),
-            "samples": list(batch.ids),
-            "seconds": seconds,
-            "data_wait": self.loader.wait_seconds,
-            "checkpoint_stall": self.checkpointer.take_stall(),
-            "samples_per_second": self.config.train.global_batch / seconds,
-            "tokens_per_second": tokens / seconds,
-            **self._flops(batch.layout, seconds),
-            "memory_gib": telemetry.peak_memory(self.mesh.device),
-        }
-        self.telemetry.step(record)
-
-    def _flops(self, layout: StreamLayout, seconds: float) -> dict[str, float]:
-        """What the mathematics needs, a device: what is recomputed to save memory is not counted as work done."""
-        sample = costs.step_flops(self.engine.dimensions, layout.lengths, full=not self.config.lora.enabled)
-        tflops = sample * self.config.train.global_batch / seconds / self.runtime.world_size / 1e12
-        peak = telemetry.peak_tflops(self.config.log, self.mesh.device)
-        return {"tflops": tflops} | ({"mfu": tflops / peak} if peak else {})
-
-    def _introduce(self) -> None:
-        """What will be trained, on what and for how long, said before the first step. A collective call."""
-        own = {name: (p.numel(), p.requires_grad) for name, p in self.engine.named_parameters()}
-        everyone = {name: it for part in self.runtime.gather(own) for name, it in part.items()}
-        if not self.runtime.is_main:
-            return
-        trained = sum(n for n, trains in everyone.values() if trains)
-        kind = f"adapter of rank {self.config.lora.rank}" if self.config.lora.enabled else "the model's own weights"
-        share = self.config.train.global_batch // self.mesh.layout.data
-        by_bucket = ", ".join(f"{w}×{h}×{f}: {n}" for (f, h, w), n in self.data.train.buckets().items())
-        mean = sum(len(row.items) for row in self.order.rows) / self.config.train.global_batch
-        lines = {
-            "trains": f"{trained:,} parameters ({kind}) of {sum(n for n, _ in everyone.values()):,}",
-            "streams": ", ".join(self.config.streams),
-            "layout": f"{self.mesh.layout} on {self.mesh.device.type}, {str(self.engine.dtype).removeprefix('torch.')}",
-            "batch": f"{self.config.train.global_batch} a step, {share} a data rank",
-            "clips": by_bucket,
-            "steps": f"{self.total} in all, {mean:.4g} an epoch" + (f", {self.step} done" if self.step else ""),
-            "run": str(self.run.folder),
-        }
-        logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
+        if self.telemetry is not None:
+            micro_batch = self._micro_batch(batch.layout)
+            record = self.account.record(batch, facts, lr=lr, seconds=seconds, micro_batch=micro_batch)
+            waits = {"data_wait": self.loader.wait_seconds, "checkpoint_stall": self.checkpointer.take_stall()}
+            self.telemetry.step(record | waits)
 
     # -- making
 
@@ -329,9 +284,8 @@ class Trainer:
 
     def _open_loader(self) -> Loader:
         epoch, epoch_step = self.order.locate(self.step)
-        pinned = self.mesh.device.type == "cuda"
         patch, text_len = self.engine.models()[0].patch, self.model_cls.text_len
-        assembler = Assembler(self.data.train, patch=patch, text_len=text_len, pin=pinned)
+        assembler = Assembler(self.data.train, patch=patch, text_len=text_len, device=self.mesh.device)
         return Loader(
             assembler,
             self.order,
@@ -339,11 +293,11 @@ class Trainer:
             ranks=self.mesh.layout.data,
             epoch=epoch,
             step=epoch_step,
-            prepare=partial(_prepare, self.config),
+            prepare=partial(_prepare, self.config, assembler.pin),
         )
 
     def _open_telemetry(self) -> telemetry.Telemetry:
-        self._write_manifest()
+        self.account.write_manifest()
         return telemetry.Telemetry(
             self.run.folder, self.config.log, step=self.step, total=self.total, name=self.run.name
         )
@@ -352,16 +306,6 @@ class Trainer:
         evaluator = Evaluator(self.config, self.runtime, self.mesh, self.engine, self.data.eval, texts)
         due = due_at(self.config, self.order, self.total)
         return Evaluation(evaluator, self.ema, self.run.folder, self.telemetry, due)
-
-    def _write_manifest(self) -> None:
-        facts = {
-            "layout": dataclasses.asdict(self.mesh.layout),
-            "steps": self.total,
-            "clips": {"train": len(self.data.train.items), "eval": len(self.data.eval.items)},
-            "skipped": [list(pair) for pair in (*self.data.train.skipped, *self.data.eval.skipped)],
-            "model": {"path": self.config.model.path, "vae": self.model_cls.vae_fingerprint(self.config.model.path)},
-        }
-        write_whole(self.run.folder / "manifest.json", json.dumps(telemetry.manifest(**facts), indent=1))
 
     def _micro_batch(self, layout: StreamLayout) -> int:
         (_, frames, height, width), (tf, th, tw) = layout.shapes[0], self.engine.models()[0].vae_stride
@@ -376,7 +320,7 @@ class Trainer:
             self.telemetry.close()
 
 
-def _prepare(config: Config, batch: Batch) -> tuple[Batch, Example]:
+def _prepare(config: Config, pin: bool, batch: Batch) -> tuple[Batch, Example]:
     """Runs in the loader's thread, a few steps ahead of the device."""
     example = objective.prepare(
         config.objective,
@@ -390,4 +334,4 @@ def _prepare(config: Config, batch: Batch) -> tuple[Batch, Example]:
         slots=batch.slots,
         batch=config.train.global_batch,
     )
-    return batch, example
+    return batch, example.pinned() if pin else example

@@ -1,0 +1,246 @@
+"""An evaluation depends on the weights alone, leaves training as it was, and is told once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.ranks import run_ranks
+from transpixeler import checkpoint, cli, configfile, evaluate, heldout, objective, trained, trainer
+from transpixeler.config import Config
+from transpixeler.data.encode import encode_missing
+from transpixeler.data.order import make_order
+from transpixeler.models.wan import WanModel
+from transpixeler.parallel import mesh as meshes
+from transpixeler.runtime import Runtime
+
+
+def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
+    return (f"parallel.pipeline={pipeline}", f"parallel.replicate={replicate}", f"parallel.shard={shard}")
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], twin: str) -> heldout.Losses:
+    runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
+    source = trained.find(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
+    data = encode_missing(source.config, WanModel, runtime)
+    if twin == "noise of the rank":
+        draw = objective.draw_noise
+        objective.draw_noise = lambda elements, *key: draw(elements, *key, rank)
+    mesh = meshes.build(meshes.resolve(source.config.parallel, world_size), runtime)
+    engine = trained.open_engine(source, mesh)
+    return heldout.Evaluator(source.config, runtime, mesh, engine, data.eval, {}).losses()
+
+
+def difference(one: heldout.Losses, other: heldout.Losses) -> float:
+    assert [*one] == [*other] and all([*one[name]] == [*other[name]] for name in one)
+    return max(
+        abs(value - other[name][stream][t])
+        for name, streams in one.items()
+        for stream, times in streams.items()
+        for t, value in times.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(run: Path) -> heldout.Losses:
+    return run_ranks(_losses, 1, run, (), "")[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [(4, layout(2, 1, 2)), (4, layout(1, 4, 1)), (1, ("eval.micro_batch=3",)), (1, ("train.global_batch=1",))],
+)
+def test_losses_are_the_same_on_any_layout_and_batch(
+    run: Path, alone: heldout.Losses, ranks: int, overrides: tuple[str, ...]
+) -> None:
+    for found in run_ranks(_losses, ranks, run, overrides, ""):
+        assert difference(found, alone) < 1e-6
+
+
+def test_noise_that_depends_on_the_rank_is_found(run: Path, alone: heldout.Losses) -> None:
+    assert difference(run_ranks(_losses, 2, run, layout(1, 2, 1), "noise of the rank")[0], alone) > 1e-3
+
+
+def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(alone: heldout.Losses) -> None:
+    assert {name: [*streams] for name, streams in alone.items()} == {
+        "eval": ["rgb", "seg"],
+        "eval/rgb_to_aux": ["seg"],
+    }
+    assert [*alone["eval"]["seg"]] == [f"0.{n}" for n in range(1, 10)]
+    assert all(math.isfinite(v) for streams in alone.values() for times in streams.values() for v in times.values())
+
+
+def test_clips_are_taken_from_everywhere() -> None:
+    assert heldout.spread(range(10), 3) == [0, 3, 6]
+    assert heldout.spread(range(2), 5) == [0, 1]
+    assert heldout.spread([], 5) == []
+
+
+# --- when ------------------------------------------------------------------------------------------------------------
+
+
+def due_steps(total: int, **keys: Any) -> list[int]:
+    config = configfile.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
+    order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, seed=0, global_batch=2)  # 3 steps an epoch
+    due = evaluate.due_at(config, order, total)
+    return [step for step in range(total + 1) if due(step)]
+
+
+def test_evaluations_are_due_by_steps_by_epochs_before_the_first_and_at_the_last() -> None:
+    assert due_steps(10) == [0, 3, 6, 9, 10]
+    assert due_steps(10, every_epochs=2, before_first_step=False) == [6, 10]
+    assert due_steps(10, every_epochs=0, every_steps=4) == [0, 4, 8, 10]
+    assert due_steps(10, every_epochs=0, before_first_step=False) == []
+
+
+# --- while training --------------------------------------------------------------------------------------------------
+
+TRAINS = (
+    "train.max_steps=4",
+    "train.global_batch=4",
+    "train.micro_batch=1",
+    "optim.lr=0.05",
+    "optim.warmup_steps=0",
+    "optim.ema=0.5",
+    "lora.dropout=0.2",
+    "checkpoint.every_steps=2",
+    "save.every_steps=0",
+    "save.every_epochs=0",
+    "eval.clips=2",
+    "eval.samples=0",
+    "sample.prompts=[]",
+    "sample.steps=2",
+    "objective.tasks={joint: 1, rgb_to_aux: 1}",
+)
+EVALUATES = ("eval.every_steps=2", "eval.every_epochs=0")
+NEVER = ("eval.before_first_step=false", "eval.every_epochs=0")
+
+
+def _train(rank: int, world_size: int, path: Path, overrides: tuple[str, ...], resume: str | None) -> str:
+    torch.manual_seed(0)
+    config: Config = configfile.load(path, overrides)
+    return str(trainer.train(config, Runtime(rank, world_size, rank, torch.device("cpu")), resume=resume))
+
+
+def train(demo: Path, output: Path, *overrides: str, ranks: int = 1, resume: str | None = None) -> Path:
+    words = (*TRAINS, f"output_dir={output}", *overrides)
+    return Path(run_ranks(_train, ranks, demo / "config.yaml", words, resume)[0])
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
+    out = scratch / f"{folder.name}.pt"
+    dcp_to_torch_save(folder / "checkpoints" / checkpoint.folder_name(step), out)
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def evaluated(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(demo, tmp_path_factory.mktemp("evaluated"), *EVALUATES, "eval.samples=1")
+
+
+@pytest.fixture(scope="module")
+def spread_out(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(demo, tmp_path_factory.mktemp("spread"), *EVALUATES, *layout(2, 1, 2), ranks=4)
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), [(1, ()), (4, layout(2, 1, 2))])
+def test_training_after_an_evaluation_is_bitwise_what_it_is_without(
+    demo: Path, request: pytest.FixtureRequest, tmp_path: Path, ranks: int, overrides: tuple[str, ...]
+) -> None:
+    disturbed = request.getfixturevalue("evaluated" if ranks == 1 else "spread_out")
+    straight = train(demo, tmp_path, *NEVER, *overrides, ranks=ranks)
+    ours, theirs = state(disturbed, 4, tmp_path), state(straight, 4, tmp_path)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [[line["loss"] for line in lines(folder) if "loss" in line] for folder in (disturbed, straight)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_an_evaluation_is_a_line_that_holds_losses_of_both_weights_and_measures(evaluated: Path) -> None:
+    found = {line["step"]: line["eval"] for line in lines(evaluated) if "eval" in line}
+    assert [*found] == [0, 2, 4]
+    assert found[0]["eval"]["loss"] == found[0]["eval"]["loss_ema"]
+    assert found[4]["eval"]["loss"] != found[4]["eval"]["loss_ema"] != found[2]["eval"]["loss_ema"]
+    assert {"channel_spread", "edge_alignment"} <= found[4]["eval"]["metrics"].keys()
+    assert found[4]["eval"]["metrics"]["rgb_drift"] > 0 and "rgb_drift" not in found[0]["eval"]["metrics"]
+    folders = sorted((evaluated / "samples").glob("*/*"))
+    assert [folder.parent.name for folder in folders] == ["step00000000", "step00000002", "step00000004"]
+    facts = json.loads((folders[-1] / "sample.json").read_text())
+    assert facts["step"] == 4 and facts["ema"] and facts["prompt"] and facts["seed"] == 0
+    assert "step 4, held out: eval: loss_rgb" in (evaluated / "log.txt").read_text()
+    assert (evaluated / "report.html").stat().st_size > 10_000
+
+
+def test_evaluations_of_a_sharded_pipeline_see_the_weights_of_the_moment(evaluated: Path, spread_out: Path) -> None:
+    """A gathered copy of older weights would show in `loss_ema`."""
+    at_start, at_start_there = (line["eval"] for line in (lines(evaluated)[0], lines(spread_out)[0]))
+    for name in at_start:
+        for kind in ("loss", "loss_ema"):
+            assert difference({name: at_start[name][kind]}, {name: at_start_there[name][kind]}) < 1e-6
+    last = lines(spread_out)[-1]["eval"]["eval"]
+    assert last["loss"] != last["loss_ema"]
+
+
+def test_matting_is_measured_against_the_clip_s_own_matte(demo: Path, tmp_path: Path) -> None:
+    folder = train(demo, tmp_path, *EVALUATES, "train.max_steps=1", "eval.samples=1", "objective.tasks.joint=0")
+    measures = lines(folder)[-1]["eval"]["eval/rgb_to_aux"]["metrics"]
+    assert {"mad", "mse", "sad", "grad", "conn", "iou"} <= measures.keys() and "rgb_drift" not in measures
+
+
+def test_a_resumed_run_tells_each_evaluation_once(demo: Path, tmp_path: Path) -> None:
+    folder = train(demo, tmp_path, *EVALUATES, "train.max_steps=2")
+    metrics = folder / "metrics.jsonl"
+    kept = metrics.read_text().splitlines(keepends=True)
+    assert '"eval"' in kept[-1]
+    train(demo, tmp_path, *EVALUATES, "train.max_steps=2", resume="")
+    assert metrics.read_text().splitlines(keepends=True) == kept
+    metrics.write_text("".join(kept[:-1]))  # as if it was stopped between the step and its evaluation
+    train(demo, tmp_path, *EVALUATES, "train.max_steps=2", resume="")
+    assert lines(folder)[-1]["eval"]["eval"]["loss"] == json.loads(kept[-1])["eval"]["eval"]["loss"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+QUICK = ("eval.samples=1", "sample.prompts=[]", "sample.steps=2", "eval.times=[0.25,0.75]", "eval.clips=1")
+
+
+def told(out: Path) -> dict[str, Any]:
+    return json.loads((out / "eval.json").read_text())
+
+
+def test_a_run_an_adapter_and_the_base_are_evaluated(
+    run: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    places = {"run": [str(run)], "base": [str(run), "--base"]}
+    places["adapter"] = [str(demo / "config.yaml"), "--adapter", str(run / "step2/ema")]
+    for name, words in places.items():
+        assert cli.main(["eval", *words, *QUICK, "--out", str(tmp_path / name)]) == 0
+    table = capsys.readouterr().out
+    of_run, of_base, of_adapter = (told(tmp_path / name) for name in ("run", "base", "adapter"))
+    assert of_run["eval"] == of_adapter["eval"] and of_run["eval"]["eval"]["loss"] != of_base["eval"]["eval"]["loss"]
+    assert "loss at t" in table and "0.25" in table and f"{of_run['eval']['eval']['loss']['seg']['0.25']:.4f}" in table
+    assert list((tmp_path / "run/samples").glob("*/seg.mp4"))
+
+
+def test_what_cannot_be_evaluated_is_one_clear_line(
+    run: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = str(demo / "config.yaml")
+    assert cli.main(["eval", config, f"output_dir={tmp_path}"]) == 2
+    assert "holds no run yet; train first, or add --adapter PATH or --base" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert "holds no run; give a run's folder or a config" in capsys.readouterr().err
+    assert cli.main(["eval", str(run), "data.eval=[]"]) == 2
+    assert "data.eval: set it" in capsys.readouterr().err

@@ -33,6 +33,11 @@ class Example:
         moved = (t.to(device, non_blocking=True) for t in (self.latents, self.noise, self.timesteps, self.text))
         return Example(self.layout, *moved, self.weights.to(device, non_blocking=True))
 
+    def pinned(self) -> Example:
+        """In host memory that a GPU reads beside its work."""
+        tensors = (self.latents, self.noise, self.timesteps, self.text, self.weights)
+        return Example(self.layout, *(t if t.is_pinned() else t.pin_memory() for t in tensors))
+
     def noisy(self) -> Tensor:
         """x_t = (1 − t)·x + t·ε, [b, N] in fp32."""
         return torch.lerp(self.latents.float(), self.noise.float(), self.layout.spread(self.timesteps))

@@ -23,6 +23,8 @@ from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.models.streams import StreamLayout
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -47,12 +49,13 @@ class Assembler:
     """Builds one batch from its items: what both training and evaluation read."""
 
     def __init__(
-        self, dataset: Dataset, *, patch: tuple[int, int, int], text_len: int = 512, pin: bool = False
+        self, dataset: Dataset, *, patch: tuple[int, int, int], text_len: int = 512, device: torch.device = CPU
     ) -> None:
         self.dataset = dataset
         self.patch = patch
         self.text_len = text_len
-        self.pin = pin
+        self.device = device
+        self.pin = device.type == "cuda"  # a GPU reads pinned memory beside its work
         self._text_dim = dataset.cache.spec(dataset.empty_text_key).shape[1]
         self._empty = self._text([dataset.empty_text_key])[0]
 

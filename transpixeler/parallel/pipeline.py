@@ -59,6 +59,12 @@ def stage_count(config: ParallelConfig) -> int:
     return config.pipeline * (config.stages_per_rank if interleaved else 1)
 
 
+def bubble(config: ParallelConfig, microbatches: int) -> float:
+    """(p − 1) / (m·v + p − 1): the share of a step that a rank waits, with v pieces of the model on each."""
+    pieces = config.stages_per_rank if config.schedule in INTERLEAVED else 1
+    return (config.pipeline - 1) / (microbatches * pieces + config.pipeline - 1)
+
+
 def split_blocks(config: ParallelConfig, count: int) -> list[range]:
     """Contiguous blocks for each stage, as `parallel.split` says or evenly.
 

@@ -7,6 +7,7 @@ Torch is never imported here, so that a typo answers in a blink.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -44,6 +45,7 @@ class PathKind(enum.Enum):
     HUB_OR_LOCAL = "hub"
 
 
+REPO = re.compile(r"[\w.-]+/[\w.-]+")  # a Hub id
 LocalPath = Annotated[str, PathKind.LOCAL]
 HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
 Count = Annotated[int, Range(1)]
@@ -221,6 +223,13 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    repo: str = ""
+    private: bool = True
+    every_saves: Count = 1
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     every_steps: Natural = 0
     every_epochs: Natural = 1
@@ -270,6 +279,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     save: SaveConfig = SaveConfig()
+    hub: HubConfig = HubConfig()
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
@@ -308,6 +318,8 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
             "model.quantize",
             "a quantized base cannot be trained in full: set lora.enabled=true, or none here",
         )
+    if config.hub.repo and not REPO.fullmatch(config.hub.repo):
+        yield "hub.repo", f"{config.hub.repo!r} is no Hub id; write it as user/name"
     if config.optim.lr_min > config.optim.lr:
         yield "optim.lr_min", f"must not be above optim.lr ({config.optim.lr:g})"
 

@@ -27,7 +27,7 @@ CONFIG = "config.yaml"
 FIXED = ("streams", "model.family", "model.trainable", "model.fuse", "lora", "optim.name", "optim.bf16_parameters")
 FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
 # Where a run writes and on how many devices it runs says nothing about what it trains.
-SILENT = ("output_dir", "run_name", "parallel", "log", "checkpoint", "save", "data.workers", "train.gc_every")
+SILENT = ("output_dir", "run_name", "parallel", "log", "checkpoint", "save", "hub", "data.workers", "train.gc_every")
 
 
 @dataclass(frozen=True)

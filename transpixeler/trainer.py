@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transpixeler import adapters, checkpoint, configfile, ema, export, objective, optim, runs, telemetry
+from transpixeler import adapters, checkpoint, configfile, ema, export, hub, objective, optim, runs, telemetry
 from transpixeler.account import Account
 from transpixeler.checkpoint import Checkpointer
 from transpixeler.config import Config, Fault, UserError
@@ -122,6 +122,7 @@ class Trainer:
         self.loader = self._open_loader()
         self.account = Account(config, runtime, run, self.engine, self.data, self.order, self.total)
         self.telemetry = self._open_telemetry() if runtime.is_main else None
+        self.pusher = hub.pusher(config) if runtime.is_main else None
         self.evaluation = self._open_evaluation(texts)
         self.account.introduce(self.step)
 
@@ -223,6 +224,8 @@ class Trainer:
         self.saved_at = time.monotonic()
         if self.runtime.is_main:
             logger.info("saved %s", self.run.folder / name)
+        if self.pusher is not None:
+            self.pusher.saved(self.run.folder / name)
 
     def _checkpoint(self, *, wait: bool = False) -> None:
         self.checkpointer.save(self.step, self._tensors(), self._state(), wait=wait)
@@ -318,6 +321,8 @@ class Trainer:
         self.loader.close()
         if self.telemetry is not None:
             self.telemetry.close()
+        if self.pusher is not None:
+            self.pusher.close()
 
 
 def _prepare(config: Config, pin: bool, batch: Batch) -> tuple[Batch, Example]:

@@ -27,6 +27,7 @@ MODES = ("none", "attention", "full", "offload")  # of `parallel.recompute`, the
 UTILISATION = 0.45  # of a device's peak that steps are taken to reach, recomputing counted as work
 LINK = 50e9  # bytes a second between GPUs, and between a GPU and its host
 HOST_LINK = 20e9
+SHOWING = 0.1  # of gathering, even where work hides it
 USABLE = 0.92  # of a device's memory: the rest is the context's and lost between allocations
 FP32 = 4
 # bytes of state for each trained number of n bytes; those of torchao hold a scale for each block of numbers beside them
@@ -232,7 +233,7 @@ class Estimate:
             times = 1 if layout.pipeline > 1 else 2 * passes
             gathered = times * whole.weights / layout.pipeline * (1 - 1 / layout.shard) / LINK
         reduced = 2 * whole.trained_bytes / layout.pipeline / LINK if layout.data > 1 else 0.0
-        return max(work, gathered) + reduced
+        return max(work, gathered) + SHOWING * gathered + reduced
 
     def _carried(self, loads: Sequence[Load]) -> float:
         """Bytes of blocks' inputs that a mean step takes to host memory and back."""

@@ -1,0 +1,226 @@
+"""What was trained goes to the Hub: weights, config, samples and a card, in one commit of only what has changed.
+
+In: a run, a save or an adapter file, and the terms. Out: the repository's address. The token is the Hub client's own
+affair: it is never read into a value that is kept, written or logged here.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transpixeler import card, configfile, trained
+from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE
+from transpixeler.config import REPO, Config, Fault, UserError
+from transpixeler.runs import CONFIG
+from transpixeler.trained import MODEL, Trained
+
+logger = logging.getLogger("transpixeler")
+
+CARD = "README.md"
+PATIENCE = 600.0  # seconds that the end of training waits for a push under way
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Where it goes and what the card says that no file does."""
+
+    repo: str
+    private: bool = True
+    base: str = ""
+    license: str = "apache-2.0"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Everything that goes, by its path there."""
+
+    terms: Terms
+    files: Mapping[str, Path | bytes]
+    message: str
+
+
+def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
+    """Reads what is to go, so that what is damaged does not."""
+    if not REPO.fullmatch(terms.repo):
+        raise UserError(f"--repo: {terms.repo!r} is no Hub id; write it as user/name")
+    if terms.base and not REPO.fullmatch(terms.base):
+        raise UserError(f"--base: {terms.base!r} is no Hub id; write it as user/name")
+    found = trained.find(source, ema=ema)
+    save = _save_of(found)
+    base = terms.base or _base_of(found.config.model.path)
+    told = card.gather(found, card.run_of(save), repo=terms.repo, base=base, license=terms.license)
+    files: dict[str, Path | bytes] = {**_weights(found, save), CONFIG: _config(found.config, base)}
+    files |= {path: file for sample in told.samples for path, file in sample.files.items()}
+    files[CARD] = card.write(told).encode()
+    return Parcel(terms, dict(sorted(files.items())), f"Step {found.step}" if found.step is not None else "Upload")
+
+
+def listing(parcel: Parcel) -> str:
+    """What would go, for people."""
+    kind = "private" if parcel.terms.private else "public"
+    lines = [f"to {parcel.terms.repo} (made as a {kind} repo if it does not exist):"]
+    for path, what in parcel.files.items():
+        size = len(what) if isinstance(what, bytes) else what.stat().st_size
+        lines.append(f"  {size:>13,}  {path}")
+    written = parcel.files[CARD]
+    assert isinstance(written, bytes)
+    return "\n".join([*lines, "", f"{CARD}:", written.decode()])
+
+
+def push(parcel: Parcel) -> str:
+    """One commit, or none where nothing has changed; after a break only what had not arrived is sent again."""
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    terms = parcel.terms
+    if not get_token():
+        raise UserError("push: there is no Hub token here; log in with `hf auth login`, or set HF_TOKEN")
+    api = HfApi(library_name="transpixeler")
+    with _plainly(terms.repo):
+        url = api.create_repo(terms.repo, private=terms.private, exist_ok=True)
+        operations = [
+            CommitOperationAdd(path, what if isinstance(what, bytes) else str(what))
+            for path, what in parcel.files.items()
+        ]
+        api.create_commit(terms.repo, operations, commit_message=parcel.message)
+    return str(url)
+
+
+@contextmanager
+def _plainly(repo: str) -> Iterator[None]:
+    """Whatever the client throws as one line: what the user can mend, or a fault."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__) as error:
+        code = _status(error)
+        if code == 401:
+            raise UserError(
+                "push: the Hub does not take the token; log in with `hf auth login`, or set HF_TOKEN"
+            ) from error
+        if code == 403:
+            raise UserError(
+                f"push: the token may not write to {repo}; take one with write access to it, or name another --repo"
+            ) from error
+        if code == 400:
+            raise UserError(f"push: the Hub refuses {repo}: {_line(error)}") from error
+        again = "run push again: what has arrived is not sent twice"
+        if code is not None:
+            raise Fault(f"push: the Hub answered {code} for {repo}; {again}") from error
+        raise Fault(f"push: {repo} did not arrive ({type(error).__name__}: {_line(error)}); {again}") from error
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Of the answer behind an error, which may be wrapped."""
+    while error is not None:
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        if code is not None:
+            return int(code)
+        error = error.__cause__
+    return None
+
+
+def _line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+# --- what goes -------------------------------------------------------------------------------------------------------
+
+
+def _save_of(found: Trained) -> Path:
+    path = Path(found.name).expanduser()
+    if not path.exists():
+        raise UserError(f"push: {found.name} is not here; give a run's folder, a save or an adapter file")
+    return path
+
+
+def _weights(found: Trained, save: Path) -> dict[str, Path | bytes]:
+    """Byte for byte as they were saved."""
+    files: dict[str, Path | bytes] = {}
+    if found.weights is not None:
+        files |= {f"{MODEL}/{file.name}": file for file in sorted(found.weights.iterdir()) if file.is_file()}
+    if save.is_file():
+        return {ADAPTER_FILE: save}
+    files |= {name: save / name for name in (ADAPTER_FILE, CONFIG_FILE) if (save / name).is_file()}
+    return files
+
+
+def _base_of(path: str) -> str:
+    """The base's Hub id where its path says it: itself, or a folder of the Hub client's cache."""
+    if REPO.fullmatch(path) and not Path(path).exists():
+        return path
+    cached = next((match for part in Path(path).parts if (match := _CACHED.fullmatch(part))), None)
+    return f"{cached[1]}/{cached[2]}" if cached else ""
+
+
+def _config(config: Config, base: str) -> bytes:
+    """Folders of this machine say nothing to others, and may say too much: their last part stays."""
+    said = _without_folders(yaml.safe_load(configfile.dump(config)))
+    if base:
+        said["model"]["path"] = base
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+
+
+# --- while training --------------------------------------------------------------------------------------------------
+
+
+class Pusher:
+    """Sends saves in the background; a failure is told and stops nothing. Of saves that wait, the newest goes."""
+
+    def __init__(self, config: Config) -> None:
+        self.terms = Terms(config.hub.repo, private=config.hub.private)
+        self.every = config.hub.every_saves
+        self._saves = 0
+        self._waiting: queue.Queue[Path | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
+        self._thread.start()
+
+    def saved(self, folder: Path) -> None:
+        self._saves += 1
+        if self._saves % self.every == 0:
+            self._waiting.put(folder)
+
+    def close(self) -> None:
+        self._waiting.put(None)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            logger.warning("hub: %s: a push is still under way and is given up", self.terms.repo)
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            saves = [self._waiting.get()]
+            while not self._waiting.empty():
+                saves.append(self._waiting.get())
+            ended = saves[-1] is None
+            for folder in [save for save in saves if save is not None][-1:]:
+                self._push(folder)
+
+    def _push(self, folder: Path) -> None:
+        try:
+            logger.info("hub: %s is at %s", folder.name, push(pack(str(folder), self.terms)))
+        except Exception as fault:  # training is worth more than a push, whatever went wrong with it
+            logger.warning("hub: %s was not pushed; training goes on: %s", folder, _line(fault))
+
+
+def pusher(config: Config) -> Pusher | None:
+    return Pusher(config) if config.hub.repo else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transpixeler import configfile, tooling
+from transpixeler import cli, configfile, tooling
 from transpixeler.config import BucketRule, Config, SourceConfig
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -137,7 +137,7 @@ def test_a_pair_of_tomls_is_a_config(home: Path) -> None:
     assert (optim.schedule, optim.warmup_steps, optim.clip) == ("linear", 10, 0.5)
     train, parallel = config.train, config.parallel
     assert (train.epochs, train.max_steps, train.micro_batch, train.global_batch) == (200, 5000, 2, 2 * 3 * 2)
-    assert (parallel.pipeline, parallel.recompute, parallel.compile) == (2, "offload", "on")
+    assert (parallel.pipeline, parallel.recompute, parallel.compile) == (2, "offload", "auto")
     assert (config.eval.every_steps, config.eval.every_epochs, config.eval.before_first_step) == (10, 0, False)
     assert (config.save.every_steps, config.save.every_epochs) == (50, 0)
     assert (config.checkpoint.every_minutes, config.checkpoint.every_steps) == (90, 0)
@@ -171,6 +171,16 @@ def test_no_key_vanishes(home: Path, capsys) -> None:
     left_out = told.count("\n  ")
     names = [line.split("=")[0] for part in (TRAIN, PAIRS, HELD) for line in part.splitlines() if "=" in line]
     assert f"{len(names) - left_out} keys carried over, {left_out} not" in told
+
+
+def test_plan_accepts_it(home: Path, demo: Path, capsys) -> None:
+    train = TRAIN.replace("weights/Wan2.1-T2V-1.3B", str(demo / "model")).replace("init_from_existing", "#")
+    (home / "configs/train.toml").write_text(train.replace('[{name = "held", config = "configs/held.toml"}]', "[]"))
+    pairs = f'mode = "pair"\nresolutions = [64]\nframe_buckets = [1, 9]\n[[directory]]\npath = "{demo}/data/train"\n'
+    (home / "configs/pairs.toml").write_text(pairs)
+    migrated(home, "--gpus", 2)
+    assert cli.main(["plan", str(home / "ours.yaml")]) == 0
+    assert "64×64×9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", [line for line in TRAIN.splitlines() if " = " in line and "dataset" not in line])

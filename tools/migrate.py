@@ -194,6 +194,8 @@ def _rhythm(table: Table, migration: Migration) -> None:
 def _memory(table: Table, migration: Migration) -> None:
     modes = {True: "full", False: "none", "unsloth": "offload"}
     table.apply("activation_checkpointing", lambda value: _known(modes, value, "parallel.recompute", migration))
+    if migration.get("parallel.recompute") == "offload" and table.values.get("compile"):
+        table.leave("compile", "does not go with parallel.recompute: offload, which is what unsloth has become")
     table.apply("compile", lambda value: migration.set("parallel.compile", "on" if value else "off"))
     if table.values.get("partition_method") == "parameters":
         table.take("partition_method")  # balanced is what an empty parallel.split is

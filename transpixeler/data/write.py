@@ -7,12 +7,9 @@ other builds of ffmpeg, x264 or libvpx may choose other bytes for the same pictu
 
 from __future__ import annotations
 
-import os
-import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from transpixeler.config import UserError
+from transpixeler.tooling import whole
 
 if TYPE_CHECKING:
     import av
@@ -97,7 +95,7 @@ def write_png_sequence(folder: Path, frames: Iterable[np.ndarray], *, facts: Map
     if folder.exists():
         raise UserError(f"{folder}: already exists; a PNG sequence needs a folder of its own")
     first, frames = _peek(folder, frames)
-    with _whole(folder) as unfinished:
+    with whole(folder) as unfinished:
         unfinished.mkdir(parents=True)
         for number, frame in enumerate(frames):
             assert frame.shape == first.shape and frame.dtype == first.dtype, "frames of one sequence differ"
@@ -106,7 +104,7 @@ def write_png_sequence(folder: Path, frames: Iterable[np.ndarray], *, facts: Map
 
 def write_png(path: Path, frame: np.ndarray) -> None:
     """One exact PNG file."""
-    with _whole(path) as unfinished:
+    with whole(path) as unfinished:
         unfinished.write_bytes(_png(frame))
 
 
@@ -132,7 +130,7 @@ def _write_video(
     if "420" in pixels and (height % 2 or width % 2):
         raise UserError(f"{path}: {width}x{height} is an odd size; this format needs even sizes, so crop or resize")
     with (
-        _whole(path) as unfinished,
+        whole(path) as unfinished,
         av.open(unfinished, "w", format=container, container_options={"fflags": "+bitexact", **(muxing or {})}) as out,
     ):
         out.metadata.update(facts or {})
@@ -197,18 +195,3 @@ def _peek(path: Path, frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterato
     if first is None:
         raise UserError(f"{path}: there are no frames to write")
     return first, chain((first,), iterator)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under, renamed when all went well and removed when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink(missing_ok=True)

@@ -1,0 +1,272 @@
+"""What is pushed arrives byte for byte, once, with a card that the Hub can read; the token stays where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.hub_server import READER, TOKEN, Hub, serving
+from tests.models import move, tiny
+from tests.test_report import write_run
+from transpixeler import adapters, cli, configfile, export, hub
+from transpixeler.config import Config, Fault, HubConfig, LoraConfig, ModelConfig, UserError
+from transpixeler.models.lora import inject
+
+ROOT = Path(__file__).parents[1]
+BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+TERMS = hub.Terms("me/flames", base=BASE)
+
+
+def save_adapter(folder: Path, *, streams: int = 2, seed: int = 1, base: str = "/secret/place/wan") -> Path:
+    """A save as training leaves it."""
+    model = tiny(streams)
+    inject(model, LoraConfig(rank=4, scope="aux" if streams > 1 else "all"))
+    move(model, seed=seed, names="lora")
+    names = ("rgb", "seg")[:streams]
+    metadata = {"base_model": base, "streams": ",".join(names), "fill": "keep", "step": "30", "ema": "false"}
+    adapters.write_adapter(export.adapter_of(model, metadata), folder)
+    config = dataclasses.replace(
+        Config(),
+        model=ModelConfig(path=base),
+        streams=dict(zip(names, ("", "_seg"))),
+        lora=LoraConfig(rank=4, scope="aux" if streams > 1 else "all"),
+        output_dir="/secret/place/out",
+    )
+    (folder / "config.yaml").write_text(configfile.dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("hub") / "flames")
+    save_adapter(folder / "step30")
+    return folder
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    with serving() as made:
+        monkeypatch.setattr(constants, "ENDPOINT", made.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield made
+
+
+def test_every_file_arrives_byte_for_byte(run: Path, server: Hub) -> None:
+    parcel = hub.pack(str(run), TERMS)
+    assert hub.push(parcel) == f"{server.endpoint}/me/flames"
+    wanted = {path: what if isinstance(what, bytes) else what.read_bytes() for path, what in parcel.files.items()}
+    assert server.repos["me/flames"] == wanted and server.private["me/flames"]
+    assert {"README.md", "config.yaml", "adapter_model.safetensors", "adapter_config.json"} < set(wanted)
+    assert wanted["adapter_model.safetensors"] == (run / "step30" / "adapter_model.safetensors").read_bytes()
+    assert any(re.fullmatch(r"samples/000/still\.png", path) for path in wanted)
+
+
+def test_only_what_has_changed_is_sent_again(run: Path, server: Hub, tmp_path: Path) -> None:
+    hub.push(hub.pack(str(run), TERMS))
+    hub.push(hub.pack(str(run), TERMS))
+    assert len(server.commits) == 1, "nothing had changed"
+    other = save_adapter(tmp_path / "step30", seed=2)
+    hub.push(hub.pack(str(other), TERMS))
+    assert "adapter_model.safetensors" in server.commits[1] and "config.yaml" not in server.commits[1]
+
+
+def test_a_push_that_breaks_half_way_goes_on_where_it_broke(
+    run: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    server.uploads_left = 2
+    with pytest.raises(Fault, match=r"did not arrive.*run push again") as broken:
+        hub.push(hub.pack(str(run), TERMS))
+    assert "\n" not in str(broken.value) and not server.commits and len(server.uploads) == 2
+    arrived, server.uploads_left = list(server.uploads), 10**6
+    hub.push(hub.pack(str(run), TERMS))
+    later = server.uploads[len(arrived) :]
+    assert later and not set(later) & set(arrived), "what had arrived was sent again"
+    assert "README.md" in server.repos["me/flames"] and len(server.commits) == 1
+
+
+def header(card: str) -> dict:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_the_card_says_what_the_hub_asks_for(run: Path) -> None:
+    parcel = hub.pack(str(run), TERMS)
+    card = parcel.files["README.md"].decode()
+    assert header(card) == {
+        "license": "apache-2.0",
+        "base_model": BASE,
+        "base_model_relation": "adapter",
+        "library_name": "transpixeler",
+        "pipeline_tag": "text-to-video",
+        "tags": ["text-to-video", "wan", "transpixeler", "lora", "joint-generation", "seg"],
+    }
+    linked = [path for path in re.findall(r"\]\(([^)]+)\)", card) if not path.startswith("http")]
+    assert linked and set(linked) <= set(parcel.files)
+    assert "| steps | 30 |" in card and "held-out loss of rgb (held)" in card
+    assert f"transpixeler sample me/flames --model {BASE}" in card
+
+
+def test_the_figures_are_those_of_the_saved_step(run: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    card = hub.pack(str(run), TERMS).files["README.md"].decode()
+    assert f"| loss, mean of the last 30 steps | {sum(losses) / 30:.4f} |" in card
+
+
+def test_a_plain_adapters_card_loads_it_in_diffusers(tmp_path: Path) -> None:
+    card = hub.pack(str(save_adapter(tmp_path / "step30", streams=1)), TERMS).files["README.md"].decode()
+    assert header(card)["library_name"] == "diffusers"
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(program, "card", "exec")
+    assert 'load_lora_weights("me/flames", weight_name="adapter_model.safetensors")' in program
+    assert "LoraLoaderModelOnly" in card
+
+
+def test_a_caption_cannot_break_the_card() -> None:
+    from transpixeler.card import _inline
+
+    assert "\n" not in _inline("a\n# b") and "<" not in _inline("<script>") and _inline("a|b") == "a\\|b"
+
+
+def test_no_folder_of_this_machine_is_told(run: Path) -> None:
+    parcel = hub.pack(str(run), TERMS)
+    for path in ("README.md", "config.yaml"):
+        assert "/secret" not in parcel.files[path].decode() and str(run.parent) not in parcel.files[path].decode()
+    assert yaml.safe_load(parcel.files["config.yaml"])["model"]["path"] == BASE
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        (BASE, BASE),
+        ("/root/hub/models--Wan-AI--Wan2.1-T2V-14B/snapshots/0a1b", "Wan-AI/Wan2.1-T2V-14B"),
+        ("/models/wan", ""),
+    ],
+)
+def test_the_base_is_named_where_its_path_says_it(path: str, found: str) -> None:
+    assert hub._base_of(path) == found
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("token", "said"), [("hf_wrong", "does not take the token"), (READER, "may not write")])
+def test_a_token_that_will_not_do_is_the_users_to_mend(
+    run: Path, server: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, token: str, said: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert cli.main(["push", str(run), "--repo", "me/flames"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == 1 and token not in shown
+
+
+def test_without_a_token_nobody_is_asked(run: Path, server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="hf auth login"):
+        hub.push(hub.pack(str(run), TERMS))
+    assert not server.requests
+
+
+def test_a_hub_that_cannot_be_reached_is_a_fault(
+    run: Path, server: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert cli.main(["push", str(run), "--repo", "me/flames"]) == 1
+    shown = capsys.readouterr().err
+    assert "did not arrive" in shown and shown.count("\n") == 1
+
+
+def test_a_card_that_the_hub_refuses_is_the_users_to_mend(run: Path, server: Hub) -> None:
+    with pytest.raises(UserError, match="refuses me/flames"):
+        hub.push(hub.pack(str(run), dataclasses.replace(TERMS, license="")))
+
+
+@pytest.mark.parametrize("options", [["--repo", "flames"], ["--repo", "me/flames", "--base", "/models/wan"]])
+def test_what_is_no_hub_id_is_refused(run: Path, options: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["push", str(run), *options]) == 2
+    assert "user/name" in capsys.readouterr().err
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_everything_and_asks_nobody(run: Path, server: Hub, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["push", str(run), "--repo", "me/flames", "--base", BASE, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert all(path in shown for path in hub.pack(str(run), TERMS).files) and f"base_model: {BASE}" in shown
+    assert not server.requests
+
+
+def test_the_token_appears_in_no_file_and_no_log(run: Path, tmp_path: Path) -> None:
+    with serving() as server:
+        env = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        env |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "HF_DEBUG": "0"}
+        command = [sys.executable, "-m", "transpixeler", "push", str(run), "--repo", "me/flames", "--public"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{server.endpoint}/me/flames" and not server.private["me/flames"]
+    written = [file.read_bytes() for place in (tmp_path, run) for file in place.rglob("*") if file.is_file()]
+    everything = [done.stdout.encode(), done.stderr.encode(), *written, *server.repos["me/flames"].values()]
+    assert not [part for part in everything if TOKEN.encode() in part]
+
+
+# --- while training --------------------------------------------------------------------------------------------------
+
+
+def pusher(**options) -> hub.Pusher:
+    made = hub.pusher(dataclasses.replace(Config(), hub=HubConfig(repo="me/flames", **options)))
+    assert made is not None
+    return made
+
+
+def test_a_failing_push_warns_and_the_next_one_goes(run: Path, server: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    made = pusher()
+    with caplog.at_level(logging.INFO, logger="transpixeler"):
+        made.saved(run / "no-such-save")
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.02)
+        made.saved(run / "step30")
+        made.close()
+    warning, told = caplog.records
+    assert warning.levelname == "WARNING" and "training goes on" in warning.message
+    assert "step30 is at" in told.message and "adapter_model.safetensors" in server.repos["me/flames"]
+
+
+def test_every_other_save_goes_and_of_those_that_wait_the_newest(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[str] = []
+
+    def slowly(self: hub.Pusher, folder: Path) -> None:
+        time.sleep(0.2)
+        pushed.append(folder.name)
+
+    monkeypatch.setattr(hub.Pusher, "_push", slowly)
+    made = pusher(every_saves=2)
+    for number in range(1, 9):
+        made.saved(run / f"step{number}")
+        time.sleep(0.02)
+    made.close()
+    assert pushed == ["step2", "step8"]
+
+
+def test_nothing_is_pushed_unless_a_repo_is_named() -> None:
+    assert hub.pusher(Config()) is None
+    with pytest.raises(UserError, match=r"hub\.repo"):
+        configfile.from_overrides(["hub.repo=flames"])

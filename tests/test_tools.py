@@ -17,8 +17,9 @@ import pytest
 
 from transpixeler import tooling
 from transpixeler.config import DataConfig, SourceConfig
-from transpixeler.data.fill import looks_premultiplied, random_color, unpremultiplied
-from transpixeler.data.pairs import Scan, scan
+from transpixeler.data.fill import Fill, looks_premultiplied, random_color, unpremultiplied
+from transpixeler.data.media import Clip
+from transpixeler.data.pairs import Scan, decode_pair, scan
 from transpixeler.data.synthetic import FILL, Format, Scene, render, scenes
 from transpixeler.data.video import probe, read_frames
 from transpixeler.data.write import write_mp4, write_png_sequence, write_prores4444, write_webm_alpha
@@ -148,6 +149,32 @@ def test_any_colour_tells_premultiplied_from_straight(seed: int) -> None:
     for scene in scenes(8, formats=[Format(64, 64, 2, FPS)], held_out=False, seed=seed):
         rgba = stack(scene)
         assert looks_premultiplied(multiplied(rgba)) and not looks_premultiplied(rgba)
+
+
+@pytest.mark.parametrize("level", [0, 5, 12])
+def test_black_smoke_is_not_taken_for_premultiplied(level: int) -> None:
+    noise = np.random.default_rng(0).integers(-3, 4, (4, 64, 64, 1))
+    smoke = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None] * 4, (4, 64, 64))
+    dark = np.clip(level + noise, 0, 255).astype(np.uint8).repeat(3, axis=3)
+    assert not looks_premultiplied(np.concatenate([dark, smoke[..., None]], axis=3))
+
+
+@pytest.mark.parametrize("fill", ["keep", "black"])
+def test_sources_of_rgba_files_undo_it_too(tmp_path: Path, fill: str) -> None:
+    scene = scenes(1, formats=[Format(64, 64, 5, FPS)], held_out=False, seed=4)[0]
+    rgba = stack(scene)
+    write_prores4444(tmp_path / "a/a.mov", multiplied(rgba), fps=FPS)
+    (tmp_path / "a/a.txt").write_text("a")
+    found = {}
+    for alpha in ("auto", "premultiplied", "straight"):
+        data = DataConfig(fill=fill, alpha=alpha)
+        (sample,) = scan([SourceConfig(str(tmp_path / "a"), rgba=True)], PAIR, data).samples
+        clip = Clip(sample.id, Fraction(0), 5, FPS, 64, 64)
+        found[alpha] = decode_pair(sample, clip, fill=Fill.of(data))["rgb"]
+    soft = (rgba[..., 3] > 100) & (rgba[..., 3] < 255)
+    off = {alpha: np.abs(rgb[soft] - rgba[..., :3][soft].astype(int)).mean() for alpha, rgb in found.items()}
+    assert off["auto"] == off["premultiplied"] < 6 and off["straight"] > 10
+    assert len({str(Fill.of(DataConfig(alpha=alpha)).parts) for alpha in found}) == 3  # other keys in the cache
 
 
 def test_unpremultiplied_is_the_inverse_as_far_as_bits_reach() -> None:

@@ -20,17 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.fill import Fill, filled, looks_premultiplied, random_color, scaled_straight, unpremultiplied
+from transpixeler.data.fill import Fill, filled, random_color, scaled_straight, unpremultiplied
 from transpixeler.data.folder import MEDIA_ENDINGS, is_sequence
 from transpixeler.data.media import BadMedia, Clip, Media
-from transpixeler.data.video import frame_numbers, probe, stream_rgba
+from transpixeler.data.video import frame_numbers, is_premultiplied, probe, stream_rgba
 from transpixeler.data.write import write_mp4, write_png
 from transpixeler.tooling import run, summary, write_text
 
 BLANK, OPAQUE = 3, 252  # as the data set's inspection judges a matte
 STILL, MOVING = 0.5, 1.0  # mean change from frame to frame, in levels
 BEST_FIRST = (".mov", "", ".mkv", ".png", ".webp", ".webm", ".gif")  # "": a folder of images
-LOOKED_AT = 16  # frames that say whether colour is premultiplied
 SEQUENCE_FPS = Fraction(16)
 
 
@@ -222,7 +221,7 @@ def _examined(job: Job, options: Options) -> Cut:
     numbers = frame_numbers(job.source, clip) if resampled else tuple(range(media.frames))
     cut = Cut(job.source, media, numbers, fps, _size(media, options), False, _fill(job, options))
     _check_alpha(cut)
-    premultiplied = options.alpha == "premultiplied" or (options.alpha == "auto" and _looks_premultiplied(cut))
+    premultiplied = options.alpha == "premultiplied" or (options.alpha == "auto" and is_premultiplied(job.source))
     return Cut(job.source, media, numbers, fps, cut.size, premultiplied, cut.fill)
 
 
@@ -240,11 +239,6 @@ def _fill(job: Job, options: Options) -> Fill:
     if options.fill == "random":
         return Fill("color", random_color(job.name.as_posix()))
     return Fill(options.fill, options.color if options.fill == "color" else (0, 0, 0))
-
-
-def _looks_premultiplied(cut: Cut) -> bool:
-    step = max(1, len(cut.numbers) // LOOKED_AT)
-    return looks_premultiplied(stream_rgba(cut.source, cut.numbers[::step], cut.media))
 
 
 def _check_alpha(cut: Cut) -> None:

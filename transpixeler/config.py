@@ -132,6 +132,7 @@ class DataConfig:
     buckets: tuple[BucketRule, ...] = ()
     clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] = "single_beginning"
     upscale: bool = False
+    alpha: Literal["auto", "straight", "premultiplied"] = "auto"
     fill: Literal["keep", "extend", "black", "color"] = "keep"
     fill_color: tuple[Byte, Byte, Byte] = (0, 0, 0)
     on_bad: Literal["skip", "error"] = "skip"

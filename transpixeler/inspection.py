@@ -21,7 +21,7 @@ import numpy as np
 from transpixeler.config import DataConfig, SourceConfig
 from transpixeler.data.buckets import Bucket, assign
 from transpixeler.data.candidate import BadSample
-from transpixeler.data.fill import KEEP
+from transpixeler.data.fill import Fill
 from transpixeler.data.media import BadMedia
 from transpixeler.data.pairs import Sample, scan
 from transpixeler.data.video import read_frames, read_rgba
@@ -107,7 +107,7 @@ def inspect_dataset(
 
 def _card(sample: Sample, data: DataConfig) -> Card | BadSample:
     try:
-        frames = _looks(sample)
+        frames = _looks(sample, Fill(alpha=data.alpha))
     except BadMedia as error:
         return BadSample(sample.id, str(sample.paths[0][1]), str(error))
     names = list(frames)
@@ -119,7 +119,7 @@ def _card(sample: Sample, data: DataConfig) -> Card | BadSample:
     return Card(sample, tuple(strips), flags)
 
 
-def _looks(sample: Sample) -> dict[str, np.ndarray]:
+def _looks(sample: Sample, fill: Fill) -> dict[str, np.ndarray]:
     """Small frames [n,h,w,3] of each stream at the same few frame numbers, each sought by itself."""
     media = sample.media
     scale = min(TILE[0] / media.width, TILE[1] / media.height)
@@ -127,7 +127,7 @@ def _looks(sample: Sample) -> dict[str, np.ndarray]:
     last, count = media.frames - 1, 1 if media.image else LOOKED_AT
     numbers = [round(last * k / max(1, count - 1)) for k in range(count)]
     if sample.rgba:
-        pairs = [read_rgba(sample.paths[0][1], [number], fill=KEEP, **size) for number in numbers]
+        pairs = [read_rgba(sample.paths[0][1], [number], fill=fill, **size) for number in numbers]
         return dict(zip(dict(sample.paths), map(np.concatenate, zip(*pairs))))
     return {
         name: np.concatenate([read_frames(path, [number], **size) for number in numbers]) for name, path in sample.paths

@@ -197,7 +197,7 @@ def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill
             dtype="bfloat16",
             files=[digests[first], digests[path]],
             plane=("color" if number == 0 else "alpha") if sample.rgba else "all",
-            fill=[fill.policy, *fill.color] if sample.rgba else [],
+            fill=fill.parts if sample.rgba else [],
             clip=[str(clip.start), clip.frames, rate, clip.height, clip.width],
         )
         for number, (stream, path) in enumerate(sample.paths)

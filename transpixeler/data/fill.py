@@ -19,19 +19,28 @@ from transpixeler.config import DataConfig
 
 @dataclass(frozen=True, slots=True)
 class Fill:
+    """What becomes of a file's colour; `alpha` says how the file holds it."""
+
     policy: Literal["keep", "extend", "black", "color"] = "keep"
     color: tuple[int, int, int] = (0, 0, 0)
+    alpha: Literal["auto", "straight", "premultiplied"] = "straight"
 
     @classmethod
     def of(cls, data: DataConfig) -> Fill:
         """The colour counts only where the policy uses it, so that an unused one changes no cache key."""
-        return cls(data.fill, data.fill_color if data.fill == "color" else (0, 0, 0))
+        return cls(data.fill, data.fill_color if data.fill == "color" else (0, 0, 0), data.alpha)
+
+    @property
+    def parts(self) -> list[str | int]:
+        """What tells two of them apart; straight, as it was before there was a choice, says nothing."""
+        return [self.policy, *self.color, *([] if self.alpha == "straight" else [self.alpha])]
 
 
 KEEP = Fill()
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 SOFT = (8, 96)  # alpha between these tells best: even dark colours are brighter than it
 OVER, SHARE = 4, 0.02  # so much brighter than its alpha, in so many of the soft pixels, no premultiplied picture is
+FADED, FEW = 0.75, 16  # the softer half of them is so much darker, where there are enough to say
 
 
 def random_color(name: str) -> tuple[int, int, int]:
@@ -41,18 +50,22 @@ def random_color(name: str) -> tuple[int, int, int]:
 
 
 def looks_premultiplied(frames: Iterable[np.ndarray]) -> bool:
-    """Whether uint8 [H,W,4] frames hold colour times alpha: then no soft pixel is brighter than its alpha.
+    """Whether uint8 [H,W,4] frames hold colour times alpha: then no soft pixel is brighter than its alpha, and the
+    softer are the darker, which tells them from what is dark by itself.
 
     Brightness is judged by luma, which chroma subsampling leaves sharp. Without soft pixels there is nothing to undo.
     """
-    soft_pixels = over = 0
+    counts, sums, over = np.zeros(2), np.zeros(2), 0  # of the softer half and of the other
     for frame in frames:
-        alpha = frame[..., 3]
-        soft = (alpha >= SOFT[0]) & (alpha <= SOFT[1])
-        luma = frame[soft][:, :3] @ LUMA
-        soft_pixels += len(luma)
-        over += int((luma > alpha[soft].astype(np.float32) + OVER).sum())
-    return over < SHARE * soft_pixels
+        soft = (frame[..., 3] >= SOFT[0]) & (frame[..., 3] <= SOFT[1])
+        luma, alpha = frame[soft][:, :3] @ LUMA, frame[soft][:, 3].astype(np.float32)
+        over += int((luma > alpha + OVER).sum())
+        harder = (alpha > sum(SOFT) / 2).astype(np.intp)
+        counts += np.bincount(harder, minlength=2)
+        sums += np.bincount(harder, luma, minlength=2)
+    if over >= SHARE * counts.sum():
+        return False
+    return bool(counts.min() < FEW or sums[0] / counts[0] < FADED * sums[1] / counts[1])
 
 
 def unpremultiplied(rgba: np.ndarray) -> np.ndarray:

@@ -6,23 +6,37 @@ numbers with one scale and one crop: that is why the streams of a pair cannot sl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from transpixeler.data import container, stills
-from transpixeler.data.fill import Fill, filled, scaled_straight
+from transpixeler.data.fill import Fill, filled, looks_premultiplied, scaled_straight
 from transpixeler.data.media import IMAGE_ENDINGS, BadMedia, Clip, Media, reasons
 
 if TYPE_CHECKING:
     import av
     from av.video.reformatter import VideoReformatter
 
+LOOKED_AT = 12  # frames of a file that say whether its colour is premultiplied
+Scaler = Callable[..., np.ndarray]
 PLANAR = {3: "gbrp", 4: "gbrap"}  # swscale writes planes in half the time that packed pixels take it
 
-__all__ = ["BadMedia", "Clip", "Media", "frame_numbers", "probe", "read_frames", "read_rgba", "stream_rgba"]
+__all__ = [
+    "BadMedia",
+    "Clip",
+    "Media",
+    "frame_numbers",
+    "is_premultiplied",
+    "probe",
+    "read_frames",
+    "read_rgba",
+    "stream_rgba",
+]
 
 
 def probe(path: Path) -> Media:
@@ -53,10 +67,24 @@ def read_rgba(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The RGB under its fill policy and the alpha as grey, both uint8 [F,H,W,3], in one decoding pass."""
     shape = (len(numbers), height, width, 4)
-    straight = fill.policy != "keep"
+    multiplied = fill.alpha == "premultiplied" or (fill.alpha == "auto" and is_premultiplied(path))
+    straight = None if fill.policy == "keep" and not multiplied else partial(scaled_straight, premultiplied=multiplied)
     fitted = _fitted(path, numbers, height=height, width=width, channels=4, threads=threads, straight=straight)
     rgba = _collect((filled(frame, fill) for frame in fitted), numbers, shape)
     return np.ascontiguousarray(rgba[..., :3]), np.repeat(rgba[..., 3:], 3, axis=3)
+
+
+def is_premultiplied(path: Path) -> bool:
+    """What the file's frames show, as no format says it; looked at once a file."""
+    stat = path.stat()
+    return _looks_premultiplied(path, (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _looks_premultiplied(path: Path, _: tuple[int, int]) -> bool:
+    media = probe(path)
+    numbers = range(0, media.frames, -(-media.frames // LOOKED_AT))
+    return media.alpha and looks_premultiplied(stream_rgba(path, numbers, media, threads=1))
 
 
 def stream_rgba(path: Path, numbers: Sequence[int], media: Media, *, threads: int = 0) -> Iterator[np.ndarray]:
@@ -84,7 +112,14 @@ def _collect(fitted: Iterator[np.ndarray], numbers: Sequence[int], shape: tuple[
 
 
 def _fitted(
-    path: Path, numbers: Sequence[int], *, height: int, width: int, channels: int, threads: int, straight: bool = False
+    path: Path,
+    numbers: Sequence[int],
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    threads: int,
+    straight: Scaler | None = None,
 ) -> Iterator[np.ndarray]:
     """Scales each frame in one pass and crops in the output's pixels, so that the phase is one for all formats."""
     import av
@@ -103,8 +138,8 @@ def _fitted(
         tall, wide = max(height, round(shown[1] * scale)), max(width, round(shown[0] * scale))
         turns = frame.rotation // 90
         size = {"height": wide, "width": tall} if turns % 2 else {"height": tall, "width": wide}
-        if straight:
-            array = scaled_straight(frame.to_ndarray(format=layout), **size)
+        if straight is not None:
+            array = straight(frame.to_ndarray(format=layout), **size)
         else:
             array = _scaled(frame, scaler, layout, **size)
         top, left = (tall - height) // 2, (wide - width) // 2

@@ -23,7 +23,7 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.order import Order
 from transpixeler.ema import Ema
-from transpixeler.heldout import Evaluator, prompt_texts
+from transpixeler.heldout import Evaluator, prompt_texts, read_video
 from transpixeler.models.base import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.runtime import Runtime, write_whole
@@ -82,12 +82,19 @@ class Evaluation:
     def _tell(self, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
         self.telemetry.write({"step": step, "eval": found})
         self.telemetry.scalars(step, dict(scalars(found)))
+        self._show(step)
         for line in summary(found):
             logger.info("step %d, held out: %s", step, line)
         try:
             report.write_report(self.run)
         except OSError as fault:
             logger.error("%s was not written: %s", self.run / report.PAGE, fault)
+
+    def _show(self, step: int) -> None:
+        """The videos that were written, on TensorBoard."""
+        fps = self.evaluator.config.data.fps
+        for file in sorted((self.run / SAMPLES / sample_folder(step)).glob("*/*.mp4")):
+            self.telemetry.video(step, f"{file.parent.name}/{file.stem}", read_video(file), fps=fps)
 
 
 def due_at(config: Config, order: Order, total: int) -> Callable[[int], bool]:

@@ -159,7 +159,8 @@ class Evaluator:
         files = [place / request.name / f"{self.data.streams[0]}.mp4" for place in (folder, base) if place is not None]
         if 0 in request.given or len(files) < 2 or not all(file.is_file() for file in files):
             return {}
-        return {"rgb_drift": metrics.rgb_drift(_read(files[0]), _read(files[1]))}
+        ours, theirs = (read_video(file) / np.float32(255) for file in files)
+        return {"rgb_drift": metrics.rgb_drift(ours, theirs)}
 
     def _reference(self, piece: Piece) -> dict[str, np.ndarray]:
         """The clip as the VAE gives it back: what its latents could at best become."""
@@ -242,7 +243,7 @@ def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
-def _read(file: Path) -> np.ndarray:
+def read_video(file: Path) -> np.ndarray:
+    """uint8 [F, H, W, 3]"""
     media = video.probe(file)
-    frames = video.read_frames(file, range(media.frames), height=media.height, width=media.width)
-    return frames / np.float32(255)
+    return video.read_frames(file, range(media.frames), height=media.height, width=media.width)

@@ -12,9 +12,9 @@ READY := $(VENV)/.ready
 TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node
 RUN := $(if $(filter-out 1,$(NPROC)),$(TORCHRUN) $(NPROC) -m transpixeler,$(BIN)/python -m transpixeler)
 
-.PHONY: help setup demo cache train eval sample test lint format bench inspect
+.PHONY: help setup demo plan cache train eval sample push test lint format bench inspect
 help:
-	@echo "make demo | cache | train | eval | sample | inspect | test | lint | bench   with CONFIG= NPROC= ARGS="
+	@echo "make demo | plan | cache | train | eval | sample | push | inspect | test | lint | bench   with CONFIG= NPROC= ARGS="
 
 setup: $(READY)
 
@@ -37,6 +37,12 @@ demo: $(READY)
 
 demo/config.yaml: | $(READY)
 	$(BIN)/python -m transpixeler demo demo
+
+plan: $(READY) $(CONFIG)
+	$(BIN)/python -m transpixeler plan $(CONFIG) $(ARGS)
+
+push: $(READY)
+	$(BIN)/python -m transpixeler push $(ARGS)
 
 cache train: $(READY) $(CONFIG)
 	$(RUN) $@ $(CONFIG) $(ARGS)

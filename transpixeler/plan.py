@@ -112,7 +112,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
         memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *fit.MODES])},
-        cache_latents=sum(_latent_bytes(model, item.bucket) for item in (*train.items, *evaluation.items)),
+        cache_latents=sum(_latent_bytes(model, data) for data in (train, evaluation)),
         cache_texts=_text_bytes(model, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
         fits=tuple(_fits(config, estimate, loads, machine)),
         scan_seconds=scan_seconds,
@@ -157,8 +157,7 @@ def _loads(model: VideoModel, order: Order, train: Dataset) -> list[Load]:
     loads = []
     for row in order.rows:
         bucket = Bucket(*train.items[row.items[0]].bucket)
-        layout = model.layout(latent_shape(bucket, model.vae_stride, model.latent_channels))
-        loads.append(Load(bucket, layout, len(row.items) / order.global_batch))
+        loads.append(Load(bucket, _layout(model, bucket), len(row.items) / order.global_batch))
     return loads
 
 
@@ -171,9 +170,13 @@ def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, 
     return Row(load.bucket, len(items), seen, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
 
 
-def _latent_bytes(model: VideoModel, bucket: Sequence[int]) -> int:
-    layout: StreamLayout = model.layout(latent_shape(Bucket(*bucket), model.vae_stride, model.latent_channels))
-    return BF16 * layout.elements
+def _latent_bytes(model: VideoModel, data: Dataset) -> int:
+    layouts = {bucket: _layout(model, Bucket(*bucket)) for bucket in data.buckets()}
+    return BF16 * sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
+
+
+def _layout(model: VideoModel, bucket: Bucket) -> StreamLayout:
+    return model.layout(latent_shape(bucket, model.vae_stride, model.latent_channels))
 
 
 def _text_bytes(model: VideoModel, captions: set[str]) -> int:

@@ -21,6 +21,7 @@ from transpixeler.data.fill import Fill
 from transpixeler.data.fingerprint import FileHashes
 from transpixeler.data.media import Clip, files_of
 from transpixeler.data.pairs import Sample, scan, source_names
+from transpixeler.data.probes import Probes
 from transpixeler.models.base import VideoModel
 
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
@@ -139,7 +140,9 @@ def _clip_jobs(
     """All clips of one set in the order of their samples, and what was left out with its reason."""
     if not sources:
         return [], ()
-    found = scan(sources, config.streams, config.data)
+    probes = Probes(cache_folders(config)[0])
+    found = scan(sources, config.streams, config.data, probe=probes)
+    probes.save()
     stride, _ = model_cls.vae_geometry(config.model.path)
     assigned = assign(
         found.samples, sources, config.data, vae_stride=stride, patch=patch_of(config, model_cls), seed=config.seed

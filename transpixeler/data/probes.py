@@ -11,6 +11,7 @@ import os
 import time
 from fractions import Fraction
 from pathlib import Path
+from stat import S_ISDIR
 
 from transpixeler.data.cache import READ_ONLY
 from transpixeler.data.fingerprint import SETTLED_SECONDS
@@ -30,21 +31,28 @@ class Probes:
         self.folder = folder
         self.opened = 0  # files that had to be opened
         self._known = _load(folder / NAME)
+        self._places: dict[str, str] = {}
         self._fresh: dict[str, tuple[Stamp, Media]] = {}
 
     def __call__(self, path: Path) -> Media:
-        if path.is_dir() or "\n" in str(path):  # a folder's time says nothing of the images in it
-            return probe(path)
-        name = os.path.relpath(path, self.folder)
         found = _stamp(path)
+        if found is None or "\n" in str(path):
+            return probe(path)
+        name = os.path.join(self._place(str(path.parent)), path.name)  # noqa: PTH118 thousands of them
         stamp, media = self._known.get(name, (None, None))
         if media is not None and stamp == found:
             return media
         media = probe(path)
         self.opened += 1
-        if found is not None and time.time_ns() - found[1] > SETTLED_SECONDS * 1e9:
+        if time.time_ns() - found[1] > SETTLED_SECONDS * 1e9:
             self._fresh[name] = (found, media)
         return media
+
+    def _place(self, parent: str) -> str:
+        """A folder as seen from the memory's, so that both may move together."""
+        if parent not in self._places:
+            self._places[parent] = os.path.relpath(parent, self.folder)
+        return self._places[parent]
 
     def save(self) -> None:
         """Beside what another run may have saved meanwhile."""
@@ -65,11 +73,12 @@ class Probes:
 
 
 def _stamp(path: Path) -> Stamp | None:
+    """Nothing for what cannot be remembered: a folder's time says nothing of the images in it."""
     try:
-        stat = path.stat()
+        found = path.stat()
     except OSError:  # probing says why, in words for the user
         return None
-    return stat.st_size, stat.st_mtime_ns
+    return None if S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns)
 
 
 def _line(name: str, stamp: Stamp, media: Media) -> str:

@@ -26,6 +26,7 @@ from transpixeler.data.encode import encode_missing, share
 from transpixeler.data.loader import Assembler, Loader
 from transpixeler.data.upkeep import cache_command
 from transpixeler.data.write import write_mp4, write_png
+from transpixeler.models import wan_encoders
 from transpixeler.models.wan import WanModel
 from transpixeler.models.wan_encoders import WanTextEncoder, WanVae
 from transpixeler.runtime import Runtime
@@ -542,3 +543,15 @@ def _told_by_another(rank: int, world_size: int, setup: Config) -> str:
 def test_a_fault_of_one_rank_is_told_on_all(model: Path, tmp_path: Path) -> None:
     said = run_ranks(_told_by_another, 2, config(model, tmp_path / "nowhere"))
     assert said[0] == said[1] and "nowhere" in said[0]
+
+
+def test_a_large_video_is_decoded_tile_by_tile(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = WanModel.load_vae(model, device=torch.device("cpu"), dtype=torch.float32)
+    latents = torch.randn(1, 16, 1, 36, 40, generator=torch.Generator().manual_seed(0))
+    whole = vae.decode(latents)
+    monkeypatch.setattr(wan_encoders, "TILED_LATENTS", 100)
+    tiled = vae.decode(latents)
+    assert tiled.shape == whole.shape == (1, 3, 1, 288, 320) and not torch.equal(tiled, whole)
+    assert (tiled - whole).abs().mean() < 0.1
+    monkeypatch.undo()
+    assert torch.equal(vae.decode(latents), whole)

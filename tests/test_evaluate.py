@@ -37,7 +37,7 @@ def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], t
         objective.draw_noise = lambda elements, *key: draw(elements, *key, rank)
     mesh = meshes.build(meshes.resolve(source.config.parallel, world_size), runtime)
     engine = trained.open_engine(source, mesh)
-    return heldout.Evaluator(source.config, runtime, mesh, engine, data.eval, {}).losses()
+    return heldout.Evaluator(source.config, runtime, mesh, engine, data.eval).losses()
 
 
 def difference(one: heldout.Losses, other: heldout.Losses) -> float:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from transpixeler import generate, report, trained
 from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.order import Order
 from transpixeler.ema import Ema
-from transpixeler.heldout import Evaluator, prompt_texts, read_video
+from transpixeler.heldout import Evaluator, read_video
 from transpixeler.models.base import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.runtime import Runtime, write_whole
@@ -112,13 +111,6 @@ def due_at(config: Config, order: Order, total: int) -> Callable[[int], bool]:
     return due
 
 
-def texts_ahead(config: Config, runtime: Runtime) -> dict[str, Tensor]:
-    """What the evaluations of a run will need, where there will be any."""
-    told = config.eval
-    comes = told.before_first_step or told.every_steps or told.every_epochs
-    return prompt_texts(config, runtime) if comes else {}
-
-
 def sample_folder(step: int) -> str:
     return f"step{step:08}"
 
@@ -162,10 +154,9 @@ def eval_command(source: Trained, runtime: Runtime, *, out: str = "", asked_layo
         raise UserError("data.eval: set it to a folder of pairs or a manifest that training does not see")
     config = replace(config, data=replace(config.data, train=()))
     data = encode_missing(config, model_class(config.model.family), runtime).eval
-    texts = prompt_texts(config, runtime)
     mesh = meshes.build(layout, runtime)
     engine = trained.open_engine(replace(source, config=config), mesh)
-    evaluator = Evaluator(config, runtime, mesh, engine, data, texts)
+    evaluator = Evaluator(config, runtime, mesh, engine, data)
     folder = Path(out) if out else _default_folder(source)
     found: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in evaluator.losses().items()}
     facts = {"model": config.model.path, "adapter": source.name, "step": source.step}

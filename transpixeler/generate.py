@@ -21,6 +21,7 @@ from transpixeler.config import Config, SampleConfig, UserError
 from transpixeler.data import video
 from transpixeler.data.catalog import patch_of
 from transpixeler.data.media import BadMedia, Clip
+from transpixeler.data.prompts import negative_prompt, prompt_lines, read_prompts
 from transpixeler.data.rgba import write_sample
 from transpixeler.models.base import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout
@@ -56,7 +57,7 @@ def sample_command(source: Trained, runtime: Runtime, wish: Wish) -> list[Path]:
     prompts = _prompts(config.sample, wish)
     frames = Frames(model_cls, config.model.path, runtime.device)
     clips = _given_clips(config, wish)
-    negative = sampling.negative_prompt(config.sample, model_cls)
+    negative = negative_prompt(config.sample, model_cls)
     wanted = [*prompts, *([] if negative is None else [negative])]
     texts = sampling.encode_texts(wanted, model_cls, config.model.path, runtime)
     given = {stream: frames.encode(clip) for stream, clip in clips.items()}
@@ -133,8 +134,8 @@ def named(prompt: str) -> str:
 
 
 def _prompts(config: SampleConfig, wish: Wish) -> Sequence[str]:
-    asked = (*wish.prompts, *sampling.prompt_lines(wish.prompts_file, key="--prompts"))
-    prompts = asked or sampling.read_prompts(config)
+    asked = (*wish.prompts, *prompt_lines(wish.prompts_file, key="--prompts"))
+    prompts = asked or read_prompts(config)
     if prompts or wish.rgb or wish.alpha:
         return prompts or ("",)
     raise UserError('sample: nothing to make; give --prompt "…", --prompts FILE, or set sample.prompts')

@@ -23,7 +23,10 @@ from transpixeler import generate, metrics, objective, sampling
 from transpixeler.config import Config
 from transpixeler.data import video
 from transpixeler.data.dataset import Dataset
+from transpixeler.data.fill import Fill
 from transpixeler.data.loader import Assembler, Batch
+from transpixeler.data.pairs import decode_pair
+from transpixeler.data.prompts import negative_prompt, read_prompts
 from transpixeler.models.base import Conditions, VideoModel, model_class
 from transpixeler.objective import Example, mean_squared_errors
 from transpixeler.parallel.mesh import Mesh
@@ -57,21 +60,29 @@ class Evaluator:
         mesh: Mesh,
         engine: Engine,
         data: Dataset,
-        texts: Mapping[str, Tensor],
     ) -> None:
         self.config, self.runtime, self.mesh, self.engine, self.data = config, runtime, mesh, engine, data
         self.model_cls: type[VideoModel] = model_class(config.model.family)
-        self.texts = texts
-        negative = sampling.negative_prompt(config.sample, self.model_cls)
-        self.sampler = Sampler(engine, mesh, config.sample, texts.get(negative) if negative is not None else None)
+        self.texts = self._prompt_texts()
+        self.sampler = Sampler(
+            engine, mesh, config.sample, self.texts.get(negative_prompt(config.sample, self.model_cls))
+        )
         self.frames = Frames(self.model_cls, config.model.path, mesh.device)
         patch = engine.models()[0].patch
         self.assembler = Assembler(data, patch=patch, text_len=self.model_cls.text_len) if data.items else None
         self.pieces = pieces(data, config)
+        self._floors: dict[int, dict[str, float]] = {}  # by clip; it does not change as the model learns
+
+    def _prompt_texts(self) -> dict[str | None, Tensor]:
+        """[text_len, text_dim] of each prompt, as the cache holds it."""
+        if read_prompts(self.config.sample):
+            generate.video_layout(self.config, self.model_cls)  # a wrong size is told now
+        texts = {prompt: self.data.cache.text(key) for prompt, key in self.data.prompts.items()}
+        return {prompt: sampling.padded(text, self.model_cls.text_len) for prompt, text in texts.items()}
 
     @property
     def has_work(self) -> bool:
-        return bool(self.pieces or sampling.read_prompts(self.config.sample))
+        return bool(self.pieces or read_prompts(self.config.sample))
 
     # -- losses
 
@@ -120,7 +131,7 @@ class Evaluator:
             if self.mesh.is_first_stage:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
-                mine[number] = self._measures(piece, streams)
+                mine[number] = self._measures(piece, streams) | self._floor(piece)
                 told = {**facts, "task": piece.task if piece else "joint", "metrics": mine[number]}
                 self._write(folder, request, streams, told)
                 mine[number] |= self._drift(request, folder, base)
@@ -140,7 +151,7 @@ class Evaluator:
             given = {stream: streams[stream][0] for stream in piece.given}
             name = f"{len(plan)}-{generate.named(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
             plan.append((Request(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
-        for prompt in sampling.read_prompts(self.config.sample):
+        for prompt in read_prompts(self.config.sample):
             layout = generate.video_layout(self.config, self.model_cls)
             name = f"{len(plan)}-{generate.named(prompt)}"
             plan.append((Request(name, prompt, self.texts[prompt], seed + len(plan), layout), None))
@@ -154,6 +165,17 @@ class Evaluator:
         reference = self._reference(piece) if piece and 0 in piece.given else {}
         return metrics.alpha_metrics(rgb, aux[0], fill=fill_color(self.config), **reference)
 
+    def _floor(self, piece: Piece | None) -> dict[str, float]:
+        """How near the VAE alone brings a clip's RGB to itself; no model that works in its latents comes nearer."""
+        origin = self.data.items[piece.item].origin if piece and not piece.given else None
+        if origin is None:
+            return {}
+        if piece.item not in self._floors:
+            rgb = next(iter(decode_pair(*origin, fill=Fill.of(self.config.data)).values()))
+            psnr = metrics.psnr(rgb / np.float32(255), self._given_back(piece)[0])
+            self._floors[piece.item] = {"vae_psnr": psnr}
+        return self._floors[piece.item]
+
     def _drift(self, request: Request, folder: Path, base: Path | None) -> dict[str, float]:
         """Of generated RGB from the base's; both as they were written, so that what the file costs is in neither."""
         files = [place / request.name / f"{self.data.streams[0]}.mp4" for place in (folder, base) if place is not None]
@@ -163,10 +185,13 @@ class Evaluator:
         return {"rgb_drift": metrics.rgb_drift(ours, theirs)}
 
     def _reference(self, piece: Piece) -> dict[str, np.ndarray]:
-        """The clip as the VAE gives it back: what its latents could at best become."""
+        rgb, aux, *_ = self._given_back(piece)
+        return {"reference_alpha": aux.mean(-1), "reference_rgb": rgb}
+
+    def _given_back(self, piece: Piece) -> list[np.ndarray]:
+        """The clip's streams as the VAE decodes them: what latents could at best become, in [0, 1]."""
         batch = self.assembler.batch(np.array([piece.item]), slots=range(1))
-        rgb, aux = [*self.frames.decode(batch.latents[0], batch.layout).values()][:2]
-        return {"reference_alpha": aux.mean(-1) / np.float32(255), "reference_rgb": rgb / np.float32(255)}
+        return [frames / np.float32(255) for frames in self.frames.decode(batch.latents[0], batch.layout).values()]
 
     def _write(self, folder: Path, request: Request, streams: Mapping[str, np.ndarray], facts: Mapping) -> None:
         try:
@@ -220,18 +245,6 @@ def fill_color(config: Config) -> tuple[float, ...] | None:
     if config.data.fill not in ("black", "color"):
         return None
     return tuple(c / 255 for c in config.data.fill_color) if config.data.fill == "color" else (0.0, 0.0, 0.0)
-
-
-def prompt_texts(config: Config, runtime: Runtime) -> dict[str, Tensor]:
-    """What `Evaluator.samples` needs besides the cached captions; encoded before a model fills the device."""
-    prompts = sampling.read_prompts(config.sample)
-    model_cls = model_class(config.model.family)
-    if prompts:
-        generate.video_layout(config, model_cls)  # a wrong size is told now
-    negative = sampling.negative_prompt(config.sample, model_cls)
-    sampled = bool(prompts) or (config.eval.samples > 0 and bool(config.data.eval))
-    texts = [*prompts, *([negative] if sampled and negative is not None else [])]
-    return sampling.encode_texts(texts, model_cls, config.model.path, runtime)
 
 
 def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

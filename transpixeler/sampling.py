@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,27 +166,6 @@ def _progress(steps: int, *, shown: bool) -> Iterator[Callable[[], object]]:
 
 
 # --- texts and frames ------------------------------------------------------------------------------------------------
-
-
-def negative_prompt(config: SampleConfig, model_cls: type[VideoModel]) -> str | None:
-    """None where guidance is off and nothing is led away from."""
-    if config.guidance == 1:
-        return None
-    return model_cls.sampling.negative_prompt if config.negative_prompt is None else config.negative_prompt
-
-
-def read_prompts(config: SampleConfig) -> tuple[str, ...]:
-    """`sample.prompts` and the lines of `sample.prompts_file`."""
-    return (*config.prompts, *prompt_lines(config.prompts_file, key="sample.prompts_file"))
-
-
-def prompt_lines(path: str, *, key: str) -> list[str]:
-    """The lines of a file that are not empty."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig") if path else ""
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"{key}: {path} cannot be read: {fault}") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def encode_texts(texts: Sequence[str], model_cls: type[VideoModel], path: str, runtime: Runtime) -> dict[str, Tensor]:

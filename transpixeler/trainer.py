@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.data.order import Order
-from transpixeler.evaluate import Evaluation, due_at, texts_ahead
+from transpixeler.evaluate import Evaluation, due_at
 from transpixeler.facts import Facts, Wishes, agree
 from transpixeler.heldout import Evaluator
 from transpixeler.models.base import VideoModel, model_class
@@ -104,7 +103,6 @@ class Trainer:
         self.config, self.runtime, self.run, self.requests = config, runtime, run, requests
         self.model_cls: type[VideoModel] = model_class(config.model.family)
         self.data = encode_missing(config, self.model_cls, runtime)
-        texts = texts_ahead(config, runtime)  # the encoder leaves the device before the model comes
         self.order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.total = total_steps(config, self.order)
         self.mesh = meshes.build(layout, runtime)
@@ -123,7 +121,7 @@ class Trainer:
         self.account = Account(config, runtime, run, self.engine, self.data, self.order, self.total)
         self.telemetry = self._open_telemetry() if runtime.is_main else None
         self.pusher = hub.pusher(config) if runtime.is_main else None
-        self.evaluation = self._open_evaluation(texts)
+        self.evaluation = self._open_evaluation()
         self.account.introduce(self.step)
 
     # -- the loop
@@ -305,8 +303,8 @@ class Trainer:
             self.run.folder, self.config.log, step=self.step, total=self.total, name=self.run.name
         )
 
-    def _open_evaluation(self, texts: Mapping[str, Tensor]) -> Evaluation:
-        evaluator = Evaluator(self.config, self.runtime, self.mesh, self.engine, self.data.eval, texts)
+    def _open_evaluation(self) -> Evaluation:
+        evaluator = Evaluator(self.config, self.runtime, self.mesh, self.engine, self.data.eval)
         due = due_at(self.config, self.order, self.total)
         return Evaluation(evaluator, self.ema, self.run.folder, self.telemetry, due)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from transpixeler.data.fingerprint import FileHashes
 from transpixeler.data.media import Clip, files_of
 from transpixeler.data.pairs import Sample, scan, source_names
 from transpixeler.data.probes import Probes
+from transpixeler.data.prompts import sampled_texts
 from transpixeler.models.base import VideoModel
 
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
@@ -67,6 +68,7 @@ class Catalog:
     clips: tuple[ClipJob, ...]
     texts: tuple[TextJob, ...]
     empty_text_key: bytes
+    prompts: Mapping[str, bytes]  # the keys of what evaluations sample from
     folders: tuple[Path, ...]
     files_read: int  # whose content had to be hashed
 
@@ -85,8 +87,9 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
     texts_with = model_cls.text_fingerprint(config.model.path, hashes[folders[0]].digest)
     latents_with = model_cls.vae_fingerprint(config.model.path, hashes[folders[0]].digest)
     empty = TextJob(text_key("", texts_with), "", folders[0])
+    prompts = {text: text_key(text, texts_with) for text in sampled_texts(config, model_cls)}
     clips: dict[tuple[bytes, ...], ClipJob] = {}
-    texts = {empty.key: empty}
+    texts = {empty.key: empty} | {key: TextJob(key, text, folders[0]) for text, key in prompts.items()}
     items: dict[str, tuple[Item, ...]] = {}
     skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name in SETS:
@@ -96,12 +99,13 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
             text = TextJob(text_key(job.sample.caption, texts_with), job.sample.caption, job.folder)
             clips.setdefault(tuple(job.keys.values()), job)
             texts.setdefault(text.key, text)
-            found.append(_item(job, text, source, names[job.sample.source]))
+            item = _item(job, text, source, names[job.sample.source])
+            found.append(replace(item, origin=(job.sample, job.clip)) if name == "eval" else item)
         items[name] = tuple(found)
     for memory in hashes.values():
         memory.save()
     read = sum(memory.read for memory in hashes.values())
-    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, folders, read)
+    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, prompts, folders, read)
 
 
 def cache_folders(config: Config) -> tuple[Path, ...]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from transpixeler.config import UserError
 from transpixeler.data.cache import Cache
+from transpixeler.data.media import Clip
 from transpixeler.data.order import Order, make_order
+from transpixeler.data.pairs import Sample
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Item:
     text_key: bytes
     repeats: int = 1
     source: str = ""  # the name of the data set that it came from
+    origin: tuple[Sample, Clip] | None = None  # what an eval clip was encoded from, to measure what encoding costs
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Dataset:
     cache: Cache = field(compare=False, repr=False)
     key: str = "train"  # the data set's name under `data.` in the config
     skipped: tuple[tuple[str, str], ...] = ()  # (sample id, reason)
+    prompts: Mapping[str, bytes] = field(default_factory=dict)  # the keys of what evaluations sample from
 
     def order(self, *, seed: int, global_batch: int) -> Order:
         if not self.items:

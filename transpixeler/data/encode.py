@@ -311,7 +311,7 @@ def _datasets(config: Config, found: Catalog, bad: dict[bytes, str]) -> Datasets
         if absent := cache.missing([*keys, found.empty_text_key]):
             raise UserError(f"{found.folders[0]}: {len(absent)} records are gone; was `cache --gc` run? start again")
         skipped = (*found.skipped[name], *reasons.items())
-        sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_key, cache, name, skipped)
+        sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_key, cache, name, skipped, found.prompts)
     return Datasets(sets["train"], sets["eval"])
 
 

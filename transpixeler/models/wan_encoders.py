@@ -44,6 +44,10 @@ _VAE_FILES = ("vae/*", VAE_FILE)
 _TEXT_FILES = ("text_encoder/*", "tokenizer/*", T5_FILE, f"{TOKENIZER_FOLDER}/*")
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".json", ".model")
 
+# Latents of one frame beyond which decoding goes tile by tile, blended at the seams: above 480×832 a whole frame's
+# activations no longer fit beside a model on a small GPU.
+TILED_LATENTS = 60 * 104
+
 
 class WanVae:
     """`AutoencoderKLWan` with its latents scaled to what the transformer was trained on."""
@@ -77,6 +81,8 @@ class WanVae:
         """[B,C,f,h,w] → fp32 [B,3,F,H,W] in [-1,1]."""
         mean, deviation = self._scale
         latents = (latents.to(self.device).float() * deviation + mean).to(self.network.dtype)
+        large = latents.shape[-1] * latents.shape[-2] > TILED_LATENTS
+        self.network.enable_tiling() if large else self.network.disable_tiling()
         with _same_bits_every_time():
             videos = [self.network.decode(one, return_dict=False)[0].float() for one in latents.split(1)]
         return torch.cat(videos).clamp(-1, 1)

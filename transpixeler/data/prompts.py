@@ -1,0 +1,36 @@
+"""Which texts a config samples from: its prompts and what guidance leads away from. They are cached as captions are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transpixeler.config import Config, SampleConfig, UserError
+from transpixeler.models.base import VideoModel
+
+
+def prompt_lines(path: str, *, key: str) -> list[str]:
+    """The lines of a file that are not empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig") if path else ""
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"{key}: {path} cannot be read: {fault}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_prompts(config: SampleConfig) -> tuple[str, ...]:
+    """`sample.prompts` and the lines of `sample.prompts_file`."""
+    return (*config.prompts, *prompt_lines(config.prompts_file, key="sample.prompts_file"))
+
+
+def negative_prompt(config: SampleConfig, model_cls: type[VideoModel]) -> str | None:
+    """None where guidance is off and nothing is led away from."""
+    if config.guidance == 1:
+        return None
+    return model_cls.sampling.negative_prompt if config.negative_prompt is None else config.negative_prompt
+
+
+def sampled_texts(config: Config, model_cls: type[VideoModel]) -> tuple[str, ...]:
+    """What evaluations sample from besides the clips' own captions."""
+    prompts, negative = read_prompts(config.sample), negative_prompt(config.sample, model_cls)
+    sampled = bool(prompts) or (config.eval.samples > 0 and bool(config.data.eval))
+    return (*prompts, *([negative] if sampled and negative is not None else []))

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tests import tiny
 from tests.ranks import run_ranks
 from transpixeler import objective, optim, runtime
 from transpixeler.config import UserError
+from transpixeler.models.base import Block, Tokens
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel import pipeline
+from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.build import build_engine
 
 STEPS = 10
@@ -26,8 +28,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def _train(rank: int, world_size: int, overrides: tuple[str, ...], twin: str) -> dict[str, Any]:
-    """Ten SGD steps; a twin is broken in one named way."""
+def _train(rank: int, world_size: int, overrides: tuple[str, ...], twin: str, steps: int = STEPS) -> dict[str, Any]:
+    """SGD steps; a twin is broken in one named way."""
     config = tiny.config(*BASE, *overrides)
     here = runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
     layout = meshes.resolve(config.parallel, world_size)
@@ -38,7 +40,7 @@ def _train(rank: int, world_size: int, overrides: tuple[str, ...], twin: str) ->
     share = config.train.global_batch // layout.data
     first = 0 if twin == "duplicated data" else mesh.data_rank * share
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         example = tiny.example(config, step, range(first, first + share))
         if twin == "one stage's noise" and mesh.is_last_stage:
             example = objective.Example(**{**example.__dict__, "noise": example.noise.roll(1, 0)})
@@ -176,3 +178,56 @@ def test_blocks_are_split_evenly_or_by_hand() -> None:
     assert pipeline.split_blocks(by_hand, 30) == [range(10), range(10, 30)]
     with pytest.raises(UserError, match=r"parallel.split: \[10, 20\] must be 2 numbers whose sum is 40"):
         pipeline.split_blocks(by_hand, 40)
+
+
+# --- what only shows elsewhere ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("override", ["parallel.recompute=attention", "parallel.compile=on"])
+def test_what_a_split_backward_pass_cannot_do_is_told_and_not_chosen(override: str) -> None:
+    chosen = ("parallel.pipeline=2", "parallel.schedule=interleaved-zero-bubble")
+    gpu, auto = torch.device("cuda", 0), tiny.config(*chosen).parallel
+    assert shard.recompute_mode(auto, gpu) == "full" and not shard.wants_compile(auto, gpu)
+    refused = tiny.config(*chosen, override).parallel
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        shard.recompute_mode(refused, gpu)
+        shard.wants_compile(refused, gpu)
+
+
+class _Doubling(Block):
+    def compute(self, hidden: torch.Tensor, modulation: Any, context: Any, tokens: Tokens) -> torch.Tensor:
+        return 2 * hidden if tokens.kernel.isdigit() else hidden
+
+
+def test_a_block_stays_compiled_for_many_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    block, compile_ = _Doubling(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend=backend))
+    mesh = meshes.Mesh(meshes.Layout(1, 1, 1), torch.device("cpu"), 0, 0, None, None, None)
+    shard.wrap(block, [block], tiny.config("parallel.compile=on").parallel, mesh)
+    for bucket in range(20):
+        block(torch.ones(1, 4, 2), None, None, Tokens(torch.ones(1), (2, 2), str(bucket)))
+    assert len(compiled) == 20
+
+
+def test_a_schedule_is_given_tensors_alone() -> None:
+    """Some look for the gradient of every argument."""
+    assert all(run_ranks(_kinds, 2, layout(2, 1, 1)))
+
+
+def _kinds(rank: int, world_size: int, overrides: tuple[str, ...]) -> bool:
+    found: list[Any] = []
+    forward = pipeline.Stage.forward
+
+    def seen(self: pipeline.Stage, *state: Any, **extra: Any) -> Any:
+        found.extend((*state, *extra.values()))
+        return forward(self, *state, **extra)
+
+    pipeline.Stage.forward = seen
+    _train(rank, world_size, overrides, "", steps=1)
+    return bool(found) and all(isinstance(it, torch.Tensor) for it in found)

@@ -39,13 +39,14 @@ KEPT_SCHEDULES = 2  # each holds receive buffers: microbatches × hidden in both
 class Stage(nn.Module):
     """A run of the model's parts; the last one turns velocity into errors when it is told the target."""
 
+    layout: StreamLayout  # of the step; no argument, because schedules that split the backward pass take only tensors
+
     def __init__(self, model: VideoModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(
-        self, *state: Tensor, layout: StreamLayout, velocity: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *state: Tensor, velocity: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        layout = self.layout
         out = self.model(*state, layout=layout)
         if self.model.head is None:
             hidden, *conditions = out  # zero-bubble schedules detach a stage's output in place, which a view forbids
@@ -122,6 +123,7 @@ class Engine:
         """Adds to every gradient; returns [b, S] mean squared errors, the same on all ranks of the pipeline."""
         count, rest = divmod(len(example.latents), micro_batch)
         assert not rest, (len(example.latents), micro_batch)
+        self._lay_out(example.layout)
         run = self._loop if self.config.pipeline == 1 else self._pipeline
         errors = run(example, count)
         if not self.sharded:
@@ -134,16 +136,21 @@ class Engine:
     ) -> Tensor:
         """Velocity [b, N] on every rank of the pipeline; nothing of training changes."""
         rows, size = len(x), micro_batch or len(x)
+        self._lay_out(layout)
         if self.config.pipeline == 1:
             chunks = zip(x.split(size), *(c.split(size) for c in conditions), strict=True)
-            return torch.cat([self.stages[0](*chunk, layout=layout) for chunk in chunks])
+            return torch.cat([self.stages[0](*chunk) for chunk in chunks])
         unit = size * (self.config.pipeline if self.config.schedule in INTERLEAVED else 1)
         x, *others = (_extended(t, -rows % unit) for t in (x, *conditions))
         conditions = Conditions(*others)
         schedule = self._schedule(layout, conditions, size, len(x) // size, training=False)
         inputs = (x, *conditions) if self.mesh.is_first_stage else ()
-        out = schedule.step(*inputs, layout=layout)
+        out = schedule.step(*inputs)
         return self._from_last(out, (len(x), layout.elements))[:rows]
+
+    def _lay_out(self, layout: StreamLayout) -> None:
+        for stage in self.stages:
+            stage.layout = layout
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -173,7 +180,7 @@ class Engine:
                 stage.set_is_last_backward(last)
             part = _rows(example, slice(i * size, (i + 1) * size))
             inputs = (part.noisy(), part.timesteps, part.text)
-            error = stage(*inputs, layout=part.layout, velocity=part.velocity())
+            error = stage(*inputs, velocity=part.velocity())
             (error * part.weights).sum().backward()
             errors.append(error.detach())
         return torch.cat(errors)
@@ -188,7 +195,7 @@ class Engine:
         extra = {}
         if self.mesh.is_last_stage:
             extra = {"target": example.weights, "losses": [], "velocity": example.velocity()}
-        errors = schedule.step(*inputs, layout=layout, **extra)
+        errors = schedule.step(*inputs, **extra)
         errors = None if errors is None else errors.detach()
         return self._from_last(errors, (len(example.latents), len(layout.names)))
 
@@ -248,7 +255,7 @@ class Engine:
         """Shapes, dtypes and need of gradients of what enters or leaves a stage."""
         if entering:
             shapes = [torch.empty(size, layout.elements, device="meta")]
-            return (*shapes, *(c[:size].to("meta") for c in conditions))
+            return (*shapes, *(torch.empty(size, *c.shape[1:], dtype=c.dtype, device="meta") for c in conditions))
         if leaving:
             return (torch.empty(size, len(layout.names) if training else layout.elements, device="meta"),)
         state = stage.model.state_meta(layout, size, self.dtype)
@@ -277,7 +284,7 @@ def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
 
 def _extended(tensor: Tensor, rows: int) -> Tensor:
     """The last row again, where microbatches must be full."""
-    return torch.cat([tensor, tensor[-1:].expand(rows, *tensor.shape[1:])]) if rows else tensor
+    return torch.cat([tensor, tensor[-1:].expand(rows, *tensor.shape[1:])]) if rows else tensor.contiguous()
 
 
 def _rows(example: Example, rows: slice) -> Example:

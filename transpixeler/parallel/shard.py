@@ -21,11 +21,15 @@ from transpixeler.models.base import Block
 from transpixeler.parallel.mesh import Mesh
 
 REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB
+GRAPHS = 512  # that a compiled block may have: one a bucket and microbatch, for training and for evaluation
 
 
 def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh: Mesh) -> None:
     set_recompute(blocks, recompute_mode(config, mesh.device))
     if wants_compile(config, mesh.device):
+        compiler = torch.compiler.config  # beyond its limits, of 8 graphs, a block would run uncompiled without a word
+        compiler.recompile_limit = max(compiler.recompile_limit, GRAPHS)
+        compiler.accumulated_recompile_limit = max(compiler.accumulated_recompile_limit, GRAPHS)
         for block in blocks:
             block.compile()
     if is_sharded(config, mesh):
@@ -37,9 +41,20 @@ def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh
 
 def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
     """What `auto` means: a GPU's memory is dear, and a CPU is for small things."""
+    split = _splits_backward(config)
+    if config.recompute == "attention" and split:
+        raise UserError(
+            f"parallel.recompute: attention does not go with parallel.schedule={config.schedule}, which runs the "
+            "backward pass in two parts; set full or none"
+        )
     if config.recompute != "auto":
         return config.recompute
-    return "attention" if device.type == "cuda" else "none"
+    return "none" if device.type != "cuda" else "full" if split else "attention"
+
+
+def _splits_backward(config: ParallelConfig) -> bool:
+    """Whether the schedule takes gradients of inputs and of weights at different times, through one graph twice."""
+    return config.pipeline > 1 and config.schedule == "interleaved-zero-bubble"
 
 
 def set_recompute(blocks: Sequence[Block], mode: str | int) -> None:
@@ -93,6 +108,10 @@ def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
     if config.recompute == "offload":  # hooks on saved tensors cannot be traced
         if config.compile == "on":
             raise UserError("parallel.compile: on does not go with parallel.recompute=offload; set one of them to auto")
+        return False
+    if _splits_backward(config):  # a compiled backward pass cannot be
+        if config.compile == "on":
+            raise UserError(f"parallel.compile: on does not go with parallel.schedule={config.schedule}; set auto")
         return False
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 

@@ -1,5 +1,7 @@
 """What the fork server loads once, so that no rank of a test pays for it."""
 
+# ruff: noqa: E402 - quiet comes before what would speak
+
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,5 +12,17 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.pipelining
 import torch.distributed.tensor
+
+from transpixeler.runtime import quiet_libraries
+
+quiet_libraries()
+
+import av  # noqa: F401
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler  # noqa: F401
+from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
+
+import transpixeler.evaluate
+import transpixeler.generate
+import transpixeler.trainer  # noqa: F401
 
 torch.set_num_threads(1)

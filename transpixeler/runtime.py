@@ -61,12 +61,18 @@ class Runtime:
 
 @contextmanager
 def running(*, timeout_minutes: float = 10.0, device: str | None = None) -> Iterator[Runtime]:
-    """Joins the process group that torchrun describes, and leaves it cleanly."""
+    """Joins the process group that torchrun describes, and leaves it cleanly.
+
+    A rank that fails leaves it to the end of its process: taking the group apart waits for the others, who may wait
+    for this one, and then nobody would learn why.
+    """
     runtime = start(timeout_minutes=timeout_minutes, device=device)
+    failed = True
     try:
         yield runtime
+        failed = False
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not (failed and runtime.world_size > 1):
             dist.destroy_process_group()
 
 

@@ -73,6 +73,19 @@ def materialize(optimizer: Optimizer | None) -> None:
         group["lr"], group["weight_decay"] = lr, decay
 
 
+def forget_unsaved(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
+    """Leaves a parameter without state where the checkpoint has none: it was saved before the first update."""
+    known = {name.rpartition(".")[0] for name in _stored(folder) if name.startswith("optimizer.")}
+    for name, parameter in parameters.items() if optimizer is not None else ():
+        if f"optimizer.{name}" not in known:
+            optimizer.state.pop(parameter, None)
+
+
+def holds_means(folder: Path) -> bool:
+    """Whether `optim.ema` was on when it was written."""
+    return any(name.startswith("ema.") for name in _stored(folder))
+
+
 def _quantized(tensor: Tensor) -> Tensor | None:
     """What this rank holds, where that is a tensor subclass of codes and scales."""
     inner = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -153,8 +166,22 @@ def latest(checkpoints: Path, runtime: Runtime) -> Path | None:
         faults = [f for f in runtime.gather(fault) if f]
         if not faults:
             return Path(folder)
-        logger.warning("checkpoint %s is passed over: %s", Path(folder).name, faults[0])
+        if runtime.is_main:
+            logger.warning("checkpoint %s is passed over: %s", Path(folder).name, faults[0])
     return None
+
+
+def set_aside(checkpoints: Path, step: int) -> None:
+    """Renames what was saved beyond the step that training goes on from: damaged, or of a course that was left.
+
+    Under its old name it would pass for the newest, keep a save of its step from being made, and have others removed.
+    """
+    for folder in candidates(checkpoints):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"{folder.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+            logger.warning("%s is beyond step %d: it is kept as %s", folder.name, step, aside.name)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -208,20 +235,20 @@ class Checkpointer:
             for leftover in self.folder.glob(f"{PREFIX}*.tmp"):
                 shutil.rmtree(leftover)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, wait: bool = False) -> None:
-        """A collective call; returns when the tensors are copied, or written when `wait` is set."""
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, wait: bool = False) -> str:
+        """A collective call; returns when the tensors are copied, or written when `wait` is set, and why it failed."""
         start = time.perf_counter()
         self.wait()
         final = self.folder / folder_name(step)
         partial = final.with_name(final.name + ".tmp")
-        if self.runtime.is_main and not final.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        save = _Save(step, fault=self._make_room(partial) if self.runtime.is_main and not final.exists() else "")
         if self.runtime.broadcast(final.exists()):  # saved at this very step already
-            return
-        plain = {name: _plain(tensor) for name, tensor in tensors.items()} | _codes(tensors)
-        save = _Save(step)
+            return ""
         self._running = save
+        if self.runtime.broadcast(save.fault):
+            return self.wait(ends=wait)
+        plain = {name: _plain(tensor) for name, tensor in tensors.items()} | _codes(tensors)
+        fault = ""
         if self.config.asynchronous and not wait:
             future = dcp.async_save(plain, checkpoint_id=partial, process_group=self._group)
             save.thread = threading.Thread(target=self._finish, args=(save, future.result, partial, final, dict(state)))
@@ -230,11 +257,23 @@ class Checkpointer:
             self._finish(
                 save, lambda: dcp.save(plain, checkpoint_id=partial, process_group=self._group), partial, final, state
             )
-            self.wait()
+            fault = self.wait(ends=wait)
         self._stall = time.perf_counter() - start
+        return fault
 
-    def wait(self) -> str:
-        """Ends the save under way; returns why it failed, the same on all ranks. A collective call."""
+    def _make_room(self, partial: Path) -> str:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            return _reason(error)
+        return ""
+
+    def wait(self, *, ends: bool = False) -> str:
+        """Ends the save under way; returns why it failed, the same on all ranks. A collective call.
+
+        `ends`: training does so too.
+        """
         if self._running is None:
             return ""
         if self._running.thread is not None:
@@ -245,11 +284,16 @@ class Checkpointer:
             return ""
         last = candidates(self.folder)
         kept = f"the last whole one is {last[0].name}" if last else "there is none yet"
-        fault = f"the checkpoint of step {save.step} was not written: {faults[0]}; {kept}; training goes on"
+        fault = f"the checkpoint of step {save.step} was not written: {faults[0]}; {kept}"
         if self.runtime.is_main:
-            logger.error(fault)
+            logger.error("%s%s", fault, "" if ends else "; training goes on")
             shutil.rmtree(self.folder / f"{folder_name(save.step)}.tmp", ignore_errors=True)
         return fault
+
+    def close(self) -> None:
+        """Lets this rank's part of a save come to its end, whatever ended training; not a collective call."""
+        if self._running is not None and self._running.thread is not None:
+            self._running.thread.join()
 
     def take_stall(self) -> float:
         """Seconds that a save kept training waiting since this was last asked."""
@@ -321,7 +365,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor], *, same_layout: bool) -> N
     """Fills the tensors in place from a checkpoint of any layout. A collective call."""
     plain = {name: _plain(tensor) for name, tensor in tensors.items()}
     codes = _codes(tensors) if same_layout else {}
-    stored = set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    stored = _stored(folder)
     missing = sorted({*plain, *codes} - stored)
     if missing:
         raise UserError(
@@ -333,5 +377,10 @@ def load(folder: Path, tensors: Mapping[str, Tensor], *, same_layout: bool) -> N
         if inner is not None:  # back into codes
             values = plain[name]
             inner.copy_(values.to_local() if isinstance(values, DTensor) else values)
-    if codes:
+    if same_layout and any(".codes." in name for name in stored):  # a rank without any joins the others
         dcp.load(codes, checkpoint_id=folder)
+
+
+def _stored(folder: Path) -> set[str]:
+    """Names of all tensors in a checkpoint."""
+    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)

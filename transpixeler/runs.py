@@ -152,6 +152,7 @@ class Requests:
     is_main: bool
     save: bool = False
     quit: bool = False
+    started: bool = False  # before, there is nothing to save
 
     def poll(self) -> tuple[bool, bool]:
         """(save, quit) of this rank; the trainer makes them everyone's."""
@@ -170,10 +171,12 @@ class Requests:
 
 @contextmanager
 def listening(run: Run, runtime: Runtime) -> Iterator[Requests]:
-    """SIGTERM saves and leaves, SIGUSR1 saves and goes on; both wait for the step boundary."""
+    """SIGTERM saves and leaves, SIGUSR1 saves and goes on; both wait for the step boundary, but not for the first."""
     requests = Requests(run.folder, runtime.is_main)
 
-    def terminate(*_: object) -> None:
+    def terminate(number: int, _: object) -> None:
+        if not requests.started:
+            raise SystemExit(128 + number)
         requests.save = requests.quit = True
 
     def keep(*_: object) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transpixeler import adapters, checkpoint, configfile, ema, export, hub, objective, optim, runs, telemetry
@@ -78,8 +79,11 @@ def check(config: Config, layout: meshes.Layout) -> None:
             f"train.global_batch: {config.train.global_batch} samples do not divide over {layout.data} data ranks "
             f"(replicate {layout.replicate} × shard {layout.shard}); {near} would"
         )
-    if config.optim.bf16_parameters and layout.shard > 1:
-        raise UserError("optim.bf16_parameters: shards need trained weights of one dtype; set it false, or shard to 1")
+    if config.optim.bf16_parameters and (layout.shard > 1 or config.parallel.offload):
+        raise UserError(
+            "optim.bf16_parameters: shards and offload need trained weights of one dtype; set it false, or "
+            "parallel.shard to 1 and parallel.offload to false"
+        )
     objective.check_tasks(config.objective, tuple(config.streams))
 
 
@@ -114,7 +118,8 @@ class Trainer:
         self.ema = ema.Ema(self.trained, config.optim.ema)
         self.checkpointer = Checkpointer(run.checkpoints, config.checkpoint, runtime)
         self.saver = Saver(config, runtime, self.mesh, self.engine, self.model_cls)
-        self.step = self._restore()  # steps that are done
+        self.step = self.first_step = self._restore()  # steps that are done
+        self.saved: Path | None = None  # the last save
         self.bad_steps = 0  # steps in a row that were not finite
         self.saved_at = self.checkpointed_at = time.monotonic()
         self.loader = self._open_loader()
@@ -128,17 +133,20 @@ class Trainer:
 
     def train(self) -> None:
         self.evaluation.catch_up(self.step)
+        self.requests.started = True
         with steady_garbage(self.config.train.gc_every) as collect:
             while self.step < self.total:
                 started = time.perf_counter()
                 batch, example = next(self.loader)
 
+                self._seed(batch.step, self.mesh.data_rank)  # dropout
                 errors = self.engine.forward_backward(example.to(self.mesh.device), self._micro_batch(batch.layout))
                 norm = optim.gradient_norm(self.trained.values(), self.mesh.pipeline_group, self.mesh.device)
                 facts = agree(errors, example, norm, self._wishes(), counts=self.mesh.is_first_stage)
 
                 lr = optim.rate(self.config.optim, batch.step + 1, self.total)
                 if facts.finite:
+                    self._seed(batch.step)  # stochastic rounding, the same on all replicas
                     self._update(lr, norm)
                 self._zero_grad()
                 self.step = batch.step + 1
@@ -148,10 +156,13 @@ class Trainer:
                 self.evaluation.if_due(self.step, hurry=facts.wishes.quit)
                 self._save_what_is_due(batch, facts)
                 if facts.wishes.quit:
-                    logger.info("asked to stop: the checkpoint of step %d is written", self.step)
                     break
                 collect(self.step)
         self._finish()
+
+    def _seed(self, *key: int) -> None:
+        """What torch draws by itself is a function of the step too, so that a resumed run draws the same."""
+        torch.manual_seed(objective.generator(self.config.seed, self.mesh.pipeline_rank, *key).initial_seed())
 
     def _update(self, lr: float, norm: Tensor) -> None:
         if self.optimizer is None:  # a stage where nothing is trained
@@ -194,9 +205,9 @@ class Trainer:
                 ", ".join(batch.ids),
             )
         if self.bad_steps >= self.config.train.nonfinite_limit:
-            self._checkpoint(wait=True)
+            kept = self._checkpoint(wait=True) or f"the checkpoint of step {self.step} is written"
             raise TrainingFailed(
-                f"{self.bad_steps} steps in a row were not finite; the checkpoint of step {self.step} is written. "
+                f"{self.bad_steps} steps in a row were not finite; {kept}. "
                 f"Lower optim.lr ({self.config.optim.lr:g}) or optim.clip, or look at the samples named above"
             )
 
@@ -219,15 +230,18 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         self.saver.save(self.run.folder / name, self.ema, self.step)
+        self.saved = self.run.folder / name
         self.saved_at = time.monotonic()
         if self.runtime.is_main:
             logger.info("saved %s", self.run.folder / name)
         if self.pusher is not None:
             self.pusher.saved(self.run.folder / name)
 
-    def _checkpoint(self, *, wait: bool = False) -> None:
-        self.checkpointer.save(self.step, self._tensors(), self._state(), wait=wait)
+    def _checkpoint(self, *, wait: bool = False) -> str:
+        """Why it could not be written, where that is known already."""
+        fault = self.checkpointer.save(self.step, self._tensors(), self._state(), wait=wait)
         self.checkpointed_at = time.monotonic()
+        return fault
 
     def _tensors(self) -> dict[str, Tensor]:
         """All of training's state that is made of numbers, under names that no layout changes."""
@@ -247,24 +261,38 @@ class Trainer:
 
     def _restore(self) -> int:
         """Fills everything from the run's checkpoint; the number of steps that are done."""
-        if self.run.resume_from is None:
-            return 0
-        state = checkpoint.read_state(self.run.resume_from)
-        checkpoint.materialize(self.optimizer)
-        same = state["layout"] == dataclasses.asdict(self.mesh.layout)
-        checkpoint.load(self.run.resume_from, self._tensors(), same_layout=same)
-        step = state["step"]
-        if self.runtime.is_main:
-            logger.info("resumed %s at step %d", self.run.resume_from, step)
+        folder, step = self.run.resume_from, 0
+        if folder is not None:
+            state = checkpoint.read_state(folder)
+            step = state["step"]
+            self._load(folder, same_layout=state["layout"] == dataclasses.asdict(self.mesh.layout))
+            logger.info("resumed %s at step %d", folder, step)
             for change in self.run.changed:
                 logger.info("resumed with another config: %s", change)
+        if self.runtime.is_main:
+            checkpoint.set_aside(self.run.checkpoints, step)
         return step
+
+    def _load(self, folder: Path, *, same_layout: bool) -> None:
+        checkpoint.materialize(self.optimizer)
+        checkpoint.forget_unsaved(folder, self.trained, self.optimizer)
+        tensors, means = self._tensors(), checkpoint.holds_means(folder)
+        wanted = {name: tensor for name, tensor in tensors.items() if means or not name.startswith("ema.")}
+        checkpoint.load(folder, wanted, same_layout=same_layout)
+        if not means:  # they begin where they are turned on
+            self.ema = ema.Ema(self.trained, self.config.optim.ema)
 
     def _finish(self) -> None:
         """The last state is saved and checkpointed, whatever the intervals were."""
-        if self.step >= self.total and not (self.run.folder / f"step{self.step}").exists():
-            self._save(f"step{self.step}")
-        self._checkpoint(wait=True)
+        folder = self.run.folder / f"step{self.step}"  # which may be there from a course that was left
+        trained = self.step > self.first_step or not folder.exists()
+        if self.step >= self.total and trained and self.saved != folder:
+            self._save(folder.name)
+        fault = self._checkpoint(wait=True)
+        if fault:
+            raise TrainingFailed(fault)
+        if self.step < self.total:
+            logger.info("asked to stop: the checkpoint of step %d is written", self.step)
 
     # -- telling
 
@@ -317,6 +345,7 @@ class Trainer:
 
     def close(self) -> None:
         self.loader.close()
+        self.checkpointer.close()
         if self.telemetry is not None:
             self.telemetry.close()
         if self.pusher is not None:

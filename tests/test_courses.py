@@ -1,0 +1,142 @@
+"""Runs that go on from where few go on: before any update, from an older checkpoint, with means newly turned on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests import test_trainer
+from tests.ranks import run_ranks
+from transpixeler import checkpoint, optim, runs, runtime, trainer
+from transpixeler.config import CheckpointConfig
+from transpixeler.parallel.mesh import Layout
+from transpixeler.runtime import Runtime
+
+ONE = Runtime(0, 1, 0, torch.device("cpu"))
+
+
+def steps(folder: Path) -> list[int]:
+    return [checkpoint.step_of(found) for found in checkpoint.candidates(folder / "checkpoints")]
+
+
+def test_what_torch_draws_by_itself_is_drawn_again_after_a_resume(demo: Path, tmp_path: Path) -> None:
+    short = ("lora.dropout=0.3", "train.max_steps=4", "checkpoint.every_steps=2")
+    whole = test_trainer.run(demo, tmp_path / "whole", *short)
+    test_trainer.run(demo, tmp_path / "part", *short, "train.max_steps=2")
+    part = test_trainer.run(demo, tmp_path / "part", *short, resume="")
+    assert test_trainer.exact(part) == test_trainer.exact(whole)
+
+
+def test_another_course_from_an_older_checkpoint_replaces_the_first(demo: Path, tmp_path: Path) -> None:
+    short = ("train.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep=1", "optim.ema=0")
+    kept = ("checkpoint.keep=2",)
+    folder = test_trainer.run(demo, tmp_path, *short, *kept)
+    first = load_file(folder / "step4" / "adapter_model.safetensors")
+    older = folder / "checkpoints" / checkpoint.folder_name(2)
+    test_trainer.run(demo, tmp_path, *short, "optim.force_lr=0.1", "optim.ema=0.5", resume=str(older))
+    second = load_file(folder / "step4" / "adapter_model.safetensors")
+    assert test_trainer.difference(first, second) > 1e-3, "the last save is the first course's"
+    state = checkpoint.read_state(folder / "checkpoints" / checkpoint.folder_name(4))
+    assert state["config"]["optim"]["force_lr"] == 0.1, "the checkpoint of step 4 is the first course's"
+    assert steps(folder) == [4] and (folder / "checkpoints" / f"{checkpoint.folder_name(4)}.aside").is_dir()
+    assert (folder / "step4" / "ema").is_dir()
+
+
+def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[int]:
+    """Rank 1 trains nothing; the parameter `late` never had a gradient."""
+    here = Runtime(rank, world_size, rank, torch.device("cpu"))
+    made = {name: torch.nn.Parameter(torch.ones(4)) for name in (("early", "late") if rank == 0 else ())}
+    optimizer = torch.optim.AdamW(list(made.items())) if made else None
+    if made:
+        made["early"].grad = torch.ones(4)
+        optimizer.step()
+    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
+    keeper.save(1, checkpoint.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
+    found = checkpoint.latest(folder, here)
+    fresh = torch.optim.AdamW(list(made.items())) if made else None
+    checkpoint.materialize(fresh)
+    checkpoint.forget_unsaved(found, made, fresh)
+    checkpoint.load(found, checkpoint.optimizer_tensors(made, fresh), same_layout=True)
+    return [len(fresh.state[p]) for p in made.values()]
+
+
+def test_a_parameter_that_was_never_updated_resumes_without_state(tmp_path: Path) -> None:
+    assert run_ranks(_state_before_any_update, 2, tmp_path) == [[3, 0], []]
+
+
+def _eight_bits_on_one_rank(rank: int, world_size: int, folder: Path) -> bool:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    from tests import tiny
+
+    here = Runtime(rank, world_size, rank, torch.device("cpu"))
+    made = {"wide": torch.nn.Parameter(torch.ones(64, 128))} if rank == 0 else {}
+    optimizer = optim.build(made, tiny.config("optim.name=adamw8bit").optim)
+    checkpoint.materialize(optimizer)
+    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
+    keeper.save(1, checkpoint.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
+    found = checkpoint.latest(folder, here)
+    checkpoint.load(found, checkpoint.optimizer_tensors(made, optimizer), same_layout=True)
+    return True
+
+
+def test_a_rank_without_quantized_moments_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    assert run_ranks(_eight_bits_on_one_rank, 2, tmp_path, timeout=20) == [True, True]
+
+
+def _blocked_save(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
+    here = Runtime(rank, world_size, rank, torch.device("cpu"))
+    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
+    if rank == 0:
+        (folder / f"{checkpoint.folder_name(1)}.tmp").touch()  # a file where the folder should be made
+    here.barrier()
+    tensors = {f"model.{rank}": torch.ones(4)}
+    return keeper.save(1, tensors, {"step": 1}), keeper.save(2, tensors, {"step": 2}, wait=True)
+
+
+def test_a_checkpoint_whose_folder_cannot_be_made_is_told_on_all_ranks(tmp_path: Path) -> None:
+    for first, second in run_ranks(_blocked_save, 2, tmp_path):
+        assert "the checkpoint of step 1 was not written: FileExistsError" in first and not second
+
+
+def test_sigterm_ends_a_run_that_has_not_begun_and_saves_one_that_has(tmp_path: Path) -> None:
+    with runs.listening(runs.Run(tmp_path), ONE) as requests:
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert left.value.code == 143 and requests.poll() == (False, False)
+        requests.started = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.poll() == (True, True)
+
+
+def _fails_inside(rank: int, world_size: int) -> bool:
+    """Whether a group is left alone by a rank that fails, and taken apart by one that does not."""
+    os.environ["MASTER_ADDR"] = "localhost"
+    for error in (ValueError, None):
+        try:
+            with runtime.running(device="cpu"):
+                if error:
+                    raise error
+        except ValueError:
+            assert dist.is_initialized(), "the others are still waiting in it"
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # what the helper takes apart
+    return True
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_others() -> None:
+    assert run_ranks(_fails_inside, 2) == [True, True]
+
+
+def test_bf16_parameters_do_not_go_with_offload(demo: Path) -> None:
+    from transpixeler import configfile
+    from transpixeler.config import UserError
+
+    config = configfile.load(demo / "config.yaml", ["optim.bf16_parameters=true", "parallel.offload=true"])
+    with pytest.raises(UserError, match=r"optim.bf16_parameters: shards and offload"):
+        trainer.check(config, Layout(1, 1, 1))

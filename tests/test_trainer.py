@@ -171,6 +171,22 @@ def test_a_run_folder_holds_what_the_design_says(straight: Path) -> None:
     assert {"seconds", "data_wait", "tokens_per_second", "tflops", "memory_gib"} <= line.keys()
 
 
+def test_a_mistake_in_the_data_leaves_no_run_behind(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match="the source does not exist"):
+        run(demo, tmp_path, "run_name=mine", "data.train=[nowhere]")
+    assert not (tmp_path / "latest").exists() and not (tmp_path / "mine").exists()
+    assert run(demo, tmp_path, "run_name=mine", "train.max_steps=1") == (tmp_path / "latest").resolve()
+
+
+def test_an_adapter_that_the_disk_refuses_is_told_and_training_goes_on(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "step1.tmp").write_text("a file where the draft's folder would be")
+    folder = run(demo, tmp_path, "run_name=mine", "train.max_steps=2", "save.every_steps=1", ranks=2)
+    log = (folder / "log.txt").read_text()
+    assert "step1 was not written" in log and "training goes on" in log
+    assert not (folder / "step1").exists() and (folder / "step2" / "adapter_model.safetensors").exists()
+
+
 def test_a_run_name_is_not_taken_twice(demo: Path, tmp_path: Path) -> None:
     run(demo, tmp_path, "run_name=mine", "train.max_steps=1")
     with pytest.raises(RanksFailed, match="a run of this name exists; add --resume"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from transpixeler import checkpoint, configfile
 from transpixeler.config import Config, UserError
 from transpixeler.runtime import Runtime, run_stamp, write_whole
+from transpixeler.telemetry import METRICS
 
 logger = logging.getLogger("transpixeler")
 
@@ -71,9 +73,21 @@ def _new(config: Config, runtime: Runtime, output: Path) -> Run:
     if runtime.is_main:
         _make(folder)
         write_whole(folder / CONFIG, configfile.dump(config))
-        _point(output / LATEST, name)
     runtime.barrier()
     return Run(folder)
+
+
+def begin(run: Run, config: Config) -> None:
+    """From now on this is the latest run, and this its config. Rank 0 calls it when everything is built."""
+    write_whole(run.folder / CONFIG, configfile.dump(config))
+    _point(run.folder.parent / LATEST, run.name)
+
+
+def discard(run: Run) -> None:
+    """A run that a mistake in its input kept from starting leaves nothing behind, its name least of all."""
+    metrics = run.folder / METRICS
+    if run.resume_from is None and (not metrics.exists() or not metrics.stat().st_size):
+        shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def _make(folder: Path) -> None:

@@ -6,13 +6,15 @@ ema/. A collective call: every rank gives its part, rank 0 writes.
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +25,8 @@ from transpixeler.models.base import VideoModel
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.runtime import Runtime, write_whole
+
+logger = logging.getLogger("transpixeler")
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,30 @@ class Saver:
     engine: Engine
     model_cls: type[VideoModel]
 
-    def save(self, folder: Path, ema: Ema, step: int) -> None:
-        """The raw weights and, where there are any, their means; a folder appears when it is whole."""
+    def save(self, folder: Path, ema: Ema, step: int) -> str:
+        """The raw weights and, where there are any, their means; a folder appears when it is whole.
+
+        Returns why it was not written, the same on all ranks: a full disk here is no reason to stop training.
+        """
         draft = folder.with_name(folder.name + ".tmp")
         if self.runtime.is_main:
             shutil.rmtree(draft, ignore_errors=True)
         self.runtime.barrier()
-        self._write(draft, {}, self._metadata(step, averaged=False))
+        faults = [self._write(draft, {}, self._metadata(step, averaged=False))]
         if ema.shadow:
-            self._write(draft / "ema", ema.shadow, self._metadata(step, averaged=True))
-        if self.runtime.is_main:
-            write_whole(draft / "config.yaml", configfile.dump(self.config))
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.replace(folder)
-        self.runtime.barrier()
+            faults.append(self._write(draft / "ema", ema.shadow, self._metadata(step, averaged=True)))
+        if self.runtime.is_main and not any(faults):
+            faults.append(_attempt(lambda: self._publish(draft, folder)))
+        fault = str(self.runtime.broadcast(next(filter(None, faults), "")))
+        if fault and self.runtime.is_main:
+            logger.error("%s was not written: %s; training goes on", folder, fault)
+            shutil.rmtree(draft, ignore_errors=True)
+        return fault
+
+    def _publish(self, draft: Path, folder: Path) -> None:
+        write_whole(draft / "config.yaml", configfile.dump(self.config))
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
 
     def _metadata(self, step: int, *, averaged: bool) -> dict[str, str]:
         return {
@@ -60,17 +74,17 @@ class Saver:
             "ema": str(averaged).lower(),
         }
 
-    def _write(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def _write(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         if self.config.lora.enabled:
-            self._write_adapter(folder, values, metadata)
-        else:
-            self._write_model(folder, values, metadata)
+            return self._write_adapter(folder, values, metadata)
+        return self._write_model(folder, values, metadata)
 
-    def _write_adapter(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def _write_adapter(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         own = [export.adapter_of(model, metadata, values=values) for model in self.engine.models()]
         parts = self._gather_stages(adapters.join(own))
-        if self.runtime.is_main:
-            adapters.write_adapter(adapters.join(parts), folder)
+        if not self.runtime.is_main:
+            return ""
+        return _attempt(lambda: adapters.write_adapter(adapters.join(parts), folder))
 
     def _gather_stages(self, own: adapters.Adapter) -> list[adapters.Adapter]:
         """One of each pipeline rank, on rank 0; data ranks hold the same."""
@@ -80,16 +94,14 @@ class Saver:
         dist.gather_object(own, parts, dst=0, group=self.mesh.pipeline_group)
         return parts or []
 
-    def _write_model(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        whole = self._whole_tensors(values)
+    def _write_model(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+        whole, fault = self._whole_tensors(values), ""
         if self.runtime.is_main:
-            try:
-                config = self.model_cls.read_config(self.config.model.path)
-                export.save_model(whole, folder, config=config, metadata=metadata)
-            finally:
-                _drain(whole)  # the other ranks give their tensors whether or not the disk took them
-        else:
-            _drain(whole)
+            config = self.model_cls.read_config(self.config.model.path)
+            fault = _attempt(lambda: export.save_model(whole, folder, config=config, metadata=metadata))
+        for _ in whole:  # the other ranks give their tensors whether or not the disk took them
+            continue
+        return fault
 
     def _whole_tensors(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in one order, gathered from its shards and sent by its stage; one at a time in memory."""
@@ -117,6 +129,10 @@ class Saver:
         return whole
 
 
-def _drain(tensors: Iterator[tuple[str, Tensor]]) -> None:
-    for _ in tensors:
-        continue
+def _attempt(write: Callable[[], object]) -> str:
+    """What the disk said against it."""
+    try:
+        write()
+    except (OSError, SafetensorError) as fault:
+        return f"{type(fault).__name__}: {fault}"
+    return ""

@@ -58,6 +58,10 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Pat
                 trainer.train()
             finally:
                 trainer.close()
+    except UserError:
+        if runtime.is_main:
+            runs.discard(run)
+        raise
     finally:
         if log is not None:
             logging.getLogger("transpixeler").removeHandler(log)
@@ -128,6 +132,8 @@ class Trainer:
         self.pusher = hub.pusher(config) if runtime.is_main else None
         self.evaluation = self._open_evaluation()
         self.account.introduce(self.step)
+        if runtime.is_main:
+            runs.begin(run, config)
 
     # -- the loop
 
@@ -153,8 +159,8 @@ class Trainer:
 
                 self._tell(batch, facts, lr, time.perf_counter() - started)
                 self._guard(batch, facts)
-                self.evaluation.if_due(self.step, hurry=facts.wishes.quit)
                 self._save_what_is_due(batch, facts)
+                self.evaluation.if_due(self.step, hurry=facts.wishes.quit)
                 if facts.wishes.quit:
                     break
                 collect(self.step)
@@ -228,14 +234,18 @@ class Trainer:
             self._checkpoint(wait=facts.wishes.quit)
             self.requests.done()
 
-    def _save(self, name: str) -> None:
-        self.saver.save(self.run.folder / name, self.ema, self.step)
-        self.saved = self.run.folder / name
+    def _save(self, name: str) -> str:
+        """Writes RUN/NAME; returns why it was not written."""
+        fault = self.saver.save(self.run.folder / name, self.ema, self.step)
         self.saved_at = time.monotonic()
+        if fault:
+            return fault
+        self.saved = self.run.folder / name
         if self.runtime.is_main:
             logger.info("saved %s", self.run.folder / name)
         if self.pusher is not None:
             self.pusher.saved(self.run.folder / name)
+        return ""
 
     def _checkpoint(self, *, wait: bool = False) -> str:
         """Why it could not be written, where that is known already."""

@@ -104,6 +104,10 @@ class Engine:
         self.dtype = dtype
         self.dimensions = dimensions  # of the whole model, for its costs
         self.sharded = shard.is_sharded(config, mesh)
+        counts = [(p.numel(), p.requires_grad) for _, p in self.named_parameters()]
+        trained = sum(n for n, trains in counts if trains)
+        # whole gradients wait for the last microbatch where they are an adapter's; a base's would fill the memory
+        self.reduces_often = 10 * trained > sum(n for n, _ in counts)
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         embeds = [stage.model.embed for stage in self.stages if stage.model.embed is not None]
         moves = any(p.requires_grad for embed in embeds for name, p in embed.named_parameters() if "stream" not in name)
@@ -174,10 +178,10 @@ class Engine:
         stage, size = self.stages[0], len(example.latents) // count
         errors = []
         for i in range(count):
-            last = i == count - 1
             if isinstance(stage, FSDPModule):
-                stage.set_requires_gradient_sync(last)
-                stage.set_is_last_backward(last)
+                reduces = i == count - 1 or self.reduces_often
+                stage.set_requires_gradient_sync(reduces)
+                stage.set_is_last_backward(reduces)
             part = _rows(example, slice(i * size, (i + 1) * size))
             inputs = (part.noisy(), part.timesteps, part.text)
             error = stage(*inputs, velocity=part.velocity())

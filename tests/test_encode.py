@@ -204,7 +204,9 @@ def test_two_sets_and_two_runs_share_what_they_share(model: Path, tmp_path: Path
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     both = run(config(model, tmp_path / "d", cache, f"data.eval={tmp_path / 'e'}"))
     assert len(both.train.items) == 6 and len(both.eval.items) == 2
-    assert (counted.videos, len(counted.texts)) == (12, 7)
+    # six captions, the empty one, and the negative prompt that evaluations will sample with
+    assert (counted.videos, len(counted.texts)) == (12, 8)
+    assert both.eval.prompts.keys() == {WanModel.sampling.negative_prompt}
     counted.reset()
     run(config(model, tmp_path / "e", cache, "data.fps=24"))  # images have no rate
     assert counted.loads == []

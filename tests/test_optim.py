@@ -38,7 +38,7 @@ def test_every_optimizer_lowers_a_simple_loss_and_resumes_from_its_tensors(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     ours = parameters()
     optimizer = optim.build(ours, config)

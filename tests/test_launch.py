@@ -90,12 +90,16 @@ def test_sigterm_saves_and_ends_four_ranks_within_seconds(demo: Path, tmp_path: 
 def test_a_lost_rank_ends_the_job_with_the_reason(demo: Path, tmp_path: Path) -> None:
     with launched(demo, tmp_path, 2, "train.max_steps=1000", "checkpoint.every_steps=2") as process:
         wait_for(process, tmp_path, 3)
+        while not (saved := checkpoint.candidates((tmp_path / "latest").resolve() / "checkpoints")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)  # the first one is written beside training
         start = time.monotonic()
         os.kill(workers(process)[1], signal.SIGKILL)
         _, said = process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - start < 60
     assert "Signal 9 (SIGKILL)" in said
     checkpoint.check(newest(tmp_path))
+    assert checkpoint.step_of(newest(tmp_path)) >= checkpoint.step_of(saved[0])
 
 
 def test_two_real_ranks_train_what_one_process_trains(demo: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from transpixeler.config import CheckpointConfig, UserError
-from transpixeler.runtime import Runtime, write_whole
+from transpixeler.runtime import Runtime, sync_folder, write_whole
 
 logger = logging.getLogger("transpixeler")
 
@@ -196,14 +195,6 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -333,9 +324,9 @@ class Checkpointer:
         write_whole(partial / STATE, json.dumps(state, indent=1))
         files[STATE] = {"size": (partial / STATE).stat().st_size, "blake2b": _digest(partial / STATE)}
         write_whole(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-        _sync_folder(partial)
+        sync_folder(partial)
         partial.replace(final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         for old in self._surplus():
             shutil.rmtree(old)
 

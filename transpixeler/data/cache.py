@@ -26,6 +26,7 @@ from torch import Tensor
 from transpixeler.config import UserError
 from transpixeler.data import index
 from transpixeler.data.index import IndexFile, Place, Segment, Spec, Table
+from transpixeler.runtime import sync_folder
 
 SEGMENT_BYTES = 1 << 30
 ALIGNMENT = 64
@@ -272,14 +273,6 @@ def _write(file: int, data: memoryview, offset: int | None = None) -> None:
     while len(data):
         done = os.write(file, data) if offset is None else os.pwrite(file, data, offset)
         data, offset = data[done:], None if offset is None else offset + done
-
-
-def sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 @contextmanager

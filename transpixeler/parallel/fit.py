@@ -287,13 +287,6 @@ def fits(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fi
     return sorted(found, key=lambda fit: (fit.seconds, fit.memory.total))
 
 
-def leanest(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> Fit | None:
-    """What comes nearest where nothing fits."""
-    found = layouts(estimate.config, estimate.dimensions.blocks, machine.gpus)
-    ways = [way(estimate, loads, layout, mode, machine) for layout in found for mode in MODES]
-    return min(ways, key=lambda fit: fit.memory.total, default=None)
-
-
 def way(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str, machine: Machine) -> Fit:
     settings = (
         f"parallel.pipeline={layout.pipeline}",

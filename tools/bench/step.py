@@ -1,0 +1,311 @@
+"""One training step of joint blocks against its own arithmetic, and against diffusers' blocks with a peft LoRA.
+
+`limit` is what any such step must multiply, and nothing else, on tensors that are there already: every projection
+forward and for its input's gradient, the adapter's products on its scope with both weight gradients, both attentions
+forward and backward, and what has to be computed again when all that a block keeps is its input and its attentions'
+outputs (all projections but the last, whose result no gradient needs). The rival is what one would write without us:
+diffusers' blocks, a peft LoRA whose output is masked, every block checkpointed whole.
+
+All ratios are ours over theirs, so smaller is better: `x_limit` (time), `x_rival_time`, `x_rival_memory`, and
+`x_rival_memory_full`, where ours keeps as little between blocks as the rival. Both sides hold the same weights, start
+from the same hidden states, which want a gradient as between two blocks, and must agree on every gradient of the
+adapter before anything is timed. Memory is the peak of live tensor bytes within a step, counted operator by operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from transpixeler.config import LoraConfig
+from transpixeler.models.linear import Linear
+from transpixeler.models.lora import LoraLinear, inject, lora_linears
+from transpixeler.models.streams import StreamLayout
+from transpixeler.models.wan import WanModel
+from transpixeler.models.wan_keys import from_diffusers, module_to_diffusers
+from transpixeler.parallel.shard import set_recompute
+
+TEXT = 512
+LAST = "ffn.2"  # of a block's projections: its result is only added
+
+Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6, D], context [B, TEXT, D]
+
+
+# -- the limit
+
+
+class Limit:
+    """The products of one step, each on preallocated tensors; `flops` is what they amount to."""
+
+    def __init__(self, blocks: Sequence[nn.Module], *, tokens: int, batch: int, recompute: bool = True) -> None:
+        self.tokens, self.batch, self.flops = tokens, batch, 0
+        self.tensor = cache(lambda slot, *shape: torch.randn(shape) / 8)
+        self.products: list[Callable[[], object]] = []
+        for block in blocks:
+            for name, linear in block.named_modules():
+                if isinstance(linear, Linear):
+                    self._projection(name, linear, again=recompute)
+            for keys in (tokens, TEXT):
+                self._attention(block.self_attn.heads, keys, linear.out_features)
+
+    def __call__(self) -> None:
+        for product in self.products:
+            product()
+
+    def _projection(self, name: str, linear: Linear, *, again: bool) -> None:
+        """Forward, again, and backward."""
+        on_text, (wide, narrow) = name in ("cross_attn.k", "cross_attn.v"), linear.weight.shape
+        rows = self.batch * (TEXT if on_text else self.tokens)
+        x, y, weight = self.tensor("x", rows, narrow), self.tensor("y", rows, wide), linear.weight.detach()
+        for _ in range(1 + (again and name != LAST)):
+            self._multiply(x, weight.t(), y)
+        if not on_text:  # the text wants no gradient
+            self._multiply(y, weight, self.tensor("gx", rows, narrow))
+        if isinstance(linear, LoraLinear):
+            self._adapter(name, linear, rows // 2, again=again)
+
+    def _adapter(self, name: str, linear: LoraLinear, rows: int, *, again: bool) -> None:
+        down, up = linear.lora_A.detach(), linear.lora_B.detach()
+        x, y = self.tensor("x", 2 * rows, down.shape[1])[:rows], self.tensor("y", 2 * rows, up.shape[0])[:rows]
+        inner, grad = self.tensor("inner", rows, len(down)), self.tensor("gx", 2 * rows, down.shape[1])[:rows]
+        for _ in range(1 + again):
+            self._multiply(x, down.t(), inner)
+        for _ in range(1 + (again and name != LAST)):
+            self._multiply(inner, up.t(), y, add=True)
+        grad_inner = self.tensor("ginner", rows, len(down))
+        self._multiply(y, up, grad_inner)
+        self._multiply(grad_inner, down, grad, add=True)
+        self._multiply(grad_inner.t(), x, torch.empty_like(down))
+        self._multiply(y.t(), inner, torch.empty_like(up))
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+        self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        self.products.append(
+            partial(torch.addmm, out, a, b, beta=1e-3, alpha=1e-3, out=out) if add else partial(torch.mm, a, b, out=out)
+        )
+
+    def _attention(self, heads: int, keys: int, width: int) -> None:
+        def tensor(slot: str, length: int) -> Tensor:
+            return self.tensor(slot, self.batch, length, heads, width // heads).transpose(1, 2)
+
+        q, k, v, grad = tensor("q", self.tokens), tensor("k", keys), tensor("v", keys), tensor("g", self.tokens)
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(*leaves)
+        self.flops += 14 * q.numel() * keys  # two products forward, five backward
+        self.products.append(partial(F.scaled_dot_product_attention, q, k, v))
+        self.products.append(partial(torch.autograd.grad, out, leaves, grad, retain_graph=True))
+
+
+# -- the two sides
+
+
+class Rival(nn.Module):
+    """Diffusers' blocks under peft, its LoRA masked to the second half of the tokens, each block checkpointed."""
+
+    def __init__(self, config: dict[str, Any], lora: LoraConfig, grid: tuple[int, int, int]) -> None:
+        super().__init__()
+        from diffusers import WanTransformer3DModel
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+        from peft.tuners.lora import Linear as PeftLinear
+
+        model = WanTransformer3DModel(**config)
+        wanted = [module_to_diffusers(f"blocks.0.{target}").removeprefix("blocks.0.") for target in lora.targets]
+        peft = PeftConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=wanted)
+        self.blocks = inject_adapter_in_model(peft, model).blocks
+        f, h, w = grid
+        cos, sin = model.rope(torch.empty(1, 1, f, 2 * h, 2 * w))
+        self.rope = torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)
+        mask = torch.cat([torch.zeros(1, f * h * w, 1), torch.ones(1, f * h * w, 1)], 1)
+        for module in self.blocks.modules():
+            if isinstance(module, PeftLinear):
+                module.lora_B["default"].register_forward_hook(lambda _, __, out: out * mask)
+
+    def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden = checkpoint(block, hidden, context, modulation[:, 0], self.rope, use_reentrant=False)
+        return hidden
+
+
+class Ours(nn.Module):
+    """Our blocks, which keep their attentions' outputs."""
+
+    def __init__(self, config: dict[str, Any], lora: LoraConfig, layout: StreamLayout) -> None:
+        super().__init__()
+        model = WanModel.from_config(config, streams=layout.names)
+        inject(model, lora)
+        self.blocks, self.tokens = model.blocks, model.positions(layout, torch.device("cpu"))
+        self.keep("attention")
+
+    def keep(self, mode: str) -> None:
+        set_recompute(list(self.blocks.values()), mode)
+
+    def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            hidden = block(hidden, modulation, context, self.tokens)
+        return hidden
+
+
+def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """The rival's weights and adapter into ours; returns the pairs of adapter parameters."""
+    theirs = {name.replace(".base_layer", ""): p for name, p in rival.named_parameters()}
+    mine = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            if ".lora_" not in name:
+                mine[from_diffusers(name)].copy_(parameter)
+        pairs = {}
+        for name, module in lora_linears(ours):
+            for kind in ("lora_A", "lora_B"):
+                other = theirs[f"{module_to_diffusers(name)}.{kind}.default.weight"]
+                nn.init.normal_(other, std=0.02)
+                getattr(module, kind).copy_(other)
+                pairs[f"{name}.{kind}"] = (getattr(module, kind), other)
+    return pairs
+
+
+def both(args: argparse.Namespace) -> tuple[Ours, Rival, Inputs]:
+    """The two with the same weights, what they start from, and the proof that they compute the same."""
+    torch.manual_seed(0)
+    config = {
+        "num_attention_heads": args.width // args.head,
+        "attention_head_dim": args.head,
+        "ffn_dim": args.width * 9 // 2,
+        "num_layers": args.blocks,
+        "text_dim": 64,
+    }
+    f, h, w = args.grid
+    layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
+    lora = LoraConfig(rank=args.rank)
+    rival, ours = Rival(config, lora, (f, h, w)), Ours(config, lora, layout)
+    pairs = share_weights(ours, rival)
+    hidden, context = torch.randn(args.batch, layout.tokens, args.width), torch.randn(args.batch, TEXT, args.width)
+    modulation = torch.randn(args.batch, 1, 6, args.width).expand(-1, 2, -1, -1) / 4
+    inputs = hidden.requires_grad_(), modulation, context
+    entering = []
+    for model in (ours, rival):
+        step(model, inputs)
+        entering.append(hidden.grad)
+    for name, (mine, other) in {**{n: (m.grad, o.grad) for n, (m, o) in pairs.items()}, "hidden": entering}.items():
+        torch.testing.assert_close(mine, other, atol=1e-4 * float(other.abs().max()), rtol=1e-3, msg=name)
+    return ours, rival, inputs
+
+
+def step(model: nn.Module, inputs: Inputs) -> None:
+    model.zero_grad(set_to_none=True)
+    inputs[0].grad = None
+    model(*inputs).square().mean().backward()
+
+
+# -- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """The peak of bytes in storages that operators made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known and key not in inputs:
+                self.known.add(key)
+                self.now += size
+                weakref.finalize(storage, self._freed, key, size)
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def peak_bytes(model: nn.Module, inputs: Inputs) -> int:
+    with LiveBytes() as live:
+        step(model, inputs)
+    return live.peak
+
+
+def peaks(ours: Ours, rival: Rival, inputs: Inputs) -> Iterator[int]:
+    """Of ours, of ours when it keeps nothing but what enters a block, and of the rival."""
+    yield peak_bytes(ours, inputs)
+    ours.keep("full")
+    yield peak_bytes(ours, inputs)
+    ours.keep("attention")
+    yield peak_bytes(rival, inputs)
+
+
+# -- the bench
+
+
+def profile(model: nn.Module, inputs: Inputs, rows: int) -> None:
+    """Where a step's time goes, by operator and shapes."""
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        step(model, inputs)
+    print(profiler.key_averages(group_by_input_shape=True).table("self_cpu_time_total", row_limit=rows))
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--head", type=int, default=128, help="width of one head")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--grid", type=int, nargs=3, default=(8, 16, 16), help="one stream's frames, rows, columns")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile our blocks, as on a GPU")
+    parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="show our step's operators and end")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    ours, rival, inputs = both(args)
+    if args.profile:
+        profile(ours, inputs, args.profile)
+        return
+    mine, mine_full, other = peaks(ours, rival, inputs)
+    if args.compile:
+        for block in ours.blocks.values():
+            block.compile()
+    limit = Limit(list(ours.blocks.values()), tokens=inputs[0].shape[1], batch=args.batch)
+    actions = {"limit": limit, "ours": partial(step, ours, inputs), "rival": partial(step, rival, inputs)}
+    times = harness.alternate(actions, repeats=args.repeats)
+    figures = {
+        "seconds": round(times["ours"].median, 4),
+        "limit_seconds": round(times["limit"].median, 4),
+        "rival_seconds": round(times["rival"].median, 4),
+        "spread": round(max(t.spread for t in times.values()), 3),
+        "x_limit": harness.ratio(times, "ours", "limit"),
+        "x_rival_time": harness.ratio(times, "ours", "rival"),
+        "x_rival_memory": round(mine / other, 3),
+        "x_rival_memory_full": round(mine_full / other, 3),
+        "mib": round(mine / 2**20, 1),
+        "rival_mib": round(other / 2**20, 1),
+        "gflop": round(limit.flops / 1e9, 1),
+        "tokens": inputs[0].shape[1],
+    }
+    harness.finish("step", figures, record=not args.no_record, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -241,13 +242,12 @@ class Checkpointer:
         plain = {name: _plain(tensor) for name, tensor in tensors.items()} | _codes(tensors)
         fault = ""
         if self.config.asynchronous and not wait:
-            future = dcp.async_save(plain, checkpoint_id=partial, process_group=self._group)
-            save.thread = threading.Thread(target=self._finish, args=(save, future.result, partial, final, dict(state)))
+            # `dcp.async_save` would write log records of every tensor on this thread, which takes as long as the copy
+            staged = DefaultStager(StagingOptions(False, False, False, False)).stage(plain)
+            save.thread = threading.Thread(target=self._finish, args=(save, staged, partial, final, dict(state)))
             save.thread.start()
         else:
-            self._finish(
-                save, lambda: dcp.save(plain, checkpoint_id=partial, process_group=self._group), partial, final, state
-            )
+            self._finish(save, plain, partial, final, state)
             fault = self.wait(ends=wait)
         self._stall = time.perf_counter() - start
         return fault
@@ -293,9 +293,11 @@ class Checkpointer:
 
     # -- beside training
 
-    def _finish(self, save: _Save, written: Any, partial: Path, final: Path, state: Mapping[str, Any]) -> None:
+    def _finish(
+        self, save: _Save, tensors: Mapping[str, Tensor], partial: Path, final: Path, state: Mapping[str, Any]
+    ) -> None:
         try:
-            written()
+            dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
             self._list_own_files(partial)
             if self.runtime.is_main:
                 self._publish(partial, final, state)

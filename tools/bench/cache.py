@@ -11,19 +11,18 @@ copies can be faster, so that `x_limit` is the best that `x_safetensors` can be 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from harness import alternate, finish, parser
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,22 +65,20 @@ def write(folder: Path, count: int) -> None:
                 shard = []
 
 
-def rates(ways: dict[str, Callable[[int], object]], order: list[int], rounds: int) -> dict[str, float]:
-    """Pairs a second of each way's best round: taking turns, since another process may slow any one of them."""
-    best = dict.fromkeys(ways, float("inf"))
-    for turn in range(rounds + 1):  # the first warms the page cache
-        for name, read in ways.items():
-            some = order[: len(order) // 8] if name == "pickle" else order
-            start = time.perf_counter()
-            for number in some:
-                read(number)
-            if turn:
-                best[name] = min(best[name], (time.perf_counter() - start) / len(some))
-    return {name: 1 / seconds for name, seconds in best.items()}
+def rates(ways: dict[str, Callable[[int], object]], order: list[int], repeats: int) -> dict[str, float]:
+    """Pairs a second of each way; the first round warms the page cache."""
+    some = dict.fromkeys(ways, order) | {"pickle": order[: len(order) // 8]}
+
+    def all_of(name: str) -> None:
+        for number in some[name]:
+            ways[name](number)
+
+    taken = alternate({name: partial(all_of, name) for name in ways}, repeats=repeats)
+    return {name: len(some[name]) / times.median for name, times in taken.items()}
 
 
-def million(folder: Path, count: int = 1_000_000) -> tuple[float, float]:
-    """Seconds and resident megabytes of a fresh process that opens an index of a million rows."""
+def million(folder: Path, count: int) -> tuple[float, float]:
+    """Seconds and resident megabytes of a fresh process that opens an index of so many rows, a million by default."""
     spec = index.Spec("latent", "bfloat16", (2, 1, 4, 4))
     data = np.random.default_rng(0).bytes(64 * count)
     keys = [data[64 * n : 64 * n + 16] for n in range(count)]
@@ -141,11 +138,11 @@ def check(ways: dict[str, Callable[[int], object]], out: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=128, help="pairs in the data set")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", default=None, help="where to write the data sets")
-    arguments = parser.parse_args()
+    given = parser(__doc__.splitlines()[0])
+    given.add_argument("--count", type=int, default=128, help="pairs in the data set")
+    given.add_argument("--rows", type=int, default=1_000_000, help="of the index whose opening is timed")
+    given.add_argument("--folder", default=None, help="where to write the data sets")
+    arguments = given.parse_args()
     torch.set_num_threads(1)
     count = -(-arguments.count // SHARD) * SHARD
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -154,11 +151,11 @@ def main() -> None:
         out = torch.empty(STREAMS, *SHAPE, dtype=torch.bfloat16)
         ways = ways_to_read(folder, count, out)
         check(ways, out)
-        found = rates(ways, np.random.default_rng(0).permutation(count).tolist(), arguments.rounds)
-        seconds, resident = million(folder / "million")
+        found = rates(ways, np.random.default_rng(0).permutation(count).tolist(), arguments.repeats)
+        seconds, resident = million(folder / "million", arguments.rows)
     for name, pairs in found.items():
         print(f"{name:12} {pairs:10.1f} pairs/s {pairs * out.nbytes / 1e9:8.2f} GB/s")
-    print(f"1,000,000 records open in {seconds:.3f} s, {resident:.0f} MB resident")
+    print(f"{arguments.rows:,} records open in {seconds:.3f} s, {resident:.0f} MB resident")
     figures = {
         "x_safetensors": round(found["cache"] / found["safetensors"], 2),
         "x_pickle": round(found["cache"] / found["pickle"], 1),
@@ -169,7 +166,7 @@ def main() -> None:
         "million_open_seconds": round(seconds, 3),
         "million_resident_mb": round(resident),
     }
-    print(json.dumps(figures))
+    finish("cache", figures, record=not arguments.no_record)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ turns in this process. A second part shows that memory does not grow with the le
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from harness import alternate, finish, parser, ratio
 
 from transpixeler.data.video import Clip, frame_numbers, read_frames
 
@@ -86,42 +84,33 @@ def whole_file(path: Path, first: int) -> np.ndarray:
     return np.stack([picture[top : top + HEIGHT, left : left + WIDTH] for picture in resized])
 
 
-def timed(work: Callable[[Path, int], np.ndarray], path: Path, first: int) -> float:
-    start = time.perf_counter()
-    work(path, first)
-    return time.perf_counter() - start
-
-
 def peak_rss_mb(path: Path) -> float:
     """Of a child process that reads the clip from the middle of a video."""
     code = (
-        "import sys; from pathlib import Path; from tools.bench.decode import ours; ours(Path(sys.argv[1]), 16);"
+        "import sys; from pathlib import Path; from decode import ours; ours(Path(sys.argv[1]), 16);"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=root, capture_output=True, text=True, check=True)
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=here, capture_output=True, text=True, check=True)
     return int(done.stdout) / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    path = cached_clip(300)
+    given = parser(__doc__.splitlines()[0])
+    given.add_argument("--frames", type=int, nargs=2, default=(300, 1200), help="of the short and the long video")
+    options = given.parse_args()
+    short, long = (cached_clip(count) for count in options.frames)
     figures: dict[str, float] = {}
     for name, first in (("", 0), ("_middle", 63)):
-        spent = [(timed(whole_file, path, first), timed(ours, path, first)) for _ in range(repeats)]
-        theirs, mine = (statistics.median(column) for column in zip(*spent))
-        ratios = sorted(a / b for a, b in spent)
-        print(f"frames {first}…{first + 32} at 16 fps: whole file {theirs:.3f} s, ours {mine:.3f} s, "
-              f"ratio {statistics.median(ratios):.1f} ({ratios[0]:.1f} … {ratios[-1]:.1f})")  # fmt: skip
-        figures[f"x_whole_file{name}"] = round(statistics.median(ratios), 2)
-        figures[f"frames_per_s{name}"] = round(33 / mine, 1)
-    off = np.abs(ours(path, 0).astype(int) - whole_file(path, 0)).mean()
-    short, long = peak_rss_mb(path), peak_rss_mb(cached_clip(1200))
-    print(f"mean difference from Pillow {off:.2f} of 255; peak RSS {short:.0f} MB at 300 frames, {long:.0f} at 1200")
-    print(json.dumps({**figures, "mean_difference": round(float(off), 3), "rss_mb_300": round(short, 1),
-                      "rss_mb_1200": round(long, 1)}))  # fmt: skip
+        print(f"frames {first}…{first + 32} at 16 fps")
+        ways = {"whole file": partial(whole_file, short, first), "ours": partial(ours, short, first)}
+        times = alternate(ways, repeats=options.repeats)
+        figures[f"x_whole_file{name}"] = ratio(times, "whole file", "ours")
+        figures[f"frames_per_s{name}"] = round(33 / times["ours"].median, 1)
+    off = np.abs(ours(short, 0).astype(int) - whole_file(short, 0)).mean()
+    figures["mean_difference"] = round(float(off), 3)
+    figures |= {"rss_mb_300": round(peak_rss_mb(short), 1), "rss_mb_1200": round(peak_rss_mb(long), 1)}
+    finish("decode", figures, record=not options.no_record)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,198 @@
+"""How much of a step pipeline ranks wait, for every schedule, against the arithmetic that a run reports.
+
+Four processes run our engine over a tiny model whose blocks only sleep: in forward, and in backward where it comes to
+the input's gradient and to the weights'. So all stages cost the same, and four of them fit on two cores. The bubble is
+the part of a step in which a rank's stages do not compute; a rank that talks or schedules waits as well. Theory is
+(p − 1) / (m·v + p − 1) for p ranks, m microbatches and v stages a rank, which is what telemetry writes as `bubble`.
+
+`--weights` is the part of the backward pass that is for weights: near 0 for an adapter on a frozen base, which leaves a
+zero-bubble schedule nothing to fill its gaps with, and half for full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import Times, finish, parser
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from transpixeler import configfile, objective, runtime
+from transpixeler.config import Config
+from transpixeler.models.streams import StreamLayout
+from transpixeler.models.wan import WanModel
+from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel import pipeline
+
+WAN = {
+    "num_attention_heads": 1,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 24,
+}
+STREAMS = ("rgb", "seg")
+BACKWARD = 2.0  # forwards that a backward pass takes
+
+
+class Clock:
+    """Seconds in which this rank's stages computed."""
+
+    busy = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        start = time.perf_counter()
+        time.sleep(seconds)
+        self.busy += time.perf_counter() - start
+
+
+class InputCost(torch.autograd.Function):
+    """Costs a forward, and the part of a backward pass that the stage before waits for."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, clock: Clock, forward: float, backward: float) -> Tensor:
+        ctx.clock, ctx.seconds = clock, backward
+        clock.sleep(forward)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.clock.sleep(ctx.seconds)
+        return gradient, None, None, None
+
+
+class WeightCost(torch.autograd.Function):
+    """Costs the part of a backward pass that nobody waits for."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, clock: Clock, seconds: float) -> Tensor:
+        ctx.clock, ctx.seconds = clock, seconds
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.clock.sleep(ctx.seconds)
+        return gradient, None, None
+
+
+def slow(block: Any, clock: Clock, *, seconds: float, weights: float) -> None:
+    """Makes a block cost time, and nothing else."""
+    block.cost = nn.Parameter(torch.zeros(()))
+    inputs, others = seconds * BACKWARD * (1 - weights), seconds * BACKWARD * weights
+
+    def compute(_: Any, hidden: Tensor, *state: Any) -> Tensor:
+        out = InputCost.apply(hidden, clock, seconds, inputs)
+        return out + WeightCost.apply(block.cost, clock, others) if others else out + block.cost
+
+    block.recompute = compute
+
+
+def build(config: Config, mesh: meshes.Mesh, clock: Clock, options: Any) -> pipeline.Engine:
+    """Our engine over this rank's stages; only costs and the stream embedding are trained."""
+    torch.manual_seed(0)
+    stages = []
+    ranges = pipeline.split_blocks(config.parallel, options.blocks)
+    for index in pipeline.local_stages(config.parallel, mesh):
+        model = WanModel.from_config(WAN | {"num_layers": options.blocks}, streams=STREAMS)
+        dimensions = model.dimensions()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("stream_embedding" in name)
+        model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
+        for block in model.blocks.values():
+            slow(block, clock, seconds=options.seconds, weights=options.weights)
+        stages.append(pipeline.Stage(model))
+    return pipeline.Engine(stages, config.parallel, mesh, torch.float32, dimensions)
+
+
+def example(samples: int) -> objective.Example:
+    layout = StreamLayout.equal(STREAMS, (4, 1, 4, 4), (1, 2, 2))
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    shape = samples, layout.elements
+    weights = torch.full((samples, len(STREAMS)), 1 / samples)
+    return objective.Example(
+        layout, draw(shape), draw(shape), draw(samples, len(STREAMS)).sigmoid(), draw(samples, 512, 8), weights
+    )
+
+
+def work(rank: int, options: Any, store: str, results: Any) -> None:
+    """One rank: every schedule by turns."""
+    torch.set_num_threads(1)
+    count = options.ranks
+    dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
+    here = runtime.Runtime(rank, count, rank, torch.device("cpu"))
+    engines = {}
+    for name in options.schedules:
+        config = configfile.from_overrides(
+            [f"parallel.pipeline={count}", f"parallel.schedule={name}", "parallel.recompute=none"]
+        )
+        mesh = meshes.build(meshes.resolve(config.parallel, count), here)
+        clock = Clock()
+        engines[name] = clock, build(config, mesh, clock, options)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    batch = example(options.microbatches)
+    for _ in range(options.repeats + 1):
+        for name, (clock, engine) in engines.items():
+            dist.barrier()
+            clock.busy, start = 0.0, time.perf_counter()
+            engine.forward_backward(batch, 1)
+            taken[name].append((time.perf_counter() - start, clock.busy))
+    results.put((rank, {name: times[1:] for name, times in taken.items()}))  # the first built its buffers
+    dist.barrier()
+
+
+def run(options: Any) -> list[dict[str, list[tuple[float, float]]]]:
+    """What each rank took: (seconds, of which its stages computed) of every step of every schedule."""
+    here = multiprocessing.get_context("fork")
+    results = here.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        ranks = [here.Process(target=work, args=(rank, options, store, results)) for rank in range(options.ranks)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            raise SystemExit("a rank failed")
+    return [found for _, found in sorted(results.get() for _ in ranks)]
+
+
+def bubbles(found: list[dict[str, list[tuple[float, float]]]], name: str) -> Times:
+    """Of each step, the mean over the ranks."""
+    steps = zip(*(rank[name] for rank in found))
+    return Times(tuple(mean(1 - busy / seconds for seconds, busy in step) for step in steps))
+
+
+def main() -> None:
+    given = parser(__doc__.splitlines()[0])
+    given.add_argument("--ranks", type=int, default=4)
+    given.add_argument("--microbatches", type=int, default=8)
+    given.add_argument("--blocks", type=int, default=8)
+    given.add_argument("--seconds", type=float, default=0.05, help="of a block's forward; backward takes twice that")
+    given.add_argument("--weights", type=float, default=0.0, help="part of the backward pass that is for weights")
+    given.add_argument("--schedules", nargs="+", default=list(pipeline.SCHEDULES))
+    options = given.parse_args()
+    found = run(options)
+    figures: dict[str, Any] = {"ranks": options.ranks, "microbatches": options.microbatches, "weights": options.weights}
+    for name in options.schedules:
+        config = configfile.from_overrides([f"parallel.pipeline={options.ranks}", f"parallel.schedule={name}"])
+        theory, measured = pipeline.bubble(config.parallel, options.microbatches), bubbles(found, name)
+        step = Times(tuple(seconds for seconds, _ in found[-1][name]))
+        print(f"{name:24} bubble {measured.median:.4f} ± {measured.spread:.0%}, theory {theory:.4f}; a step {step}")
+        key = name.replace("-", "_")
+        figures |= {f"{key}_bubble": round(measured.median, 4), f"{key}_theory": round(theory, 4)}
+        figures |= {f"{key}_over_theory": round(measured.median / theory, 3), f"{key}_seconds": round(step.median, 3)}
+    finish("pipeline", figures, record=not options.no_record)
+
+
+if __name__ == "__main__":
+    main()

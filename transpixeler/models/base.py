@@ -63,6 +63,7 @@ class Tokens(NamedTuple):
     lengths: tuple[int, ...]  # tokens of each stream
     kernel: str  # attention kernel
     lean: bool = True  # copy what an adapter keeps for the backward pass, where that frees more than it takes
+    again: bool = False  # computed once more for what the backward pass keeps, and not for the result
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,25 @@ class Block(nn.Module, ABC):
     recompute: Callable[..., Tensor] | None = None
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
-        if self.recompute is not None:
-            again = Tokens(
-                tokens.rope, tokens.lengths, tokens.kernel, lean=False
-            )  # nothing is kept: copying saves nothing
-            return self.recompute(self.compute, hidden, modulation, context, again)
-        return self.compute(hidden, modulation, context, tokens)
+        if self.recompute is None:
+            return self.compute(hidden, modulation, context, tokens)
+        tokens = tokens._replace(lean=False)  # nothing is kept: copying saves nothing
+        compute = self.compute if torch.compiler.is_compiling() else _Twice(self.compute)  # compilers drop what is idle
+        return self.recompute(compute, hidden, modulation, context, tokens)
 
     @abstractmethod
     def compute(self, hidden: Tensor, modulation: Tensor, context: Tensor, tokens: Tokens) -> Tensor: ...
+
+
+class _Twice:
+    """A block's `compute`, which is told from its second call on that its result is not wanted."""
+
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
+        self.compute, self.again = compute, False
+
+    def __call__(self, hidden: Tensor, modulation: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
+        tokens, self.again = tokens._replace(again=self.again), True
+        return self.compute(hidden, modulation, context, tokens)
 
 
 class VideoModel(nn.Module, ABC):

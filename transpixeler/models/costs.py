@@ -112,9 +112,15 @@ def step_flops(d: Dimensions, lengths: Sequence[int], *, recompute: Recompute = 
     """Forward, backward and what is recomputed, of one sample; `full` trains the base as well."""
     forward = forward_flops(d, lengths)
     step = forward.linear * (3 if full else 2) + forward.attention * (1 + FLASH_BACKWARD) + forward.adapter * 3
+    again = forward.total - (0 if full else unwanted_flops(d, sum(lengths)))
     if recompute == "attention":
-        return step + forward.linear + forward.adapter
-    return step + forward.total * recomputed_share(d, recompute)
+        return step + again - forward.attention
+    return step + again * recomputed_share(d, recompute)
+
+
+def unwanted_flops(d: Dimensions, tokens: int) -> float:
+    """Of a forward pass, what no backward pass asks for again: every block's last projection, which is only added."""
+    return 2 * d.blocks * tokens * d.ffn * d.width
 
 
 def recomputed_share(d: Dimensions, recompute: Recompute) -> float:
@@ -136,15 +142,15 @@ def kept_bytes(
     gates take in.
     """
     tokens, wide = sum(lengths), 4 if not compiled else size
-    into_norms = 6 * wide  # three layer norms', q's, k's and cross q's
+    into_norms = 3 * wide + 3 * size  # three layer norms'; q's, k's and cross q's
     matmul_operands = 6 * size  # q, k, v, out, cross q, cross out
     kept = tokens * d.width * (into_norms + matmul_operands) + tokens * d.ffn * size
-    kept += d.text_len * d.width * (wide + 2 * size)
+    kept += d.text_len * d.width * 3 * size
     if full:
-        normed = 8 * wide  # the same norms' outputs, and what the gates multiply
+        normed = 5 * wide  # the layer norms' outputs, and what the gates multiply
         return kept + tokens * d.width * (normed + 3 * size) + tokens * d.ffn * size
     kept += sum(a.tokens(lengths, d.text_len) * a.rank for a in d.adapters) / max(d.blocks, 1) * size
-    return kept + scope_tokens(d, lengths) * (3 * d.width + d.ffn) * size
+    return kept + scope_tokens(d, lengths) * 3 * d.width * size
 
 
 def scope_tokens(d: Dimensions, lengths: Sequence[int]) -> int:

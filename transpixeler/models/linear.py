@@ -26,17 +26,32 @@ def dequantize(data: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Te
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that is told how many tokens each stream has, and whose weight may be quantized."""
+    """`nn.Linear` that is told how many tokens each stream has, and whose weight may be quantized.
+
+    With `gelu` it takes what that takes; without `wanted` it makes only what the backward pass keeps, no result.
+    """
 
     quantized: str = ""  # the kind, when `weight_data` and `weight_scale` stand in place of `weight`
 
-    def forward(self, x: Tensor, lengths: Sequence[int] = (), part: Tensor | None = None) -> Tensor:
-        if self.quantized:
-            return project(x, self)
-        weight, bias = self.weight, self.bias
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Sequence[int] = (),
+        part: Tensor | None = None,
+        *,
+        gelu: bool = False,
+        wanted: bool = True,
+    ) -> Tensor:
+        if self.quantized or not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return project(x, self, gelu=gelu, wanted=wanted)
+        x, weight, bias = activated(x, gelu), self.weight, self.bias
         if weight.dtype != x.dtype:  # a weight that is trained is kept in fp32 and multiplied in bf16
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.linear(x, weight, bias)
+
+
+def activated(x: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(x, approximate="tanh") if gelu else x
 
 
 def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:
@@ -56,47 +71,82 @@ def project(
     scale: float = 1.0,
     scope: slice = slice(0, 0),
     part: Tensor | None = None,
+    gelu: bool = False,
+    wanted: bool = True,
 ) -> Tensor:
     """Base projection of all tokens, plus the adapter's on the scope's; the base is frozen.
 
     `part`, a copy of the scope's tokens, is what is kept for the backward pass; a view would keep all tokens alive.
+    With `gelu`, what goes into it is kept instead, and what comes out of it is made again on the scope alone.
     """
     if linear.quantized:
         weight, weight_scale, kind = linear.weight_data, linear.weight_scale, linear.quantized
     else:
         weight, weight_scale, kind = linear.weight, None, ""
-    return _Project.apply(x, weight, weight_scale, kind, linear.bias, down, up, scale, scope.start, scope.stop, part)
+    adapter = down, up, scale, scope.start, scope.stop
+    return _Project.apply(x, weight, weight_scale, kind, linear.bias, *adapter, part, gelu, wanted)
 
 
 class _Project(torch.autograd.Function):
-    """y = x Wᵀ + b;  y[:, scope] += s · (x[:, scope] Aᵀ) Bᵀ, added by the matmul itself in both directions."""
+    """y = a Wᵀ + b;  y[:, scope] += s · (a[:, scope] Aᵀ) Bᵀ, added by the matmul itself in both directions.
+
+    a is x, or GELU(x), whose own derivative is then taken in the same breath.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, weight_scale, kind, bias, down, up, scale, start, stop, part):
-        full = weight if weight_scale is None else dequantize(weight, weight_scale, kind, x.dtype)
-        y = F.linear(x, full, bias)
-        inner = None
-        if down is not None:
-            part = x[:, start:stop] if part is None else part
+    def forward(ctx, x, weight, weight_scale, kind, bias, down, up, scale, start, stop, part, gelu, wanted):
+        ctx.kind, ctx.scale, ctx.scope, ctx.gelu = kind, scale, slice(start, stop), gelu
+        a, inner = activated(x, gelu and wanted), None
+        if down is not None and (wanted or not gelu):
+            part = a[:, start:stop] if part is None else part
             inner = F.linear(part, down.to(x.dtype))  # [B, Ts, r]
+        kept = (x, None, None) if gelu else (None, part, inner)
+        ctx.save_for_backward(weight, weight_scale, down, up, *kept)
+        if not wanted:
+            return x.new_empty(*x.shape[:-1], weight.shape[0])
+        y = _linear(a, _full(weight, weight_scale, kind, x.dtype), bias)
+        if down is not None:
             scaled = (up * scale).to(x.dtype)  # [out, r]
             y[:, start:stop].baddbmm_(inner, scaled.t().expand(x.shape[0], -1, -1))
-        ctx.save_for_backward(weight, weight_scale, down, up, part, inner)
-        ctx.kind, ctx.scale, ctx.start, ctx.stop = kind, scale, start, stop
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        weight, weight_scale, down, up, part, inner = ctx.saved_tensors
+        weight, weight_scale, down, up, x, part, inner = ctx.saved_tensors
         dtype, grad_x, grad_down, grad_up = grad.dtype, None, None, None
-        if ctx.needs_input_grad[0]:
-            full = weight if weight_scale is None else dequantize(weight, weight_scale, ctx.kind, dtype)
-            grad_x = grad @ full
         if down is not None:
-            grad_part = grad[:, ctx.start : ctx.stop]
+            if ctx.gelu:
+                part = activated(x[:, ctx.scope], True)
+                inner = F.linear(part, down.to(dtype))
+            grad_part = grad[:, ctx.scope]
             grad_inner = grad_part @ (up * ctx.scale).to(dtype)  # [B, Ts, r]
-            if grad_x is not None:
-                grad_x[:, ctx.start : ctx.stop].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
             grad_down = torch.bmm(grad_inner.mT, part).sum(0, dtype=down.dtype)
             grad_up = torch.bmm(grad_part.mT, inner).sum(0, dtype=up.dtype) * ctx.scale
-        return grad_x, None, None, None, None, grad_down, grad_up, None, None, None, None
+            del part  # before the widest tensor of the block is made
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _full(weight, weight_scale, ctx.kind, dtype)
+            if down is not None:
+                grad_x[:, ctx.scope].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
+            grad_x = _through_gelu(grad_x, x) if ctx.gelu else grad_x
+        return grad_x, None, None, None, None, grad_down, grad_up, *([None] * 6)
+
+
+def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+    return weight if scale is None else dequantize(weight, scale, kind, dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Into an empty tensor, as a projection whose result is not wanted makes one: what is recorded stays alike."""
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y, rows = x.new_empty(*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
+    flat = y.view(len(rows), -1)
+    torch.mm(rows, weight.t(), out=flat) if bias is None else torch.addmm(bias, rows, weight.t(), out=flat)
+    return y
+
+
+def _through_gelu(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of what went into GELU, in the place of that of what came out."""
+    if torch.compiler.is_compiling():
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.models.base import VideoModel
-from transpixeler.models.linear import Linear, project
+from transpixeler.models.linear import Linear, activated, project
 from transpixeler.models.streams import Scope, scope_span, span_slice
 
 Assign = Callable[[nn.Parameter, Tensor], None]
@@ -48,12 +48,21 @@ class LoraLinear(Linear):
         """From the actual input, never from a length fixed at start-up."""
         return slice(0, x.shape[1]) if self.span is None else span_slice(lengths, self.span)
 
-    def forward(self, x: Tensor, lengths: tuple[int, ...] = (), part: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        lengths: tuple[int, ...] = (),
+        part: Tensor | None = None,
+        *,
+        gelu: bool = False,
+        wanted: bool = True,
+    ) -> Tensor:
         if self._unmerged is not None:
-            return super().forward(x)
-        scope = self.scope(x, lengths)
+            return super().forward(x, gelu=gelu)
+        scope, how = self.scope(x, lengths), {"gelu": gelu, "wanted": wanted}
         if not (self.training and self.dropout):
-            return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope, part=part)
+            return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope, part=part, **how)
+        x = activated(x, gelu)
         y = project(x, self) if self.quantized else F.linear(x, self.weight, self.bias)
         inner = F.linear(F.dropout(x[:, scope], self.dropout), self.lora_A.to(x.dtype))
         y[:, scope] += F.linear(inner, (self.lora_B * self.scale).to(x.dtype))

@@ -32,6 +32,7 @@ from transpixeler.models.base import (
     file_digest,
 )
 from transpixeler.models.costs import Dimensions, adapter_shapes
+from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import Linear, scope_copy
 from transpixeler.models.streams import Grid, StreamLayout
 from transpixeler.models.wan_config import TEXT_LEN, WanConfig
@@ -65,19 +66,6 @@ def rope_table(grid: Grid, head_dim: int) -> Tensor:
         dim=-1,
     ).flatten(0, 2)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of `[B, T, H, d]` by their token's angles.
-
-    Complex numbers are one pass in eager mode; a compiler fuses the same product only when it is spelled out.
-    """
-    pairs = x.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        cos, sin = rope[:, None].unbind(-1)
-        real, imaginary = pairs.unbind(-1)
-        return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None]).flatten(-2)
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
@@ -128,6 +116,9 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
+    def normed(self, x: Tensor, norm: nn.RMSNorm, rope: Tensor | None = None) -> Tensor:
+        return norm_heads(x, norm.weight, rope, heads=self.heads, eps=norm.eps)
+
 
 class SelfAttention(Attention):
     """Every token attends every token, or stream 0 only itself."""
@@ -136,8 +127,8 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         lengths, part = tokens.lengths, scope_copy(x, tokens, self.q, self.k, self.v)
-        q = rotate(self.split(self.norm_q(self.q(x, lengths, part).float())), tokens.rope).to(x.dtype)
-        k = rotate(self.split(self.norm_k(self.k(x, lengths, part).float())), tokens.rope).to(x.dtype)
+        q = self.normed(self.q(x, lengths, part), self.norm_q, tokens.rope)
+        k = self.normed(self.k(x, lengths, part), self.norm_k, tokens.rope)
         v = self.split(self.v(x, lengths, part))
         if self.first_attends_all or len(lengths) == 1:
             y = attention(q, k, v, tokens.kernel)
@@ -153,19 +144,21 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
         text, part = (context.shape[1],), scope_copy(x, tokens, self.q)
-        q = self.split(self.norm_q(self.q(x, tokens.lengths, part).float())).to(x.dtype)
-        k = self.split(self.norm_k(self.k(context, text).float())).to(x.dtype)
+        q = self.normed(self.q(x, tokens.lengths, part), self.norm_q)
+        k = self.normed(self.k(context, text), self.norm_k)
         y = attention(q, k, self.split(self.v(context, text)), tokens.kernel)
         return self.o(y.flatten(2), tokens.lengths)
 
 
 class FeedForward(nn.Sequential):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__(Linear(width, inner), nn.GELU(approximate="tanh"), Linear(inner, width))
+    """The activation is the second projection's, which keeps what goes into it; its place keeps the published names."""
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
-        inner = self[1](self[0](x, tokens.lengths, scope_copy(x, tokens, self[0])))
-        return self[2](inner, tokens.lengths, scope_copy(inner, tokens, self[2]))
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__(Linear(width, inner), nn.Identity(), Linear(inner, width))
+
+    def forward(self, x: Tensor, tokens: Tokens, *, wanted: bool) -> Tensor:
+        inner = self[0](x, tokens.lengths, scope_copy(x, tokens, self[0]))
+        return self[2](inner, tokens.lengths, gelu=True, wanted=wanted)
 
 
 class WanBlock(Block):
@@ -186,7 +179,8 @@ class WanBlock(Block):
         hidden = add_gated(hidden, self.self_attn(x, tokens), gate, lengths=lengths)
         hidden = hidden + self.cross_attn(self.norm3(hidden.float()).to(dtype), context, tokens)
         x = modulate(hidden, ffn_shift, ffn_scale, lengths=lengths, eps=self.eps).to(dtype)
-        return add_gated(hidden, self.ffn(x, tokens), ffn_gate, lengths=lengths)
+        wanted = not tokens.again or ffn_gate.requires_grad  # a gate that trains keeps what it multiplies
+        return add_gated(hidden, self.ffn(x, tokens, wanted=wanted), ffn_gate, lengths=lengths)
 
 
 # -- the ends

@@ -1,4 +1,4 @@
-"""The step's bench: its limit is what a step multiplies, ours multiplies no more, and it ends with its figures."""
+"""The benches of a step and of sampling: the limit is what a step multiplies, ours is no more, figures come last."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import dataclasses
 import importlib.util
 import io
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,14 +26,24 @@ BENCHES = Path(__file__).parents[1] / "tools/bench"
 SMALL = ("--width", "48", "--head", "24", "--grid", "2", "4", "4", "--rank", "4", "--no-record", "--repeats", "1")
 
 
-@pytest.fixture(scope="module")
-def step() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHES))
-    spec = importlib.util.spec_from_file_location("tools_step", BENCHES / "step.py")
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", BENCHES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(BENCHES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHES))
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def step() -> ModuleType:
+    return loaded("step")
+
+
+def figures(module: ModuleType, *argv: str) -> dict[str, float]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        module.main([*SMALL, *argv])
+    return json.loads(said.getvalue().splitlines()[-1])
 
 
 @pytest.fixture
@@ -87,11 +95,16 @@ def test_the_limit_is_the_formula_of_the_costs_but_for_the_texts_gradient(step: 
     assert limit.flops == pytest.approx(formula, rel=0.001)
 
 
-def test_it_ends_with_its_figures(step: ModuleType) -> None:
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        step.main(SMALL)
-    found = json.loads(said.getvalue().splitlines()[-1])
+def test_a_steps_bench_ends_with_its_figures(step: ModuleType) -> None:
+    found = figures(step)
     ratios = {"x_limit", "x_rival_time", "x_rival_memory", "x_rival_memory_full"}
     sizes = {"mib", "rival_mib", "gflop", "tokens"}
     assert found.keys() == {"seconds", "limit_seconds", "rival_seconds", "spread", *ratios, *sizes}
+    assert all(found[name] > 0 for name in ratios) and found["tokens"] == 64
+
+
+def test_samplings_bench_ends_with_its_figures() -> None:
+    found = figures(loaded("sample"), "--text", "16")
+    ratios = {"x_forward", "x_forward_guided", "x_one_batch", "x_forward_short", "x_one_batch_short"}
+    assert found.keys() == {"step_seconds", *ratios, "spread", "tokens"}
     assert all(found[name] > 0 for name in ratios) and found["tokens"] == 64

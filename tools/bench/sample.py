@@ -1,0 +1,130 @@
+"""A denoising step against the model's forward alone, and guidance in one batch of two against two forwards.
+
+In each measure a whole video is denoised by `sampling.denoise` with UniPC, asking the engine as the sampler does; the
+bar is the same number of the model's own forwards on the same inputs. All ratios are ours over theirs, so smaller is
+better: `x_forward` without guidance, `x_forward_guided` with it (against twice as many forwards), and `x_one_batch`,
+what one batch of both halves takes of two forwards one after the other; `…_short` is that on a sequence of an eighth,
+where it matters more. Both ways must agree on the latents before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import harness
+import torch
+from torch import Tensor
+
+from transpixeler import runtime, sampling
+from transpixeler.config import LoraConfig, ParallelConfig
+from transpixeler.models.lora import inject
+from transpixeler.models.streams import StreamLayout
+from transpixeler.models.wan import WanModel
+from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel.pipeline import Engine, Stage
+
+GUIDANCE = 5.0
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--head", type=int, default=128, help="width of one head")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--grid", type=int, nargs=3, default=(8, 16, 16), help="one stream's frames, rows, columns")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--text", type=int, default=512, help="width of a text's embedding")
+    parser.add_argument("--steps", type=int, default=2)
+    return parser.parse_args(argv)
+
+
+def make_engine(args: argparse.Namespace, here: runtime.Runtime) -> Engine:
+    """One stage with an adapter on its companion, in place, as `sample` runs it."""
+    torch.manual_seed(0)
+    config = {
+        "num_attention_heads": args.width // args.head,
+        "attention_head_dim": args.head,
+        "ffn_dim": args.width * 9 // 2,
+        "num_layers": args.blocks,
+        "text_dim": args.text,
+    }
+    model = WanModel.from_config(config, streams=("rgb", "seg"))
+    inject(model, LoraConfig(rank=args.rank))
+    mesh = meshes.build(meshes.resolve(ParallelConfig(), here.world_size), here)
+    return Engine([Stage(model.eval())], ParallelConfig(), mesh, torch.float32, model.dimensions())
+
+
+class Denoising:
+    """One video's denoising in every way that is measured."""
+
+    def __init__(self, engine: Engine, grid: Sequence[int], args: argparse.Namespace) -> None:
+        f, h, w = grid
+        self.engine, self.steps, (self.model,) = engine, args.steps, engine.models()
+        self.layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
+        self.noise = sampling.start_noise(self.layout, seed=0)
+        self.text, self.negative = torch.randn(2, 512, args.text)
+
+    def plain(self) -> Tensor:
+        return self._denoise(None, together=True)
+
+    def guided(self) -> Tensor:
+        return self._denoise(self.negative, together=True)
+
+    def guided_apart(self) -> Tensor:
+        return self._denoise(self.negative, together=False)
+
+    def _denoise(self, negative: Tensor | None, *, together: bool) -> Tensor:
+        limit, sampling.TOGETHER = sampling.TOGETHER, self.layout.tokens if together else 0
+        try:
+            velocity = sampling.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
+        finally:
+            sampling.TOGETHER = limit
+        solver = sampling.make_solver("unipc", steps=self.steps, shift=5.0)
+        return sampling.denoise(velocity, self.noise, self.layout, solver)
+
+    @torch.no_grad()
+    def forwards(self, times: int = 1) -> None:
+        """The model alone, as often as it is asked without guidance, times `times`."""
+        steps = torch.ones(1, 2)
+        for _ in range(self.steps * times):
+            self.model(self.noise, steps, self.text[None], layout=self.layout)
+
+
+def measure(denoising: Denoising, *, repeats: int) -> dict[str, harness.Times]:
+    torch.testing.assert_close(denoising.guided(), denoising.guided_apart(), atol=1e-4, rtol=1e-4)
+    actions: dict[str, Callable[[], object]] = {
+        "forwards": denoising.forwards,
+        "plain": denoising.plain,
+        "two forwards each": lambda: denoising.forwards(2),
+        "guided": denoising.guided,
+        "guided, one by one": denoising.guided_apart,
+    }
+    print(f"{denoising.layout.tokens} tokens")
+    return harness.alternate(actions, repeats=repeats)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    f, h, w = args.grid
+    with runtime.running(device="cpu") as here:
+        engine = make_engine(args, here)
+        long, short = (
+            measure(Denoising(engine, grid, args), repeats=args.repeats)
+            for grid in ((f, h, w), (f // 2, h // 2, w // 2))
+        )
+    figures = {
+        "step_seconds": round(long["guided"].median / args.steps, 4),
+        "x_forward": harness.ratio(long, "plain", "forwards"),
+        "x_forward_guided": harness.ratio(long, "guided", "two forwards each"),
+        "x_one_batch": harness.ratio(long, "guided", "guided, one by one"),
+        "x_forward_short": harness.ratio(short, "plain", "forwards"),
+        "x_one_batch_short": harness.ratio(short, "guided", "guided, one by one"),
+        "spread": round(max(t.spread for times in (long, short) for t in times.values()), 3),
+        "tokens": 2 * f * h * w,
+    }
+    harness.finish("sample", figures, record=not args.no_record, argv=argv)
+
+
+if __name__ == "__main__":
+    main()

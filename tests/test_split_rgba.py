@@ -124,7 +124,8 @@ def test_unpremultiplied_is_the_inverse_as_far_as_bits_reach() -> None:
 
 def test_hidden_colour_is_filled_as_declared(tmp_path: Path) -> None:
     rgba = stack(SCENES[0])
-    hidden = rgba[..., 3] == 0
+    hidden, color = rgba[..., 3] == 0, (180, 90, 40)
+    rgba[..., :3] = color
     rgba[hidden, :3] = (200, 0, 200)  # what must not be learned
     write_png_sequence(tmp_path / "clip", rgba)
     means = {}
@@ -132,7 +133,6 @@ def test_hidden_colour_is_filled_as_declared(tmp_path: Path) -> None:
         out = tmp_path / fill
         assert split_rgba(tmp_path / "clip", "--out", out, "--fill", fill, "--color", "9,99,199", "--lossless") == 0
         means[fill] = all_frames(out / "clip.mp4")[hidden].mean(0)
-    color = rgba[rgba[..., 3] > 0][0, :3]
     expected = {"extend": color, "black": FILL, "color": (9, 99, 199), "random": random_color("clip"),
                 "keep": (200, 0, 200)}  # fmt: skip
     for fill, wanted in expected.items():
@@ -141,12 +141,13 @@ def test_hidden_colour_is_filled_as_declared(tmp_path: Path) -> None:
 
 def test_scaling_lets_no_hidden_colour_into_the_edge(tmp_path: Path) -> None:
     rgba = stack(scenes(1, formats=[Format(96, 96, 3, FPS)], held_out=False, seed=5)[0])
-    rgba[rgba[..., 3] == 0, :3] = 255 - rgba[rgba[..., 3] > 0][0, :3]
+    color = np.array((180, 90, 40), np.uint8)
+    rgba[..., :3] = np.where(rgba[..., 3:] > 0, color, 255 - color)
     write_png_sequence(tmp_path / "clip", rgba)
     assert split_rgba(tmp_path / "clip", "--out", tmp_path / "o", "--short-side", "32", "--lossless") == 0
     rgb = all_frames(tmp_path / "o/clip.mp4")
     assert rgb.shape[1:3] == (32, 32)
-    assert np.abs(rgb.astype(int) - rgba[rgba[..., 3] > 0][0, :3]).max() <= 6
+    assert np.abs(rgb.astype(int) - color).max() <= 6
 
 
 @pytest.mark.parametrize(

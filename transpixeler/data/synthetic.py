@@ -1,7 +1,8 @@
 """A seed in, captioned scenes out, and from each its true RGBA frames: paired clips whose every pixel is known.
 
-One flat shape, anti-aliased and opaque or half transparent, drifts over nothing. Colours are straight: every pixel
-with any alpha has the shape's own colour, and `FILL` stands under zero alpha.
+One shape, anti-aliased and opaque or half transparent, drifts over nothing. Colours are straight: every pixel with any
+alpha has the shape's own colour, which darkens within the last two pixels of its edge, and `FILL` stands under zero
+alpha. So RGB over black, cut at half of the shape's brightness, is the same silhouette as alpha cut at half of its own.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ COLORS = {
     "cyan": (50, 205, 215),
 }
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-# Half transparent stays above one half, so that a matte cut at 0.5 still holds the shape.
-OPACITIES = {"opaque": 1.0, "half transparent": 0.6}
+# Half transparent stays well above one half, so that a matte cut at 0.5 still holds the shape.
+OPACITIES = {"opaque": 1.0, "half transparent": 0.7}
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,31 @@ def scenes(count: int, *, formats: Sequence[Format], held_out: bool, seed: int) 
 
 def render(scene: Scene) -> Iterator[np.ndarray]:
     """The scene's frames, uint8 [H, W, 4] with straight alpha."""
-    format = scene.format
     color = np.array(COLORS[scene.attributes.color]) * scene.tint
     opacity = OPACITIES[scene.attributes.opacity]
-    y, x = np.mgrid[0 : format.height, 0 : format.width] + 0.5
+    for distance in _distances(scene):
+        coverage, light = np.clip(0.5 - distance, 0, 1), np.clip(0.5 - 0.5 * distance, 0.25, 1)
+        frame = np.empty((*distance.shape, 4), np.uint8)
+        frame[..., 3] = np.rint(255 * opacity * coverage)
+        frame[..., :3] = np.where(frame[..., 3:] > 0, np.rint(light[..., None] * color), FILL)
+        yield frame
+
+
+def heights(scene: Scene) -> Iterator[np.ndarray]:
+    """Depth-like: how far each pixel rises, uint8 [H, W, 1]; a dome over the shape, nothing beside it."""
+    for distance in _distances(scene):
+        dome = np.clip(0.35 - 1.3 * distance / scene.radius, 0, 1)
+        yield np.rint(255 * dome * np.clip(0.5 - distance, 0, 1)).astype(np.uint8)[..., None]
+
+
+def _distances(scene: Scene) -> Iterator[np.ndarray]:
+    """[H, W] of each frame: pixels to the shape's edge, negative inside."""
+    y, x = np.mgrid[0 : scene.format.height, 0 : scene.format.width] + 0.5
     turn = np.exp(-1j * scene.angle)
-    for number in range(format.frames):
+    for number in range(scene.format.frames):
         center_x, center_y = center(scene, number)
         points = ((x - center_x) + 1j * (y - center_y)) * turn
-        coverage = np.clip(0.5 - SHAPES[scene.attributes.shape](points, scene.radius), 0, 1)
-        frame = np.empty((format.height, format.width, 4), np.uint8)
-        frame[..., 3] = np.rint(255 * opacity * coverage)
-        frame[..., :3] = np.where(frame[..., 3:] > 0, np.rint(color), FILL)
-        yield frame
+        yield SHAPES[scene.attributes.shape](points, scene.radius)
 
 
 def center(scene: Scene, number: int) -> tuple[float, float]:

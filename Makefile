@@ -25,15 +25,19 @@ $(READY): pyproject.toml constraints.txt
 
 PROMPT ?= a red circle drifts left, half transparent
 
-# The whole way on a tiny model and two processes: files → cache → train → evaluate → a video with alpha → report.
+# The whole way on a tiny model and two processes: files → cache → train → evaluate → a video with alpha → report, and
+# what was learned, measured on captions that were held out: a table, and one line of JSON.
 demo: $(READY)
 	$(BIN)/python -m transpixeler demo demo
 	$(TORCHRUN) 2 -m transpixeler train demo/config.yaml $(ARGS)
 	$(BIN)/python -m transpixeler sample demo/output/latest --prompt "$(PROMPT)" --format mov --format webm --out demo/samples
+	$(TORCHRUN) 2 tools/demo_figures.py demo/output/latest --picture demo/figures.png --since $(shell date +%s) >demo/figures.txt
 	@echo
 	@echo "RGBA videos   $$(ls -d demo/samples/*/rgba.* | tr '\n' ' ')"
+	@echo "pictures      demo/figures.png: rgb, companion and both, at three times"
 	@echo "report        demo/output/latest/report.html"
 	@echo "TensorBoard   $(BIN)/tensorboard --logdir demo/output"
+	@cat demo/figures.txt
 
 demo/config.yaml: | $(READY)
 	$(BIN)/python -m transpixeler demo demo

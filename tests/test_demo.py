@@ -29,7 +29,8 @@ from transpixeler.data.synthetic import (
     scenes,
 )
 from transpixeler.data.video import probe
-from transpixeler.demo import FORMATS, write_demo, write_model
+from transpixeler.demo import FORMATS, write_demo
+from transpixeler.demo_model import write_model
 
 TRAIN, EVAL = 16, 8
 
@@ -103,7 +104,7 @@ def test_diffusers_loads_and_samples_the_pipeline(pipeline) -> None:
     assert np.isfinite(frames).all() and frames.std() > 0.01
 
 
-def test_the_random_model_already_listens_to_its_caption_and_its_time(pipeline) -> None:
+def test_the_model_listens_to_its_caption_and_its_time(pipeline) -> None:
     latents = torch.randn(1, 16, 3, 6, 8, generator=torch.Generator().manual_seed(0))
     texts = [pipeline.encode_prompt(a.caption, do_classifier_free_guidance=False)[0] for a in all_attributes()[:2]]
     with torch.no_grad():
@@ -208,6 +209,18 @@ def test_no_eval_combination_is_trained_on_but_all_its_values_are(demo: Path) ->
         assert {tuple(values[p] for p in places) for values in eval_set} <= seen
 
 
+def test_depth_is_a_third_stream_that_loads_and_rises_inside_the_shape(tmp_path: Path) -> None:
+    write_demo(tmp_path / "demo", train_clips=2, eval_clips=1, depth=True)
+    config = configfile.load(tmp_path / "demo/config.yaml")
+    assert config.streams == {"rgb": "", "seg": "_seg", "depth": "_depth"}
+    scene = scenes(2, formats=FORMATS, held_out=False, seed=0)[0]
+    depth, _ = read(media(tmp_path / "demo/data/train", "001_depth", scene))
+    matte, _ = read(media(tmp_path / "demo/data/train", "001_seg", scene))
+    assert depth.shape == matte.shape
+    solid = matte.max(-1) > 0.9 * matte.max()
+    assert depth[matte.max(-1) < 3].max() < 9 and depth[solid].max() > 2 * depth[solid].min() > 0
+
+
 # --- the renderer ----------------------------------------------------------------------------------------------------
 
 AREAS = {
@@ -227,7 +240,10 @@ def test_a_scene_is_what_its_caption_says(values: tuple[str, str, str]) -> None:
     clip = np.stack(list(render(scene)))
     alpha, color = clip[..., 3], clip[..., :3]
     assert alpha.max() == round(255 * OPACITIES[opacity])
-    assert (color[alpha > 0] == COLORS["cyan"]).all() and (color[alpha == 0] == FILL).all()
+    cyan, brightness = np.array(COLORS["cyan"]), color.max(-1) / max(COLORS["cyan"])
+    assert (color[alpha == 0] == FILL).all() and (color[alpha > 0].max(-1) > 0).all()
+    assert np.abs(color - np.rint(brightness[..., None] * cyan)).max() <= 1, "one hue, whatever the light"
+    assert ((brightness >= 0.5) == (alpha >= 0.5 * alpha.max())).mean() > 0.995, "RGB over black shows the same shape"
     area = alpha.sum((1, 2)) / alpha.max() / scene.radius**2
     assert area == pytest.approx(np.full(12, AREAS[shape]), rel=0.02)
     assert ((alpha > 0) & (alpha < alpha.max())).any((1, 2)).all(), "edges are anti-aliased"

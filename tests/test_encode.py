@@ -37,7 +37,7 @@ ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transpixeler.demo import write_model
+    from transpixeler.demo_model import write_model
 
     folder = tmp_path_factory.mktemp("wan") / "model"
     write_model(folder, seed=0)

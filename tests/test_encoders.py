@@ -22,7 +22,7 @@ CAPTIONS = ["a red ball moves", "", "two  &amp;amp;\n blank\tspaces ", " ".join(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transpixeler.demo import write_model
+    from transpixeler.demo_model import write_model
 
     folder = tmp_path_factory.mktemp("wan") / "model"
     write_model(folder, seed=1)

@@ -75,7 +75,7 @@ def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(al
         "eval": ["rgb", "seg"],
         "eval/rgb_to_aux": ["seg"],
     }
-    assert [*alone["eval"]["seg"]] == [f"0.{n}" for n in range(1, 10)]
+    assert [*alone["eval"]["seg"]] == ["0.2", "0.5", "0.8"]
     assert all(math.isfinite(v) for streams in alone.values() for times in streams.values() for v in times.values())
 
 

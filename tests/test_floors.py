@@ -12,7 +12,20 @@ FLOORS = [
     {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "facts", "telemetry"},
     {"checkpoint", "export", "adapters", "runs", "saving", "sampling", "trained"},
-    {"trainer", "plan", "account", "evaluate", "hub", "card", "demo", "inspection", "report", "generate", "heldout"},
+    {
+        "trainer",
+        "plan",
+        "account",
+        "evaluate",
+        "hub",
+        "card",
+        "demo",
+        "demo_model",
+        "inspection",
+        "report",
+        "generate",
+        "heldout",
+    },
     {"cli", "arguments", "__main__"},
 ]
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}

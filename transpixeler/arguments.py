@@ -45,10 +45,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    text = "Writes a tiny Wan pipeline, a synthetic set of RGBA pairs and a config that trains on them."
+    text = "Writes a tiny trained Wan pipeline, a synthetic set of RGBA pairs and a config that trains on them."
     parser = _add(commands, "demo", "write a tiny model, data and config to try everything on", text)
     parser.add_argument("folder", metavar="DIR", help="where to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the clips (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the clips (0)")
+    parser.add_argument("--depth", action="store_true", help="a third stream beside RGB and alpha: NAME_depth.mp4")
     parser.add_argument("--force", action="store_true", help="replace what stands in DIR")
 
 

@@ -81,7 +81,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from transpixeler import demo
 
     with _running():
-        demo.write_demo(Path(arguments.folder), seed=arguments.seed, force=arguments.force)
+        demo.write_demo(Path(arguments.folder), seed=arguments.seed, depth=arguments.depth, force=arguments.force)
     return 0
 
 

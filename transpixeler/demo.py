@@ -1,28 +1,21 @@
 """A folder in, a small world in it: a tiny Wan pipeline, synthetic RGBA pairs, and a config that trains on them.
 
 It lets everyone see every command work in minutes, on a CPU and without a network. The same seed and the same library
-versions give byte-identical files; another ffmpeg build may encode the same pictures to other bytes, and another torch
-build or processor may round the VAE's measured latent scale differently.
+versions give byte-identical files; another ffmpeg build may encode the same pictures to other bytes.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import re
 import shutil
-import string
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from transpixeler.config import UserError
-from transpixeler.data.synthetic import Format, Scene, all_attributes, render, scenes
+from transpixeler.data.synthetic import Format, Scene, heights, render, scenes
 from transpixeler.data.write import (
     write_mp4,
     write_png,
@@ -30,15 +23,12 @@ from transpixeler.data.write import (
     write_prores4444,
     write_webm_alpha,
 )
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-    from transformers import T5TokenizerFast
+from transpixeler.demo_model import write_model
 
 log = logging.getLogger("transpixeler")
 
 # Raised when the files below change, so that an older demo is not taken for this one.
-RECIPE = 2
+RECIPE = 3
 MARKER = "demo.txt"
 PARTS = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
 RGBA_CLIPS = 3
@@ -56,18 +46,11 @@ FORMATS = tuple(
     )
 )
 
-TEXT_DIM = 64
-TRANSFORMER = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 24,  # splits over time, height and width as 8/8/8
-    "num_layers": 6,  # enough to be cut into pipeline stages
-    "ffn_dim": 256,
-    "text_dim": TEXT_DIM,
-}
-VAE = {"base_dim": 8, "num_res_blocks": 1}
-TEXT_ENCODER = {"d_model": TEXT_DIM, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
-
-CONFIG = """\
+PAIR = 'streams: {rgb: "", seg: _seg}         # NAME.mp4 and NAME_seg.mp4, with their caption in NAME.txt'
+TRIPLE = (
+    'streams: {rgb: "", seg: _seg, depth: _depth}   # NAME.mp4, NAME_seg.mp4 and NAME_depth.mp4, caption in NAME.txt'
+)
+CONFIG = f"""\
 # Trains the demo's tiny model on the demo's clips: `transpixeler train config.yaml`; small enough for a CPU.
 # Paths are relative to this file.
 output_dir: output
@@ -76,7 +59,7 @@ model:
   family: wan
   path: model
 
-streams: {rgb: "", seg: "_seg"}       # NAME.mp4 and NAME_seg.mp4, with their caption in NAME.txt
+{PAIR}
 
 data:
   train: data/train
@@ -87,36 +70,56 @@ data:
   frames: [1, 9, 17]
 
 lora:
-  rank: 8
+  rank: 32
+
+objective:
+  tasks: {{joint: 0.8, rgb_to_aux: 0.2}}  # the adapter makes pairs from a caption, and mattes of a given video
 
 optim:
-  lr: 1.0e-3
-  warmup_steps: 5
+  lr: 3.0e-3
+  warmup_steps: 20
+  schedule: cosine
+  ema: 0.98
 
 train:
-  max_steps: 40
-  global_batch: 4
-  micro_batch: 2
+  max_steps: 1000
+  global_batch: 8
+  micro_batch: 4
 
 checkpoint:
-  every_steps: 20
+  every_steps: 500
 
 save:
-  every_steps: 20
+  every_epochs: 0
+  every_steps: 500
 
 eval:
+  every_epochs: 42                    # and before the first step, and at the end
+  times: [0.2, 0.5, 0.8]
   samples: 2                          # held-out captions made into videos at each evaluation
 
 sample:
   prompts: ["a red circle drifts left, half transparent"]
   size: [64, 64, 17]                  # width, height, frames
   steps: 20
+  guidance: 3
+  shift: 3
+  negative_prompt: ""                 # this model has never read the stock one
 """
 
 
-def write_demo(folder: Path, *, seed: int = 0, train_clips: int = 48, eval_clips: int = 8, force: bool = False) -> None:
+def write_demo(
+    folder: Path,
+    *,
+    seed: int = 0,
+    train_clips: int = 96,
+    eval_clips: int = 8,
+    depth: bool = False,
+    force: bool = False,
+) -> None:
     """Writes the whole demo; one that is already there with the same seed and sizes stays as it is."""
     recipe = f"recipe {RECIPE}, seed {seed}, {train_clips} training clips, {eval_clips} eval clips"
+    recipe += ", with depth" if depth else ""
     started, finished = f"unfinished: {recipe}\n", f"{recipe}\n"
     found = _found(folder)
     if found == finished and not force:
@@ -127,31 +130,34 @@ def write_demo(folder: Path, *, seed: int = 0, train_clips: int = 48, eval_clips
     _write_text(folder / MARKER, started)
     _clear(folder)
     log.info("%s: a tiny Wan pipeline", folder / "model")
-    write_model(folder / "model", seed=seed)
+    write_model(folder / "model")
     train = scenes(train_clips, formats=FORMATS, held_out=False, seed=seed)
     held_out = scenes(eval_clips, formats=FORMATS, held_out=True, seed=seed)
     for name, clips in (("train", train), ("eval", held_out)):
         log.info("%s: %d pairs", folder / "data" / name, len(clips))
-        write_pairs(folder / "data" / name, clips)
+        write_pairs(folder / "data" / name, clips, depth=depth)
     log.info("%s: some of them with alpha, as ProRes 4444, VP9 and PNG sequences", folder / "data/rgba")
     write_rgba(folder / "data/rgba", [scene for scene in train if scene.format.frames > 1][:RGBA_CLIPS])
-    _write_text(folder / "config.yaml", CONFIG)
+    _write_text(folder / "config.yaml", CONFIG.replace(PAIR, TRIPLE) if depth else CONFIG)
     _write_text(folder / MARKER, finished)
     log.info("%s: trains on it", folder / "config.yaml")
 
 
-def write_pairs(folder: Path, clips: Sequence[Scene]) -> None:
+def write_pairs(folder: Path, clips: Sequence[Scene], *, depth: bool = False) -> None:
     """NAME.mp4, NAME_seg.mp4 and NAME.txt for each clip, as .png where it is one frame; the caption last."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, scene in zip(_names(clips), clips):
-        rgb = (frame[..., :3] for frame in render(scene))
-        matte = (np.repeat(frame[..., 3:], 3, axis=2) for frame in render(scene))
-        for stem, frames in ((name, rgb), (f"{name}_seg", matte)):
-            if scene.format.frames == 1:
-                write_png(folder / f"{stem}.png", next(frames))
-            else:
-                write_mp4(folder / f"{stem}.mp4", frames, fps=scene.format.fps)
-        _write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
+        _write_grey(folder, f"{name}_seg", (frame[..., 3:] for frame in render(scene)), scene.format)
+        if depth:
+            _write_grey(folder, f"{name}_depth", heights(scene), scene.format)
+        _write_rgb(folder, name, scene)
+
+
+def write_rgb(folder: Path, clips: Sequence[Scene]) -> None:
+    """The same without the mattes: what a text-to-video model learns from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, scene in zip(_names(clips), clips):
+        _write_rgb(folder, name, scene)
 
 
 def write_rgba(folder: Path, clips: Sequence[Scene]) -> None:
@@ -163,71 +169,20 @@ def write_rgba(folder: Path, clips: Sequence[Scene]) -> None:
         _write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
 
 
-def write_model(folder: Path, *, seed: int) -> None:
-    """A Wan pipeline of the real classes in diffusers' layout, tiny and with seeded random weights."""
-    from diffusers import (
-        AutoencoderKLWan,
-        UniPCMultistepScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
-    from transformers import UMT5Config, UMT5EncoderModel
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-    tokenizer = _tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer = WanTransformer3DModel(**TRANSFORMER)
-        vae = AutoencoderKLWan(**VAE)
-        text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **TEXT_ENCODER))
-    _measure_latents(vae.eval(), seed)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder.eval(),
-        vae=vae,
-        transformer=transformer.eval(),
-        scheduler=scheduler,
-    )
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.save_pretrained(unfinished)
-    unfinished.replace(folder)
+def _write_rgb(folder: Path, name: str, scene: Scene) -> None:
+    _write_video(folder, name, (frame[..., :3] for frame in render(scene)), scene.format)
+    _write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
 
 
-def _tokenizer() -> T5TokenizerFast:
-    """Each word of the caption grammar is a token, and every printable character, for words from outside; scores are
-    counted, as the library's own trainer gives other pieces at each run."""
-    from transformers import T5TokenizerFast
-
-    words: Counter[str] = Counter()
-    for attributes in all_attributes():
-        words.update(re.findall(r"▁?\w+|[^\w▁]", "▁" + attributes.caption.replace(" ", "▁")))
-    total = sum(words.values())
-    pieces = [(word, math.log(count / total)) for word, count in sorted(words.items())]
-    rare = -2.0 * math.log(total)
-    letters = [letter for letter in ("▁", *string.printable[:94]) if letter not in words]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5TokenizerFast(
-        vocab=[*special, *pieces, *((letter, rare) for letter in letters)], extra_ids=0, model_max_length=512
-    )
+def _write_grey(folder: Path, stem: str, frames: Iterable[np.ndarray], format: Format) -> None:
+    _write_video(folder, stem, (np.repeat(frame, 3, axis=2) for frame in frames), format)
 
 
-@torch.no_grad()
-def _measure_latents(vae: AutoencoderKLWan, seed: int) -> None:
-    """Puts the latents' mean and deviation into the VAE's config, so that what the transformer sees has unit scale."""
-    size = Format(64, 64, 9, Fraction(16))
-    clips = [np.stack(list(render(scene))) for scene in scenes(4, formats=[size], held_out=False, seed=seed)]
-    pictures = [view for clip in clips for view in (clip[..., :3], np.repeat(clip[..., 3:], 3, axis=3))]
-    videos = torch.from_numpy(np.stack(pictures)).permute(0, 4, 1, 2, 3) / 127.5 - 1
-    latents = vae.encode(videos).latent_dist.mean.transpose(0, 1).flatten(1)
-    mean, deviation = latents.mean(1), latents.std(1)
-    vae.register_to_config(
-        latents_mean=[round(value, 4) for value in mean.tolist()],
-        latents_std=[round(value, 4) for value in deviation.tolist()],
-    )
+def _write_video(folder: Path, stem: str, frames: Iterable[np.ndarray], format: Format) -> None:
+    if format.frames == 1:
+        write_png(folder / f"{stem}.png", *frames)
+    else:
+        write_mp4(folder / f"{stem}.mp4", frames, fps=format.fps)
 
 
 def _names(clips: Sequence[Scene]) -> Iterable[str]:

@@ -1,0 +1,212 @@
+"""What the demo's training has taught: the same held-out captions sampled with the adapter and without it, measured.
+
+Prints a table, writes a picture of the first samples, and ends with one line of JSON. Under torchrun the captions are
+shared out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from demo_measures import follows, silhouette, silhouette_iou
+
+from transpixeler import metrics, sampling, trained
+from transpixeler.config import UserError
+from transpixeler.data.prompts import negative_prompt
+from transpixeler.data.synthetic import Attributes, Format, Scene, all_attributes, heights, render, scenes
+from transpixeler.data.write import write_png
+from transpixeler.generate import video_layout, video_size
+from transpixeler.models.base import model_class
+from transpixeler.parallel import mesh as meshes
+from transpixeler.runtime import Runtime, log_to_terminal, quiet_libraries, running
+from transpixeler.sampling import Frames, Request, Sampler
+from transpixeler.tooling import run
+from transpixeler.trained import Trained
+
+PICTURED = 6  # samples in the picture
+MATTING = "rgb_to_aux"
+
+Videos = dict[int, dict[str, np.ndarray]]  # number of the sample: stream: uint8 [F, H, W, 3]
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    started = arguments.since or time.time()
+    quiet_libraries()
+    source = trained.find(str(arguments.run), arguments.overrides, ema=False if arguments.raw else None)
+    if len(source.config.streams) < 2:
+        raise UserError(f"{arguments.run}: was trained with one stream; there is no companion to measure")
+    with running() as runtime:
+        log_to_terminal(runtime.rank)
+        figures = measure(source, runtime, count=arguments.captions, picture=arguments.picture)
+        if runtime.is_main:
+            print(table(figures))
+            print(json.dumps(plain(figures) | {"seconds": round(time.time() - started)}))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, help="a run's folder, or a save")
+    add("overrides", nargs="*", help="config keys, such as sample.steps=10")
+    add("--captions", type=int, default=20, help="how many of the 40 held-out captions (default: %(default)s)")
+    add("--raw", action="store_true", help="the weights themselves, where a running mean of them is saved too")
+    add("--picture", type=Path, help="a PNG of the first samples")
+    add("--since", type=float, help="when the work that is timed began, in seconds since 1970; default: now")
+    return parser
+
+
+Figures = dict[str, dict[str, float]]  # what was sampled: measure: value
+
+
+def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | None = None) -> Figures:
+    """Means over the captions, with the adapter and for the base; and of mattes where those were trained."""
+    wanted = held_out_captions(count)
+    captions = [attributes.caption for attributes in wanted]
+    made, base = (sample(one, runtime, captions) for one in (source, trained.base(source.config)))
+    figures = {
+        name: _means([_measured(videos[number], attributes) for number, attributes in enumerate(wanted)])
+        for name, videos in (("adapter", made), ("base", base))
+    }
+    drifts = [metrics.rgb_drift(made[n]["rgb"] / np.float32(255), base[n]["rgb"] / np.float32(255)) for n in made]
+    figures["adapter"]["rgb_drift"] = float(np.mean(drifts))
+    if picture and runtime.is_main:
+        write_sheet(picture, [made[number] for number in range(min(count, PICTURED))])
+    if source.config.objective.tasks.get(MATTING, 0) > 0:
+        clips = _clips(source, count)
+        given = [true_streams(clip)["rgb"] for clip in clips]
+        mattes = sample(source, runtime, [clip.attributes.caption for clip in clips], given=given)
+        figures["matting"] = _means([_against(mattes[number], clip) for number, clip in enumerate(clips)])
+    return figures
+
+
+def held_out_captions(count: int) -> list[Attributes]:
+    """From everywhere among them: two in a row differ in their opacity alone."""
+    found = [attributes for attributes in all_attributes() if attributes.held_out]
+    return [found[n] for n in np.random.default_rng(0).permutation(len(found))[:count]]
+
+
+def sample(
+    source: Trained, runtime: Runtime, captions: Sequence[str], *, given: Sequence[np.ndarray] | None = None
+) -> Videos:
+    """A video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
+    config, layout = trained.arranged(source.config, runtime, asked=False)
+    source = dataclasses.replace(source, config=config)
+    model_cls = model_class(config.model.family)
+    shape, mesh = video_layout(config, model_cls), meshes.build(layout, runtime)
+    frames = Frames(model_cls, config.model.path, runtime.device)
+    negative = negative_prompt(config.sample, model_cls)
+    texts = sampling.encode_texts([*captions, *filter(None, [negative])], model_cls, config.model.path, runtime)
+    requests = [
+        Request(f"{n}", caption, texts[caption], config.sample.seed + n, shape, _latents(given, n, frames))
+        for n, caption in enumerate(captions)
+    ]
+    sampler = Sampler(trained.open_engine(source, mesh), mesh, config.sample, texts.get(negative))
+    own = {n: frames.decode(latents, shape) for n, latents in sampler.each(requests) if mesh.is_first_stage}
+    return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
+
+
+def _latents(given: Sequence[np.ndarray] | None, number: int, frames: Frames) -> Mapping:
+    return {0: frames.encode(given[number])} if given is not None else {}
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def _measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str, float]:
+    """Of one sampled pair. Alpha itself is taken where the RGB shows the shape."""
+    rgb, aux, *_ = streams.values()
+    alpha, shape = aux.mean(-1) / 255, silhouette(rgb)
+    found = {
+        "alpha_iou": silhouette_iou(rgb, alpha),
+        "channel_spread": metrics.channel_spread(aux / np.float32(255)),
+        **{name: float(right) for name, right in follows(rgb, wanted).items()},
+    }
+    if shape.any():
+        found[f"alpha_{wanted.opacity.replace(' ', '_')}"] = float(alpha[shape].mean())
+    return found
+
+
+def _against(streams: Mapping[str, np.ndarray], scene: Scene) -> dict[str, float]:
+    """Of mattes of a given RGB, and of whatever else was made of it, with the truth."""
+    true, found = true_streams(scene), {}
+    for name in [*streams][1:]:
+        ours, theirs = (video[name].mean(-1) / 255 for video in (streams, true))
+        found |= {f"{name}_mad": metrics.mad(ours, theirs), f"{name}_iou": metrics.iou(ours, theirs)}
+    return found
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def _clips(source: Trained, count: int) -> Sequence[Scene]:
+    width, height, frames = video_size(source.config)
+    format = Format(width, height, frames, Fraction(source.config.data.fps))
+    return scenes(count, formats=[format], held_out=True, seed=source.config.sample.seed + 1)
+
+
+def true_streams(scene: Scene) -> dict[str, np.ndarray]:
+    """uint8 [F, H, W, 3] by the names that the demo's config gives them."""
+    frames, depth = np.stack(list(render(scene))), np.stack(list(heights(scene)))
+    return {"rgb": frames[..., :3], "seg": frames[..., 3:].repeat(3, -1), "depth": depth.repeat(3, -1)}
+
+
+# --- for people and for programs -------------------------------------------------------------------------------------
+
+ROWS = {
+    "alpha_iou": "alpha lies on the RGB's shape (IoU at 0.5)",
+    "channel_spread": "channel spread of the companion (0 is grey)",
+    "alpha_opaque": "alpha of what is said to be opaque",
+    "alpha_half_transparent": "alpha of what is said to be half transparent",
+    "color": "RGB has the caption's colour",
+    "direction": "RGB moves the caption's way",
+    "rgb_drift": "RGB differs from the base's (mean, 0 to 1)",
+}
+MEASURES = {"mad": "difference", "iou": "IoU at 0.5"}
+
+
+def table(figures: Figures) -> str:
+    with_adapter, base = figures["adapter"], figures["base"]
+    lines = ["", f"{'held-out captions':46} {'adapter':>8} {'base':>8}"]
+    lines += [f"{title:46} {_cell(with_adapter, name)} {_cell(base, name)}" for name, title in ROWS.items()]
+    for name, value in figures.get("matting", {}).items():
+        stream, measure = name.rsplit("_", 1)
+        lines.append(f"{f'{stream} of a given RGB against the truth ({MEASURES[measure]})':46} {value:8.3f}")
+    return "\n".join([*lines, ""])
+
+
+def _cell(values: Mapping[str, float], name: str) -> str:
+    return f"{values[name]:8.3f}" if name in values else f"{'–':>8}"
+
+
+def plain(figures: Figures) -> dict[str, float]:
+    """One level: the adapter's by their names, the base's with `_base` behind, mattes with `matte_` before."""
+    flat = dict(figures["adapter"]) | {f"{name}_base": value for name, value in figures["base"].items()}
+    flat |= {f"matte_{name}": value for name, value in figures.get("matting", {}).items()}
+    return {name: round(value, 4) for name, value in flat.items()}
+
+
+def write_sheet(path: Path, videos: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """A row a sample: RGB, companion, and both over a checkerboard, of the first, middle and last frame."""
+    rows = []
+    for streams in videos:
+        rgb, aux, *_ = streams.values()
+        board = (np.indices(rgb.shape[1:3]) // 8).sum(0) % 2 * 60 + 150
+        alpha = aux.mean(-1, keepdims=True) / 255
+        shown = (rgb * alpha + board[None, ..., None] * (1 - alpha)).astype(np.uint8)
+        times = (0, len(rgb) // 2, len(rgb) - 1)
+        rows.append(np.concatenate([view[t] for t in times for view in (rgb, aux, shown)], axis=1))
+    write_png(path, np.ascontiguousarray(np.concatenate(rows)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("demo_figures", main))

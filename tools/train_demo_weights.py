@@ -1,0 +1,259 @@
+"""Makes the demo's weights from nothing: a tiny Wan VAE, text encoder and transformer that really learned.
+
+The VAE learns on rendered scenes. The text encoder stays as its seed made it: each word of the captions is a token of
+its own, so that random features already tell the captions apart, and the figures say how well. The transformer is
+trained as an RGB text-to-video model by `transpixeler train`, in full, on clips that hold no alpha. Then everything is
+measured on captions that no training clip has, and written as bf16 with a model card.
+
+The same command goes on where it stopped. On two CPU cores it takes about two hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import demo_measures
+import numpy as np
+import torch
+from demo_figures import sample
+from demo_vae import FORMATS as SIZES
+from demo_vae import fresh_vae, round_trip, train_vae, views
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from transpixeler import configfile, demo, metrics, trained
+from transpixeler.config import UserError
+from transpixeler.data.synthetic import Attributes, Format, all_attributes, scenes
+from transpixeler.demo_model import ASSETS, SCALES, Parts, measure_latents, random_parts, trained_parts, write_pipeline
+from transpixeler.runtime import log_to_terminal, running
+from transpixeler.tooling import run, whole, write_text
+
+log = logging.getLogger("transpixeler")
+
+SQUARE = Format(64, 64, 17, Fraction(16))
+FORMATS = tuple(format for other in demo.FORMATS for format in (SQUARE, other))
+LIMIT = 8 * 2**20  # bytes of all weights
+
+CARD = """\
+# The demo's tiny Wan
+
+A text-to-video pipeline of Wan's own classes at a tiny size, for seeing a training work on a CPU in minutes. It knows
+one shape of one colour drifting one way over black, 64×64 pixels at 16 frames a second, and nothing else.
+
+- `vae.safetensors`: `AutoencoderKLWan`, trained on rendered scenes, RGB and alpha as grey.
+- `text_encoder.safetensors`: `UMT5EncoderModel`, random and frozen. Each word of the captions is one token, so that
+  random features already tell the captions apart.
+- `transformer.safetensors`: `WanTransformer3DModel`, trained by `transpixeler train` in full, on RGB alone: it has
+  never seen an alpha.
+
+bf16, {bytes:,} bytes in all. Made from nothing by `tools/train_demo_weights.py` with seed {seed}, {clips} clips and
+{steps} steps of 32. {captions} captions were held out, and on those:
+
+| figure | value |
+|---|---|
+| VAE round trip, RGB | {vae_psnr_rgb:.1f} dB PSNR |
+| VAE round trip, alpha as grey | {vae_psnr_alpha:.1f} dB PSNR |
+| attributes of a caption that a linear map reads from the text encoder | {text_separation:.0%} |
+| sampled RGB has the caption's colour | {color:.0%} |
+| sampled RGB moves the caption's way | {direction:.0%} |
+| both | {color_and_direction:.0%} |
+
+Licence: Apache-2.0, as the project. The scenes are drawn by `transpixeler/data/synthetic.py`.
+"""
+
+CONFIG = """\
+# The demo's base: text to RGB video, all of it trained from random weights.
+output_dir: output
+run_name: base
+seed: {seed}
+
+model: {{family: wan, path: model}}
+streams: {{rgb: ""}}
+lora: {{enabled: false}}
+
+data:
+  train: data/train
+  eval: data/eval
+  cache_dir: data/cache
+  fps: 16
+  resolutions: [64]
+  frames: [1, 9, 17]
+
+objective: {{shift: 3}}  # layout and motion are decided where noise is high
+optim: {{lr: 1.5e-3, warmup_steps: 200, schedule: cosine, ema: 0.998}}
+train: {{max_steps: {steps}, global_batch: 32, micro_batch: 16}}
+checkpoint: {{every_steps: 200, keep: 1}}
+save: {{every_epochs: 0, every_steps: 500}}
+eval: {{every_epochs: 0, every_steps: 1000, before_first_step: false, times: [0.2, 0.5, 0.8], clips: 8, samples: 0}}
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    log_to_terminal(0)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    _vae_weights(out, arguments.seed)
+    _base_model(out, arguments.seed)
+    _clips(out, arguments)
+    _train(out, arguments)
+    _deliver(out, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", type=Path, help="the folder to work in; what is finished there is not done again")
+    add("--seed", type=int, default=0)
+    add("--clips", type=int, default=1600, help="RGB clips that the transformer learns from (default: %(default)s)")
+    add("--steps", type=int, default=8000, help="steps of the transformer (default: %(default)s)")
+    add("--nproc", type=int, default=2, help="processes that train the transformer (default: %(default)s)")
+    add("--install", action="store_true", help=f"put the weights and their card into {ASSETS}")
+    return parser
+
+
+# --- the parts, each once --------------------------------------------------------------------------------------------
+
+
+def _vae_weights(out: Path, seed: int) -> None:
+    if (out / "vae.safetensors").is_file():
+        return
+    vae = fresh_vae(seed)
+    train_vae(vae, out, seed=seed)
+    with whole(out / "vae.safetensors") as unfinished:
+        save_file(_halved(vae), unfinished)
+
+
+def _base_model(out: Path, seed: int) -> None:
+    """What the transformer starts from: a pipeline with the trained VAE, and all else random."""
+    if (out / "model").is_dir():
+        return
+    parts = random_parts(seed)
+    parts.vae.load_state_dict({name: value.float() for name, value in load_file(out / "vae.safetensors").items()})
+    _rounded(parts.text_encoder)
+    measure_latents(parts.vae, seed)
+    write_pipeline(out / "model", parts)
+
+
+def _clips(out: Path, arguments: argparse.Namespace) -> None:
+    for part, count in (("train", arguments.clips), ("eval", 40)):
+        folder = out / "data" / part
+        if not folder.is_dir():
+            log.info("%s: %d clips", folder, count)
+            with whole(folder) as unfinished:
+                drawn = scenes(count, formats=FORMATS, held_out=part == "eval", seed=arguments.seed + 1)
+                demo.write_rgb(unfinished, drawn)
+
+
+def _train(out: Path, arguments: argparse.Namespace) -> None:
+    if _save(out, arguments.steps).is_dir():
+        return
+    write_text(out / "config.yaml", CONFIG.format(seed=arguments.seed, steps=arguments.steps))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.nproc)]
+    resume = ["--resume"] if any((out / "output/base/checkpoints").glob("global_step*")) else []
+    command = [sys.executable, *torchrun, "-m", "transpixeler", "train", str(out / "config.yaml"), *resume]
+    log.info("the transformer learns: %s", " ".join(command[1:]))
+    if subprocess.run(command).returncode or not _save(out, arguments.steps).is_dir():
+        raise UserError(f"{out / 'output/base'}: training stopped; the same command goes on from its last checkpoint")
+
+
+def _save(out: Path, steps: int) -> Path:
+    return out / f"output/base/step{steps}"
+
+
+def _deliver(out: Path, arguments: argparse.Namespace) -> None:
+    """Weights as bf16 and what they can do, measured on those very weights."""
+    from diffusers import WanPipeline
+
+    weights = out / "weights"
+    weights.mkdir(exist_ok=True)
+    model = WanPipeline.from_pretrained(out / "model")
+    trained_transformer = type(model.transformer).from_pretrained(_save(out, arguments.steps) / "ema/transformer")
+    scales = {name: json.dumps(list(model.vae.config[name])) for name in SCALES}
+    save_file(_halved(model.vae), weights / "vae.safetensors", metadata=scales)
+    save_file(_halved(model.text_encoder), weights / "text_encoder.safetensors")
+    save_file(_halved(trained_transformer), weights / "transformer.safetensors")
+    size = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
+    assert size <= LIMIT, f"{size} bytes of weights, where {LIMIT} are the most"
+    figures = {"bytes": size, **_figures(out, weights, arguments.seed)}
+    write_text(weights / "README.md", card(figures, arguments))
+    if arguments.install:
+        shutil.copytree(weights, ASSETS, dirs_exist_ok=True)
+    print(json.dumps(figures))
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _figures(out: Path, weights: Path, seed: int) -> dict[str, float]:
+    parts = trained_parts(weights)
+    figures = _vae_figures(parts, seed) | {"text_separation": text_separation(parts)}
+    write_pipeline(out / "trained", parts)
+    write_text(out / "demo.yaml", demo.CONFIG)
+    alone = ["streams.seg=null", "lora.enabled=false", "objective.tasks={joint: 1.0, rgb_to_aux: null}"]
+    config = configfile.load(out / "demo.yaml", [f"model.path={(out / 'trained').resolve()}", *alone])
+    wanted = [attributes for attributes in all_attributes() if attributes.held_out]
+    with running() as runtime:
+        videos = sample(trained.base(config), runtime, [attributes.caption for attributes in wanted])
+    rows = [demo_measures.follows(videos[n]["rgb"], attributes) for n, attributes in enumerate(wanted)]
+    right = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return figures | right | {"color_and_direction": float(np.mean([all(row.values()) for row in rows]))}
+
+
+def _vae_figures(parts: Parts, seed: int) -> dict[str, float]:
+    """PSNR in dB of the round trip, mean over held-out clips."""
+    clips = scenes(40, formats=SIZES, held_out=True, seed=seed + 2)
+    originals = [view for scene in clips for view in views(scene)]
+    pairs = zip(originals, round_trip(parts.vae, originals))
+    values = [metrics.psnr(found / np.float32(255), true / np.float32(255)) for true, found in pairs]
+    return {"vae_psnr_rgb": float(np.mean(values[::2])), "vae_psnr_alpha": float(np.mean(values[1::2]))}
+
+
+@torch.no_grad()
+def text_separation(parts: Parts) -> float:
+    """Share of held-out captions' attributes that a linear map of the mean token feature tells, learned on the rest."""
+
+    def features(wanted: Sequence[Attributes]) -> Tensor:
+        tokens = parts.tokenizer([a.caption for a in wanted], return_tensors="pt", padding=True)
+        found = parts.text_encoder(**tokens).last_hidden_state * tokens.attention_mask[..., None]
+        mean = found.sum(1) / tokens.attention_mask.sum(1, keepdim=True)
+        return torch.cat([mean, torch.ones(len(wanted), 1)], 1)
+
+    known = [a for a in all_attributes() if not a.held_out]
+    asked = [a for a in all_attributes() if a.held_out]
+    right = []
+    for field in dataclasses.fields(Attributes):
+        values = sorted({getattr(a, field.name) for a in known})
+        labels = nn.functional.one_hot(torch.tensor([values.index(getattr(a, field.name)) for a in known])).float()
+        told = (features(asked) @ torch.linalg.lstsq(features(known), labels).solution).argmax(1)
+        right += [values[n] == getattr(a, field.name) for n, a in zip(told.tolist(), asked)]
+    return float(np.mean(right))
+
+
+def card(figures: dict[str, float], arguments: argparse.Namespace) -> str:
+    return CARD.format(**figures, **vars(arguments), captions=sum(a.held_out for a in all_attributes()))
+
+
+def _halved(module: nn.Module) -> dict[str, Tensor]:
+    """bf16; a tensor that two names share stands under the first."""
+    return {name: p.detach().bfloat16().contiguous() for name, p in module.named_parameters()}
+
+
+def _rounded(module: nn.Module) -> None:
+    """To what bf16 holds, so that what is learned on these weights fits the file's."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("train_demo_weights", main))

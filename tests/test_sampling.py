@@ -233,7 +233,8 @@ def test_a_run_an_adapter_file_and_the_base_make_videos(run: Path, demo: Path, t
 def test_a_bare_adapter_file_says_which_base_and_streams_it_is_for(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     file.write_bytes((run / "step2/ema/adapter_model.safetensors").read_bytes())
-    bare, whole = sample(tmp_path / "bare", str(file)), sample(tmp_path / "run", str(run))
+    how = ("sample.guidance=2", "sample.shift=3", "sample.negative_prompt=''")  # which an adapter file does not say
+    bare, whole = sample(tmp_path / "bare", str(file), *how), sample(tmp_path / "run", str(run), *how)
     assert np.array_equal(bare["frames"]["seg"], whole["frames"]["seg"])
 
 

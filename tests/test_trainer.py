@@ -30,6 +30,7 @@ FAST = (
     "log.tensorboard=false",
     "optim.ema=0.5",
     "optim.warmup_steps=0",
+    "optim.schedule=constant",
     "objective.tasks={joint: 0.5, rgb_to_aux: 0.5}",
     "eval.before_first_step=false",
     "eval.every_epochs=0",
@@ -142,7 +143,7 @@ def test_another_rate_may_resume_and_another_model_may_not(demo: Path, tmp_path:
     with pytest.raises(RanksFailed, match=r"UserError: --resume: .*lora.rank: 32 there, 4 here"):
         run(demo, tmp_path, "lora.rank=4", resume="")
     run(demo, tmp_path, "optim.force_lr=1e-5", resume="")
-    assert [line["lr"] for line in metrics(folder)] == [1e-3] * 4 + [1e-5] * 4
+    assert [line["lr"] for line in metrics(folder)] == [3e-3] * 4 + [1e-5] * 4
     assert "optim.force_lr was None, is 1e-05" in (folder / "log.txt").read_text()
 
 
@@ -265,7 +266,8 @@ def test_sigusr1_saves_and_goes_on(demo: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_the_last_checkpoint_stays(demo: Path, tmp_path: Path) -> None:
     import resource
 
-    process = start(demo, tmp_path, "checkpoint.every_steps=2", "checkpoint.asynchronous=false", "train.max_steps=400")
+    often = ("checkpoint.every_steps=2", "checkpoint.asynchronous=false", "train.max_steps=400")
+    process = start(demo, tmp_path, *often, "lora.rank=8")
     wait_for_step(process, tmp_path, 3)
     unlimited = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, unlimited[1]))  # no file grows further

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests import tiny
+from transpixeler.models.attention import attention, fold_padding, unfold_padding
 from transpixeler.models.fused import norm_heads, norm_heads_plainly, rotate
 from transpixeler.models.linear import Linear, project
+from transpixeler.models.streams import StreamLayout
 from transpixeler.models.wan import rope_table
 
 HEADS, EPS, SCOPE = 3, 1e-6, slice(5, 17)
@@ -25,7 +28,7 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> lis
 def gradients(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
     out = function(*leaves)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
-    return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
 
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -112,3 +115,47 @@ def test_without_a_wanted_result_the_same_is_kept_and_nothing_multiplied(linear:
     with FlopCounterMode(display=False) as counter:
         y = project(*leaves[:1], linear, *leaves[1:], scope=SCOPE, gelu=True, wanted=False)
     assert counter.get_total_flops() == 0 and y.shape == (2, 24, 16)
+
+
+# --- the text's padding ----------------------------------------------------------------------------------------------
+
+
+def padded_text(*, lengths: tuple[int, ...] = (9, 21), whole: int = 64) -> Tensor:
+    """[B, whole, 16] whose rows from each length on are one and the same."""
+    (text,) = tensors((len(lengths), whole, 16))
+    return torch.stack([torch.cat([rows[:n], torch.ones(whole - n, 16)]) for rows, n in zip(text, lengths)]).detach()
+
+
+def attended(text: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+    def of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, (text @ k).unflatten(-1, (3, 8)), (text @ v).unflatten(-1, (3, 8)), "sdpa", bias)
+
+    return of
+
+
+def test_equal_keys_fold_into_one_that_counts_for_all() -> None:
+    text, leaves = padded_text(), tensors((2, 30, 3, 8), (16, 24), (16, 24))
+    folded, bias = fold_padding(text)
+    assert folded.shape == (2, 22, 16) and bias is not None
+    expected = gradients(attended(text), leaves)
+    assert distance(gradients(attended(folded, bias), leaves), expected) < 1e-12
+    assert distance(gradients(attended(folded, torch.zeros(22).double()), leaves), expected) > 0.1
+    assert torch.equal(unfold_padding(folded, 64), text)
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (64, 3), (63, 63)], ids=["nothing but padding", "full", "one row"])
+def test_text_folds_as_far_as_its_longest_and_no_further(lengths: tuple[int, int]) -> None:
+    text = padded_text(lengths=lengths)
+    folded, bias = fold_padding(text)
+    assert folded.shape[1] == min(max(lengths) + 1, 64) and (bias is None) == (folded.shape[1] == 64)
+    assert torch.equal(unfold_padding(folded, 64), text)
+
+
+def test_a_model_reads_a_caption_at_its_own_length() -> None:
+    config = tiny.config()
+    model, read = tiny.make(config), []
+    model.blocks["0"].cross_attn.k.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    layout = StreamLayout.equal(("rgb", "seg"), tiny.SHAPES[0], model.patch)
+    text = torch.cat([torch.randn(2, 20, 16), torch.zeros(2, 492, 16)], dim=1)
+    model(torch.randn(2, layout.elements), torch.rand(2, 2), text, layout=layout)
+    assert read == [21]

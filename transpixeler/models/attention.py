@@ -1,10 +1,12 @@
 """Attention through one function that can choose its kernel.
 
 In: queries, keys and values `[B, T, H, d]`. Out: the same shape. What is not there is an error that names what is.
+Wan attends its text's padding, hundreds of equal rows; `fold_padding` makes one key of them that counts for all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -59,13 +61,37 @@ def pick_kernel(kernel: str, device: torch.device) -> str:
     return kernel
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa") -> Tensor:
-    """Softmax attention without a mask: Wan attends the text's padding too."""
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tensor | None = None) -> Tensor:
+    """Softmax attention without a mask; a bias `[keys]` is added to each key's logit."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if kernel == "flex":
         return _flex()(q, k, v).transpose(1, 2)
+    mask = None if bias is None else bias.expand(q.shape[2], -1)
     with _backends(kernel):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def fold_padding(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows `[B, T, D]` up to the first from which all are equal, and the bias that lets that one count for them: n
+    equal keys take the share of one whose logit is higher by log n.
+
+    Only where it is a gain: on a GPU the kernels without a bias are the fast ones, and reading the rows would wait.
+    """
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return rows, None
+    different = (rows[:, :-1] != rows[:, -1:]).any(-1).any(0).nonzero()
+    kept = int(different[-1]) + 2 if len(different) else 1
+    folded = rows.shape[1] - kept + 1
+    if folded == 1:
+        return rows, None
+    bias = torch.zeros(kept, dtype=torch.promote_types(rows.dtype, torch.float32))
+    bias[-1] = math.log(folded)
+    return rows[:, :kept], bias
+
+
+def unfold_padding(rows: Tensor, length: int) -> Tensor:
+    """`[B, length, D]` again, of whatever was made of folded rows."""
+    return torch.cat([rows, rows[:, -1:].expand(-1, length - rows.shape[1], -1)], dim=1)
 
 
 def _backends(kernel: str) -> AbstractContextManager:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transpixeler.config import UserError
-from transpixeler.models.attention import attention, pick_kernel
+from transpixeler.models.attention import attention, fold_padding, pick_kernel, unfold_padding
 from transpixeler.models.base import (
     Block,
     Digest,
@@ -143,10 +143,11 @@ class CrossAttention(Attention):
     """Every token attends the text."""
 
     def forward(self, x: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
+        context, bias = fold_padding(context)
         text, part = (context.shape[1],), scope_copy(x, tokens, self.q)
         q = self.normed(self.q(x, tokens.lengths, part), self.norm_q)
         k = self.normed(self.k(context, text), self.norm_k)
-        y = attention(q, k, self.split(self.v(context, text)), tokens.kernel)
+        y = attention(q, k, self.split(self.v(context, text)), tokens.kernel, bias)
         return self.o(y.flatten(2), tokens.lengths)
 
 
@@ -216,7 +217,8 @@ class Embed(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, *, layout: StreamLayout, dtype: torch.dtype) -> State:
         temb = self.time_embedding(sinusoid(timesteps, self.freq_dim))
         modulation = self.time_projection(temb).unflatten(2, (6, -1))
-        context = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+        rows, _ = fold_padding(text.to(self.text_embedding[0].weight.dtype))
+        context = unfold_padding(self.text_embedding(rows), text.shape[1])
         return self.embed(x, layout).to(dtype), modulation, context.to(dtype), temb
 
     def embed(self, x: Tensor, layout: StreamLayout) -> Tensor:

@@ -1,8 +1,9 @@
 """Scenes in, a tiny Wan VAE out that learned to see and to draw them; `train_demo_weights.py` is its command.
 
-It learns from crops: stills first, then short clips, then longer ones. Every residual branch starts at zero, so that
-what is learned first is a linear code, and the attention in the middle stays at zero, as it would see a crop where a
-whole frame comes later. Noise is put on the latents while it learns, so that small errors of a transformer stay small.
+It learns from crops: stills first, then short clips, then longer ones, and at last only to draw what it sees. Every
+residual branch starts at zero, so that what is learned first is a linear code, and the attention in the middle stays
+at zero, as it would see a crop where a whole frame comes later. Noise is put on the latents while it learns, so that
+small errors of a transformer stay small.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class Phase:
     batch: int
     steps: int
     lr: float
+    decoder_alone: bool = False
 
 
 PHASES = (
     Phase(frames=1, side=32, batch=16, steps=3000, lr=2e-3),
     Phase(frames=5, side=32, batch=8, steps=2200, lr=1.5e-3),
     Phase(frames=17, side=32, batch=6, steps=800, lr=1.2e-3),
+    Phase(frames=17, side=32, batch=6, steps=2000, lr=1.5e-3, decoder_alone=True),
 )
 
 
@@ -70,9 +73,6 @@ def train_vae(vae: AutoencoderKLWan, folder: Path, *, seed: int, phases: Sequenc
     """In place. Each phase leaves its weights in the folder, and one that is there is not run again; the same seed,
     library versions and number of threads give the same weights."""
     videos = [view for scene in scenes(SCENES, formats=FORMATS, held_out=False, seed=seed) for view in views(scene)]
-    vae.requires_grad_(True)
-    for block in (vae.encoder.mid_block, vae.decoder.mid_block):
-        block.attentions.requires_grad_(False)
     for number, phase in enumerate(phases, 1):
         done = folder / f"vae-phase{number}.safetensors"
         if done.is_file():
@@ -118,7 +118,7 @@ def round_trip(vae: AutoencoderKLWan, videos: Sequence[np.ndarray]) -> list[np.n
 
 
 def _train_phase(vae: AutoencoderKLWan, phase: Phase, videos: Sequence[np.ndarray], generator: torch.Generator) -> None:
-    trained = [p for p in vae.parameters() if p.requires_grad]
+    trained = _trained(vae, phase)
     optimizer = torch.optim.AdamW(trained, lr=phase.lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, phase.steps))
     error = 0.0
@@ -138,6 +138,15 @@ def _train_phase(vae: AutoencoderKLWan, phase: Phase, videos: Sequence[np.ndarra
         schedule.step()
         error += (squared.mean().item() - error) / min(step + 1, 100)
         progress.set_postfix(frames=phase.frames, dB=f"{-10 * math.log10(error / 4):.1f}", refresh=False)
+
+
+def _trained(vae: AutoencoderKLWan, phase: Phase) -> list[nn.Parameter]:
+    """Of the others no gradients are made."""
+    vae.requires_grad_(True)
+    fixed = [block.attentions for block in (vae.encoder.mid_block, vae.decoder.mid_block)]
+    for module in (*fixed, *([vae.encoder, vae.quant_conv] if phase.decoder_alone else [])):
+        module.requires_grad_(False)
+    return [p for p in vae.parameters() if p.requires_grad]
 
 
 def _batches(phase: Phase, videos: Sequence[np.ndarray], generator: torch.Generator) -> Iterator[Tensor]:

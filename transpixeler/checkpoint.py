@@ -257,7 +257,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as error:
-            return _reason(error)
+            return _reason(error, self.folder)
         return ""
 
     def wait(self, *, ends: bool = False) -> str:
@@ -302,7 +302,7 @@ class Checkpointer:
             if self.runtime.is_main:
                 self._publish(partial, final, state)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            save.fault = _reason(error)
+            save.fault = _reason(error, self.folder)
 
     def _list_own_files(self, partial: Path) -> None:
         own = [f for f in partial.iterdir() if f.name.startswith(f"__{self.runtime.rank}_")]
@@ -340,14 +340,17 @@ class Checkpointer:
                 yield old
 
 
-def _reason(error: BaseException) -> str:
-    """The cause that a user knows, out of what a distributed save wraps round it."""
+def _reason(error: BaseException, folder: Path) -> str:
+    """The cause that a user knows, out of what a distributed save wraps round it, and what room the disk has."""
     inner = getattr(error, "failures", None)
     if inner:
         error = next(iter(inner.values()))[0]
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
+    said = str(error).splitlines()[0] if str(error) else repr(error)
+    if "inline_container" in said:  # torch's archive writer, which drops the number of the error
+        said = "a file was cut off while it was written, as on a full disk"
+    return f"{type(error).__name__}: {said} ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free there)"
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

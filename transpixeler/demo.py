@@ -28,7 +28,7 @@ from transpixeler.demo_model import write_model
 log = logging.getLogger("transpixeler")
 
 # Raised when the files below change, so that an older demo is not taken for this one.
-RECIPE = 3
+RECIPE = 4
 MARKER = "demo.txt"
 PARTS = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
 RGBA_CLIPS = 3

@@ -52,6 +52,11 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def torchrun(processes: int) -> list[str]:
+    """What comes before a module or a program, after `python`."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
 def folder_given(path: Path, what: str) -> Path:
     """The folder itself, or a line that says what was expected there."""
     if not path.is_dir():

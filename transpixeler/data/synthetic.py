@@ -16,13 +16,14 @@ from fractions import Fraction
 import numpy as np
 
 FILL = (0, 0, 0)
+# None is as bright as grey one half, so that a picture of a shape is not by itself something like its alpha.
 COLORS = {
-    "red": (225, 40, 40),
-    "green": (45, 190, 65),
-    "blue": (60, 90, 235),
-    "yellow": (235, 210, 50),
-    "purple": (165, 60, 205),
-    "cyan": (50, 205, 215),
+    "red": (225, 35, 35),
+    "green": (35, 190, 55),
+    "blue": (45, 60, 230),
+    "yellow": (190, 150, 10),
+    "purple": (185, 20, 150),
+    "cyan": (10, 165, 175),
 }
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 # Half transparent stays well above one half, so that a matte cut at 0.5 still holds the shape.

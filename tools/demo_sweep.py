@@ -1,0 +1,126 @@
+"""What matters in the demo's training: an adapter a row, trained and measured alike, as a Markdown table.
+
+Each row changes one thing of the demo's config. What is measured already is not done again, so that the same command
+goes on where it stopped. On two CPU cores a row takes about two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transpixeler.config import UserError
+from transpixeler.runtime import log_to_terminal
+from transpixeler.tooling import run, torchrun, write_text
+
+FIGURES = Path(__file__).with_name("demo_figures.py")
+UNWATCHED = ("eval.every_epochs=0", "eval.before_first_step=false", "checkpoint.every_steps=0")
+BOTH_TASKS = "objective.tasks={joint: 0.8, rgb_to_aux: 0.2}"  # so that mattes are measured, whatever was trained
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter: what the table calls it, the keys that differ, and what is measured of it."""
+
+    name: str
+    keys: tuple[str, ...] = ()
+    raw: bool = False
+    depth: bool = False
+
+    @property
+    def run_name(self) -> str:
+        return re.sub(r"\W+", "-", self.name if self.keys or self.depth else "the demo's config").strip("-")
+
+
+ROWS = (
+    Row("the demo's config"),
+    Row("its weights themselves, not their running mean", raw=True),
+    Row("rank 4", ("lora.rank=4",)),
+    Row("rank 16", ("lora.rank=16",)),
+    Row("rank 64", ("lora.rank=64",)),
+    Row("scope all", ("lora.scope=all",)),
+    Row("the RGB does not attend the companion", ("model.rgb_attends_aux=false",)),
+    Row("joint alone, no matting", ("objective.tasks={joint: 1.0, rgb_to_aux: null}",)),
+    Row("three streams", depth=True),
+)
+COLUMNS = {
+    "alpha_iou": "alpha on the RGB's shape, IoU",
+    "alpha_opaque": "alpha, opaque",
+    "alpha_half_transparent": "alpha, half transparent",
+    "channel_spread": "channel spread",
+    "color": "colour",
+    "direction": "direction",
+    "rgb_drift": "RGB against the base's",
+    "matte_seg_iou": "matte, IoU",
+    "matte_seg_mad": "matte, MAD",
+    "matte_depth_mad": "depth, MAD",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = _parser().parse_args(argv)
+    log_to_terminal(0)
+    rows = [row for row in ROWS if not arguments.only or row.name in arguments.only]
+    unknown = sorted({*arguments.only} - {row.name for row in rows})
+    if unknown:
+        raise UserError(f"--only: there is no row {unknown[0]!r}; there are {', '.join(row.name for row in ROWS)}")
+    found = {row.name: _measured(row, arguments.out, arguments) for row in rows}
+    print(table(found))
+    print(json.dumps(found))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", type=Path, help="the folder to work in; what is measured there is not done again")
+    add("overrides", nargs="*", help="config keys for every row, such as train.max_steps=400")
+    add("--only", action="append", default=[], metavar="ROW", help="this row, by its name; may be given again")
+    add("--captions", type=int, default=20, help="held-out captions that are sampled (default: %(default)s)")
+    add("--nproc", type=int, default=2, help="processes (default: %(default)s)")
+    return parser
+
+
+def _measured(row: Row, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """The figures of a row, its adapter trained first."""
+    done = out / "figures" / f"{row.run_name}{'-raw' if row.raw else ''}.json"
+    if not done.is_file():
+        folder = out / ("triple" if row.depth else "pair")
+        _run("-m", "transpixeler", "demo", folder, *(["--depth"] if row.depth else []))
+        trained = folder / "output" / row.run_name
+        if not any(trained.glob("step*")):
+            keys = (*UNWATCHED, *row.keys, *arguments.overrides, f"run_name={row.run_name}")
+            _run(*torchrun(arguments.nproc), "-m", "transpixeler", "train", folder / "config.yaml", *keys)
+        command = (*torchrun(arguments.nproc), FIGURES, trained, BOTH_TASKS, "--captions", arguments.captions)
+        said = _run(*command, *(["--raw"] if row.raw else []))
+        write_text(done, said.splitlines()[-1])
+    return json.loads(done.read_text())
+
+
+def _run(*words: object) -> str:
+    """A program of this Python, its log in sight; what it prints."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    if done.returncode:
+        raise UserError(f"{' '.join(command[1:])}: ended with {done.returncode}; what it said stands above")
+    return done.stdout
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """A row an adapter, as Markdown; the base without one comes first."""
+    base = {name.removesuffix("_base"): value for name, value in next(iter(found.values())).items() if "_base" in name}
+    lines = [f"| trained | {' | '.join(COLUMNS.values())} |", f"|---{'|---' * len(COLUMNS)}|"]
+    for name, figures in {"nothing: the base": base, **found}.items():
+        cells = (f"{figures[column]:.3f}" if column in figures else "–" for column in COLUMNS)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("demo_sweep", main))

@@ -3,6 +3,7 @@
 import filecmp
 import itertools
 import math
+import shutil
 from dataclasses import astuple
 from fractions import Fraction
 from pathlib import Path
@@ -270,9 +271,9 @@ def test_no_shape_leaves_its_frame() -> None:
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(demo: Path, tmp_path: Path) -> None:
     write_demo(tmp_path / "again", train_clips=TRAIN, eval_clips=EVAL)
     assert same(demo, tmp_path / "again")
-    write_model(tmp_path / "other", seed=1)
-    weights = "transformer/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "other" / weights).read_bytes() != (demo / "model" / weights).read_bytes()
+    write_demo(tmp_path / "other", train_clips=TRAIN, eval_clips=EVAL, seed=1)
+    clip = "data/train/001.mp4"
+    assert (tmp_path / "other" / clip).read_bytes() != (demo / clip).read_bytes()
 
 
 def test_nothing_unfinished_and_no_path_of_this_machine_stays_behind(demo: Path) -> None:
@@ -301,14 +302,32 @@ def test_a_demo_that_stands_is_left_alone(demo: Path, caplog: pytest.LogCaptureF
 def test_files_of_others_are_never_written_over_without_force(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("mine: true\n")
     (tmp_path / "thesis.txt").write_text("mine\n")
-    with pytest.raises(UserError, match="not empty; choose another folder, or --force"):
+    with pytest.raises(UserError, match=r"not empty; choose another folder, or .* --force"):
         write_demo(tmp_path, train_clips=1, eval_clips=1)
     assert (tmp_path / "config.yaml").read_text() == "mine: true\n"
     write_demo(tmp_path, train_clips=1, eval_clips=1, force=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine\n"
     assert "max_steps" in (tmp_path / "config.yaml").read_text()
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="another demo or an older one"):
         write_demo(tmp_path, seed=1, train_clips=1, eval_clips=1)
+
+
+def test_a_demo_with_other_weights_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_demo(tmp_path / "demo", train_clips=1, eval_clips=1)
+    monkeypatch.setattr("transpixeler.demo.weights_digest", lambda: "others")
+    with pytest.raises(UserError, match=r"older one; .*`transpixeler demo .*demo --force`"):
+        write_demo(tmp_path / "demo", train_clips=1, eval_clips=1)
+
+
+def test_a_demo_that_has_lost_a_part_is_written_again(tmp_path: Path) -> None:
+    write_demo(tmp_path / "demo", train_clips=1, eval_clips=1)
+    shutil.rmtree(tmp_path / "demo/data/train")
+    write_demo(tmp_path / "demo", train_clips=1, eval_clips=1)
+    assert (tmp_path / "demo/data/train/001.mp4").is_file()
+
+
+def test_no_colour_is_by_itself_something_like_an_alpha() -> None:
+    assert max(np.mean(color) for color in COLORS.values()) < 0.48 * 255
 
 
 def test_a_file_in_the_folder_s_place_is_named(tmp_path: Path) -> None:

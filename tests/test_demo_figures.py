@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -15,9 +16,11 @@ import torch
 
 from tests.toolbox import TOOLS
 from transpixeler import metrics
+from transpixeler.config import UserError
 from transpixeler.data.synthetic import Format, Scene, scenes
 from transpixeler.demo import write_demo
 from transpixeler.demo_model import ASSETS, random_parts, trained_parts
+from transpixeler.tooling import torchrun
 
 SQUARE = Format(64, 64, 17, Fraction(16))
 HELD_OUT = tuple(scenes(40, formats=[SQUARE], held_out=True, seed=3))
@@ -52,7 +55,9 @@ def test_what_is_wrong_is_measured_as_wrong() -> None:
         assert not demo_measures.follows(dyed, scene.attributes)["color"]
         moved = np.roll(true["seg"].mean(-1) / 255, 16, axis=2)
         assert demo_measures.silhouette_iou(true["rgb"], moved) < 0.6
+        assert demo_measures.silhouette_iou(true["rgb"], 0 * moved) == 0
     black = np.zeros((17, 64, 64, 3), np.uint8)
+    assert demo_measures.silhouette_iou(black, black[..., 0] / 255) == 0
     assert not any(demo_measures.follows(black, HELD_OUT[0].attributes).values())
 
 
@@ -126,21 +131,83 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 def launch(*words: object) -> str:
     """Under torchrun, two processes; what they print."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True, env=environment)
+    command = [sys.executable, *torchrun(2), *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_base_follows_held_out_captions(figures: dict[str, float]) -> None:
-    assert figures["color_base"] >= 0.7 and figures["direction_base"] >= 0.85
+@pytest.mark.slow
+def test_captions_are_followed_with_an_adapter_and_without(figures: dict[str, float]) -> None:
+    assert figures["color_base"] >= 0.75 and figures["direction_base"] >= 0.85
+    assert figures["color"] >= 0.75 and figures["direction"] >= 0.85 and figures["rgb_drift"] < 0.08
 
 
+@pytest.mark.slow
 def test_the_adapter_lays_alpha_on_the_shape_and_the_base_does_not(figures: dict[str, float]) -> None:
-    assert figures["alpha_iou"] >= 0.55 and figures["alpha_iou_base"] < figures["alpha_iou"] - 0.25
+    assert figures["alpha_iou"] >= 0.6 and figures["alpha_iou_base"] < 0.2
     assert figures["channel_spread"] <= 0.02 < figures["channel_spread_base"]
 
 
-def test_the_same_adapter_mattes_a_given_video(figures: dict[str, float]) -> None:
-    assert figures["matte_seg_iou"] >= 0.5 and figures["matte_seg_mad"] <= 0.08
+@pytest.mark.slow
+def test_the_same_adapter_mattes_a_given_video_and_the_base_does_not(figures: dict[str, float]) -> None:
+    assert figures["matte_seg_iou"] >= 0.6 and figures["matte_seg_iou_base"] < 0.2
+    assert figures["matte_seg_mad"] < 0.6 * figures["matte_seg_mad_base"]
+
+
+# --- the tools that go on where they stopped -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_weights_are_made_from_nothing_and_measured_again(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The tool's whole way at a thousandth of its length, twice: the second time only what comes last is done."""
+    import demo_vae
+    import train_demo_weights as tool
+
+    phases = tuple(demo_vae.Phase(frames=f, side=16, batch=2, steps=2, lr=1e-3) for f in (1, 5))
+    monkeypatch.setattr(demo_vae, "SCENES", 4)
+    monkeypatch.setattr(tool, "train_vae", functools.partial(demo_vae.train_vae, phases=phases))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = [str(tmp_path), "--clips", "32", "--steps", "2", "--nproc", "1", "--captions", "1"]
+    for _ in range(2):
+        tool.main(words)
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert said["bytes"] <= tool.LIMIT and {"vae_psnr_rgb", "color", "direction"} <= said.keys()
+    assert "2 steps of 32" in (tmp_path / "weights/README.md").read_text()
+    assert trained_parts(tmp_path / "weights").vae.config.latents_std
+    with pytest.raises(UserError, match="begun with clips 32, not 33"):
+        tool.main([str(tmp_path), "--clips", "33"])
+
+
+def test_a_sweep_measures_each_row_once_and_never_one_that_was_cut_short(tmp_path: Path, monkeypatch, capsys) -> None:
+    import demo_sweep
+
+    asked: list[str] = []
+
+    def answer(*words: object) -> str:
+        command = " ".join(map(str, words))
+        asked.append(command)
+        if " train " in command:
+            folder = tmp_path / "pair/output" / command.rpartition("run_name=")[2]
+            folder.mkdir(parents=True)  # a run of this name that exists is refused
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            (folder / "step9").mkdir()
+        return json.dumps({"alpha_iou": 0.5, "alpha_iou_base": 0.1})
+
+    monkeypatch.setattr(demo_sweep, "_run", answer)
+    words = [str(tmp_path), "--only", "rank 4", "--only", "scope all"]
+    with pytest.raises(KeyboardInterrupt):
+        demo_sweep.main(words)
+    demo_sweep.main(words)
+    assert sum(" train " in command for command in asked) == 3
+    before = len(asked)
+    demo_sweep.main(words)
+    assert len(asked) == before
+    printed = capsys.readouterr().out
+    assert "| nothing: the base | 0.100 |" in printed and "| rank 4 | 0.500 |" in printed
+    with pytest.raises(UserError, match="choose another folder"):
+        demo_sweep.main([*words, "--captions", "7"])
+    with pytest.raises(UserError, match="there is no row 'rank 5'"):
+        demo_sweep.main([str(tmp_path), "--only", "rank 5"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import tiny
-from transpixeler.models.attention import attention, fold_padding, unfold_padding
+from transpixeler.models.attention import attention, available_kernels, fold_padding, unfold_padding
 from transpixeler.models.fused import norm_heads, norm_heads_plainly, rotate
 from transpixeler.models.linear import Linear, project
 from transpixeler.models.streams import StreamLayout
@@ -126,9 +126,9 @@ def padded_text(*, lengths: tuple[int, ...] = (9, 21), whole: int = 64) -> Tenso
     return torch.stack([torch.cat([rows[:n], torch.ones(whole - n, 16)]) for rows, n in zip(text, lengths)]).detach()
 
 
-def attended(text: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+def attended(text: Tensor, bias: Tensor | None = None, kernel: str = "sdpa") -> Callable[..., Tensor]:
     def of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, (text @ k).unflatten(-1, (3, 8)), (text @ v).unflatten(-1, (3, 8)), "sdpa", bias)
+        return attention(q, (text @ k).unflatten(-1, (3, 8)), (text @ v).unflatten(-1, (3, 8)), kernel, bias)
 
     return of
 
@@ -141,6 +141,15 @@ def test_equal_keys_fold_into_one_that_counts_for_all() -> None:
     assert distance(gradients(attended(folded, bias), leaves), expected) < 1e-12
     assert distance(gradients(attended(folded, torch.zeros(22).double()), leaves), expected) > 0.1
     assert torch.equal(unfold_padding(folded, 64), text)
+
+
+@pytest.mark.parametrize("kernel", available_kernels(torch.device("cpu")))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_every_kernel_counts_a_folded_key_fully(kernel: str, dtype: torch.dtype, tolerance: float) -> None:
+    text, leaves = padded_text().to(dtype), tensors((2, 30, 3, 8), (16, 24), (16, 24), dtype=dtype)
+    folded, bias = fold_padding(text)
+    expected = gradients(attended(text, kernel=kernel), leaves)
+    assert distance(gradients(attended(folded, bias, kernel), leaves), expected) < tolerance
 
 
 @pytest.mark.parametrize("lengths", [(0, 0), (64, 3), (63, 63)], ids=["nothing but padding", "full", "one row"])

@@ -32,6 +32,7 @@ from transpixeler.trained import Trained
 
 PICTURED = 6  # samples in the picture
 MATTING = "rgb_to_aux"
+STREAMS = ("rgb", "seg", "depth")
 
 Videos = dict[int, dict[str, np.ndarray]]  # number of the sample: stream: uint8 [F, H, W, 3]
 
@@ -41,8 +42,7 @@ def main(argv: Sequence[str]) -> None:
     started = arguments.since or time.time()
     quiet_libraries()
     source = trained.find(str(arguments.run), arguments.overrides, ema=False if arguments.raw else None)
-    if len(source.config.streams) < 2:
-        raise UserError(f"{arguments.run}: was trained with one stream; there is no companion to measure")
+    _check(source, arguments.run)
     with running() as runtime:
         log_to_terminal(runtime.rank)
         figures = measure(source, runtime, count=arguments.captions, picture=arguments.picture)
@@ -51,12 +51,22 @@ def main(argv: Sequence[str]) -> None:
             print(json.dumps(plain(figures) | {"seconds": round(time.time() - started)}))
 
 
+def _check(source: Trained, asked: Path) -> None:
+    """What can be measured is known before minutes of sampling."""
+    streams = tuple(source.config.streams)
+    if len(streams) < 2:
+        raise UserError(f"{asked}: was trained with one stream; there is no companion to measure")
+    if not {*streams} <= {*STREAMS}:
+        raise UserError(f"{asked}: has streams {', '.join(streams)}; the demo's are {', '.join(STREAMS)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", type=Path, help="a run's folder, or a save")
     add("overrides", nargs="*", help="config keys, such as sample.steps=10")
-    add("--captions", type=int, default=20, help="how many of the 40 held-out captions (default: %(default)s)")
+    held_out = "how many of the 40 held-out captions (default: %(default)s)"
+    add("--captions", type=int, default=20, choices=range(1, 41), metavar="1..40", help=held_out)
     add("--raw", action="store_true", help="the weights themselves, where a running mean of them is saved too")
     add("--picture", type=Path, help="a PNG of the first samples")
     add("--since", type=float, help="when the work that is timed began, in seconds since 1970; default: now")
@@ -81,9 +91,10 @@ def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | No
         write_sheet(picture, [made[number] for number in range(min(count, PICTURED))])
     if source.config.objective.tasks.get(MATTING, 0) > 0:
         clips = _clips(source, count)
-        given = [true_streams(clip)["rgb"] for clip in clips]
-        mattes = sample(source, runtime, [clip.attributes.caption for clip in clips], given=given)
-        figures["matting"] = _means([_against(mattes[number], clip) for number, clip in enumerate(clips)])
+        given, captions = [true_streams(clip)["rgb"] for clip in clips], [clip.attributes.caption for clip in clips]
+        for one, measures in ((source, figures["adapter"]), (trained.base(source.config), figures["base"])):
+            mattes = sample(one, runtime, captions, given=given)
+            measures |= _means([_against(mattes[number], clip) for number, clip in enumerate(clips)])
     return figures
 
 
@@ -103,12 +114,15 @@ def sample(
     shape, mesh = video_layout(config, model_cls), meshes.build(layout, runtime)
     frames = Frames(model_cls, config.model.path, runtime.device)
     negative = negative_prompt(config.sample, model_cls)
-    texts = sampling.encode_texts([*captions, *filter(None, [negative])], model_cls, config.model.path, runtime)
+    wanted = [*captions, *([] if negative is None else [negative])]
+    texts = sampling.encode_texts(wanted, model_cls, config.model.path, runtime)
     requests = [
         Request(f"{n}", caption, texts[caption], config.sample.seed + n, shape, _latents(given, n, frames))
         for n, caption in enumerate(captions)
     ]
-    sampler = Sampler(trained.open_engine(source, mesh), mesh, config.sample, texts.get(negative))
+    sampler = Sampler(
+        trained.open_engine(source, mesh), mesh, config.sample, None if negative is None else texts[negative]
+    )
     own = {n: frames.decode(latents, shape) for n, latents in sampler.each(requests) if mesh.is_first_stage}
     return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
 
@@ -139,7 +153,7 @@ def _against(streams: Mapping[str, np.ndarray], scene: Scene) -> dict[str, float
     true, found = true_streams(scene), {}
     for name in [*streams][1:]:
         ours, theirs = (video[name].mean(-1) / 255 for video in (streams, true))
-        found |= {f"{name}_mad": metrics.mad(ours, theirs), f"{name}_iou": metrics.iou(ours, theirs)}
+        found |= {f"matte_{name}_mad": metrics.mad(ours, theirs), f"matte_{name}_iou": metrics.iou(ours, theirs)}
     return found
 
 
@@ -157,7 +171,7 @@ def _clips(source: Trained, count: int) -> Sequence[Scene]:
 def true_streams(scene: Scene) -> dict[str, np.ndarray]:
     """uint8 [F, H, W, 3] by the names that the demo's config gives them."""
     frames, depth = np.stack(list(render(scene))), np.stack(list(heights(scene)))
-    return {"rgb": frames[..., :3], "seg": frames[..., 3:].repeat(3, -1), "depth": depth.repeat(3, -1)}
+    return dict(zip(STREAMS, (frames[..., :3], frames[..., 3:].repeat(3, -1), depth.repeat(3, -1)), strict=True))
 
 
 # --- for people and for programs -------------------------------------------------------------------------------------
@@ -170,17 +184,20 @@ ROWS = {
     "color": "RGB has the caption's colour",
     "direction": "RGB moves the caption's way",
     "rgb_drift": "RGB differs from the base's (mean, 0 to 1)",
+    "matte_seg_mad": "matte of a given RGB differs from the truth",
+    "matte_seg_iou": "matte of a given RGB against the truth (IoU)",
+    "matte_depth_mad": "depth of a given RGB differs from the truth",
 }
-MEASURES = {"mad": "difference", "iou": "IoU at 0.5"}
 
 
 def table(figures: Figures) -> str:
     with_adapter, base = figures["adapter"], figures["base"]
     lines = ["", f"{'held-out captions':46} {'adapter':>8} {'base':>8}"]
-    lines += [f"{title:46} {_cell(with_adapter, name)} {_cell(base, name)}" for name, title in ROWS.items()]
-    for name, value in figures.get("matting", {}).items():
-        stream, measure = name.rsplit("_", 1)
-        lines.append(f"{f'{stream} of a given RGB against the truth ({MEASURES[measure]})':46} {value:8.3f}")
+    lines += [
+        f"{title:46} {_cell(with_adapter, name)} {_cell(base, name)}"
+        for name, title in ROWS.items()
+        if name in with_adapter
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -189,9 +206,8 @@ def _cell(values: Mapping[str, float], name: str) -> str:
 
 
 def plain(figures: Figures) -> dict[str, float]:
-    """One level: the adapter's by their names, the base's with `_base` behind, mattes with `matte_` before."""
+    """One level: the adapter's by their names, the base's with `_base` behind."""
     flat = dict(figures["adapter"]) | {f"{name}_base": value for name, value in figures["base"].items()}
-    flat |= {f"matte_{name}": value for name, value in figures.get("matting", {}).items()}
     return {name: round(value, 4) for name, value in flat.items()}
 
 

@@ -49,10 +49,9 @@ def follows(rgb: np.ndarray, wanted: Attributes) -> dict[str, bool]:
 
 
 def silhouette_iou(rgb: np.ndarray, alpha: np.ndarray) -> float:
-    """Of the alpha [F, H, W] in [0, 1] cut at one half with the RGB's silhouette; 1 where both are empty."""
+    """Of the alpha [F, H, W] in [0, 1] cut at one half with the RGB's silhouette; 0 where no shape is to be seen."""
     shape, matte = silhouette(rgb), alpha >= 0.5
-    union = np.count_nonzero(shape | matte)
-    return np.count_nonzero(shape & matte) / union if union else 1.0
+    return np.count_nonzero(shape & matte) / max(np.count_nonzero(shape | matte), 1)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

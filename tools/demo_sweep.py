@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transpixeler.config import UserError
+from transpixeler.demo_model import weights_digest
 from transpixeler.runtime import log_to_terminal
-from transpixeler.tooling import run, torchrun, write_text
+from transpixeler.tooling import processes, run, torchrun, write_text
 
 FIGURES = Path(__file__).with_name("demo_figures.py")
-UNWATCHED = ("eval.every_epochs=0", "eval.before_first_step=false", "checkpoint.every_steps=0")
+UNWATCHED = ("eval.every_epochs=0", "eval.before_first_step=false", "checkpoint.every_steps=0", "save.every_steps=0")
 BOTH_TASKS = "objective.tasks={joint: 0.8, rgb_to_aux: 0.2}"  # so that mattes are measured, whatever was trained
 
 
@@ -82,25 +84,33 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, help="the folder to work in; what is measured there is not done again")
     add("overrides", nargs="*", help="config keys for every row, such as train.max_steps=400")
     add("--only", action="append", default=[], metavar="ROW", help="this row, by its name; may be given again")
-    add("--captions", type=int, default=20, help="held-out captions that are sampled (default: %(default)s)")
-    add("--nproc", type=int, default=2, help="processes (default: %(default)s)")
+    held_out = "how many of the 40 held-out captions (default: %(default)s)"
+    add("--captions", type=int, default=20, choices=range(1, 41), metavar="1..40", help=held_out)
+    add("--nproc", type=int, help="processes (default: one a GPU, two without)")
     return parser
 
 
 def _measured(row: Row, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """The figures of a row, its adapter trained first."""
+    asked = {"captions": arguments.captions, "keys": arguments.overrides, "weights": weights_digest()}
     done = out / "figures" / f"{row.run_name}{'-raw' if row.raw else ''}.json"
-    if not done.is_file():
-        folder = out / ("triple" if row.depth else "pair")
-        _run("-m", "transpixeler", "demo", folder, *(["--depth"] if row.depth else []))
-        trained = folder / "output" / row.run_name
-        if not any(trained.glob("step*")):
-            keys = (*UNWATCHED, *row.keys, *arguments.overrides, f"run_name={row.run_name}")
-            _run(*torchrun(arguments.nproc), "-m", "transpixeler", "train", folder / "config.yaml", *keys)
-        command = (*torchrun(arguments.nproc), FIGURES, trained, BOTH_TASKS, "--captions", arguments.captions)
-        said = _run(*command, *(["--raw"] if row.raw else []))
-        write_text(done, said.splitlines()[-1])
-    return json.loads(done.read_text())
+    if done.is_file():
+        found = json.loads(done.read_text())
+        if found["asked"] != asked:
+            raise UserError(f"{done}: was measured with {found['asked']}, not {asked}; choose another folder")
+        return found["figures"]
+    folder, launcher = out / ("triple" if row.depth else "pair"), torchrun(arguments.nproc or processes())
+    _run("-m", "transpixeler", "demo", folder, *(["--depth"] if row.depth else []))
+    trained = folder / "output" / row.run_name
+    if not any(trained.glob("step*")):  # one that was stopped begins anew: it had no checkpoint
+        shutil.rmtree(trained, ignore_errors=True)
+        keys = (*UNWATCHED, *row.keys, *arguments.overrides, f"run_name={row.run_name}")
+        _run(*launcher, "-m", "transpixeler", "train", folder / "config.yaml", *keys)
+    command = (*launcher, FIGURES, trained, BOTH_TASKS, "--captions", arguments.captions)
+    said = _run(*command, *(["--raw"] if row.raw else []))
+    figures = json.loads(said.splitlines()[-1])
+    write_text(done, json.dumps({"asked": asked, "figures": figures}))
+    return figures
 
 
 def _run(*words: object) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 import demo_measures
 import numpy as np
 import torch
-from demo_figures import sample
+from demo_figures import held_out_captions, sample
 from demo_vae import FORMATS as SIZES
 from demo_vae import fresh_vae, round_trip, train_vae, views
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,7 @@ from transpixeler.config import UserError
 from transpixeler.data.synthetic import Attributes, Format, all_attributes, scenes
 from transpixeler.demo_model import ASSETS, SCALES, Parts, measure_latents, random_parts, trained_parts, write_pipeline
 from transpixeler.runtime import log_to_terminal, running
-from transpixeler.tooling import run, torchrun, whole, write_text
+from transpixeler.tooling import processes, run, torchrun, whole, write_text
 
 log = logging.getLogger("transpixeler")
 
@@ -56,7 +56,7 @@ one shape of one colour drifting one way over black, 64×64 pixels at 16 frames 
   never seen an alpha.
 
 bf16, {bytes:,} bytes in all. Made from nothing by `tools/train_demo_weights.py` with seed {seed}, {clips} clips and
-{steps} steps of 32. {captions} captions were held out, and on those:
+{steps} steps of 32. On {captions} captions that were held out, with guidance 3:
 
 | figure | value |
 |---|---|
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     log_to_terminal(0)
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
+    _same_as_begun(out, arguments)
     _vae_weights(out, arguments.seed)
     _base_model(out, arguments.seed)
     _clips(out, arguments)
@@ -116,9 +116,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--clips", type=int, default=2400, help="RGB clips that the transformer learns from (default: %(default)s)")
     add("--steps", type=int, default=16000, help="steps of the transformer (default: %(default)s)")
-    add("--nproc", type=int, default=2, help="processes that train the transformer (default: %(default)s)")
+    add("--nproc", type=int, help="processes that train the transformer (default: one a GPU, two without)")
+    add("--captions", type=int, default=40, help="held-out captions that are sampled at the end (default: all 40)")
     add("--install", action="store_true", help=f"put the weights and their card into {ASSETS}")
     return parser
+
+
+def _same_as_begun(out: Path, arguments: argparse.Namespace) -> None:
+    """What is there was made with the same numbers, or the card would tell of others."""
+    asked = {name: getattr(arguments, name) for name in ("seed", "clips")} | {"recipe": demo.RECIPE}
+    begun = out / "begun.json"
+    made = json.loads(begun.read_text()) if begun.is_file() else asked
+    for name, value in made.items():
+        if value != asked[name]:
+            raise UserError(f"{out}: was begun with {name} {value}, not {asked[name]}; choose another folder")
+    write_text(begun, json.dumps(asked))
 
 
 # --- the parts, each once --------------------------------------------------------------------------------------------
@@ -145,7 +157,7 @@ def _base_model(out: Path, seed: int) -> None:
 
 
 def _clips(out: Path, arguments: argparse.Namespace) -> None:
-    for part, count in (("train", arguments.clips), ("eval", 40)):
+    for part, count in (("train", arguments.clips), ("eval", arguments.captions)):
         folder = out / "data" / part
         if not folder.is_dir():
             log.info("%s: %d clips", folder, count)
@@ -158,12 +170,13 @@ def _train(out: Path, arguments: argparse.Namespace) -> None:
     if _save(out, arguments.steps).is_dir():
         return
     write_text(out / "config.yaml", CONFIG.format(seed=arguments.seed, steps=arguments.steps))
-    resume = ["--resume"] if any((out / "output/base/checkpoints").glob("global_step*")) else []
+    run = out / "output/base"
+    resume = ["--resume", str(run)] if run.is_dir() else []
     train = ["-m", "transpixeler", "train", str(out / "config.yaml"), *resume]
-    command = [sys.executable, *torchrun(arguments.nproc), *train]
+    command = [sys.executable, *torchrun(arguments.nproc or processes()), *train]
     log.info("the transformer learns: %s", " ".join(command[1:]))
     if subprocess.run(command).returncode or not _save(out, arguments.steps).is_dir():
-        raise UserError(f"{out / 'output/base'}: training stopped; the same command goes on from its last checkpoint")
+        raise UserError(f"{run}: training stopped, for the reason above; the same command goes on where it did")
 
 
 def _save(out: Path, steps: int) -> Path:
@@ -184,7 +197,7 @@ def _deliver(out: Path, arguments: argparse.Namespace) -> None:
     save_file(_halved(trained_transformer), weights / "transformer.safetensors")
     size = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
     assert size <= LIMIT, f"{size} bytes of weights, where {LIMIT} are the most"
-    figures = {"bytes": size, **_figures(out, weights, arguments.seed)}
+    figures = {"bytes": size, **_figures(out, weights, arguments)}
     write_text(weights / "README.md", card(figures, arguments))
     if arguments.install:
         shutil.copytree(weights, ASSETS, dirs_exist_ok=True)
@@ -194,14 +207,14 @@ def _deliver(out: Path, arguments: argparse.Namespace) -> None:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _figures(out: Path, weights: Path, seed: int) -> dict[str, float]:
+def _figures(out: Path, weights: Path, arguments: argparse.Namespace) -> dict[str, float]:
     parts = trained_parts(weights)
-    figures = _vae_figures(parts, seed) | {"text_separation": text_separation(parts)}
+    figures = _vae_figures(parts, arguments.seed) | {"text_separation": text_separation(parts)}
     write_pipeline(out / "trained", parts)
     write_text(out / "demo.yaml", demo.CONFIG)
     alone = ["streams.seg=null", "lora.enabled=false", "objective.tasks={joint: 1.0, rgb_to_aux: null}"]
     config = configfile.load(out / "demo.yaml", [f"model.path={(out / 'trained').resolve()}", *alone])
-    wanted = [attributes for attributes in all_attributes() if attributes.held_out]
+    wanted = held_out_captions(arguments.captions)
     with running() as runtime:
         videos = sample(trained.base(config), runtime, [attributes.caption for attributes in wanted])
     rows = [demo_measures.follows(videos[n]["rgb"], attributes) for n, attributes in enumerate(wanted)]
@@ -240,7 +253,7 @@ def text_separation(parts: Parts) -> float:
 
 
 def card(figures: dict[str, float], arguments: argparse.Namespace) -> str:
-    return CARD.format(**figures, **vars(arguments), captions=sum(a.held_out for a in all_attributes()))
+    return CARD.format(**figures, **vars(arguments))
 
 
 def _halved(module: nn.Module) -> dict[str, Tensor]:

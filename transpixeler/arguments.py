@@ -50,7 +50,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="where to write")
     parser.add_argument("--seed", type=int, default=0, help="of the clips (0)")
     parser.add_argument("--depth", action="store_true", help="a third stream beside RGB and alpha: NAME_depth.mp4")
-    parser.add_argument("--force", action="store_true", help="replace what stands in DIR")
+    parser.add_argument("--force", action="store_true", help="replace the demo that stands in DIR")
 
 
 def _add_plan(commands: Any) -> None:

@@ -23,7 +23,7 @@ from transpixeler.data.write import (
     write_prores4444,
     write_webm_alpha,
 )
-from transpixeler.demo_model import write_model
+from transpixeler.demo_model import weights_digest, write_model
 
 log = logging.getLogger("transpixeler")
 
@@ -118,15 +118,19 @@ def write_demo(
     force: bool = False,
 ) -> None:
     """Writes the whole demo; one that is already there with the same seed and sizes stays as it is."""
-    recipe = f"recipe {RECIPE}, seed {seed}, {train_clips} training clips, {eval_clips} eval clips"
-    recipe += ", with depth" if depth else ""
+    recipe = f"recipe {RECIPE}, weights {weights_digest()}, seed {seed}, {train_clips} training clips"
+    recipe += f", {eval_clips} eval clips{', with depth' if depth else ''}"
     started, finished = f"unfinished: {recipe}\n", f"{recipe}\n"
     found = _found(folder)
-    if found == finished and not force:
+    if found == finished and all((folder / part).exists() for part in PARTS) and not force:
         log.info("%s: the demo of seed %d is already there", folder, seed)
         return
-    if found not in (None, started) and not force:
-        raise UserError(f"{folder}: is not empty; choose another folder, or --force to replace its {', '.join(PARTS)}")
+    if found not in (None, started, finished) and not force:
+        what = "is another demo or an older one" if found else "is not empty"
+        raise UserError(
+            f"{folder}: {what}; choose another folder, or `transpixeler demo {folder} --force` to replace its "
+            f"{', '.join(PARTS)}"
+        )
     _write_text(folder / MARKER, started)
     _clear(folder)
     log.info("%s: a tiny Wan pipeline", folder / "model")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -87,8 +88,16 @@ def trained_parts(folder: Path) -> Parts:
     return parts
 
 
+def weights_digest() -> str:
+    """Which weights these are, in eight letters."""
+    digest = hashlib.blake2b(digest_size=4)
+    for file in sorted(ASSETS.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def write_pipeline(folder: Path, parts: Parts) -> None:
-    """In diffusers' layout; the folder appears when it is whole."""
+    """In diffusers' layout, in place of what is there; the folder appears when it is whole."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
     from transformers.utils.logging import disable_progress_bar
 
@@ -104,6 +113,7 @@ def write_pipeline(folder: Path, parts: Parts) -> None:
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
 
 

@@ -57,6 +57,13 @@ def torchrun(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
+def processes() -> int:
+    """One a GPU; without, two, for whom a tiny model's step is short enough."""
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
 def folder_given(path: Path, what: str) -> Path:
     """The folder itself, or a line that says what was expected there."""
     if not path.is_dir():

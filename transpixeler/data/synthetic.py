@@ -16,7 +16,7 @@ from fractions import Fraction
 import numpy as np
 
 FILL = (0, 0, 0)
-# None is as bright as grey one half, so that a picture of a shape is not by itself something like its alpha.
+# The mean of the channels, which is what alpha is read from, is below one half: a picture of a shape is not its alpha.
 COLORS = {
     "red": (225, 35, 35),
     "green": (35, 190, 55),

@@ -65,6 +65,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tenso
     """Softmax attention without a mask; a bias `[keys]` is added to each key's logit."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if kernel == "flex":
+        assert bias is None  # which is a CPU's
         return _flex()(q, k, v).transpose(1, 2)
     mask = None if bias is None else bias.expand(q.shape[2], -1)
     with _backends(kernel):

@@ -1,8 +1,8 @@
 """What a step costs: FLOPs and bytes as pure functions of a model's dimensions and a layout.
 
 In: dimensions (of a model on meta, so no weights are needed) and tokens of each stream. Out: numbers for telemetry,
-`plan` and the choice of what to recompute. A frozen layer costs its forward and its input's
-gradient, no weight gradient.
+`plan` and the choice of what to recompute. A frozen layer costs its forward and its input's gradient, no weight
+gradient. Text counts at its padded length, as a GPU computes it.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ Videos = dict[int, dict[str, np.ndarray]]  # number of the sample: stream: uint8
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     started = arguments.since or time.time()
     quiet_libraries()
     source = trained.find(str(arguments.run), arguments.overrides, ema=False if arguments.raw else None)

@@ -67,7 +67,7 @@ COLUMNS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     log_to_terminal(0)
     rows = [row for row in ROWS if not arguments.only or row.name in arguments.only]
     unknown = sorted({*arguments.only} - {row.name for row in rows})

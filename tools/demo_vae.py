@@ -48,6 +48,7 @@ class Phase:
     steps: int
     lr: float
     decoder_alone: bool = False
+    edges: float = 0.0  # how much more a pixel counts at an edge from black to white, where silhouettes are decided
 
 
 PHASES = (
@@ -55,6 +56,7 @@ PHASES = (
     Phase(frames=5, side=32, batch=8, steps=2200, lr=1.5e-3),
     Phase(frames=17, side=32, batch=6, steps=800, lr=1.2e-3),
     Phase(frames=17, side=32, batch=6, steps=2000, lr=1.5e-3, decoder_alone=True),
+    Phase(frames=17, side=32, batch=6, steps=2000, lr=1.5e-3, decoder_alone=True, edges=6.0),
 )
 
 
@@ -128,7 +130,8 @@ def _train_phase(vae: AutoencoderKLWan, phase: Phase, videos: Sequence[np.ndarra
         noise = torch.randn(latents.shape, generator=generator)
         difference = vae.decode(latents + NOISE * noise).sample - pixels
         squared = difference.square()
-        weights = 1 + SHAPE * (pixels.amax(1, keepdim=True) > -1)
+        bright = pixels.amax(1, keepdim=True)
+        weights = 1 + SHAPE * (bright > -1) + phase.edges * _contrast(bright)
         drawn = (weights * (squared + 0.05 * difference.abs())).mean()
         loss = drawn + KL * 0.5 * latents.square().mean()
         optimizer.zero_grad()
@@ -138,6 +141,12 @@ def _train_phase(vae: AutoencoderKLWan, phase: Phase, videos: Sequence[np.ndarra
         schedule.step()
         error += (squared.mean().item() - error) / min(step + 1, 100)
         progress.set_postfix(frames=phase.frames, dB=f"{-10 * math.log10(error / 4):.1f}", refresh=False)
+
+
+def _contrast(bright: Tensor) -> Tensor:
+    """0 to 1: between the brightest and the darkest of a pixel and its neighbours in the frame."""
+    around = {"kernel_size": (1, 3, 3), "stride": 1, "padding": (0, 1, 1)}
+    return (nn.functional.max_pool3d(bright, **around) + nn.functional.max_pool3d(-bright, **around)) / 2
 
 
 def _trained(vae: AutoencoderKLWan, phase: Phase) -> list[nn.Parameter]:

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, help="the folder to work in; what is finished there is not done again")
     add("--seed", type=int, default=0)
     add("--clips", type=int, default=2400, help="RGB clips that the transformer learns from (default: %(default)s)")
-    add("--steps", type=int, default=16000, help="steps of the transformer (default: %(default)s)")
+    add("--steps", type=int, default=13000, help="steps of the transformer (default: %(default)s)")
     add("--nproc", type=int, help="processes that train the transformer (default: one a GPU, two without)")
     add("--captions", type=int, default=40, help="held-out captions that are sampled at the end (default: all 40)")
     add("--install", action="store_true", help=f"put the weights and their card into {ASSETS}")

@@ -56,7 +56,7 @@ one shape of one colour drifting one way over black, 64×64 pixels at 16 frames 
   never seen an alpha.
 
 bf16, {bytes:,} bytes in all. Made from nothing by `tools/train_demo_weights.py` with seed {seed}, {clips} clips and
-{steps} steps of 32. On {captions} captions that were held out, with guidance 3:
+{steps} steps of 32. On {captions} captions that were held out, with guidance 2:
 
 | figure | value |
 |---|---|

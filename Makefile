@@ -34,7 +34,7 @@ demo: $(READY)
 	$(TORCHRUN) 2 -m transpixeler train demo/config.yaml $(ARGS)
 	@rm -rf demo/samples
 	$(BIN)/python -m transpixeler sample demo/output/latest --prompt "$(PROMPT)" --format mov --format webm --out demo/samples
-	$(TORCHRUN) 2 tools/demo_figures.py demo/output/latest --picture demo/figures.png --since $(shell date +%s) >demo/figures.txt
+	$(TORCHRUN) 2 tools/demo_figures.py demo/output/latest --captions 12 --picture demo/figures.png --since $(shell date +%s) >demo/figures.txt
 	@echo
 	@echo "RGBA videos   $$(ls -d demo/samples/*/rgba.* | tr '\n' ' ')"
 	@echo "pictures      demo/figures.png: rgb, companion and both, at three times"

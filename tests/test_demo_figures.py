@@ -153,7 +153,7 @@ def test_the_adapter_lays_alpha_on_the_shape_and_the_base_does_not(figures: dict
 @pytest.mark.slow
 def test_the_same_adapter_mattes_a_given_video_and_the_base_does_not(figures: dict[str, float]) -> None:
     assert figures["matte_seg_iou"] >= 0.6 and figures["matte_seg_iou_base"] < 0.2
-    assert figures["matte_seg_mad"] < 0.6 * figures["matte_seg_mad_base"]
+    assert figures["matte_seg_mad"] < 0.75 * figures["matte_seg_mad_base"]
 
 
 # --- the tools that go on where they stopped -------------------------------------------------------------------------

@@ -117,7 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--clips", type=int, default=2400, help="RGB clips that the transformer learns from (default: %(default)s)")
     add("--steps", type=int, default=13000, help="steps of the transformer (default: %(default)s)")
     add("--nproc", type=int, help="processes that train the transformer (default: one a GPU, two without)")
-    add("--captions", type=int, default=40, help="held-out captions that are sampled at the end (default: all 40)")
+    add(
+        "--captions",
+        type=int,
+        default=40,
+        choices=range(1, 41),
+        metavar="1..40",
+        help="held-out captions and clips to measure (default: all 40)",
+    )
     add("--install", action="store_true", help=f"put the weights and their card into {ASSETS}")
     return parser
 
@@ -209,7 +216,7 @@ def _deliver(out: Path, arguments: argparse.Namespace) -> None:
 
 def _figures(out: Path, weights: Path, arguments: argparse.Namespace) -> dict[str, float]:
     parts = trained_parts(weights)
-    figures = _vae_figures(parts, arguments.seed) | {"text_separation": text_separation(parts)}
+    figures = _vae_figures(parts, arguments) | {"text_separation": text_separation(parts)}
     write_pipeline(out / "trained", parts)
     write_text(out / "demo.yaml", demo.CONFIG)
     alone = ["streams.seg=null", "lora.enabled=false", "objective.tasks={joint: 1.0, rgb_to_aux: null}"]
@@ -222,9 +229,9 @@ def _figures(out: Path, weights: Path, arguments: argparse.Namespace) -> dict[st
     return figures | right | {"color_and_direction": float(np.mean([all(row.values()) for row in rows]))}
 
 
-def _vae_figures(parts: Parts, seed: int) -> dict[str, float]:
+def _vae_figures(parts: Parts, arguments: argparse.Namespace) -> dict[str, float]:
     """PSNR in dB of the round trip, mean over held-out clips."""
-    clips = scenes(40, formats=SIZES, held_out=True, seed=seed + 2)
+    clips = scenes(arguments.captions, formats=SIZES, held_out=True, seed=arguments.seed + 2)
     originals = [view for scene in clips for view in views(scene)]
     pairs = zip(originals, round_trip(parts.vae, originals))
     values = [metrics.psnr(found / np.float32(255), true / np.float32(255)) for true, found in pairs]

@@ -82,7 +82,7 @@ optim:
   ema: 0.98
 
 train:
-  max_steps: 1500
+  max_steps: 1000
   global_batch: 8
   micro_batch: 4
 
@@ -91,10 +91,10 @@ checkpoint:
 
 save:
   every_epochs: 0
-  every_steps: 750
+  every_steps: 500
 
 eval:
-  every_epochs: 32                    # and before the first step, and at the end
+  every_epochs: 21                    # and before the first step, and at the end
   times: [0.2, 0.5, 0.8]
   samples: 2                          # held-out captions made into videos at each evaluation
 

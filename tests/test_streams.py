@@ -164,9 +164,9 @@ def test_the_slow_reference_sees_what_is_broken(broken: str) -> None:
 def cut_between_streams(monkeypatch, lengths: tuple[int, ...]) -> None:
     whole = wan.attention
 
-    def cut(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
+    def cut(q: Tensor, k: Tensor, v: Tensor, kernel: str, bias: Tensor | None = None) -> Tensor:
         if k.shape[1] != sum(lengths):
-            return whole(q, k, v, kernel)
+            return whole(q, k, v, kernel, bias)
         parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
         return torch.cat([whole(*part, kernel) for part in parts], dim=1)
 

@@ -84,7 +84,7 @@ def trained_parts(folder: Path) -> Parts:
         missing, unknown = getattr(parts, name).load_state_dict(state, strict=False)
         assert not unknown and set(missing) <= {"encoder.embed_tokens.weight"}, (missing, unknown)  # tied to `shared`
     with safe_open(folder / "vae.safetensors", "pt") as file:
-        parts.vae.register_to_config(**{name: json.loads(file.metadata()[name]) for name in SCALES})
+        parts.vae.register_to_config(**json.loads(file.metadata()["scales"]))
     return parts
 
 

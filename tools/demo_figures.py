@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 from demo_measures import follows, silhouette, silhouette_iou
 
-from transpixeler import metrics, sampling, trained
+from transpixeler import metrics, trained
 from transpixeler.config import UserError
-from transpixeler.data.prompts import negative_prompt
 from transpixeler.data.synthetic import Attributes, Format, Scene, all_attributes, heights, render, scenes
 from transpixeler.data.write import write_png
-from transpixeler.generate import video_layout, video_size
+from transpixeler.generate import encode_prompts, video_layout, video_size
 from transpixeler.models.base import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.runtime import Runtime, log_to_terminal, quiet_libraries, running
@@ -113,16 +112,12 @@ def sample(
     model_cls = model_class(config.model.family)
     shape, mesh = video_layout(config, model_cls), meshes.build(layout, runtime)
     frames = Frames(model_cls, config.model.path, runtime.device)
-    negative = negative_prompt(config.sample, model_cls)
-    wanted = [*captions, *([] if negative is None else [negative])]
-    texts = sampling.encode_texts(wanted, model_cls, config.model.path, runtime)
+    texts, negative = encode_prompts(config, captions, model_cls, runtime)
     requests = [
         Request(f"{n}", caption, texts[caption], config.sample.seed + n, shape, _latents(given, n, frames))
         for n, caption in enumerate(captions)
     ]
-    sampler = Sampler(
-        trained.open_engine(source, mesh), mesh, config.sample, None if negative is None else texts[negative]
-    )
+    sampler = Sampler(trained.open_engine(source, mesh), mesh, config.sample, negative)
     own = {n: frames.decode(latents, shape) for n, latents in sampler.each(requests) if mesh.is_first_stage}
     return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
 

@@ -57,14 +57,12 @@ def sample_command(source: Trained, runtime: Runtime, wish: Wish) -> list[Path]:
     prompts = _prompts(config.sample, wish)
     frames = Frames(model_cls, config.model.path, runtime.device)
     clips = _given_clips(config, wish)
-    negative = negative_prompt(config.sample, model_cls)
-    wanted = [*prompts, *([] if negative is None else [negative])]
-    texts = sampling.encode_texts(wanted, model_cls, config.model.path, runtime)
+    texts, negative = encode_prompts(config, prompts, model_cls, runtime)
     given = {stream: frames.encode(clip) for stream, clip in clips.items()}
     requests = _requests(config.sample, prompts, texts, shape, given, count=wish.count)
     mesh = meshes.build(layout, runtime)
     engine = trained.open_engine(source, mesh)
-    sampler = Sampler(engine, mesh, config.sample, None if negative is None else texts[negative])
+    sampler = Sampler(engine, mesh, config.sample, negative)
     written = []
     for number, latents in sampler.each(requests):
         if mesh.is_first_stage:
@@ -77,6 +75,16 @@ def sample_command(source: Trained, runtime: Runtime, wish: Wish) -> list[Path]:
             logger.info("%s", written[-1])
     runtime.barrier()
     return written
+
+
+def encode_prompts(
+    config: Config, prompts: Sequence[str], model_cls: type[VideoModel], runtime: Runtime
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The text of each prompt, and the one that guidance leads away from: an empty prompt is one too, None is not."""
+    negative = negative_prompt(config.sample, model_cls)
+    wanted = [*prompts, *([] if negative is None else [negative])]
+    texts = sampling.encode_texts(wanted, model_cls, config.model.path, runtime)
+    return texts, None if negative is None else texts[negative]
 
 
 def video_layout(config: Config, model_cls: type[VideoModel]) -> StreamLayout:

@@ -83,6 +83,25 @@ def ratio(times: Mapping[str, Times], above: str, below: str) -> float:
     return round(times[above].median / times[below].median, 3)
 
 
+def wan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the blocks that a bench runs, and of one stream's tokens."""
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--head", type=int, default=128, help="width of one head")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--grid", type=int, nargs=3, default=(8, 16, 16), help="one stream's frames, rows, columns")
+    parser.add_argument("--rank", type=int, default=64)
+
+
+def wan_config(args: argparse.Namespace, *, text_dim: int) -> dict[str, int]:
+    return {
+        "num_attention_heads": args.width // args.head,
+        "attention_head_dim": args.head,
+        "ffn_dim": args.width * 9 // 2,
+        "num_layers": args.blocks,
+        "text_dim": text_dim,
+    }
+
+
 def finish(bench: str, figures: Mapping[str, object], *, record: bool, argv: Sequence[str] | None = None) -> None:
     """The last line of a bench, and its line in `results.md`."""
     line = json.dumps(dict(figures))

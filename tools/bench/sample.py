@@ -29,11 +29,7 @@ GUIDANCE = 5.0
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = harness.parser(__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--head", type=int, default=128, help="width of one head")
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--grid", type=int, nargs=3, default=(8, 16, 16), help="one stream's frames, rows, columns")
-    parser.add_argument("--rank", type=int, default=64)
+    harness.wan_arguments(parser)
     parser.add_argument("--text", type=int, default=512, help="width of a text's embedding")
     parser.add_argument("--steps", type=int, default=2)
     return parser.parse_args(argv)
@@ -42,14 +38,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_engine(args: argparse.Namespace, here: runtime.Runtime) -> Engine:
     """One stage with an adapter on its companion, in place, as `sample` runs it."""
     torch.manual_seed(0)
-    config = {
-        "num_attention_heads": args.width // args.head,
-        "attention_head_dim": args.head,
-        "ffn_dim": args.width * 9 // 2,
-        "num_layers": args.blocks,
-        "text_dim": args.text,
-    }
-    model = WanModel.from_config(config, streams=("rgb", "seg"))
+    model = WanModel.from_config(harness.wan_config(args, text_dim=args.text), streams=("rgb", "seg"))
     inject(model, LoraConfig(rank=args.rank))
     mesh = meshes.build(meshes.resolve(ParallelConfig(), here.world_size), here)
     return Engine([Stage(model.eval())], ParallelConfig(), mesh, torch.float32, model.dimensions())

@@ -178,13 +178,7 @@ def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.
 def both(args: argparse.Namespace) -> tuple[Ours, Rival, Inputs]:
     """The two with the same weights, what they start from, and the proof that they compute the same."""
     torch.manual_seed(0)
-    config = {
-        "num_attention_heads": args.width // args.head,
-        "attention_head_dim": args.head,
-        "ffn_dim": args.width * 9 // 2,
-        "num_layers": args.blocks,
-        "text_dim": 64,
-    }
+    config = harness.wan_config(args, text_dim=64)
     f, h, w = args.grid
     layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
     lora = LoraConfig(rank=args.rank)
@@ -266,11 +260,7 @@ def profile(model: nn.Module, inputs: Inputs, rows: int) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = harness.parser(__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--head", type=int, default=128, help="width of one head")
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--grid", type=int, nargs=3, default=(8, 16, 16), help="one stream's frames, rows, columns")
-    parser.add_argument("--rank", type=int, default=64)
+    harness.wan_arguments(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile our blocks, as on a GPU")
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="show our step's operators and end")

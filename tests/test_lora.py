@@ -16,8 +16,6 @@ from transpixeler.models.linear import Linear, project
 from transpixeler.models.lora import (
     LoraLinear,
     adapter_parameters,
-    deltas,
-    fuse,
     inject,
     load_adapter,
     lora_linears,
@@ -258,16 +256,6 @@ def test_an_adapter_that_does_not_fit_is_refused(config: LoraConfig, words: str)
     inject(model, config)
     with pytest.raises(UserError, match=rf"lora\.init_from: .*{words}"):
         load_adapter(model, tensors)
-
-
-def test_a_fused_adapter_is_the_merged_one() -> None:
-    model, fused = moved(1, ALL), tiny(1)
-    tensors = {name: p.detach() for name, p in adapter_parameters(model).items()}
-    fuse(fused, tensors, scale=6.0 / 3)
-    torch.testing.assert_close(output(fused), output(model), atol=1e-5, rtol=1e-5)
-    assert {name for name, _ in deltas(tensors, scale=1.0)} == {f"{name}.weight" for name, _ in lora_linears(model)}
-    with pytest.raises(UserError, match=r"model\.fuse: the model has no blocks\.0\.nothing"):
-        fuse(fused, {"blocks.0.nothing.lora_A": torch.ones(1, 1), "blocks.0.nothing.lora_B": torch.ones(1, 1)})
 
 
 def test_an_adapted_block_compiles_without_a_graph_break() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -241,26 +241,3 @@ def _lives_here(model: nn.Module, name: str) -> bool:
     if part != "blocks":
         return getattr(model, part, None) is not None
     return rest.split(".")[0] in model.blocks or not rest.split(".")[0].isdigit()
-
-
-def deltas(tensors: Mapping[str, Tensor], *, scale: float) -> Iterator[tuple[str, Tensor]]:
-    """(weight name, what an adapter on all tokens adds to it) for each of its targets."""
-    for name, down in tensors.items():
-        if name.endswith(".lora_A"):
-            module = name.removesuffix(".lora_A")
-            yield f"{module}.weight", scale * (tensors[f"{module}.lora_B"].float() @ down.float())
-
-
-def _add(parameter: nn.Parameter, delta: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_((parameter.float() + delta.to(parameter.device)).to(parameter.dtype))
-
-
-def fuse(model: nn.Module, tensors: Mapping[str, Tensor], *, scale: float = 1.0, assign: Assign = _add) -> None:
-    """Add an adapter, by our names, to the base for good, before training."""
-    parameters = dict(model.named_parameters())
-    for name, delta in deltas(tensors, scale=scale):
-        if name in parameters:
-            assign(parameters[name], delta)
-        elif _lives_here(model, name):
-            raise UserError(f"model.fuse: the model has no {name} to fuse the adapter into")

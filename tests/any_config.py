@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from transpixeler.config import Config, PathKind, Range, faults
 
+TEXT = st.text(max_size=8)
+SIDE = st.integers(16, 4096)
 # Where the limits are not in the type, because they hang on other keys.
 CHOSEN: dict[str, st.SearchStrategy] = {
     "streams": st.just({"rgb": "", "seg": "_seg"}),
@@ -23,9 +25,11 @@ CHOSEN: dict[str, st.SearchStrategy] = {
     "optim.lr_min": st.floats(0, 0.1),
     "data.aspect_min": st.floats(0.1, 1),
     "data.aspect_max": st.floats(1, 4),
-    "frames": st.lists(st.integers(0, 40).map(lambda k: 4 * k + 1), max_size=3).map(tuple),
+    "run_name": st.text(st.characters(exclude_characters="./\\"), max_size=8),
+    "eval.times": st.lists(st.floats(0, 1), min_size=1, max_size=3).map(tuple),
+    "frames": st.lists(st.integers(0, 40).map(lambda k: 4 * k + 1), min_size=1, max_size=3).map(tuple),
+    "resolutions": st.lists(SIDE | st.tuples(SIDE, SIDE), min_size=1, max_size=3).map(tuple),
 }
-TEXT = st.text(max_size=8)
 
 
 def values(hint: Any, key: str = "") -> st.SearchStrategy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -13,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests import test_trainer
 from tests.ranks import run_ranks
-from transpixeler import checkpoint, optim, runs, runtime, trainer
-from transpixeler.config import CheckpointConfig
+from transpixeler import adapters, checkpoint, configfile, optim, runs, runtime, trainer
+from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel.mesh import Layout
 from transpixeler.runtime import Runtime
 
@@ -102,6 +103,43 @@ def _blocked_save(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
 def test_a_checkpoint_whose_folder_cannot_be_made_is_told_on_all_ranks(tmp_path: Path) -> None:
     for first, second in run_ranks(_blocked_save, 2, tmp_path):
         assert "the checkpoint of step 1 was not written: FileExistsError" in first and not second
+
+
+def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newest(demo: Path, tmp_path: Path) -> None:
+    short = ("save.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep=3", "train.max_steps=4")
+    folder = test_trainer.run(demo, tmp_path, *short)
+    (folder / "samples" / "step00000004" / "0-a").mkdir(parents=True)
+    (folder / ".step9.tmp").mkdir()
+    older = folder / "checkpoints" / checkpoint.folder_name(2)
+    test_trainer.run(demo, tmp_path, *short, "train.max_steps=3", resume=str(older))
+    assert adapters.adapter_file(folder).parent.name == "step3"
+    assert {f.name for f in folder.glob("step*")} == {"step2", "step3"} and not (folder / ".step9.tmp").exists()
+    assert (folder / "aside/step4").is_dir() and (folder / "aside/samples/step00000004/0-a").is_dir()
+    test_trainer.run(demo, tmp_path, *short, resume="")
+    assert (folder / "step4").is_dir() and not (folder / "aside/step4").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        (("streams={rgb: '', seg: _seg, more: _seg2}",), ("streams.more=null",), "streams.more: '_seg2' there, None"),
+        (("lora.ranks={'*.q': 2}",), ("lora.ranks={'*.q': null}",), r"lora.ranks.\*.q: 2 there"),
+    ],
+)
+def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tuple, then: tuple, told: str) -> None:
+    plain = configfile.plain(configfile.from_overrides(first))
+    (tmp_path / checkpoint.STATE).write_text(json.dumps({"config": plain}))
+    assert runs._changes(configfile.from_overrides(first), tmp_path) == ()
+    with pytest.raises(UserError, match=told):
+        runs._changes(configfile.from_overrides([*first, *then]), tmp_path)
+
+
+def test_requests_of_a_job_that_was_killed_are_not_those_of_the_next(tmp_path: Path) -> None:
+    config = configfile.from_overrides([f"output_dir={tmp_path}", "run_name=mine"])
+    made = runs.open_run(config, ONE, None)
+    (made.folder / "save_quit").touch()
+    again = runs.open_run(config, ONE, str(made.folder))
+    assert not (again.folder / "save_quit").exists()
 
 
 def test_sigterm_ends_a_run_that_has_not_begun_and_saves_one_that_has(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,30 @@ def state(folder: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def evaluated(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(demo, tmp_path_factory.mktemp("evaluated"), *EVALUATES, "eval.samples=2", "log.tensorboard=true")
+
+
+def _asked_within(rank: int, world_size: int, path: Path, words: tuple[str, ...]) -> str:
+    """One rank is asked to stop, by signal, in the middle of the evaluation of step 2."""
+    measure = heldout.Evaluator._errors
+
+    def errors(evaluator: heldout.Evaluator, piece: heldout.Piece) -> torch.Tensor:
+        if rank == 1 and piece is evaluator.pieces[1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(evaluator, piece)
+
+    heldout.Evaluator._errors = errors
+    return _train(rank, world_size, path, words, None)
+
+
+def test_a_stop_within_an_evaluation_leaves_it_to_the_resumed_run(demo: Path, tmp_path: Path) -> None:
+    words = (*TRAINS, *EVALUATES, f"output_dir={tmp_path}", "eval.before_first_step=false", "checkpoint.every_steps=0")
+    folder = Path(run_ranks(_asked_within, 2, demo / "config.yaml", words)[0])
+    assert [line["step"] for line in lines(folder)] == [1, 2]
+    assert "the evaluation of step 2 is made when" in (folder / "log.txt").read_text()
+    checkpoint.check(folder / "checkpoints" / checkpoint.folder_name(2))
+    train(demo, tmp_path, *EVALUATES, "eval.before_first_step=false", resume="")
+    told = [(line["step"], "eval" in line) for line in lines(folder)]
+    assert told == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
 
 
 @pytest.fixture(scope="module")

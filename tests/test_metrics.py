@@ -77,13 +77,6 @@ def test_iou_of_what_touches_nothing() -> None:
     assert metrics.iou(drawn("###."), drawn("#...")) == pytest.approx(1 / 3)
 
 
-def test_foreground_counts_only_where_the_truth_shows_something() -> None:
-    rgb, truth = np.zeros((1, 1, 2, 3)), np.zeros((1, 1, 2, 3))
-    rgb[0, 0, 0], rgb[0, 0, 1] = 0.2, 0.9
-    assert metrics.foreground_mse(rgb, truth, frames([[0.1, 0]])) == pytest.approx(0.04)
-    assert math.isnan(metrics.foreground_mse(rgb, truth, frames([[0, 0]])))
-
-
 def test_psnr_and_drift() -> None:
     truth = np.full((2, 3, 3, 3), 0.5)
     assert metrics.psnr(truth + 0.1, truth) == pytest.approx(20, abs=1e-4)
@@ -282,11 +275,10 @@ def test_all_that_is_known_of_a_sample_in_one_table() -> None:
     alpha = torch.rand(4, 12, 10, generator=generator)
     aux[:, 0] = 0  # somewhere nothing is shown
     assert set(metrics.alpha_metrics(rgb, aux)) == alone
-    assert set(metrics.alpha_metrics(rgb, aux, reference_alpha=alpha)) == alone | against
-    full = metrics.alpha_metrics(rgb, aux, reference_alpha=alpha, reference_rgb=rgb)
-    assert set(full) == alone | against | {"foreground_mse"} and full["foreground_mse"] == 0
+    full = metrics.alpha_metrics(rgb, aux, reference_alpha=alpha)
+    assert set(full) == alone | against
     assert full["mad"] == metrics.mad(aux.mean(-1), alpha)
-    same = metrics.alpha_metrics(rgb.numpy(), aux.numpy(), reference_alpha=alpha.double(), reference_rgb=rgb)
+    same = metrics.alpha_metrics(rgb.numpy(), aux.numpy(), reference_alpha=alpha.double())
     assert same == pytest.approx(full, rel=1e-5)
 
 

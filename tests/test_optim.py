@@ -24,6 +24,13 @@ def parameters() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "torch.optim.RMSprop"])
+def test_an_argument_that_an_optimizer_does_not_take_is_named(name: str) -> None:
+    config = tiny.config(f"optim.name={name}", "optim.args={d_coef: 1}").optim
+    with pytest.raises(UserError, match=r"optim\.args: .* does not take .*d_coef"):
+        optim.build({"a": torch.nn.Parameter(torch.ones(2, 2))}, config)
+
+
 @pytest.mark.parametrize(
     "name", ["adamw", "sgd", "adafactor", "muon", "adamw8bit", "adamw4bit", "adamw_fp8", "torch.optim.RMSprop"]
 )

@@ -181,12 +181,49 @@ def test_a_mistake_in_the_data_leaves_no_run_behind(demo: Path, tmp_path: Path) 
 
 
 def test_an_adapter_that_the_disk_refuses_is_told_and_training_goes_on(demo: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "step1.tmp").write_text("a file where the draft's folder would be")
-    folder = run(demo, tmp_path, "run_name=mine", "train.max_steps=2", "save.every_steps=1", ranks=2)
+    short = ("run_name=mine", "save.every_steps=1")
+    run(demo, tmp_path, *short, "train.max_steps=1")
+    folder = tmp_path / "mine"
+    (folder / "step2").write_text("a file where the save's folder would be")
+    run(demo, tmp_path, *short, "train.max_steps=3", ranks=2, resume="")
     log = (folder / "log.txt").read_text()
-    assert "step1 was not written" in log and "training goes on" in log
-    assert not (folder / "step1").exists() and (folder / "step2" / "adapter_model.safetensors").exists()
+    assert "step2 was not written" in log and "training goes on" in log
+    assert (folder / "step2").is_file() and (folder / "step3" / "adapter_model.safetensors").exists()
+
+
+def test_a_stage_that_trains_nothing_saves_means_and_starts_from_an_adapter(demo: Path, tmp_path: Path) -> None:
+    first_block = ("lora.targets=[blocks.0.self_attn.*]", "train.max_steps=1", "save.every_steps=1", *layout(2, 1, 1))
+    folder = run(demo, tmp_path, *first_block, ranks=2)
+    assert (folder / "step1" / "ema" / "adapter_model.safetensors").exists()
+    again = run(demo, tmp_path, *first_block, f"lora.init_from={folder / 'step1'}", "optim.lr=1e-12", ranks=2)
+    one, other = (load_file(f / "step1" / "adapter_model.safetensors") for f in (folder, again))
+    assert difference(one, other) < 1e-9
+
+
+def test_what_was_there_before_a_run_is_never_removed(demo: Path, tmp_path: Path) -> None:
+    """Whatever is wrong with the input: a folder of clips, all runs, one run."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    made = run(demo, tmp_path, "run_name=mine", "train.max_steps=1")
+    for words, resume, message in (
+        (("run_name=clips",), None, "clips: holds something that is no run"),
+        ((), str(tmp_path), "is no run, as it has no config.yaml"),
+        ((), str(tmp_path / "clips"), "is no run"),
+        (("data.train=[nowhere]",), str(made), "the source does not exist"),
+    ):
+        with pytest.raises(RanksFailed, match=message):
+            run(demo, tmp_path, *words, resume=resume)
+    assert (tmp_path / "clips" / "a.mp4").exists() and (made / "step1" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_anew(demo: Path, tmp_path: Path) -> None:
+    folder = run(demo, tmp_path, "train.max_steps=1")
+    for found in checkpoint.candidates(folder / "checkpoints"):
+        (found / checkpoint.MANIFEST).unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(RanksFailed, match=r"none of the checkpoints in .* is whole"):
+        run(demo, tmp_path, "train.max_steps=2", resume="")
+    assert (folder / "metrics.jsonl").read_bytes() == before and (folder / "step1").is_dir()
 
 
 def test_a_run_name_is_not_taken_twice(demo: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "global_step"
-WAIT_SECONDS = 600.0  # for another rank's part of a save, before it is given up
+WAIT_SECONDS = 300.0  # for another rank's part of a save, before it is given up; less than ranks wait for each other
 
 
 class CheckpointFault(Exception):
@@ -297,6 +297,8 @@ class Checkpointer:
         self, save: _Save, tensors: Mapping[str, Tensor], partial: Path, final: Path, state: Mapping[str, Any]
     ) -> None:
         try:
+            if self.runtime.device.type == "cuda":
+                torch.cuda.set_device(self.runtime.device)  # or every rank's thread takes memory of the first GPU
             dcp.save(tensors, checkpoint_id=partial, process_group=self._group)
             self._list_own_files(partial)
             if self.runtime.is_main:

@@ -10,7 +10,7 @@ import enum
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 
 class UserError(Exception):
@@ -309,9 +309,12 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "objective.t_min", f"must be below objective.t_max ({config.objective.t_max:g})"
     if sum(config.objective.tasks.values()) <= 0:
         yield "objective.tasks", "at least one task needs a weight above zero, as in {joint: 1.0}"
-    for key, frames in _frame_counts(config.data):
+    for key, frames in _of_all_sources(config.data, "frames"):
         if frames < 1 or frames % 4 != 1:
             yield key, f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), which the video model needs"
+    for key, sides in _sides(config.data):
+        if min(sides) < 16:
+            yield key, f"{min(sides)} is no side of a picture; 16 pixels are the least"
     if config.data.aspect_min > config.data.aspect_max:
         yield "data.aspect_min", f"must not be above data.aspect_max ({config.data.aspect_max:g})"
     if config.quantized and not config.lora.enabled:
@@ -321,13 +324,36 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
         )
     if config.hub.repo and not REPO.fullmatch(config.hub.repo):
         yield "hub.repo", f"{config.hub.repo!r} is no Hub id; write it as user/name"
+    if set("/\\") & set(config.run_name) or config.run_name in (".", "..", "latest"):
+        yield "run_name", f"{config.run_name!r} is no plain name for a folder in output_dir"
+    if config.lora.init_from and not config.lora.enabled:
+        yield (
+            "lora.init_from",
+            "an adapter cannot start where lora.enabled is false; to add it for good, use model.fuse",
+        )
+    if config.optim.groups and not config.optim.lr:
+        yield "optim.lr", "0 keeps the groups' rates at 0 too, as they follow its curve; set it above 0"
+    for key, empty in (
+        ("eval.times", not config.eval.times),
+        ("data.frames", not config.data.frames),
+        ("data.resolutions", not config.data.resolutions),
+        ("model.trainable", not config.model.trainable and not config.lora.enabled),
+    ):
+        if empty:
+            yield key, "an empty list leaves nothing to work on; leave the key out for its default"
     if config.optim.lr_min > config.optim.lr:
         yield "optim.lr_min", f"must not be above optim.lr ({config.optim.lr:g})"
 
 
-def _frame_counts(data: DataConfig) -> Iterator[tuple[str, int]]:
-    counts = {"data.frames": data.frames}
-    for name, sources in (("train", data.train), ("eval", data.eval)):
-        counts |= {f"data.{name}.{i}.frames": source.frames or () for i, source in enumerate(sources)}
-    for key, frames in counts.items():
-        yield from ((f"{key}.{i}", count) for i, count in enumerate(frames))
+def _sides(data: DataConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for key, resolution in _of_all_sources(data, "resolutions"):
+        yield key, (resolution,) if isinstance(resolution, int) else resolution
+
+
+def _of_all_sources(data: DataConfig, name: str) -> Iterator[tuple[str, Any]]:
+    """(key, value) of each entry of a list that a source may have of its own."""
+    lists = {f"data.{name}": getattr(data, name)}
+    for part, sources in (("train", data.train), ("eval", data.eval)):
+        lists |= {f"data.{part}.{i}.{name}": getattr(source, name) or () for i, source in enumerate(sources)}
+    for key, values in lists.items():
+        yield from ((f"{key}.{i}", value) for i, value in enumerate(values))

@@ -25,6 +25,7 @@ from transpixeler.ema import Ema
 from transpixeler.heldout import Evaluator, read_video
 from transpixeler.models.base import model_class
 from transpixeler.parallel import mesh as meshes
+from transpixeler.runs import Stopped
 from transpixeler.runtime import Runtime, write_whole
 from transpixeler.telemetry import METRICS, Telemetry
 from transpixeler.trained import Trained
@@ -53,16 +54,21 @@ class Evaluation:
         if not self.evaluator.runtime.broadcast(told):
             self.if_due(step)
 
-    def if_due(self, step: int, *, hurry: bool = False) -> None:
-        """In a hurry to stop, the evaluation is left to `catch_up`."""
+    def if_due(self, step: int, *, hurry: bool = False) -> bool:
+        """Whether someone asked to stop meanwhile; then, and in a hurry, the evaluation is left to `catch_up`."""
         if hurry or not self.due(step) or not self.evaluator.has_work:
-            return
+            return hurry
         device = self.evaluator.mesh.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            found = self._evaluate(step)
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                found = self._evaluate(step)
+        except Stopped:
+            logger.info("asked to stop: the evaluation of step %d is made when the run is resumed", step)
+            return True
         if self.telemetry is not None:
             self._tell(step, found)
         gc.collect()
+        return False
 
     def _evaluate(self, step: int) -> dict[str, dict[str, Any]]:
         evaluator, averaged = self.evaluator, self.ema.decay > 0

@@ -53,7 +53,8 @@ def inject_adapter(model: VideoModel, adapter: Adapter) -> None:
 def apply_adapter(model: VideoModel, adapter: Adapter) -> None:
     """Fill a model's adapter, or its stage's or shard's part of it, so that it computes what the given one does.
 
-    A model that has none yet gets the adapter's own; one that was injected by its config keeps its own strength.
+    A whole model that has none yet gets the adapter's own; one that was injected by its config keeps its own strength.
+    A stage without any linear that is adapted stays so.
     """
     strange = set(adapter.stream_embeddings) - set(model.streams[1:])
     if strange:
@@ -62,7 +63,7 @@ def apply_adapter(model: VideoModel, adapter: Adapter) -> None:
             f"{', '.join(model.streams)}: name the streams alike in `streams`"
         )
     linears = dict(lora_linears(model))
-    if not linears:
+    if not linears and model.embed is not None and model.head is not None:
         inject_adapter(model, adapter)
         linears = dict(lora_linears(model))
     tensors = dict(adapter.tensors)

@@ -8,9 +8,10 @@ under NAME/TASK.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transpixeler.data.fill import Fill
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.data.pairs import decode_pair
 from transpixeler.data.prompts import negative_prompt, read_prompts
+from transpixeler.data.rgba import FACTS
 from transpixeler.models.base import Conditions, VideoModel, model_class
 from transpixeler.objective import Example, mean_squared_errors
 from transpixeler.parallel.mesh import Mesh
@@ -60,9 +62,14 @@ class Evaluator:
         mesh: Mesh,
         engine: Engine,
         data: Dataset,
+        *,
+        pause: Callable[[], object] = lambda: None,
     ) -> None:
+        """`pause` is called between pieces of work, equally often on all ranks; it ends an evaluation by raising."""
         self.config, self.runtime, self.mesh, self.engine, self.data = config, runtime, mesh, engine, data
+        self.pause = pause
         self.model_cls: type[VideoModel] = model_class(config.model.family)
+        self.prompts = read_prompts(config.sample)  # once: the file may be edited while a run goes on
         self.texts = self._prompt_texts()
         self.sampler = Sampler(
             engine, mesh, config.sample, self.texts.get(negative_prompt(config.sample, self.model_cls))
@@ -75,14 +82,14 @@ class Evaluator:
 
     def _prompt_texts(self) -> dict[str | None, Tensor]:
         """[text_len, text_dim] of each prompt, as the cache holds it."""
-        if read_prompts(self.config.sample):
+        if self.prompts:
             generate.video_layout(self.config, self.model_cls)  # a wrong size is told now
         texts = {prompt: self.data.cache.text(key) for prompt, key in self.data.prompts.items()}
         return {prompt: sampling.padded(text, self.model_cls.text_len) for prompt, text in texts.items()}
 
     @property
     def has_work(self) -> bool:
-        return bool(self.pieces or read_prompts(self.config.sample))
+        return bool(self.pieces or self.prompts)
 
     # -- losses
 
@@ -91,6 +98,7 @@ class Evaluator:
         mine: dict[int, list[list[float]]] = {}
         with self.engine.evaluating():
             for number, counts in sampling.turns(len(self.pieces), self.mesh):
+                self.pause()
                 errors = self._errors(self.pieces[number])
                 if counts and self.mesh.is_first_stage:
                     mine[number] = errors.tolist()
@@ -127,7 +135,7 @@ class Evaluator:
         """
         plan = self._requests()
         mine: dict[int, dict[str, float]] = {}
-        for number, latents in self.sampler.each([request for request, _ in plan]):
+        for number, latents in self.sampler.each([request for request, _ in plan], pause=self.pause):
             if self.mesh.is_first_stage:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
@@ -151,7 +159,7 @@ class Evaluator:
             given = {stream: streams[stream][0] for stream in piece.given}
             name = f"{len(plan)}-{generate.named(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
             plan.append((Request(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
-        for prompt in read_prompts(self.config.sample):
+        for prompt in self.prompts:
             layout = generate.video_layout(self.config, self.model_cls)
             name = f"{len(plan)}-{generate.named(prompt)}"
             plan.append((Request(name, prompt, self.texts[prompt], seed + len(plan), layout), None))
@@ -177,16 +185,23 @@ class Evaluator:
         return self._floors[piece.item]
 
     def _drift(self, request: Request, folder: Path, base: Path | None) -> dict[str, float]:
-        """Of generated RGB from the base's; both as they were written, so that what the file costs is in neither."""
+        """Of generated RGB from the base's; both as they were written, so that what the file costs is in neither.
+
+        A resumed run may have other settings than it began with; then the two have nothing to do with each other.
+        """
         files = [place / request.name / f"{self.data.streams[0]}.mp4" for place in (folder, base) if place is not None]
         if 0 in request.given or len(files) < 2 or not all(file.is_file() for file in files):
             return {}
+        told = json.loads((base / request.name / FACTS).read_text(encoding="utf-8"))
+        if not generate.settings(request, self.config.sample).items() <= told.items():
+            return {}
         ours, theirs = (read_video(file) / np.float32(255) for file in files)
-        return {"rgb_drift": metrics.rgb_drift(ours, theirs)}
+        return {"rgb_drift": metrics.rgb_drift(ours, theirs)} if ours.shape == theirs.shape else {}
 
     def _reference(self, piece: Piece) -> dict[str, np.ndarray]:
-        rgb, aux, *_ = self._given_back(piece)
-        return {"reference_alpha": aux.mean(-1), "reference_rgb": rgb}
+        """Of the matte alone: the RGB that was given comes back as it went in."""
+        _, aux, *_ = self._given_back(piece)
+        return {"reference_alpha": aux.mean(-1)}
 
     def _given_back(self, piece: Piece) -> list[np.ndarray]:
         """The clip's streams as the VAE decodes them: what latents could at best become, in [0, 1]."""

@@ -32,7 +32,6 @@ def alpha_metrics(
     aux: Values,
     *,
     reference_alpha: Values | None = None,
-    reference_rgb: Values | None = None,
     fill: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """All that is known of one sample, of its RGB and its aux stream [F,H,W,3]; more with a reference."""
@@ -48,8 +47,6 @@ def alpha_metrics(
     if reference_alpha is not None:
         measures = {"mad": mad, "mse": mse, "sad": sad, "grad": grad, "conn": conn, "dtssd": dtssd, "iou": iou}
         found |= {name: measure(alpha, reference_alpha) for name, measure in measures.items()}
-        if reference_rgb is not None:
-            found["foreground_mse"] = foreground_mse(rgb, reference_rgb, reference_alpha)
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
@@ -98,12 +95,6 @@ def iou(alpha: Values, reference: Values) -> float:
     ours, theirs = _array(alpha) >= 0.5, _array(reference) >= 0.5
     union = np.count_nonzero(ours | theirs)
     return np.count_nonzero(ours & theirs) / union if union else 1.0
-
-
-def foreground_mse(rgb: Values, reference: Values, reference_alpha: Values) -> float:
-    """Mean squared error of the colour where the reference shows anything."""
-    shown = _array(reference_alpha) > 0
-    return _mean(_difference(rgb, reference)[shown] ** 2) if shown.any() else math.nan
 
 
 def psnr(values: Values, reference: Values) -> float:

@@ -30,7 +30,12 @@ def build(parameters: Named, config: OptimConfig) -> Optimizer | None:
     if not parameters:
         return None
     groups = list(_groups(parameters, config))
-    return _maker(config)(groups)
+    try:
+        return _maker(config)(groups)
+    except (TypeError, ValueError) as fault:
+        if config.args:
+            raise UserError(f"optim.args: {config.name} does not take {dict(config.args)}: {fault}") from None
+        raise
 
 
 def _groups(parameters: Named, config: OptimConfig) -> Iterator[dict[str, Any]]:
@@ -85,7 +90,7 @@ def _maker(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
     if name == "adafactor":
         return lambda groups: torch.optim.Adafactor(groups, **config.args)
     if name == "muon":
-        return lambda groups: Muon(groups, momentum=config.momentum or 0.95, betas=config.betas, eps=config.eps)
+        return lambda groups: Muon(groups, momentum=config.momentum or 0.95, **adam)
     if name in TORCHAO:
         return _torchao(TORCHAO[name], adam, stochastic=config.bf16_parameters)
     if "." in config.name:

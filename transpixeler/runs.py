@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ from transpixeler.telemetry import METRICS
 logger = logging.getLogger("transpixeler")
 
 LATEST = "latest"
+ASIDE = "aside"  # saves and samples of a course that was left
 CONFIG = "config.yaml"
 # A checkpoint of another value of these holds other tensors, or means something else.
 FIXED = ("streams", "model.family", "model.trainable", "model.fuse", "lora", "optim.name", "optim.bf16_parameters")
 FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
+REQUESTS = ("save", "save_quit")  # files that a user puts into a run's folder
 # Where a run writes and on how many devices it runs says nothing about what it trains.
 SILENT = ("output_dir", "run_name", "parallel", "log", "checkpoint", "save", "hub", "data.workers", "train.gc_every")
 
@@ -39,6 +42,7 @@ class Run:
     folder: Path
     resume_from: Path | None = None
     changed: tuple[str, ...] = ()  # what its config has that the checkpoint's had not
+    made: bool = False  # now: before, its folder was empty or not there
 
     @property
     def checkpoints(self) -> Path:
@@ -58,10 +62,17 @@ def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     if chosen is not None:
         _insist_valid(chosen)
     found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
-    if found is None:
-        logger.info("%s: no checkpoint to resume yet; training starts from the beginning", folder)
-    else:
+    if runtime.is_main:
+        for name in REQUESTS:  # of a job that was killed before it could see them
+            (folder / name).unlink(missing_ok=True)
+    if found is not None:
         return Run(folder, found, _changes(config, found))
+    if runtime.broadcast(bool(checkpoint.candidates(folder / "checkpoints"))):
+        raise UserError(
+            f"--resume: none of the checkpoints in {folder} is whole, for the reasons above; "
+            "start a new run without --resume, perhaps with lora.init_from set to one of this run's saves"
+        )
+    logger.info("%s: no checkpoint to resume yet; training starts from the beginning", folder)
     return Run(folder)
 
 
@@ -70,11 +81,13 @@ def _new(config: Config, runtime: Runtime, output: Path) -> Run:
     folder = output / name
     if runtime.broadcast((folder / CONFIG).exists()):
         raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
+    if runtime.broadcast(_is_filled(folder)):
+        raise UserError(f"{folder}: holds something that is no run; change run_name or output_dir")
     if runtime.is_main:
         _make(folder)
         write_whole(folder / CONFIG, configfile.dump(config))
     runtime.barrier()
-    return Run(folder)
+    return Run(folder, made=True)
 
 
 def begin(run: Run, config: Config) -> None:
@@ -86,8 +99,12 @@ def begin(run: Run, config: Config) -> None:
 def discard(run: Run) -> None:
     """A run that a mistake in its input kept from starting leaves nothing behind, its name least of all."""
     metrics = run.folder / METRICS
-    if run.resume_from is None and (not metrics.exists() or not metrics.stat().st_size):
+    if run.made and (not metrics.exists() or not metrics.stat().st_size):
         shutil.rmtree(run.folder, ignore_errors=True)
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and next(folder.iterdir(), None) is not None
 
 
 def _make(folder: Path) -> None:
@@ -111,9 +128,11 @@ def _find(output: Path, resume: str) -> tuple[Path, Path | None]:
         wanted = f"{path} is no folder" if resume else f"{output} holds no run yet"
         raise UserError(f"--resume: {wanted}; leave --resume out to start one, or give a run or checkpoint folder")
     path = path.resolve()
-    if path.name.startswith(checkpoint.PREFIX):
-        return path.parents[1], path
-    return path, None
+    chosen = path if path.name.startswith(checkpoint.PREFIX) else None
+    folder = path.parents[1] if chosen else path
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume: {folder} is no run, as it has no {CONFIG}; give a run or checkpoint folder")
+    return folder, chosen
 
 
 def _insist_valid(folder: Path) -> None:
@@ -125,16 +144,33 @@ def _insist_valid(folder: Path) -> None:
         ) from None
 
 
+def set_aside(run: Path, step: int, ends: Callable[[int], int]) -> None:
+    """Moves saves and samples beyond the step that training goes on from to RUN/aside, and removes drafts.
+
+    They are of a course that was left, and would pass for the newest. `ends`: the step at which so many epochs end.
+    """
+    for draft in run.glob(".*.tmp"):
+        shutil.rmtree(draft, ignore_errors=True)
+    for folder in [*run.glob("step*/"), *run.glob("epoch*/"), *run.glob("samples/step*/")]:
+        named = re.fullmatch(r"(step|epoch)(\d+)", folder.name)
+        if named and (int(named[2]) if named[1] == "step" else ends(int(named[2]))) > step:
+            aside = run / ASIDE / folder.relative_to(run)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            folder.replace(aside)
+            logger.warning("%s is beyond step %d: it is kept as %s", folder.name, step, aside.relative_to(run))
+
+
 # --- another config --------------------------------------------------------------------------------------------------
 
 
 def _changes(config: Config, folder: Path) -> tuple[str, ...]:
     """What differs from the checkpoint's config; refuses what its tensors cannot follow."""
-    before = _flat(checkpoint.read_state(folder)["config"])
+    before, after = _flat(checkpoint.read_state(folder)["config"]), _flat(configfile.plain(config))
     changed = {
-        key: (before.get(key), value)
-        for key, value in _flat(configfile.plain(config)).items()
-        if before.get(key) != value and not _under(key, SILENT)
+        key: (before.get(key), after.get(key))
+        for key in after | before
+        if before.get(key) != after.get(key) and not _under(key, SILENT)
     }
     refused = [key for key in changed if _under(key, FIXED) and not _under(key, FREE_IN_FIXED)]
     if refused:
@@ -146,13 +182,18 @@ def _changes(config: Config, folder: Path) -> tuple[str, ...]:
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
+    """Leaves by their dotted keys; an empty table has none."""
+    if not isinstance(tree, dict):
         return {key: tree}
     return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+class Stopped(Exception):
+    """Someone asked to stop within an evaluation; raised on every rank together."""
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -171,7 +212,7 @@ class Requests:
     def poll(self) -> tuple[bool, bool]:
         """(save, quit) of this rank; the trainer makes them everyone's."""
         if self.is_main:
-            for name in ("save", "save_quit"):
+            for name in REQUESTS:
                 asked = self.folder / name
                 if asked.exists():
                     asked.unlink()

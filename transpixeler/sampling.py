@@ -129,13 +129,23 @@ class Sampler:
     config: SampleConfig
     negative: Tensor | None  # [text_len, text_dim]; None: without guidance
 
-    def each(self, requests: Sequence[Request]) -> Iterator[tuple[int, Tensor]]:
-        """This data rank's share: (number of the request, its latents [N] on the host), on all of its pipeline."""
+    def each(
+        self, requests: Sequence[Request], *, pause: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """This data rank's share: (number of the request, its latents [N] on the host), on all of its pipeline.
+
+        `pause` is called after each step, equally often on all ranks.
+        """
         steps = self.config.steps * -(-len(requests) // self.mesh.layout.data)
         shown = self.mesh.data_rank == 0 and self.mesh.is_first_stage
         with _progress(steps, shown=shown) as tick, self.engine.evaluating():
+
+            def stepped() -> None:
+                tick()
+                pause()
+
             for number, counts in turns(len(requests), self.mesh):
-                latents = self._latents(requests[number], tick)
+                latents = self._latents(requests[number], stepped)
                 if counts:
                     yield number, latents
 

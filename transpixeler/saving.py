@@ -24,6 +24,7 @@ from transpixeler.ema import Ema
 from transpixeler.models.base import VideoModel
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
+from transpixeler.runs import ASIDE
 from transpixeler.runtime import Runtime, write_whole
 
 logger = logging.getLogger("transpixeler")
@@ -44,12 +45,12 @@ class Saver:
 
         Returns why it was not written, the same on all ranks: a full disk here is no reason to stop training.
         """
-        draft = folder.with_name(folder.name + ".tmp")
+        draft = folder.with_name(f".{folder.name}.tmp")
         if self.runtime.is_main:
             shutil.rmtree(draft, ignore_errors=True)
         self.runtime.barrier()
         faults = [self._write(draft, {}, self._metadata(step, averaged=False))]
-        if ema.shadow:
+        if ema.decay:  # a stage that trains nothing has no means, and takes part all the same
             faults.append(self._write(draft / "ema", ema.shadow, self._metadata(step, averaged=True)))
         if self.runtime.is_main and not any(faults):
             faults.append(_attempt(lambda: self._publish(draft, folder)))
@@ -63,6 +64,7 @@ class Saver:
         write_whole(draft / "config.yaml", configfile.dump(self.config))
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)
+        shutil.rmtree(folder.with_name(ASIDE) / folder.name, ignore_errors=True)  # of the course that this one replaces
 
     def _metadata(self, step: int, *, averaged: bool) -> dict[str, str]:
         return {

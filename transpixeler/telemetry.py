@@ -13,8 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,22 +64,13 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale / 2**20
 
 
-@dataclass
-class Progress:
-    """Where a run is, for the bar and the time that is left."""
-
-    step: int
-    total: int
-    epoch: int
-    steps_in_epoch: int
-
-
 class Telemetry:
     """Rank 0's voice in numbers; on other ranks there is none."""
 
     def __init__(self, run: Path, config: LogConfig, *, step: int, total: int, name: str) -> None:
         self.config = config
-        self.metrics: IO[str] = _reopen(run / METRICS, step)
+        self.metrics: IO[bytes] = _reopen(run / METRICS, step)
+        self.unwritten = b""  # what a full disk has not taken yet
         self.board = _board(run, step) if config.tensorboard else None
         self.wandb = _wandb(config.wandb, run, name) if config.wandb else None
         self.bar = _bar(step, total)
@@ -97,20 +87,34 @@ class Telemetry:
         self._progress(record)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()  # a killed process loses no line; the step boundary makes it whole
+        """A killed process loses no line; what a full disk refuses is kept and tried again at the next."""
+        refused = bool(self.unwritten)
+        self.unwritten += (json.dumps(record) + "\n").encode()
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.metrics.write(self.unwritten) :]
+        except OSError as fault:
+            if not refused:
+                logger.error("%s: %s; its lines are kept until there is room, and training goes on", METRICS, fault)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if self.board is not None:
-                self.board.add_scalar(name, value, step)
+        def draw(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._on_board(draw)
         if self.wandb is not None:
             self.wandb.log(dict(values), step=step)
 
-    def still(self, step: int, name: str, picture: np.ndarray) -> None:
-        """A uint8 [H,W,3] picture on the board."""
-        if self.board is not None:
-            self.board.add_image(name, picture, step, dataformats="HWC")
+    def _on_board(self, draw: Callable[[Any], object]) -> None:
+        """Its writer's thread meets a full disk, and tells of it at a later call; training needs no board."""
+        if self.board is None:
+            return
+        try:
+            draw(self.board)
+        except OSError as fault:
+            logger.error("TensorBoard is told no more: %s", fault)
+            self.board = None
 
     def video(self, step: int, name: str, frames: np.ndarray, *, fps: float) -> None:
         """uint8 [F,H,W,3] frames as an animated picture, which is how the board plays videos."""
@@ -122,14 +126,14 @@ class Telemetry:
         image = Summary.Image(
             height=small.shape[1], width=small.shape[2], colorspace=3, encoded_image_string=_gif(small, fps)
         )
-        self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        shown = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._on_board(lambda board: board.file_writer.add_summary(shown, step))
 
     def close(self) -> None:
         self.metrics.close()
         if self.bar is not None:
             self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        self._on_board(lambda board: board.close())
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -189,12 +193,12 @@ def _wandb(project: str, run: Path, name: str) -> Any:
     return wandb.init(project=project, name=name, id=name, dir=str(run), resume="allow")
 
 
-def _reopen(path: Path, step: int) -> IO[str]:
+def _reopen(path: Path, step: int) -> IO[bytes]:
     """Metrics after a resume go on from its step: what was written beyond it is trained, and written, again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_whole(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.objective import Example
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
-from transpixeler.runs import Requests, Run
+from transpixeler.runs import Requests, Run, Stopped
 from transpixeler.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.saving import Saver
 from transpixeler.trained import base_weights, make_model
@@ -83,6 +83,8 @@ def check(config: Config, layout: meshes.Layout) -> None:
             f"train.global_batch: {config.train.global_batch} samples do not divide over {layout.data} data ranks "
             f"(replicate {layout.replicate} × shard {layout.shard}); {near} would"
         )
+    if config.optim.name.lower() == "muon" and config.parallel.offload:
+        raise UserError("optim.name: muon orthogonalises whole matrices on the device; set parallel.offload=false")
     if config.optim.bf16_parameters and (layout.shard > 1 or config.parallel.offload):
         raise UserError(
             "optim.bf16_parameters: shards and offload need trained weights of one dtype; set it false, or "
@@ -160,8 +162,7 @@ class Trainer:
                 self._tell(batch, facts, lr, time.perf_counter() - started)
                 self._guard(batch, facts)
                 self._save_what_is_due(batch, facts)
-                self.evaluation.if_due(self.step, hurry=facts.wishes.quit)
-                if facts.wishes.quit:
+                if self.evaluation.if_due(self.step, hurry=facts.wishes.quit):
                     break
                 collect(self.step)
         self._finish()
@@ -195,6 +196,11 @@ class Trainer:
             checkpoint=clock and points > 0 and now - self.checkpointed_at >= 60 * points,
             adapter=clock and saves > 0 and now - self.saved_at >= 60 * saves,
         )
+
+    def _leave_if_asked(self) -> None:
+        """An evaluation may take longer than the machine waits after SIGTERM."""
+        if self.requests.started and any(self.runtime.gather(self.requests.poll()[1])):
+            raise Stopped
 
     def _guard(self, batch: Batch, facts: Facts) -> None:
         """A step that is not finite changed nothing; too many in a row end the run with a checkpoint."""
@@ -281,6 +287,7 @@ class Trainer:
                 logger.info("resumed with another config: %s", change)
         if self.runtime.is_main:
             checkpoint.set_aside(self.run.checkpoints, step)
+            runs.set_aside(self.run.folder, step, self.order.first_step)
         return step
 
     def _load(self, folder: Path, *, same_layout: bool) -> None:
@@ -342,7 +349,9 @@ class Trainer:
         )
 
     def _open_evaluation(self) -> Evaluation:
-        evaluator = Evaluator(self.config, self.runtime, self.mesh, self.engine, self.data.eval)
+        evaluator = Evaluator(
+            self.config, self.runtime, self.mesh, self.engine, self.data.eval, pause=self._leave_if_asked
+        )
         due = due_at(self.config, self.order, self.total)
         return Evaluation(evaluator, self.ema, self.run.folder, self.telemetry, due)
 

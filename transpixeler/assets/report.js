@@ -7,12 +7,12 @@ const colorOf = name => colors[(streams.indexOf(name) + colors.length) % colors.
 const HIGHER_IS_BETTER = new Set(["iou", "edge_alignment", "psnr", "vae_psnr"]);
 const ABOUT = {
   mad: "mean absolute difference", mse: "mean squared error", sad: "sum of absolute differences", grad: "gradient error",
-  conn: "connectivity error", dtssd: "temporal error", iou: "overlap at one half", foreground_mse: "colour where visible",
+  conn: "connectivity error", dtssd: "temporal error", iou: "overlap at one half",
   channel_spread: "is the matte grey?", edge_alignment: "matte edges on picture edges", fill_deviation: "colour under zero alpha",
   holes: "see-through inside shapes", flicker: "comes and goes", rgb_drift: "RGB against the base's", vae_psnr: "the VAE's own round trip",
 };
 const ALONE = new Set(["channel_spread", "edge_alignment", "fill_deviation", "holes", "flicker"]);
-const TITLES = { mad: "MAD", mse: "MSE", sad: "SAD", grad: "Grad", conn: "Conn", dtssd: "dtSSD", iou: "IoU", foreground_mse: "Foreground MSE", rgb_drift: "RGB drift", vae_psnr: "VAE PSNR" };
+const TITLES = { mad: "MAD", mse: "MSE", sad: "SAD", grad: "Grad", conn: "Conn", dtssd: "dtSSD", iou: "IoU", rgb_drift: "RGB drift", vae_psnr: "VAE PSNR" };
 const smoothing = [];
 
 const known = values => (values ?? []).filter(v => v !== null && v !== undefined);

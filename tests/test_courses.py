@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,39 @@ def test_another_course_from_an_older_checkpoint_replaces_the_first(demo: Path, 
     assert state["config"]["optim"]["force_lr"] == 0.1, "the checkpoint of step 4 is the first course's"
     assert steps(folder) == [4] and (folder / "checkpoints" / f"{checkpoint.folder_name(4)}.aside").is_dir()
     assert (folder / "step4" / "ema").is_dir()
+
+
+class Counting(torch.optim.SGD):
+    """As some of other libraries: it finds its rate itself, keeps it in its groups, and counts without tensors."""
+
+    def __init__(self, params: Any, lr: float = 0.1, d0: float = 1.0) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["d"] = d0
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["d"] *= 1.5
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] = state.get("step", 0) + 1
+                    parameter.data.sub_(parameter.grad, alpha=group["lr"] * group["d"] / state["step"])
+
+
+def test_an_optimizer_of_another_library_resumes_with_all_that_it_knows(demo: Path, tmp_path: Path) -> None:
+    short = (
+        "optim.name=tests.test_courses.Counting",
+        "optim.args={d0: 0.5}",
+        "train.max_steps=4",
+        "checkpoint.every_steps=2",
+    )
+    whole = test_trainer.run(demo, tmp_path / "whole", *short)
+    test_trainer.run(demo, tmp_path / "part", *short, "train.max_steps=2")
+    part = test_trainer.run(demo, tmp_path / "part", *short, resume="")
+    assert test_trainer.exact(part) == test_trainer.exact(whole)
+    one, other = (test_trainer.tensors(folder, 4, tmp_path) for folder in (part, whole))
+    assert test_trainer.difference(one, other) == 0
 
 
 def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[int]:

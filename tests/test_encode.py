@@ -198,6 +198,23 @@ def test_a_changed_stream_re_encodes_that_stream(model: Path, tmp_path: Path, co
     assert (counted.videos, counted.texts) == (1, [])
 
 
+def test_what_the_encoder_reads_of_a_caption_is_its_key(
+    model: Path, tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blanks that it never sees encode nothing anew; a library that mends quotes and was installed later does."""
+    write_pairs(tmp_path / "d", 1)
+    (tmp_path / "d/000.txt").write_text("a “red” ball")
+    monkeypatch.setattr(wan_encoders, "_mender", lambda: str)
+    run(config(model, tmp_path / "d"))
+    counted.reset()
+    (tmp_path / "d/000.txt").write_text("  a “red”\n ball ")
+    run(config(model, tmp_path / "d"))
+    assert counted.loads == []
+    monkeypatch.setattr(wan_encoders, "_mender", lambda: lambda text: text.replace("“", '"').replace("”", '"'))
+    run(config(model, tmp_path / "d"))
+    assert counted.texts == ["a “red”\n ball"] and counted.videos == 0
+
+
 def test_two_sets_and_two_runs_share_what_they_share(model: Path, tmp_path: Path, counted: Counted) -> None:
     write_pairs(tmp_path / "d")
     write_pairs(tmp_path / "e", 2)

@@ -42,13 +42,14 @@ def _groups(parameters: Named, config: OptimConfig) -> Iterator[dict[str, Any]]:
     """One group for each rule, first match wins, and one for the rest; empty ones are left out."""
     rules = [(rule.pattern, rule.lr, rule.weight_decay) for rule in config.groups]
     left = dict(parameters)
-    for pattern, lr, decay in [*rules, ("*", None, None)]:
+    for number, (pattern, lr, decay) in enumerate([*rules, ("*", None, None)]):
         chosen = {name: p for name, p in left.items() if fnmatchcase(name, pattern)}
         left = {name: p for name, p in left.items() if name not in chosen}
         base = config.lr if lr is None else lr
         for flat, members in _by_rank(chosen):
             weight_decay = config.weight_decay if decay is None else decay
             yield {
+                "name": f"{number}{' vectors' if flat else ''}",  # the same on every stage
                 "params": list(members.items()),
                 "lr": base,
                 "base_lr": base,
@@ -183,6 +184,35 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+# --- what is no tensor -----------------------------------------------------------------------------------------------
+
+SET_ANEW = ("lr", "base_lr", "weight_decay")  # by the config, whatever a checkpoint says
+
+
+def numbers(parameters: Named, optimizer: Optimizer | None) -> dict[str, dict[str, float]]:
+    """What an optimizer of another library keeps beside tensors, of its groups and parameters, by their names."""
+    if optimizer is None:
+        return {}
+    kept = {f"group {group['name']}": group for group in optimizer.param_groups}
+    kept |= {name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state}
+    found = {name: {k: v for k, v in it.items() if _is_number(v) and k not in SET_ANEW} for name, it in kept.items()}
+    return {name: values for name, values in found.items() if values}
+
+
+def set_numbers(parameters: Named, optimizer: Optimizer | None, values: Mapping[str, Mapping[str, float]]) -> None:
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        group.update(values.get(f"group {group['name']}", {}))
+    for name, parameter in parameters.items():
+        if parameter in optimizer.state:
+            optimizer.state[parameter].update(values.get(name, {}))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, bool | int | float)
 
 
 # --- the rate --------------------------------------------------------------------------------------------------------

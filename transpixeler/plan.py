@@ -222,6 +222,8 @@ def find_machine(config: Config, *, gpus: int, memory: float, device: str, peak:
     if not name and not (peak and memory):
         raise UserError(f"--device: {asked!r} is not known; give --peak TFLOPS and --memory GB, or one of {_listed()}")
     peak = peak or config.log.peak_tflops or known[name]
+    if here and not memory:  # one name may stand for several sizes
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
     return name or asked, Machine(gpus, (memory or DEVICE_MEMORY[name]) * GIB, 1e12 * peak)
 
 

@@ -273,7 +273,15 @@ class Trainer:
             "epoch_step": epoch_step,
             "layout": dataclasses.asdict(self.mesh.layout),
             "config": configfile.plain(self.config),
+            "optimizer": self._optimizer_numbers(),
         }
+
+    def _optimizer_numbers(self) -> dict[str, dict[str, float]]:
+        """Of all stages; our own optimizers keep tensors alone."""
+        if "." not in self.config.optim.name:
+            return {}
+        parts = self.runtime.gather(optim.numbers(self.trained, self.optimizer))
+        return {name: values for part in reversed(parts) for name, values in part.items()}
 
     def _restore(self) -> int:
         """Fills everything from the run's checkpoint; the number of steps that are done."""
@@ -296,6 +304,7 @@ class Trainer:
         tensors, means = self._tensors(), checkpoint.holds_means(folder)
         wanted = {name: tensor for name, tensor in tensors.items() if means or not name.startswith("ema.")}
         checkpoint.load(folder, wanted, same_layout=same_layout)
+        optim.set_numbers(self.trained, self.optimizer, checkpoint.read_state(folder).get("optimizer", {}))
         if not means:  # they begin where they are turned on
             self.ema = ema.Ema(self.trained, self.config.optim.ema)
 

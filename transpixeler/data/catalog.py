@@ -87,7 +87,7 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
     texts_with = model_cls.text_fingerprint(config.model.path, hashes[folders[0]].digest)
     latents_with = model_cls.vae_fingerprint(config.model.path, hashes[folders[0]].digest)
     empty = TextJob(text_key("", texts_with), "", folders[0])
-    prompts = {text: text_key(text, texts_with) for text in sampled_texts(config, model_cls)}
+    prompts = {text: text_key(model_cls.clean_caption(text), texts_with) for text in sampled_texts(config, model_cls)}
     clips: dict[tuple[bytes, ...], ClipJob] = {}
     texts = {empty.key: empty} | {key: TextJob(key, text, folders[0]) for text, key in prompts.items()}
     items: dict[str, tuple[Item, ...]] = {}
@@ -96,7 +96,8 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
         jobs, skipped[name] = _clip_jobs(config, model_cls, getattr(config.data, name), hashes, latents_with)
         names, found = source_names(getattr(config.data, name)), []
         for source, job in jobs:
-            text = TextJob(text_key(job.sample.caption, texts_with), job.sample.caption, job.folder)
+            caption = job.sample.caption
+            text = TextJob(text_key(model_cls.clean_caption(caption), texts_with), caption, job.folder)
             clips.setdefault(tuple(job.keys.values()), job)
             texts.setdefault(text.key, text)
             item = _item(job, text, source, names[job.sample.source])

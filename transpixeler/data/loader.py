@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,6 @@ class Batch:
     empty_text: Tensor  # [text_len, text_dim]
     ids: tuple[str, ...]  # of the whole global batch
     slots: range  # global positions that are held here
-
-    def to(self, device: torch.device) -> Batch:
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("latents", "text", "empty_text")}
-        return replace(self, **moved)
 
 
 class Assembler:

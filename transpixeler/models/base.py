@@ -187,6 +187,11 @@ class VideoModel(nn.Module, ABC):
     def load_vae(cls, path: str | Path, *, device: torch.device, dtype: torch.dtype) -> Vae: ...
 
     @classmethod
+    def clean_caption(cls, text: str) -> str:
+        """What the text encoder reads of it: captions that differ in nothing else share one encoding."""
+        return text
+
+    @classmethod
     @abstractmethod
     def load_text_encoder(cls, path: str | Path, *, device: torch.device, dtype: torch.dtype) -> TextEncoder: ...
 

@@ -364,6 +364,12 @@ class WanModel(VideoModel):
         return wan_encoders.load_text_encoder(path, device=device, dtype=dtype)
 
     @classmethod
+    def clean_caption(cls, text: str) -> str:
+        from transpixeler.models import wan_encoders
+
+        return wan_encoders.clean_caption(text)
+
+    @classmethod
     def vae_fingerprint(cls, path: str | Path, digest: Digest = file_digest) -> str:
         from transpixeler.models import wan_encoders
 

@@ -11,9 +11,9 @@ import html
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,11 +133,17 @@ class WanTextEncoder:
 
 def clean_caption(text: str) -> str:
     """As Wan was trained: encodings mended where ftfy is installed, entities resolved twice, blanks collapsed."""
-    if importlib.util.find_spec("ftfy"):
-        import ftfy
+    mended = _mender()(text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
 
-        text = ftfy.fix_text(text)
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+@cache
+def _mender() -> Callable[[str], str]:
+    if importlib.util.find_spec("ftfy") is None:
+        return str
+    import ftfy
+
+    return ftfy.fix_text
 
 
 def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanVae:

@@ -99,6 +99,56 @@ def test_a_folder_of_images_is_one_video(tmp_path: Path) -> None:
     assert "no alpha channel" in result.bad[0].reason
 
 
+def add_sequence(folder: Path, *names: str) -> None:
+    """A folder of images of these names, with a caption where it is no companion."""
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(folder / name)
+    if not folder.name.endswith("_seg"):
+        folder.with_suffix(".txt").write_text("walks")
+
+
+def numbered(*numbers: int) -> list[str]:
+    return [f"{number:05d}.png" for number in numbers]
+
+
+PAIRED = {
+    "from zero and from one": (numbered(0, 1, 2), numbered(1, 2, 3)),
+    "with and without padding": ([f"f_{n}.png" for n in (9, 10, 11)], numbered(9, 10, 11)),
+    "every fifth frame": (numbered(0, 5, 10), [f"shot2-{n}.jpg" for n in (0, 5, 10)]),
+    "times in milliseconds": (numbered(0, 33, 67, 100), numbered(0, 33, 67, 100)),
+    "names without numbers": (["a.png", "b.png", "d.png"], numbered(0, 1, 2)),
+    "names of two numbers": (["0.033.png", "0.067.png", "1.100.png"], numbered(0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_image_sequences_are_paired_by_the_numbers_in_their_names(name: str, tmp_path: Path) -> None:
+    rgb, seg = PAIRED[name]
+    add_sequence(tmp_path / "ring", *rgb)
+    add_sequence(tmp_path / "ring_seg", *seg)
+    assert [sample.media.frames for sample in found(tmp_path).samples] == [len(rgb)]
+
+
+SLIPPED = {
+    "other gaps": (numbered(0, 1, 3, 4), numbered(0, 1, 2, 3), "lacks frame 2: 00001.png is followed by 00003.png"),
+    "a gap in the companion": (numbered(0, 1, 2), numbered(1, 2, 4), "lacks frame 3: 00002.png is followed by"),
+    "the same gap": (numbered(0, 1, 3), numbered(0, 1, 3), "lacks frame 2"),
+    "other steps": (numbered(0, 2, 4), numbered(0, 1, 2), "has 00001.png as its frame 1, rgb has 00002.png"),
+    "other times": (numbered(0, 33, 67), numbered(0, 33, 66), "has 00066.png as its frame 2, rgb has 00067.png"),
+    "one number twice": (["1.png", "1.jpg", "2.png"], numbered(0, 1, 2), "has frame 1 twice: 1.jpg and 1.png"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPPED)
+def test_image_sequences_that_would_slip_are_refused(name: str, tmp_path: Path) -> None:
+    rgb, seg, reason = SLIPPED[name]
+    add_sequence(tmp_path / "ring", *rgb)
+    add_sequence(tmp_path / "ring_seg", *seg)
+    (bad,) = found(tmp_path).bad
+    assert bad.reason.startswith(reason)
+
+
 def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
     add(tmp_path / "s", clip, "alone.mp4")
     add(tmp_path / "s", clip, "mute.mp4", "mute_seg.mp4", caption=None)

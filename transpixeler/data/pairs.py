@@ -20,7 +20,7 @@ from transpixeler.data.candidate import BadSample, Candidate
 from transpixeler.data.fill import KEEP, Fill
 from transpixeler.data.folder import folder_candidates
 from transpixeler.data.manifest import MANIFEST_ENDINGS, manifest_candidates
-from transpixeler.data.media import BadMedia, Clip, Media
+from transpixeler.data.media import BadMedia, Clip, Media, files_of, numbers_of
 from transpixeler.data.video import frame_numbers, probe, read_frames, read_rgba
 
 Probe = Callable[[Path], Media]
@@ -109,6 +109,7 @@ def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: P
             raise BadMedia("has no alpha channel, but its source is rgba")
         for _, path in () if rgba else candidate.paths[1:]:
             _check_twin(candidate.paths[0][0], media, probe(path))
+            _check_numbers(*candidate.paths[0], path)
         path = candidate.caption if isinstance(candidate.caption, Path) else candidate.paths[0][1]
         caption = _caption(candidate.caption)
     except BadMedia as error:
@@ -142,6 +143,19 @@ def _check_twin(primary: str, media: Media, twin: Media) -> None:
         raise BadMedia(f"is {twin.width}×{twin.height}, {primary} is {media.width}×{media.height}")
     if not media.image and media.fps and twin.fps and abs(twin.fps / media.fps - 1) > 1 / 100:
         raise BadMedia(f"runs at {float(twin.fps):.3f} fps, {primary} at {float(media.fps):.3f}")
+
+
+def _check_numbers(primary: str, path: Path, twin: Path) -> None:
+    """Images of two folders go together by the numbers in their names, from whichever number each counts."""
+    if not (path.is_dir() and twin.is_dir()):
+        return
+    first, second = files_of(path), files_of(twin)
+    numbers, others = numbers_of(first), numbers_of(second)
+    if numbers is None or others is None:
+        return
+    for k, (number, other) in enumerate(zip(numbers, others)):
+        if number - numbers[0] != other - others[0]:
+            raise BadMedia(f"has {second[k].name} as its frame {k}, {primary} has {first[k].name}")
 
 
 def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int = 0) -> dict[str, np.ndarray]:

@@ -21,9 +21,13 @@ from transpixeler import configfile
 from transpixeler.config import Config, UserError
 from transpixeler.data import encode, fingerprint
 from transpixeler.data.cache import Cache, CacheDamaged
+from transpixeler.data.catalog import latent_keys
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing, share
+from transpixeler.data.fill import KEEP
 from transpixeler.data.loader import Assembler, Loader
+from transpixeler.data.media import Clip, Media
+from transpixeler.data.pairs import Sample
 from transpixeler.data.upkeep import cache_command
 from transpixeler.data.write import write_mp4, write_png
 from transpixeler.models import wan_encoders
@@ -227,6 +231,21 @@ def test_one_file_with_alpha_gives_both_streams_and_its_fill_policy_counts(
     (pair,) = run(config(model, tmp_path / "pairs")).train.items
     (same,) = run(config(model, tmp_path / "pairs", "data.fill=black")).train.items
     assert pair == same  # where no file has alpha there is nothing to fill
+
+
+def test_only_animations_without_delays_have_keys_of_their_own(tmp_path: Path) -> None:
+    """They were once cut otherwise; what was encoded of all other files stays valid."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.webp").touch()
+
+    def key(name: str, fps: int) -> str:
+        media = Media(9, 32, 32, Fraction(fps), Fraction(9, fps) if fps else Fraction(0), alpha=False)
+        sample = Sample("a", (("rgb", tmp_path / name),), "a caption", 0, False, media)
+        clip = Clip("a", Fraction(1, 8), 5, Fraction(16), 32, 32)
+        return latent_keys(sample, clip, digests={tmp_path / name: "f" * 64}, fill=KEEP, vae="v")["rgb"].hex()
+
+    assert key("a.webp", 25) == key("folder", 0) == "17e1a5c77a86ac3245011581b1d5cbee"
+    assert key("a.webp", 0) != key("folder", 0)
 
 
 def test_other_weights_encode_anew_beside_the_old(model: Path, tmp_path: Path, counted: Counted) -> None:

@@ -303,6 +303,18 @@ def test_every_alpha_format_gives_its_alpha_and_its_colour(name: str, tmp_path: 
         assert np.abs(rgb[k][core & solid].astype(int) - [255, 0, 0]).max() <= 12
 
 
+@pytest.mark.parametrize("ending", ["webp", "png"])
+def test_an_animation_without_delays_is_taken_frame_by_frame(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{ending}"
+    first, *rest = (Image.fromarray(marked(number)) for number in range(9))
+    first.save(path, save_all=True, append_images=rest, duration=0, lossless=True)
+    media = probe(path)
+    assert media.frames == media.frames_at(Fraction(16)) == 9 and not media.fps
+    clip = clip_of(5, start=Fraction(2, 16), height=HEIGHT, width=WIDTH)
+    for frames in decode_pair(pair(path, path), clip).values():
+        assert marks(frames) == [2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("policy", ["keep", "black", "color", "extend"])
 def test_what_is_hidden_follows_the_fill_policy(policy: str, tmp_path: Path) -> None:
     write_png_sequence(tmp_path / "a", [ghost(0)] * 2)

@@ -45,6 +45,8 @@ def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
         return tuple(range(first, first + clip.frames))
     with reasons(), _open(path) as image:
         ends = _ends(image)
+    if not ends[-1]:  # an animation without delays has no time, as a folder has none
+        return tuple(min(len(ends) - 1, first + k) for k in range(clip.frames))
     moments = (int((clip.start + k / clip.fps) * 1000) for k in range(clip.frames))
     return tuple(min(len(ends) - 1, int(np.searchsorted(ends, moment, side="right"))) for moment in moments)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -170,6 +171,29 @@ def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
     }
     assert reasons(result) | expected == reasons(result)
     assert "latin.txt cannot be read" in reasons(result)["s/latin"]
+
+
+def test_names_that_are_not_utf8_are_named_as_escapes(clip: Path, tmp_path: Path) -> None:
+    cafe, root = os.fsdecode("café".encode("latin-1")), tmp_path / "s"
+    try:
+        (tmp_path / cafe).touch()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    add(root, clip, f"{cafe}.mp4", f"{cafe}_seg.mp4")
+    add(root / cafe, clip, "a.mp4", "a_seg.mp4")
+    add(root, clip, f"{cafe} alone.mp4")
+    add(root, clip, "b.mp4", "b_seg.mp4")
+    row = {"rgb": "s/b.mp4", "seg": f"s/{cafe}_seg.mp4", "text": "t"}
+    (tmp_path / "l.jsonl").write_text(json.dumps(row))
+    result = found(root, tmp_path / "l.jsonl")
+    assert [sample.id for sample in result.samples] == ["s/b"]
+    assert reasons(result) == {
+        r"s/caf\udce9": "its name is not UTF-8; rename it",
+        r"s/caf\udce9/a": "its name is not UTF-8; rename it",
+        r"s/caf\udce9 alone": r"no seg file caf\udce9 alone_seg.*",
+        "l/s/b": "its name is not UTF-8; rename it",
+    }
+    json.dumps([(bad.id, bad.path, bad.reason) for bad in result.bad], ensure_ascii=False).encode()
 
 
 def test_streams_that_differ_are_named(clip: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
-from transpixeler.data.candidate import BadSample, Candidate
+from transpixeler.data.candidate import BadSample, Candidate, printable
 from transpixeler.data.fill import KEEP, Fill
 from transpixeler.data.folder import folder_candidates
 from transpixeler.data.manifest import MANIFEST_ENDINGS, manifest_candidates
@@ -101,7 +101,11 @@ def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: P
     """The candidate's files opened and held against each other and against what is claimed of them."""
     if isinstance(candidate, BadSample):
         return candidate
-    path = candidate.paths[0][1]
+    files = [path for _, path in candidate.paths] + [candidate.caption] * isinstance(candidate.caption, Path)
+    for path in files:
+        if printable(str(path)) != str(path):
+            return BadSample(candidate.id, str(path), "its name is not UTF-8; rename it")
+    path = files[0]
     try:
         media = probe(path)
         _check_claims(candidate, media)

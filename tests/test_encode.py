@@ -308,6 +308,17 @@ def test_file_hashes_are_read_once_until_a_file_changes(tmp_path: Path) -> None:
     assert fourth.read == 1  # changed so lately that it may change again unseen
 
 
+@pytest.mark.parametrize("tail", ["nonsense\n", "f\t1\tx\tc\n", "\xff\xfe\n", "f\t1"])
+def test_a_broken_memory_of_hashes_is_read_as_far_as_it_goes(tail: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    os.utime(tmp_path / "a", (1e9, 1e9))
+    digests = fingerprint.FileHashes(tmp_path / "cache").digests([tmp_path / "a"], 1)
+    with (tmp_path / "cache/hashes.tsv").open("ab") as file:
+        file.write(tail.encode("latin-1"))
+    again = fingerprint.FileHashes(tmp_path / "cache")
+    assert again.digests([tmp_path / "a"], 1) == digests and again.read == 0
+
+
 # --- what cannot be used ---------------------------------------------------------------------------------------------
 
 

@@ -357,6 +357,18 @@ def test_images_of_every_mode_are_one_frame(tmp_path: Path) -> None:
         assert np.abs(found - picture).mean() < 6, name
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.int16])
+def test_an_image_of_numbers_that_no_picture_has_is_refused(kind: type, tmp_path: Path) -> None:
+    """As 16 bits, depth in metres or of 32 bits would be black."""
+    depth = np.linspace(0, 30_000, 32 * 32).reshape(32, 32)
+    Image.fromarray(depth.astype(np.uint16)).save(tmp_path / "a.tiff")
+    assert np.ptp(read_frames(tmp_path / "a.tiff", [0], height=32, width=32)) > 110
+    Image.fromarray(depth.astype(kind)).save(tmp_path / "a.tiff")
+    for use in (probe, lambda path: read_frames(path, [0], height=32, width=32)):
+        with pytest.raises(BadMedia, match="save it as 8 or 16 bits"):
+            use(tmp_path / "a.tiff")
+
+
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
     picture = scene(48, 96)
     exif = Image.Exif()

@@ -89,6 +89,8 @@ def _open(path: Path) -> Image.Image:
     except TypeError as error:  # what Pillow raises at a TIFF without its dimensions
         raise BadMedia(f"cannot be read: {error}") from error
     check_size(*image.size)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # some Pillows open a PNG of 16 bits as I
+        raise BadMedia("holds numbers that are floating, signed or of 32 bits; save it as 8 or 16 bits")
     return image
 
 

@@ -205,6 +205,16 @@ def test_odd_sizes_are_read_whole(tmp_path: Path) -> None:
     assert np.abs(found - pillow_crop(picture, 48, 80)).mean() < 1.5
 
 
+def write_with_matrix(path: Path, picture: np.ndarray, turn: tuple[int, int, int, int]) -> None:
+    write_mp4(path, [picture] * 4, fps=Fraction(24))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value * 0x10000 & 0xFFFFFFFF for value in turn)
+    matrix = (a, b, 0, c, d, 0, 0, 0, 0x40000000)
+    data[at : at + 36] = b"".join(value.to_bytes(4, "big") for value in matrix)
+    path.write_bytes(data)
+
+
 MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 
@@ -213,18 +223,20 @@ def test_rotation_in_the_header_is_obeyed(degrees: int, tmp_path: Path) -> None:
     """A phone writes the sensor's picture and says how to turn it: clockwise by so many degrees."""
     picture = scene(64, 96)
     picture[:20, :20] = 255
-    write_mp4(tmp_path / "a.mp4", [picture] * 4, fps=Fraction(24))
-    data = bytearray((tmp_path / "a.mp4").read_bytes())
-    at = data.index(b"tkhd") + 4 + 40
-    a, b, c, d = (value * 0x10000 & 0xFFFFFFFF for value in MATRICES[degrees])
-    matrix = (a, b, 0, c, d, 0, 0, 0, 0x40000000)
-    data[at : at + 36] = b"".join(value.to_bytes(4, "big") for value in matrix)
-    (tmp_path / "a.mp4").write_bytes(data)
+    write_with_matrix(tmp_path / "a.mp4", picture, MATRICES[degrees])
     upright = np.rot90(picture, -degrees // 90)
     media = probe(tmp_path / "a.mp4")
     assert (media.height, media.width) == upright.shape[:2]
     found = read_frames(tmp_path / "a.mp4", [1], height=media.height, width=media.width)[0].astype(int)
     assert np.abs(found - upright).mean() < 2
+
+
+@pytest.mark.parametrize("turn", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0)])
+def test_a_picture_that_its_header_mirrors_is_refused(turn: tuple[int, int, int, int], tmp_path: Path) -> None:
+    write_with_matrix(tmp_path / "a.mp4", scene(64, 96), turn)
+    for use in (probe, lambda path: read_frames(path, [0], height=64, width=96)):
+        with pytest.raises(BadMedia, match="mirrors the picture; re-encode it"):
+            use(tmp_path / "a.mp4")
 
 
 def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:

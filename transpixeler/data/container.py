@@ -15,6 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from transpixeler.data.media import SLACK, BadMedia, Clip, Media, check_size, reasons
 
 if TYPE_CHECKING:
@@ -127,7 +129,12 @@ def _alpha_decoder(stream: av.VideoStream) -> str | None:
 
 
 def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
-    """(width, height) with square pixels, the right way up."""
+    """(width, height) with square pixels, the right way up; a turn is obeyed, a mirroring is refused."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        if a * d < b * c:
+            raise BadMedia("has a display matrix that mirrors the picture; re-encode it")
     aspect = stream.sample_aspect_ratio or 1
     width, height = max(1, round(frame.width * aspect)), frame.height
     return (height, width) if frame.rotation % 180 else (width, height)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from transpixeler.config import Config, UserError
 from transpixeler.data import encode, fingerprint
 from transpixeler.data.cache import Cache, CacheDamaged
 from transpixeler.data.catalog import latent_keys
-from transpixeler.data.dataset import Datasets
+from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.encode import encode_missing, share
 from transpixeler.data.fill import KEEP
 from transpixeler.data.loader import Assembler, Loader
@@ -330,6 +331,35 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(model: Path, tmp_p
     assert data.skipped == (("d/003", "no seg file 003_seg.*"),)
     with pytest.raises(UserError, match=r"d/003.*data\.on_bad"):
         run(config(model, tmp_path / "d", "data.on_bad=error"))
+
+
+def test_what_is_skipped_is_counted_by_the_kind_of_its_reason() -> None:
+    skipped = [
+        *((f"d/{n:03d}", f"no seg file {n:03d}_seg.*") for n in range(500)),
+        *((f"d/{name}", f"more than one rgb file: {name}.mp4 and {name}.mov") for name in ("my clip", "b", "c(1)")),
+        *((f"d/x{n}@{n}+5:32x32", f"{n} frames at 16 fps, the shortest bucket holds 33") for n in (2, 3)),
+        ("d/a", "has no video stream"),
+        ("d/e", f"cannot be read: cannot open {Path('/a/e.png')!r}"),
+        ("d/f", f"cannot be read: cannot open {Path('/a/f.png')!r}"),
+    ]
+    assert encode._by_kind(skipped) == [
+        (500, "d/000", "no seg file 000_seg.*"),
+        (3, "d/my clip", "more than one rgb file: my clip.mp4 and my clip.mov"),
+        (2, "d/x2@2+5:32x32", "2 frames at 16 fps, the shortest bucket holds 33"),
+        (2, "d/e", f"cannot be read: cannot open {Path('/a/e.png')!r}"),
+        (1, "d/a", "has no video stream"),
+    ]
+
+
+def test_a_set_of_many_faults_is_summed_up_in_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    skipped = tuple((f"d/{n}", f"{chr(97 + n % 26)} is wrong") for n in range(20_000))
+    data = Datasets(*(Dataset((), ("rgb",), b"", Cache(), key, skipped) for key in ("train", "eval")))
+    with caplog.at_level("INFO", "transpixeler"), mock.patch.object(encode.logger, "propagate", True):
+        encode._summarise(data, [])
+    lines = [line for line in caplog.messages if line.startswith("train")]
+    assert len(lines) == encode.KINDS_SHOWN + 1
+    assert lines[0] == "train  skipped 770: a is wrong (d/0, …)"
+    assert lines[-1] == "train  skipped 12304 for other reasons; `plan CONFIG --json` names all"
 
 
 def test_a_clip_that_gives_no_finite_latent_is_skipped_in_both_sets(

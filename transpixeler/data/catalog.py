@@ -70,7 +70,6 @@ class Catalog:
     empty_text_key: bytes
     prompts: Mapping[str, bytes]  # the keys of what evaluations sample from
     folders: tuple[Path, ...]
-    files_read: int  # whose content had to be hashed
 
     def keys(self) -> dict[bytes, str]:
         """Every key with a name for it."""
@@ -104,8 +103,7 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
         items[name] = tuple(found)
     for memory in hashes.values():
         memory.save()
-    read = sum(memory.read for memory in hashes.values())
-    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, prompts, folders, read)
+    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, prompts, folders)
 
 
 def cache_folders(config: Config) -> tuple[Path, ...]:

@@ -21,7 +21,6 @@ from transpixeler.config import UserError
 
 FORMAT = 1
 ROW_BYTES = 64
-KEY_BYTES = 16
 MAGIC = b"TPXCACHE"
 DTYPES = ("bfloat16", "float32", "float16", "uint8")
 ITEM_BYTES = np.array([2, 4, 2, 1], np.uint64)

@@ -460,12 +460,12 @@ def test_gc_keeps_what_the_config_refers_to_and_returns_the_rest(model: Path, tm
     assert cache_command(setup, ALONE, gc=True).removed_records == 0
 
 
-def test_gc_and_rebuild_wait_for_no_writer_but_refuse(model: Path, tmp_path: Path) -> None:
+def test_verify_gc_and_rebuild_wait_for_no_writer_but_refuse(model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "d", 2)
     setup = config(model, tmp_path / "d")
     run(setup)
     with encode.CacheWriter(tmp_path / "d/cache", "other"):
-        for what in ("gc", "rebuild"):
+        for what in ("verify", "gc", "rebuild"):
             with pytest.raises(UserError, match="is being written by another run"):
                 cache_command(setup, ALONE, **{what: True})
     cache_command(setup, ALONE, gc=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.media import write_marked
 from transpixeler.config import DataConfig, SourceConfig, UserError
 from transpixeler.data.pairs import Scan, scan, source_names
+from transpixeler.data.probes import Probes
 
 STREAMS = {"rgb": "", "seg": "_seg"}
 
@@ -316,6 +317,15 @@ def test_manifests_name_the_files_of_each_stream(ending: str, clip: Path, tmp_pa
 def test_a_manifest_may_name_streams_by_their_own_names(clip: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "l.jsonl", [{"rgb": str(clip), "seg": str(clip), "text": "absolute paths"}])
     assert len(found(tmp_path / "l.jsonl").samples) == 1
+
+
+def test_a_row_whose_path_is_no_file_is_named(clip: Path, tmp_path: Path) -> None:
+    names = [".", "", "/", "..", "a\0b.mp4", "x" * 5000, "a.mp4"]
+    write_rows(tmp_path / "l.jsonl", [{"rgb": name, "seg": name, "text": "t"} for name in names])
+    shutil.copy(clip, tmp_path / "a.mp4")
+    result = scan([SourceConfig(str(tmp_path / "l.jsonl"))], STREAMS, DataConfig(), probe=Probes(tmp_path / "cache"))
+    assert [sample.id for sample in result.samples] == ["l/a"] and len(result.bad) == len(names) - 1
+    assert reasons(result)["l/row 1"] == "its rgb path names no file"
 
 
 def test_a_manifest_of_rgba_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.media import HEIGHT, WIDTH, marked, marks, write_marked, write_timed
 from transpixeler.config import DataConfig
+from transpixeler.data import container
 from transpixeler.data.fill import Fill
 from transpixeler.data.pairs import Sample, decode_pair
 from transpixeler.data.video import BadMedia, Clip, frame_numbers, probe, read_frames, read_rgba
@@ -136,6 +137,20 @@ from transpixeler.data.video import read_frames
 read_frames(Path(sys.argv[1]), range(100, 133), height=96, width=160)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
+
+
+def test_the_packets_of_a_file_are_read_once_for_all_its_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, scanned = tmp_path / "a.mkv", []
+    write_timed(path, map(marked, range(len(UNEVEN))), UNEVEN, Fraction(1, 1000))
+    scan = container._scanned
+    monkeypatch.setattr(container, "_scanned", lambda *of: scanned.append(of) or scan(*of))
+    sample, clips = pair(path, path), [clip_of(5, start=Fraction(k), height=HEIGHT, width=WIDTH) for k in range(4)]
+    scanned.clear()  # what looking at the file took
+    before = [decode_pair(sample, clip)["seg"] for clip in clips]
+    assert len(scanned) == 1
+    write_timed(path, map(marked, range(len(UNEVEN) - 9)), UNEVEN[9:], Fraction(1, 1000))
+    after = [decode_pair(sample, clip)["seg"] for clip in clips]
+    assert len(scanned) == 2 and any(marks(a) != marks(b) for a, b in zip(after, before)), "it has changed"
 
 
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None:

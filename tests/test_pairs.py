@@ -328,6 +328,11 @@ def test_a_row_whose_path_is_no_file_is_named(clip: Path, tmp_path: Path) -> Non
     assert reasons(result)["l/row 1"] == "its rgb path names no file"
 
 
+def test_a_caption_that_no_encoder_takes_is_named(clip: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "l.jsonl", [{"rgb": str(clip), "seg": str(clip), "text": "half \ud83d"}])
+    assert list(reasons(found(tmp_path / "l.jsonl")).values()) == ["caption is not UTF-8"]
+
+
 def test_a_manifest_of_rgba_files(tmp_path: Path) -> None:
     Image.fromarray(np.full((32, 32, 4), 99, np.uint8)).save(tmp_path / "a.png")
     write_rows(tmp_path / "l.csv", [{"rgb": "a.png", "text": "one file"}])

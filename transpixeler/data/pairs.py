@@ -129,6 +129,8 @@ def _caption(caption: Path | str) -> str:
             raise BadMedia(f"caption {caption.name} cannot be read: {error}") from error
     if not caption.strip():
         raise BadMedia("caption is empty")
+    if printable(caption) != caption:  # half a pair of surrogates, which JSON can hold
+        raise BadMedia("caption is not UTF-8")
     return caption.strip()
 
 

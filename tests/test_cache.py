@@ -108,6 +108,24 @@ def test_writers_at_the_same_time_share_a_folder(tmp_path: Path) -> None:
     assert not Cache(tmp_path).missing([key(n) for n in range(20)])
 
 
+def test_a_record_that_is_put_while_a_folder_is_opened_is_not_called_truncated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CacheWriter(tmp_path) as writer:
+        writer.put([record(0)])
+        measured = cache_module.segments_of
+
+        def slow(folder: Path) -> dict[str, dict[int, index.Segment]]:
+            writer.put([record(1)])
+            found = measured(folder)
+            writer.put([record(2)])
+            return found
+
+        monkeypatch.setattr(cache_module, "segments_of", slow)
+        (file,) = cache_module.open_indexes(tmp_path)
+    assert not len(file.short) and file.valid.all()
+
+
 def test_several_folders_read_as_one(tmp_path: Path) -> None:
     fill(tmp_path / "a", range(3))
     fill(tmp_path / "b", range(2, 6))
@@ -300,7 +318,7 @@ def rss():
 start = time.perf_counter()
 path = Path(sys.argv[1])
 segment = next(path.parent.glob("*.seg"))
-table = index.Table([index.open_index(path, {0: index.Segment(segment, segment.stat().st_size)})])
+table = index.Table([index.open_index(path, index.map_rows(path), {0: index.Segment(segment, segment.stat().st_size)})])
 print(len(table), time.perf_counter() - start, rss())
 """
 

@@ -5,6 +5,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from transpixeler import cli
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,3 +43,17 @@ def test_torch_is_not_loaded_for_help_or_a_config() -> None:
 def test_an_unknown_command_is_the_users_to_mend() -> None:
     done = run("dance")
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--resume", "", "a.yaml"], ["a.yaml", "--resume", ""], ["--resume", "a.yaml"]])
+def test_resume_without_a_run_means_the_latest(words: list[str]) -> None:
+    """A variable of a shell that is empty is an empty word."""
+    found = cli._parse(["train", *words])
+    assert (found.resume, found.config, found.overrides) == ("", "a.yaml", [])
+
+
+@pytest.mark.parametrize("name", ["it's here", 'say "so"', "a\\b", "größe: 3", "#1 {x}, [y]", "😀"])
+def test_inspect_takes_a_folder_of_any_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / name).mkdir()
+    assert cli.main(["inspect", str(tmp_path / name), "--out", str(tmp_path / "page.html")]) == 0
+    assert "0 samples can be used, 0 cannot" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,9 +22,13 @@ from transpixeler import configfile
 from transpixeler.config import Config, UserError
 from transpixeler.data import encode, fingerprint
 from transpixeler.data.cache import Cache, CacheDamaged
-from transpixeler.data.dataset import Datasets
+from transpixeler.data.catalog import latent_keys
+from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.encode import encode_missing, share
+from transpixeler.data.fill import KEEP
 from transpixeler.data.loader import Assembler, Loader
+from transpixeler.data.media import Clip, Media
+from transpixeler.data.pairs import Sample
 from transpixeler.data.upkeep import cache_command
 from transpixeler.data.write import write_mp4, write_png
 from transpixeler.models import wan_encoders
@@ -246,6 +251,21 @@ def test_one_file_with_alpha_gives_both_streams_and_its_fill_policy_counts(
     assert pair == same  # where no file has alpha there is nothing to fill
 
 
+def test_only_animations_without_delays_have_keys_of_their_own(tmp_path: Path) -> None:
+    """They were once cut otherwise; what was encoded of all other files stays valid."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.webp").touch()
+
+    def key(name: str, fps: int) -> str:
+        media = Media(9, 32, 32, Fraction(fps), Fraction(9, fps) if fps else Fraction(0), alpha=False)
+        sample = Sample("a", (("rgb", tmp_path / name),), "a caption", 0, False, media)
+        clip = Clip("a", Fraction(1, 8), 5, Fraction(16), 32, 32)
+        return latent_keys(sample, clip, digests={tmp_path / name: "f" * 64}, fill=KEEP, vae="v")["rgb"].hex()
+
+    assert key("a.webp", 25) == key("folder", 0) == "17e1a5c77a86ac3245011581b1d5cbee"
+    assert key("a.webp", 0) != key("folder", 0)
+
+
 def test_other_weights_encode_anew_beside_the_old(model: Path, tmp_path: Path, counted: Counted) -> None:
     import shutil
 
@@ -306,6 +326,17 @@ def test_file_hashes_are_read_once_until_a_file_changes(tmp_path: Path) -> None:
     assert fourth.read == 1  # changed so lately that it may change again unseen
 
 
+@pytest.mark.parametrize("tail", ["nonsense\n", "f\t1\tx\tc\n", "\xff\xfe\n", "f\t1"])
+def test_a_broken_memory_of_hashes_is_read_as_far_as_it_goes(tail: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    os.utime(tmp_path / "a", (1e9, 1e9))
+    digests = fingerprint.FileHashes(tmp_path / "cache").digests([tmp_path / "a"], 1)
+    with (tmp_path / "cache/hashes.tsv").open("ab") as file:
+        file.write(tail.encode("latin-1"))
+    again = fingerprint.FileHashes(tmp_path / "cache")
+    assert again.digests([tmp_path / "a"], 1) == digests and again.read == 0
+
+
 # --- what cannot be used ---------------------------------------------------------------------------------------------
 
 
@@ -317,6 +348,35 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(model: Path, tmp_p
     assert data.skipped == (("d/003", "no seg file 003_seg.*"),)
     with pytest.raises(UserError, match=r"d/003.*data\.on_bad"):
         run(config(model, tmp_path / "d", "data.on_bad=error"))
+
+
+def test_what_is_skipped_is_counted_by_the_kind_of_its_reason() -> None:
+    skipped = [
+        *((f"d/{n:03d}", f"no seg file {n:03d}_seg.*") for n in range(500)),
+        *((f"d/{name}", f"more than one rgb file: {name}.mp4 and {name}.mov") for name in ("my clip", "b", "c(1)")),
+        *((f"d/x{n}@{n}+5:32x32", f"{n} frames at 16 fps, the shortest bucket holds 33") for n in (2, 3)),
+        ("d/a", "has no video stream"),
+        ("d/e", f"cannot be read: cannot open {Path('/a/e.png')!r}"),
+        ("d/f", f"cannot be read: cannot open {Path('/a/f.png')!r}"),
+    ]
+    assert encode._by_kind(skipped) == [
+        (500, "d/000", "no seg file 000_seg.*"),
+        (3, "d/my clip", "more than one rgb file: my clip.mp4 and my clip.mov"),
+        (2, "d/x2@2+5:32x32", "2 frames at 16 fps, the shortest bucket holds 33"),
+        (2, "d/e", f"cannot be read: cannot open {Path('/a/e.png')!r}"),
+        (1, "d/a", "has no video stream"),
+    ]
+
+
+def test_a_set_of_many_faults_is_summed_up_in_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    skipped = tuple((f"d/{n}", f"{chr(97 + n % 26)} is wrong") for n in range(20_000))
+    data = Datasets(*(Dataset((), ("rgb",), b"", Cache(), key, skipped) for key in ("train", "eval")))
+    with caplog.at_level("INFO", "transpixeler"), mock.patch.object(encode.logger, "propagate", True):
+        encode._summarise(data, [])
+    lines = [line for line in caplog.messages if line.startswith("train")]
+    assert len(lines) == encode.KINDS_SHOWN + 1
+    assert lines[0] == "train  skipped 770: a is wrong (d/0, …)"
+    assert lines[-1] == "train  skipped 12304 for other reasons; `plan CONFIG --json` names all"
 
 
 def test_a_clip_that_gives_no_finite_latent_is_skipped_in_both_sets(
@@ -417,12 +477,12 @@ def test_gc_keeps_what_the_config_refers_to_and_returns_the_rest(model: Path, tm
     assert cache_command(setup, ALONE, gc=True).removed_records == 0
 
 
-def test_gc_and_rebuild_wait_for_no_writer_but_refuse(model: Path, tmp_path: Path) -> None:
+def test_verify_gc_and_rebuild_wait_for_no_writer_but_refuse(model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "d", 2)
     setup = config(model, tmp_path / "d")
     run(setup)
     with encode.CacheWriter(tmp_path / "d/cache", "other"):
-        for what in ("gc", "rebuild"):
+        for what in ("verify", "gc", "rebuild"):
             with pytest.raises(UserError, match="is being written by another run"):
                 cache_command(setup, ALONE, **{what: True})
     cache_command(setup, ALONE, gc=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from tests.media import write_marked
 from transpixeler.config import DataConfig, SourceConfig, UserError
 from transpixeler.data.pairs import Scan, scan, source_names
+from transpixeler.data.probes import Probes
 
 STREAMS = {"rgb": "", "seg": "_seg"}
 
@@ -99,6 +101,56 @@ def test_a_folder_of_images_is_one_video(tmp_path: Path) -> None:
     assert "no alpha channel" in result.bad[0].reason
 
 
+def add_sequence(folder: Path, *names: str) -> None:
+    """A folder of images of these names, with a caption where it is no companion."""
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(folder / name)
+    if not folder.name.endswith("_seg"):
+        folder.with_suffix(".txt").write_text("walks")
+
+
+def numbered(*numbers: int) -> list[str]:
+    return [f"{number:05d}.png" for number in numbers]
+
+
+PAIRED = {
+    "from zero and from one": (numbered(0, 1, 2), numbered(1, 2, 3)),
+    "with and without padding": ([f"f_{n}.png" for n in (9, 10, 11)], numbered(9, 10, 11)),
+    "every fifth frame": (numbered(0, 5, 10), [f"shot2-{n}.jpg" for n in (0, 5, 10)]),
+    "times in milliseconds": (numbered(0, 33, 67, 100), numbered(0, 33, 67, 100)),
+    "names without numbers": (["a.png", "b.png", "d.png"], numbered(0, 1, 2)),
+    "names of two numbers": (["0.033.png", "0.067.png", "1.100.png"], numbered(0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_image_sequences_are_paired_by_the_numbers_in_their_names(name: str, tmp_path: Path) -> None:
+    rgb, seg = PAIRED[name]
+    add_sequence(tmp_path / "ring", *rgb)
+    add_sequence(tmp_path / "ring_seg", *seg)
+    assert [sample.media.frames for sample in found(tmp_path).samples] == [len(rgb)]
+
+
+SLIPPED = {
+    "other gaps": (numbered(0, 1, 3, 4), numbered(0, 1, 2, 3), "lacks frame 2: 00001.png is followed by 00003.png"),
+    "a gap in the companion": (numbered(0, 1, 2), numbered(1, 2, 4), "lacks frame 3: 00002.png is followed by"),
+    "the same gap": (numbered(0, 1, 3), numbered(0, 1, 3), "lacks frame 2"),
+    "other steps": (numbered(0, 2, 4), numbered(0, 1, 2), "has 00001.png as its frame 1, rgb has 00002.png"),
+    "other times": (numbered(0, 33, 67), numbered(0, 33, 66), "has 00066.png as its frame 2, rgb has 00067.png"),
+    "one number twice": (["1.png", "1.jpg", "2.png"], numbered(0, 1, 2), "has frame 1 twice: 1.jpg and 1.png"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPPED)
+def test_image_sequences_that_would_slip_are_refused(name: str, tmp_path: Path) -> None:
+    rgb, seg, reason = SLIPPED[name]
+    add_sequence(tmp_path / "ring", *rgb)
+    add_sequence(tmp_path / "ring_seg", *seg)
+    (bad,) = found(tmp_path).bad
+    assert bad.reason.startswith(reason)
+
+
 def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
     add(tmp_path / "s", clip, "alone.mp4")
     add(tmp_path / "s", clip, "mute.mp4", "mute_seg.mp4", caption=None)
@@ -120,6 +172,29 @@ def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
     }
     assert reasons(result) | expected == reasons(result)
     assert "latin.txt cannot be read" in reasons(result)["s/latin"]
+
+
+def test_names_that_are_not_utf8_are_named_as_escapes(clip: Path, tmp_path: Path) -> None:
+    cafe, root = os.fsdecode("café".encode("latin-1")), tmp_path / "s"
+    try:
+        (tmp_path / cafe).touch()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    add(root, clip, f"{cafe}.mp4", f"{cafe}_seg.mp4")
+    add(root / cafe, clip, "a.mp4", "a_seg.mp4")
+    add(root, clip, f"{cafe} alone.mp4")
+    add(root, clip, "b.mp4", "b_seg.mp4")
+    row = {"rgb": "s/b.mp4", "seg": f"s/{cafe}_seg.mp4", "text": "t"}
+    (tmp_path / "l.jsonl").write_text(json.dumps(row))
+    result = found(root, tmp_path / "l.jsonl")
+    assert [sample.id for sample in result.samples] == ["s/b"]
+    assert reasons(result) == {
+        r"s/caf\udce9": "its name is not UTF-8; rename it",
+        r"s/caf\udce9/a": "its name is not UTF-8; rename it",
+        r"s/caf\udce9 alone": r"no seg file caf\udce9 alone_seg.*",
+        "l/s/b": "its name is not UTF-8; rename it",
+    }
+    json.dumps([(bad.id, bad.path, bad.reason) for bad in result.bad], ensure_ascii=False).encode()
 
 
 def test_streams_that_differ_are_named(clip: Path, tmp_path: Path) -> None:
@@ -242,6 +317,20 @@ def test_manifests_name_the_files_of_each_stream(ending: str, clip: Path, tmp_pa
 def test_a_manifest_may_name_streams_by_their_own_names(clip: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "l.jsonl", [{"rgb": str(clip), "seg": str(clip), "text": "absolute paths"}])
     assert len(found(tmp_path / "l.jsonl").samples) == 1
+
+
+def test_a_row_whose_path_is_no_file_is_named(clip: Path, tmp_path: Path) -> None:
+    names = [".", "", "/", "..", "a\0b.mp4", "x" * 5000, "a.mp4"]
+    write_rows(tmp_path / "l.jsonl", [{"rgb": name, "seg": name, "text": "t"} for name in names])
+    shutil.copy(clip, tmp_path / "a.mp4")
+    result = scan([SourceConfig(str(tmp_path / "l.jsonl"))], STREAMS, DataConfig(), probe=Probes(tmp_path / "cache"))
+    assert [sample.id for sample in result.samples] == ["l/a"] and len(result.bad) == len(names) - 1
+    assert reasons(result)["l/row 1"] == "its rgb path names no file"
+
+
+def test_a_caption_that_no_encoder_takes_is_named(clip: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "l.jsonl", [{"rgb": str(clip), "seg": str(clip), "text": "half \ud83d"}])
+    assert list(reasons(found(tmp_path / "l.jsonl")).values()) == ["caption is not UTF-8"]
 
 
 def test_a_manifest_of_rgba_files(tmp_path: Path) -> None:

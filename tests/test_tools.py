@@ -10,8 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.toolbox import FPS, SCENES, SINGLE, TOOLS, all_frames, one_line, scanned, stack, tool
+from transpixeler.data import manifest, table
 from transpixeler.data.write import write_mp4
 from transpixeler.demo import write_pairs
 
@@ -190,8 +192,27 @@ def test_measuring_goes_on_where_it_stopped(tmp_path: Path, listed: Path, monkey
 
 def test_no_usable_row_is_an_error(tmp_path: Path, capsys) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "no path"}\n')
-    assert metadata(tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl") == 2
-    one_line(capsys, "no row can be used")
+    for ending in ("jsonl", "parquet"):
+        assert metadata(tmp_path / "a.jsonl", "--out", tmp_path / f"b.{ending}") == 2
+        one_line(capsys, "no row can be used")
+
+
+def test_a_column_may_be_empty_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Stills have no rate, and the first film comes late."""
+    monkeypatch.setattr(table, "BATCH", 2)
+    write_pairs(tmp_path, SCENES[:1])
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    rows = [{"path": "a.png", "text": "still", "none": None}] * 5
+    rows += [{"path": "001.mp4", "text": "film", "score": 1}, {"path": "001.mp4", "text": "film", "score": 0.5}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert metadata(tmp_path / "a.jsonl", "--out", tmp_path / "b.parquet") == 0
+    found = [row for _, row in manifest.rows(tmp_path / "b.parquet")]
+    assert [row["fps"] for row in found] == [None] * 5 + [16.0] * 2
+    assert [row["score"] for row in found[4:]] == [None, 1, 0.5] and not any(row["none"] for row in found)
+    (tmp_path / "a.jsonl").write_text('{"path": "a.png", "x": 1}\n{"path": "a.png", "x": "one"}\n')
+    capsys.readouterr()
+    assert metadata(tmp_path / "a.jsonl", "--out", tmp_path / "c.parquet") == 2
+    one_line(capsys, "parquet cannot hold these columns")
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])

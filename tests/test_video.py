@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.media import HEIGHT, WIDTH, marked, marks, write_marked, write_timed
 from transpixeler.config import DataConfig
+from transpixeler.data import container
 from transpixeler.data.fill import Fill
 from transpixeler.data.pairs import Sample, decode_pair
 from transpixeler.data.video import BadMedia, Clip, frame_numbers, probe, read_frames, read_rgba
@@ -138,6 +139,20 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+def test_the_packets_of_a_file_are_read_once_for_all_its_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, scanned = tmp_path / "a.mkv", []
+    write_timed(path, map(marked, range(len(UNEVEN))), UNEVEN, Fraction(1, 1000))
+    scan = container._scanned
+    monkeypatch.setattr(container, "_scanned", lambda *of: scanned.append(of) or scan(*of))
+    sample, clips = pair(path, path), [clip_of(5, start=Fraction(k), height=HEIGHT, width=WIDTH) for k in range(4)]
+    scanned.clear()  # what looking at the file took
+    before = [decode_pair(sample, clip)["seg"] for clip in clips]
+    assert len(scanned) == 1
+    write_timed(path, map(marked, range(len(UNEVEN) - 9)), UNEVEN[9:], Fraction(1, 1000))
+    after = [decode_pair(sample, clip)["seg"] for clip in clips]
+    assert len(scanned) == 2 and any(marks(a) != marks(b) for a, b in zip(after, before)), "it has changed"
+
+
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None:
     peaks = []
     for count in (300, 1200):
@@ -205,6 +220,16 @@ def test_odd_sizes_are_read_whole(tmp_path: Path) -> None:
     assert np.abs(found - pillow_crop(picture, 48, 80)).mean() < 1.5
 
 
+def write_with_matrix(path: Path, picture: np.ndarray, turn: tuple[int, int, int, int]) -> None:
+    write_mp4(path, [picture] * 4, fps=Fraction(24))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value * 0x10000 & 0xFFFFFFFF for value in turn)
+    matrix = (a, b, 0, c, d, 0, 0, 0, 0x40000000)
+    data[at : at + 36] = b"".join(value.to_bytes(4, "big") for value in matrix)
+    path.write_bytes(data)
+
+
 MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 
@@ -213,18 +238,20 @@ def test_rotation_in_the_header_is_obeyed(degrees: int, tmp_path: Path) -> None:
     """A phone writes the sensor's picture and says how to turn it: clockwise by so many degrees."""
     picture = scene(64, 96)
     picture[:20, :20] = 255
-    write_mp4(tmp_path / "a.mp4", [picture] * 4, fps=Fraction(24))
-    data = bytearray((tmp_path / "a.mp4").read_bytes())
-    at = data.index(b"tkhd") + 4 + 40
-    a, b, c, d = (value * 0x10000 & 0xFFFFFFFF for value in MATRICES[degrees])
-    matrix = (a, b, 0, c, d, 0, 0, 0, 0x40000000)
-    data[at : at + 36] = b"".join(value.to_bytes(4, "big") for value in matrix)
-    (tmp_path / "a.mp4").write_bytes(data)
+    write_with_matrix(tmp_path / "a.mp4", picture, MATRICES[degrees])
     upright = np.rot90(picture, -degrees // 90)
     media = probe(tmp_path / "a.mp4")
     assert (media.height, media.width) == upright.shape[:2]
     found = read_frames(tmp_path / "a.mp4", [1], height=media.height, width=media.width)[0].astype(int)
     assert np.abs(found - upright).mean() < 2
+
+
+@pytest.mark.parametrize("turn", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0)])
+def test_a_picture_that_its_header_mirrors_is_refused(turn: tuple[int, int, int, int], tmp_path: Path) -> None:
+    write_with_matrix(tmp_path / "a.mp4", scene(64, 96), turn)
+    for use in (probe, lambda path: read_frames(path, [0], height=64, width=96)):
+        with pytest.raises(BadMedia, match="mirrors the picture; re-encode it"):
+            use(tmp_path / "a.mp4")
 
 
 def test_pixels_that_are_not_square_are_made_so(tmp_path: Path) -> None:
@@ -303,6 +330,18 @@ def test_every_alpha_format_gives_its_alpha_and_its_colour(name: str, tmp_path: 
         assert np.abs(rgb[k][core & solid].astype(int) - [255, 0, 0]).max() <= 12
 
 
+@pytest.mark.parametrize("ending", ["webp", "png"])
+def test_an_animation_without_delays_is_taken_frame_by_frame(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{ending}"
+    first, *rest = (Image.fromarray(marked(number)) for number in range(9))
+    first.save(path, save_all=True, append_images=rest, duration=0, lossless=True)
+    media = probe(path)
+    assert media.frames == media.frames_at(Fraction(16)) == 9 and not media.fps
+    clip = clip_of(5, start=Fraction(2, 16), height=HEIGHT, width=WIDTH)
+    for frames in decode_pair(pair(path, path), clip).values():
+        assert marks(frames) == [2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("policy", ["keep", "black", "color", "extend"])
 def test_what_is_hidden_follows_the_fill_policy(policy: str, tmp_path: Path) -> None:
     write_png_sequence(tmp_path / "a", [ghost(0)] * 2)
@@ -343,6 +382,18 @@ def test_images_of_every_mode_are_one_frame(tmp_path: Path) -> None:
         assert probe(tmp_path / name).image
         found = read_frames(tmp_path / name, [0], height=48, width=64)[0].astype(int)
         assert np.abs(found - picture).mean() < 6, name
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.int16])
+def test_an_image_of_numbers_that_no_picture_has_is_refused(kind: type, tmp_path: Path) -> None:
+    """As 16 bits, depth in metres or of 32 bits would be black."""
+    depth = np.linspace(0, 30_000, 32 * 32).reshape(32, 32)
+    Image.fromarray(depth.astype(np.uint16)).save(tmp_path / "a.tiff")
+    assert np.ptp(read_frames(tmp_path / "a.tiff", [0], height=32, width=32)) > 110
+    Image.fromarray(depth.astype(kind)).save(tmp_path / "a.tiff")
+    for use in (probe, lambda path: read_frames(path, [0], height=32, width=32)):
+        with pytest.raises(BadMedia, match="save it as 8 or 16 bits"):
+            use(tmp_path / "a.tiff")
 
 
 def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transpixeler.config import UserError
 from transpixeler.data.manifest import rows
 from transpixeler.data.media import BadMedia
-from transpixeler.data.table import check_manifest, first_path, moved, rows_into
+from transpixeler.data.table import check_manifest, first_path, moved, rows_into, schema_of
 from transpixeler.data.video import probe
 from transpixeler.tooling import REASONS_SHOWN, run, summary, whole
 
-FACTS = ("num_frames", "height", "width", "fps", "aspect_ratio")
+FACTS = {"num_frames": "int64", "height": "int64", "width": "int64", "fps": "float64", "aspect_ratio": "float64"}
 WINDOW = 1024  # rows looked at, and then written down, at a time
 
 
@@ -104,8 +104,14 @@ def _looked_at(numbered: tuple[int, Any], *, source: Path, out: Path, paths: Seq
 def _finish(part: Path, out: Path) -> tuple[int, list[tuple[str, str]], int]:
     """The rows under their name; the bad ones beside them, the first few of which are returned to be shown."""
     columns = list(dict.fromkeys(name for line in _lines(part) for name in line.get("row", ())))
+    found = (line["row"] for line in _lines(part) if "row" in line)
+    schema = schema_of(out, found, columns, FACTS) if out.suffix.lower() == ".parquet" else None
     good, shown, bad = 0, [], 0
-    with rows_into(out, columns) as put, whole(_bad_file(out)) as draft, draft.open("w", encoding="utf-8") as bad_rows:
+    with (
+        rows_into(out, columns, schema) as put,
+        whole(_bad_file(out)) as draft,
+        draft.open("w", encoding="utf-8") as bad_rows,
+    ):
         for line in _lines(part):
             if "row" in line:
                 put(line["row"])

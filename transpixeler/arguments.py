@@ -70,7 +70,7 @@ def _add_cache(commands: Any) -> None:
     parser = _add(commands, "cache", "encode what the cache lacks", text)
     _add_config(parser)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--verify", action="store_true", help="read every record and name each that is damaged")
+    what.add_argument("--verify", action="store_true", help="read every record, name each that is damaged and drop it")
     what.add_argument("--gc", action="store_true", help="remove what this config does not refer to")
     what.add_argument("--rebuild", action="store_true", help="encode everything anew")
     what.add_argument("--list", action="store_true", help="show what is in the cache")

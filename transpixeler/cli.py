@@ -67,7 +67,7 @@ def _explicit_resume(argv: Sequence[str]) -> list[str]:
     words = list(argv)
     for i, word in enumerate(words[:-1]):
         following = words[i + 1]
-        if word == "--resume" and ("=" in following or following.endswith((".yaml", ".yml")) or following[0] == "-"):
+        if word == "--resume" and ("=" in following or following.endswith((".yaml", ".yml")) or following[:1] == "-"):
             words[i] = "--resume="
     return words
 
@@ -200,6 +200,7 @@ def _asks_layout(overrides: Sequence[str]) -> bool:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    import json
     from pathlib import Path
 
     from transpixeler import configfile
@@ -207,7 +208,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.dataset.endswith((".yaml", ".yml")):
         config = configfile.load(arguments.dataset, arguments.overrides)
     else:
-        config = configfile.from_overrides([f"data.train=[{{path: {arguments.dataset!r}}}]", *arguments.overrides])
+        source = json.dumps(arguments.dataset, ensure_ascii=False)  # which YAML reads as it is
+        config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
     from transpixeler import inspection
 
     sources = (*config.data.train, *config.data.eval)

@@ -39,7 +39,7 @@ from transpixeler.data import index
 path = Path(sys.argv[1])
 segment = next(path.parent.glob("*.seg"))
 start = time.perf_counter()
-table = index.Table([index.open_index(path, {0: index.Segment(segment, segment.stat().st_size)})])
+table = index.Table([index.open_index(path, index.map_rows(path), {0: index.Segment(segment, segment.stat().st_size)})])
 seconds = time.perf_counter() - start
 rss = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 print(seconds, rss, len(table))

@@ -142,11 +142,12 @@ class Cache:
 
 
 def open_indexes(folder: Path) -> list[IndexFile]:
+    """Rows are mapped before segments are measured: a row's bytes are on disk before it, whoever writes meanwhile."""
     if not folder.is_dir():
         return []
+    mapped = [(path, index.map_rows(path)) for path in sorted(folder.glob("*.idx"))]
     segments = segments_of(folder)
-    paths = sorted(folder.glob("*.idx"))
-    return [index.open_index(path, segments.get(path.stem, {})) for path in paths]
+    return [index.open_index(path, rows, segments.get(path.stem, {})) for path, rows in mapped]
 
 
 def segments_of(folder: Path) -> dict[str, dict[int, Segment]]:

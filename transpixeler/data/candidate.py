@@ -14,6 +14,10 @@ class BadSample:
     path: str  # a file, or MANIFEST:ROW
     reason: str
 
+    def __post_init__(self) -> None:
+        for name in ("id", "path", "reason"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -23,6 +27,11 @@ class Candidate:
     paths: tuple[tuple[str, Path], ...]
     caption: Path | str
     declared: dict[str, Fraction] = field(default_factory=dict)
+
+
+def printable(name: str) -> str:
+    """File names may hold bytes that are not UTF-8; these are shown as escapes, since nothing else could be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def normal(name: str) -> str:

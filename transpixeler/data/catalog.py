@@ -70,7 +70,6 @@ class Catalog:
     empty_text_key: bytes
     prompts: Mapping[str, bytes]  # the keys of what evaluations sample from
     folders: tuple[Path, ...]
-    files_read: int  # whose content had to be hashed
 
     def keys(self) -> dict[bytes, str]:
         """Every key with a name for it."""
@@ -105,8 +104,7 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
         items[name] = tuple(found)
     for memory in hashes.values():
         memory.save()
-    read = sum(memory.read for memory in hashes.values())
-    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, prompts, folders, read)
+    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, prompts, folders)
 
 
 def cache_folders(config: Config) -> tuple[Path, ...]:
@@ -196,7 +194,6 @@ def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping
 def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str) -> dict[str, bytes]:
     """One a stream. An aux stream is cut at the first stream's timestamps, so that it depends on both files."""
     first = sample.paths[0][1]
-    rate = str(clip.fps) if clip.frames > 1 else "still"
     return {
         stream: _hash(
             what="latent",
@@ -206,10 +203,18 @@ def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill
             files=[digests[first], digests[path]],
             plane=("color" if number == 0 else "alpha") if sample.rgba else "all",
             fill=fill.parts if sample.rgba else [],
-            clip=[str(clip.start), clip.frames, rate, clip.height, clip.width],
+            clip=[str(clip.start), clip.frames, _rate(sample, clip), clip.height, clip.width],
         )
         for number, (stream, path) in enumerate(sample.paths)
     }
+
+
+def _rate(sample: Sample, clip: Clip) -> str:
+    """Animations without delays were once cut otherwise, so that what was encoded of them is not found again."""
+    if clip.frames == 1:
+        return "still"
+    counted = not sample.media.fps and not sample.paths[0][1].is_dir()
+    return f"{clip.fps}, counted" if counted else str(clip.fps)
 
 
 def text_key(caption: str, encoder: str) -> bytes:

@@ -6,6 +6,7 @@ A frame's number is its place in the order of presentation. Numbers, not times, 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from transpixeler.data.media import SLACK, BadMedia, Clip, Media, check_size, reasons
 
@@ -81,6 +84,19 @@ def timeline(container: av.container.InputContainer, stream: av.VideoStream) -> 
     return _scanned(container, stream)
 
 
+def _timeline(path: Path) -> Timeline:
+    """Remembered for the clips that one file gives: reading all its packets for each would be quadratic."""
+    with reasons():
+        stat = path.stat()
+    return _timeline_of(path, (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=16)
+def _timeline_of(path: Path, _: tuple[int, int]) -> Timeline:
+    with opened(path) as (container, stream):
+        return timeline(container, stream)
+
+
 def _scanned(container: av.container.InputContainer, stream: av.VideoStream) -> Timeline:
     decoded = stream.codec_context.name in HIDDEN_FRAMES
     units = container.decode(stream) if decoded else container.demux(stream)
@@ -127,7 +143,12 @@ def _alpha_decoder(stream: av.VideoStream) -> str | None:
 
 
 def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
-    """(width, height) with square pixels, the right way up."""
+    """(width, height) with square pixels, the right way up; a turn is obeyed, a mirroring is refused."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+        if a * d < b * c:
+            raise BadMedia("has a display matrix that mirrors the picture; re-encode it")
     aspect = stream.sample_aspect_ratio or 1
     width, height = max(1, round(frame.width * aspect)), frame.height
     return (height, width) if frame.rotation % 180 else (width, height)
@@ -135,8 +156,7 @@ def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
 
 def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
     """The frame numbers of a clip in the file that sets the time (stream 0)."""
-    with opened(path) as (container, stream):
-        line = timeline(container, stream)
+    line = _timeline(path)
     return tuple(line.number_at(clip.start + k / clip.fps) for k in range(clip.frames))
 
 
@@ -144,8 +164,8 @@ def frames(
     path: Path, wanted: Sequence[int], *, alpha: bool, threads: int
 ) -> Iterator[tuple[av.VideoFrame, tuple[int, int]]]:
     """(frame, shown size) for each of `wanted`, which are ascending frame numbers without repeats."""
+    line = _timeline(path)
     with opened(path, threads) as (container, stream):
-        line = timeline(container, stream)
         size = (stream.codec_context.width, stream.codec_context.height)
         if wanted[-1] >= line.frames:
             raise BadMedia(f"has {line.frames} frames, so there is no frame {wanted[-1]}")

@@ -11,6 +11,7 @@ import gc
 import heapq
 import logging
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ from transpixeler.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 DECODERS = 4  # clips decoded at a time on a rank
+KINDS_SHOWN = 10  # kinds of reasons why samples were skipped
 TEXTS_AT_ONCE = 16  # written together, so that a disk is asked to sync once for all
 DTYPE = torch.bfloat16
 Job = TypeVar("Job", ClipJob, TextJob)
@@ -321,8 +323,25 @@ def _summarise(datasets: Datasets, outcomes: Sequence[Outcome]) -> None:
         for bucket, clips in dataset.buckets().items():
             frames, height, width = bucket
             logger.info("%-6s %-18s %8d", dataset.key, f"{width}×{height}×{frames}", clips)
-        for reason, count in Counter(reason for _, reason in dataset.skipped).most_common():
-            first = next(name for name, why in dataset.skipped if why == reason)
-            logger.info("%-6s skipped %d: %s (%s%s)", dataset.key, count, reason, first, ", …" if count > 1 else "")
+        kinds = _by_kind(dataset.skipped)
+        for count, name, reason in kinds[:KINDS_SHOWN]:
+            logger.info("%-6s skipped %d: %s (%s%s)", dataset.key, count, reason, name, ", …" if count > 1 else "")
+        if rest := sum(count for count, *_ in kinds[KINDS_SHOWN:]):
+            logger.info("%-6s skipped %d for other reasons; `plan CONFIG --json` names all", dataset.key, rest)
     records, size = sum(other.records for other in outcomes), sum(other.bytes for other in outcomes)
     logger.info("%d records encoded, %.1f MB; the cache holds %d", records, size / 1e6, len(datasets.train.cache))
+
+
+def _by_kind(skipped: Sequence[tuple[str, str]]) -> list[tuple[int, str, str]]:
+    """(how many, the first one's name, its reason) of each kind of reason, the most frequent first."""
+    kinds = [_kind(name, reason) for name, reason in skipped]
+    first: dict[str, tuple[str, str]] = {}
+    for kind, one in zip(kinds, skipped):
+        first.setdefault(kind, one)
+    return [(count, *first[kind]) for kind, count in Counter(kinds).most_common()]
+
+
+def _kind(name: str, reason: str) -> str:
+    """A reason without what is the sample's own: words that begin with its name, that hold a number or a path."""
+    own = re.escape(name.rpartition("/")[2].rpartition("@")[0] or name.rpartition("/")[2])
+    return re.sub(rf"(?<!\w){own}(?![^\W_])\S*|\S*[\d/]\S*", "…", reason)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from transpixeler.data.cache import READ_ONLY
 from transpixeler.models.base import file_digest
 
 logger = logging.getLogger("transpixeler")
@@ -68,26 +69,42 @@ class FileHashes:
         fresh, self._fresh = self._fresh, {}
         self._known = _load(self.folder / NAME) | self._known | fresh
         text = "".join(f"{k.digest}\t{k.size}\t{k.modified}\t{name}\n" for name, k in self._known.items())
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / f"{NAME}.{os.getpid()}.part"
-            with part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self.folder / NAME)
-        except OSError as error:
-            if error.errno not in READ_ONLY:
-                raise
+        if not write_memory(self.folder / NAME, text):
             logger.info("%s cannot be written: files are hashed again the next time", self.folder)
 
 
 def _load(path: Path) -> dict[str, _Known]:
-    if not path.exists():
-        return {}
     known = {}
-    text = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    for line in text.split("\n")[:-1]:
-        digest, size, modified, name = line.split("\t", 3)
-        known[name] = _Known(int(size), int(modified), digest)
+    for line in memory_lines(path):
+        with suppress(ValueError):  # a line that was cut or garbled
+            digest, size, modified, name = line.split("\t", 3)
+            known[name] = _Known(int(size), int(modified), digest)
     return known
+
+
+# --- memories: text files that may be lost ----------------------------------------------------------------------------
+
+
+def memory_lines(path: Path) -> list[str]:
+    """The whole lines; a memory that cannot be read is an empty one."""
+    try:
+        return path.read_bytes().decode("utf-8", errors="surrogateescape").split("\n")[:-1]
+    except OSError:
+        return []
+
+
+def write_memory(path: Path, text: str) -> bool:
+    """False where it cannot be written; no run, on this machine or another, ever reads half of it."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:  # a folder of others, a full disk
+        with suppress(OSError):
+            part.unlink()
+        return False
+    return True

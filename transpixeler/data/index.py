@@ -21,7 +21,6 @@ from transpixeler.config import UserError
 
 FORMAT = 1
 ROW_BYTES = 64
-KEY_BYTES = 16
 MAGIC = b"TPXCACHE"
 DTYPES = ("bfloat16", "float32", "float16", "uint8")
 ITEM_BYTES = np.array([2, 4, 2, 1], np.uint64)
@@ -139,8 +138,7 @@ class IndexFile:
     segments: Mapping[int, Segment]
 
 
-def open_index(path: Path, segments: Mapping[int, Segment]) -> IndexFile:
-    rows = _map_rows(path)
+def open_index(path: Path, rows: np.ndarray, segments: Mapping[int, Segment]) -> IndexFile:
     sizes = np.zeros(max(segments, default=-1) + 2, np.uint64)  # the last one stands for "no such segment"
     for number, segment in segments.items():
         sizes[number] = segment.bytes
@@ -157,7 +155,7 @@ def open_index(path: Path, segments: Mapping[int, Segment]) -> IndexFile:
     return IndexFile(path, rows, valid, np.array(damaged, np.int64), np.array(short, np.int64), segments)
 
 
-def _map_rows(path: Path) -> np.ndarray:
+def map_rows(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if size < 2 * ROW_BYTES:

@@ -57,7 +57,10 @@ def _candidate(
     for key, number in claims.items():
         if number is None:
             return f"column {key!r} is {str(row[key])[:40]!r}, not a number above 0"
-    stem = normal(str(Path(_relative(paths[0][1], folder)).with_suffix("")))
+    first = Path(_relative(paths[0][1], folder))
+    if not first.name:
+        return f"its {streams[0]} path names no file"
+    stem = normal(str(first.with_suffix("")))
     return Candidate(f"{name}/{stem}", tuple(paths), text, claims)
 
 

@@ -6,7 +6,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -88,6 +88,15 @@ def natural(path: Path) -> tuple[tuple[int, int | str], ...]:
     """Sorts frame_10 after frame_9."""
     parts = re.split(r"([0-9]+)", path.name)
     return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts)
+
+
+def numbers_of(files: Sequence[Path]) -> tuple[int, ...] | None:
+    """The frame numbers in the names of a sequence's files; None where the names do not count frames."""
+    parts = [re.split(r"([0-9]+)", file.stem) for file in files]
+    if len({tuple(part[::2]) for part in parts}) > 1:
+        return None
+    counters = [values for values in zip(*(map(int, part[1::2]) for part in parts)) if len(set(values)) > 1]
+    return counters[0] if len(counters) == 1 else None
 
 
 def check_size(width: int, height: int) -> None:

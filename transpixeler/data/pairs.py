@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
-from transpixeler.data.candidate import BadSample, Candidate
+from transpixeler.data.candidate import BadSample, Candidate, printable
 from transpixeler.data.fill import KEEP, Fill
 from transpixeler.data.folder import folder_candidates
 from transpixeler.data.manifest import MANIFEST_ENDINGS, manifest_candidates
-from transpixeler.data.media import BadMedia, Clip, Media
+from transpixeler.data.media import BadMedia, Clip, Media, files_of, numbers_of
 from transpixeler.data.video import frame_numbers, probe, read_frames, read_rgba
 
 Probe = Callable[[Path], Media]
@@ -101,7 +101,11 @@ def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: P
     """The candidate's files opened and held against each other and against what is claimed of them."""
     if isinstance(candidate, BadSample):
         return candidate
-    path = candidate.paths[0][1]
+    files = [path for _, path in candidate.paths] + [candidate.caption] * isinstance(candidate.caption, Path)
+    for path in files:
+        if printable(str(path)) != str(path):
+            return BadSample(candidate.id, str(path), "its name is not UTF-8; rename it")
+    path = files[0]
     try:
         media = probe(path)
         _check_claims(candidate, media)
@@ -109,6 +113,7 @@ def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: P
             raise BadMedia("has no alpha channel, but its source is rgba")
         for _, path in () if rgba else candidate.paths[1:]:
             _check_twin(candidate.paths[0][0], media, probe(path))
+            _check_numbers(*candidate.paths[0], path)
         path = candidate.caption if isinstance(candidate.caption, Path) else candidate.paths[0][1]
         caption = _caption(candidate.caption)
     except BadMedia as error:
@@ -124,6 +129,8 @@ def _caption(caption: Path | str) -> str:
             raise BadMedia(f"caption {caption.name} cannot be read: {error}") from error
     if not caption.strip():
         raise BadMedia("caption is empty")
+    if printable(caption) != caption:  # half a pair of surrogates, which JSON can hold
+        raise BadMedia("caption is not UTF-8")
     return caption.strip()
 
 
@@ -142,6 +149,19 @@ def _check_twin(primary: str, media: Media, twin: Media) -> None:
         raise BadMedia(f"is {twin.width}×{twin.height}, {primary} is {media.width}×{media.height}")
     if not media.image and media.fps and twin.fps and abs(twin.fps / media.fps - 1) > 1 / 100:
         raise BadMedia(f"runs at {float(twin.fps):.3f} fps, {primary} at {float(media.fps):.3f}")
+
+
+def _check_numbers(primary: str, path: Path, twin: Path) -> None:
+    """Images of two folders go together by the numbers in their names, from whichever number each counts."""
+    if not (path.is_dir() and twin.is_dir()):
+        return
+    first, second = files_of(path), files_of(twin)
+    numbers, others = numbers_of(first), numbers_of(second)
+    if numbers is None or others is None:
+        return
+    for k, (number, other) in enumerate(zip(numbers, others)):
+        if number - numbers[0] != other - others[0]:
+            raise BadMedia(f"has {second[k].name} as its frame {k}, {primary} has {first[k].name}")
 
 
 def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int = 0) -> dict[str, np.ndarray]:

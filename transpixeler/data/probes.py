@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from stat import S_ISDIR
 
-from transpixeler.data.cache import READ_ONLY
-from transpixeler.data.fingerprint import SETTLED_SECONDS
+from transpixeler.data.fingerprint import SETTLED_SECONDS, memory_lines, write_memory
 from transpixeler.data.media import Media
 from transpixeler.data.video import probe
 
 logger = logging.getLogger("transpixeler")
 NAME = "probes.tsv"
-VERSION = 1  # raised when probing gives other values
+VERSION = 2  # raised when probing gives other values
 Stamp = tuple[int, int]  # size, time of change
 
 
@@ -60,14 +60,7 @@ class Probes:
             return
         known = _load(self.folder / NAME) | self._known | self._fresh
         lines = [f"{VERSION}\n", *(_line(name, stamp, media) for name, (stamp, media) in known.items())]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / f"{NAME}.{os.getpid()}.part"
-            part.write_text("".join(lines), encoding="utf-8", errors="surrogateescape", newline="\n")
-            part.replace(self.folder / NAME)
-        except OSError as error:
-            if error.errno not in READ_ONLY:
-                raise
+        if not write_memory(self.folder / NAME, "".join(lines)):
             logger.info("%s cannot be written: files are looked at again the next time", self.folder)
         self._known, self._fresh = known, {}
 
@@ -76,7 +69,7 @@ def _stamp(path: Path) -> Stamp | None:
     """Nothing for what cannot be remembered: a folder's time says nothing of the images in it."""
     try:
         found = path.stat()
-    except OSError:  # probing says why, in words for the user
+    except (OSError, ValueError):  # probing says why, in words for the user
         return None
     return None if S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns)
 
@@ -87,14 +80,11 @@ def _line(name: str, stamp: Stamp, media: Media) -> str:
 
 
 def _load(path: Path) -> dict[str, tuple[Stamp, Media]]:
-    if not path.exists():
-        return {}
-    first, *lines = path.read_bytes().decode("utf-8", errors="surrogateescape").split("\n")[:-1]
-    if first != str(VERSION):
-        return {}
+    lines = memory_lines(path)
     known = {}
-    for line in lines:
-        size, modified, frames, height, width, fps, duration, alpha, name = line.split("\t", 8)
-        media = Media(int(frames), int(height), int(width), Fraction(fps), Fraction(duration), alpha == "1")
-        known[name] = ((int(size), int(modified)), media)
+    for line in lines[1:] if lines[:1] == [str(VERSION)] else ():
+        with suppress(ValueError, ZeroDivisionError):  # a line that was cut or garbled
+            size, modified, frames, height, width, fps, duration, alpha, name = line.split("\t", 8)
+            media = Media(int(frames), int(height), int(width), Fraction(fps), Fraction(duration), alpha == "1")
+            known[name] = ((int(size), int(modified)), media)
     return known

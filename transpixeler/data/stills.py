@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transpixeler.data.media import BadMedia, Clip, Media, check_size, files_of, reasons
+from transpixeler.data.media import BadMedia, Clip, Media, check_size, files_of, numbers_of, reasons
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +25,7 @@ def probe(path: Path) -> Media:
     files = files_of(path)
     if not files:
         raise BadMedia("is a folder without images")
+    _check_gaps(files)
     with reasons(), _open(files[0]) as image:
         width, height = image.size
         if image.getexif().get(ORIENTATION) in TRANSPOSED:
@@ -42,6 +45,8 @@ def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
         return tuple(range(first, first + clip.frames))
     with reasons(), _open(path) as image:
         ends = _ends(image)
+    if not ends[-1]:  # an animation without delays has no time, as a folder has none
+        return tuple(min(len(ends) - 1, first + k) for k in range(clip.frames))
     moments = (int((clip.start + k / clip.fps) * 1000) for k in range(clip.frames))
     return tuple(min(len(ends) - 1, int(np.searchsorted(ends, moment, side="right"))) for moment in moments)
 
@@ -61,6 +66,21 @@ def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
         yield array
 
 
+def _check_gaps(files: Sequence[Path]) -> None:
+    """A frame's number is its place among the files, so a file that is missing would shift all that follow."""
+    numbers = numbers_of(files) or ()
+    steps = [after - before for before, after in itertools.pairwise(numbers)]
+    usual = min(steps, default=0)
+    even = usual == math.gcd(*steps)  # uneven steps, such as times, tell nothing
+    for k, step in enumerate(steps):
+        names = files[k].name, files[k + 1].name
+        if not step:
+            raise BadMedia(f"has frame {numbers[k]} twice: {' and '.join(names)}")
+        if even and step > usual:
+            missing = numbers[k] + usual
+            raise BadMedia(f"lacks frame {missing}: {names[0]} is followed by {names[1]}; add it, or rename the files")
+
+
 def _open(path: Path) -> Image.Image:
     from PIL import Image
 
@@ -69,6 +89,8 @@ def _open(path: Path) -> Image.Image:
     except TypeError as error:  # what Pillow raises at a TIFF without its dimensions
         raise BadMedia(f"cannot be read: {error}") from error
     check_size(*image.size)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # some Pillows open a PNG of 16 bits as I
+        raise BadMedia("holds numbers that are floating, signed or of 32 bits; save it as 8 or 16 bits")
     return image
 
 

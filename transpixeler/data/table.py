@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def check_manifest(path: Path, *, there: bool) -> Path:
 
 @contextmanager
 def rows_into(path: Path, columns: Sequence[str], schema: Any = None) -> Iterator[Put]:
-    """Gives a function that takes a row; `schema` keeps a parquet source's own types."""
+    """Gives a function that takes a row; `schema` is the types of a parquet file, read or from `schema_of`."""
     with whole(path) as unfinished:
         open_rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix.lower()]
         with open_rows(unfinished, columns, schema) as put:
@@ -67,30 +68,46 @@ def _jsonl(path: Path, _: Sequence[str], __: Any) -> Iterator[Put]:
 
 @contextmanager
 def _parquet(path: Path, columns: Sequence[str], schema: Any) -> Iterator[Put]:
-    """In batches; without a schema the first batch decides the types."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     waiting: list[Mapping[str, Any]] = []
-    writer = parquet.ParquetWriter(path, schema) if schema is not None else None
+    with parquet.ParquetWriter(path, schema) as writer:
 
-    def flush() -> None:
-        nonlocal writer
-        full = [{name: row.get(name) for name in columns} for row in waiting]
-        batch = pyarrow.RecordBatch.from_pylist(full, schema=writer.schema if writer else None)
-        writer = writer or parquet.ParquetWriter(path, batch.schema)
-        writer.write_batch(batch)
-        waiting.clear()
+        def flush() -> None:
+            full = [{name: row.get(name) for name in columns} for row in waiting]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(full, schema=schema))
+            waiting.clear()
 
-    def put(row: Mapping[str, Any]) -> None:
-        waiting.append(row)
-        if len(waiting) == BATCH:
-            flush()
+        def put(row: Mapping[str, Any]) -> None:
+            waiting.append(row)
+            if len(waiting) == BATCH:
+                flush()
 
-    try:
         yield put
         if waiting:
             flush()
-    finally:
-        if writer is not None:
-            writer.close()
+
+
+def schema_of(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str], types: Mapping[str, str]) -> Any:
+    """What the parquet file at `path` has to hold, from all of its rows: a column's first value may come late.
+
+    `types` are those that are known; a column that is always empty holds text.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise UserError(f"{path}: parquet manifests need pyarrow; pip install 'transpixeler[parquet]'") from error
+    schema, left = pyarrow.schema([(name, pyarrow.null()) for name in columns]), iter(rows)
+    try:
+        while some := list(itertools.islice(left, BATCH)):
+            batch = pyarrow.RecordBatch.from_pylist([{name: row.get(name) for name in columns} for row in some])
+            schema = pyarrow.unify_schemas([schema, batch.schema], promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        text = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path}: parquet cannot hold these columns ({text}); name a file that ends in .jsonl"
+        ) from error
+    kinds = {field.name: pyarrow.string() if field.type == pyarrow.null() else field.type for field in schema}
+    known = {name: pyarrow.type_for_alias(kind) for name, kind in types.items() if name in kinds}
+    return pyarrow.schema((kinds | known).items())

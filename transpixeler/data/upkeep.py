@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +109,7 @@ def listing(folders: tuple[Path, ...]) -> list[Shelf]:
         for file in open_indexes(folder):
             for number, segment in file.segments.items():
                 mine = file.rows[file.valid & (file.rows["segment"] == number)]
-                shelf = counts[segment.path.name.split(".")[2]]
+                shelf = counts.setdefault(segment.path.name.split(".")[2], [0, 0, 1])  # it was begun just now
                 shelf[0] += len(mine)
                 shelf[1] += int((index.ends(mine) - mine["offset"]).sum())
     return [Shelf(name, *numbers) for name, numbers in sorted(counts.items())]
@@ -133,7 +133,16 @@ def expectations(config: Config, model_cls: type[VideoModel]) -> dict[bytes, Exp
 
 def verify_cache(folders: tuple[Path, ...], *, drop: bool, expected: Mapping[bytes, Expected]) -> list[Problem]:
     """Reads every record once; with `drop`, what is damaged counts as missing from now on."""
-    cache, problems = Cache(*folders), []
+    problems = []
+    for folder in folders:
+        can_drop = drop and all(os.access(path, os.W_OK) for path in folder.glob("*.idx"))
+        with _alone(folder) if can_drop else nullcontext():
+            problems += _verify_folder(folder, drop=drop, expected=expected)
+    return problems
+
+
+def _verify_folder(folder: Path, *, drop: bool, expected: Mapping[bytes, Expected]) -> list[Problem]:
+    cache, problems = Cache(folder), []
     for number, file in enumerate(cache.table.files):
         bad = dict.fromkeys(map(int, file.damaged), "its row in the index is damaged")
         bad |= dict.fromkeys(map(int, file.short), "its segment is missing or truncated")
@@ -147,9 +156,7 @@ def verify_cache(folders: tuple[Path, ...], *, drop: bool, expected: Mapping[byt
             problems.append(Problem(_place(file, row), f"{name} ({key.hex()})", reason))
         if drop and bad:
             drop_rows(file, list(bad))
-    for folder in folders:
-        problems += [Problem(path, "all its records", "its index is missing") for path in _orphans(folder)]
-    return problems
+    return [*problems, *(Problem(path, "all its records", "its index is missing") for path in _orphans(folder))]
 
 
 def _unsound(cache: Cache, file: int, row: int, shape: tuple[int, ...] | None) -> str | None:

@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.hub_server import READER, TOKEN, Hub, serving
-from tests.models import move, tiny
+from tests.models import TINY, move, tiny
 from tests.test_report import write_run
-from transpixeler import adapters, cli, configfile, export, hub
+from transpixeler import adapters, cli, configfile, export, hub, runtime, trained
 from transpixeler.config import Config, Fault, HubConfig, LoraConfig, ModelConfig, UserError
 from transpixeler.models.lora import inject
+from transpixeler.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[1]
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -60,6 +62,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
     with serving() as made:
         monkeypatch.setattr(constants, "ENDPOINT", made.endpoint)
+        files = f"{made.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -225,6 +230,40 @@ def test_the_token_appears_in_no_file_and_no_log(run: Path, tmp_path: Path) -> N
     written = [file.read_bytes() for place in (tmp_path, run) for file in place.rglob("*") if file.is_file()]
     everything = [done.stdout.encode(), done.stderr.encode(), *written, *server.repos["me/flames"].values()]
     assert not [part for part in everything if TOKEN.encode() in part]
+
+
+# --- and back again --------------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, *, base: Path) -> Path:
+    """A save of a model that was trained in full, as training leaves it."""
+    metadata = {"base_model": str(base), "streams": "rgb,seg", "fill": "keep", "step": "30", "ema": "false"}
+    export.save_model(tiny(2, seed=7).named_parameters(), folder, config=TINY, metadata=metadata)
+    model, lora = ModelConfig(path=str(base), rgb_attends_aux=False), LoraConfig(enabled=False)
+    (folder / "config.yaml").write_text(configfile.dump(dataclasses.replace(Config(), model=model, lora=lora)))
+    return folder
+
+
+def computed(found: trained.Trained) -> dict[str, torch.Tensor]:
+    """Every weight of the model that is sampled."""
+    with runtime.running(device="cpu") as here:
+        mesh = meshes.build(meshes.resolve(found.config.parallel, 1), here)
+        return {name: value.detach().clone() for name, value in trained.open_engine(found, mesh).named_parameters()}
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_on_the_hub_is_sampled_as_what_was_pushed(full: bool, server: Hub, tmp_path: Path) -> None:
+    base, save = tmp_path / "wan", tmp_path / "step30"
+    export.save_model(tiny(1).named_parameters(), base, config=TINY)
+    save = save_model(save, base=base) if full else save_adapter(save, base=str(base))
+    hub.push(hub.pack(str(save), TERMS))
+    here, there = trained.find(str(save)), trained.find("me/flames", [f"model.path={base}"])
+    assert (there.name, there.step, there.run) == ("me/flames", 30, None)
+    assert (there.config.model, there.config.streams) == (here.config.model, here.config.streams)
+    found, expected, bare = computed(there), computed(here), computed(trained.base(here.config))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(name not in bare or not torch.equal(bare[name], value) for name, value in expected.items())
 
 
 # --- while training --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
+from transpixeler import cli
 from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE, FORMATS, Adapter, join, read_adapter, write_adapter
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.export import (
@@ -524,6 +525,25 @@ def test_a_runs_newest_adapter_is_exported(tmp_path: Path, base: Path) -> None:
         out = export_command(path, format="kohya", out=tmp_path / "k.safetensors")
         assert header(out)["transpixeler.step"] == "100"
         assert all(key.startswith("lora_unet_") for key in load_file(out))
+
+
+def test_an_export_has_the_averaged_weights_unless_the_raw_ones_are_asked_for(tmp_path: Path, base: Path) -> None:
+    run = tmp_path / "output" / "run"
+    for folder, ema in ((run / "step50", "false"), (run / "step50" / "ema", "true")):
+        write_adapter(adapter_of(trained(base), METADATA | {"ema": ema}), folder)
+    (run / "config.yaml").write_text("streams: {rgb: ''}\n")
+    (tmp_path / "output" / "latest").symlink_to(run)
+    for words, ema in (([], "true"), (["--ema"], "true"), (["--no-ema"], "false")):
+        for path in (tmp_path / "output", run / "step50"):
+            out = tmp_path / "k.safetensors"
+            assert cli.main(["export", str(path), "--format", "kohya", "--out", str(out), *words]) == 0
+            assert header(out)["transpixeler.ema"] == ema
+
+
+def test_a_whole_model_needs_no_export(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
+    save_model(our_model(base).named_parameters(), tmp_path / "step1", config=WanModel.read_config(base))
+    assert cli.main(["export", str(tmp_path / "step1"), "--format", "merged", "--out", str(tmp_path / "m")]) == 2
+    assert "holds a whole model, not an adapter" in capsys.readouterr().err
 
 
 def test_a_merged_export_finds_its_base_or_asks_for_it(tmp_path: Path, base: Path) -> None:

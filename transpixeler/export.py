@@ -278,6 +278,8 @@ def export_command(
     """`transpixeler export`: an adapter, or a run's newest, in another spelling or merged into its base."""
     if format not in (*FORMATS, MERGED):
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}, {MERGED}")
+    if (Path(path) / "transformer").is_dir():
+        raise UserError(f"{path} holds a whole model, not an adapter; its transformer/ is in diffusers' layout already")
     adapter = read_adapter(path, alpha=alpha, stream=stream)
     if format == MERGED:
         base = base or adapter.metadata.get("base_model", "")

@@ -20,7 +20,7 @@ INT8 = "int8"
 
 
 def dequantize(data: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """[out, in] back in `dtype`; int8 is stored under a float8 dtype because sharding takes float parameters only."""
+    """[out, in] back in `dtype`; int8 is stored under a float8 dtype, bit for bit."""
     values = data.view(torch.int8) if kind == INT8 else data
     return values.to(dtype) * scale.to(dtype)
 

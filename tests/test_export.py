@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
-from transpixeler import cli
+from transpixeler import cli, configfile, saving
 from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE, FORMATS, Adapter, join, read_adapter, write_adapter
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.export import (
@@ -36,6 +36,7 @@ from transpixeler.models.lora import inject, lora_linears, merge
 from transpixeler.models.quantize import quantize
 from transpixeler.models.wan import WanModel
 from transpixeler.models.weights import WeightSource, load_weights, local_slices
+from transpixeler.trained import base_weights, find
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTH, FFN, LAYERS = 24, 40, 2
@@ -554,6 +555,28 @@ def test_a_merged_export_finds_its_base_or_asks_for_it(tmp_path: Path, base: Pat
     with pytest.raises(UserError, match="--base"):
         export_command(tmp_path / "b", format="merged", out=tmp_path / "n")
     export_command(tmp_path / "b", format="merged", out=tmp_path / "n", base=base)
+
+
+def test_an_adapter_of_a_fused_base_brings_what_is_fused_along(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    style = write_adapter(adapter_of(trained(base, alpha=1.0, targets=("*.v",)), {}), tmp_path / "style.safetensors")
+    keys = [f"model.path={base}", f"model.fuse=[{style}]", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
+    config = configfile.from_overrides(keys)
+    model = WanModel.from_config(WanModel.read_config(base), streams=("rgb",))
+    load_weights(model, base_weights(config))
+    inject(model.eval(), config.lora)
+    move_adapter(model)
+    metadata = saving.Saver(config, *[None] * 4)._metadata(7, averaged=False)
+    file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
+    assert find(str(file)).config.model == config.model
+    for format in ("merged", "kohya"):
+        assert cli.main(["export", str(file), "--format", format, "--out", str(tmp_path / format)]) == 0
+    assert torch.allclose(output(our_model(tmp_path / "merged")), output(model), atol=1e-5)
+    assert "with" in caplog.text and str(style) in caplog.text
+    style.unlink()
+    with pytest.raises(UserError, match=r"model\.fuse: .*style\.safetensors does not exist"):
+        export_command(file, format="merged", out=tmp_path / "again")
 
 
 def test_exporting_a_joint_adapter_for_others_warns(

@@ -84,11 +84,16 @@ class Adapter:
     alphas: Mapping[str, float]  # by target; scale = alpha / rank
     scopes: Mapping[str, Scope]  # by target
     stream_embeddings: Mapping[str, Tensor]  # by stream, [D]
-    metadata: Mapping[str, str]  # base_model, streams, fill, step, ema
+    metadata: Mapping[str, str]  # base_model, fuse, streams, fill, step, ema
 
     @property
     def targets(self) -> tuple[str, ...]:
         return tuple(self.alphas)
+
+    @property
+    def fused(self) -> list[str]:
+        """The adapters that were added to its base before it was trained."""
+        return json.loads(self.metadata.get("fuse", "[]"))
 
     @property
     def is_plain(self) -> bool:
@@ -244,12 +249,12 @@ def _scope_of(text: str) -> Scope:
 # -- in
 
 
-def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = "seg") -> Adapter:
+def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = "seg", key: str = "adapter") -> Adapter:
     """An adapter of ours, of ComfyUI, diffusers, PEFT, kohya or the published TransPixeler code, from anywhere.
 
     `alpha` stands in where the file says nothing of its strength; `stream` names the published code's one companion.
     """
-    found = resolve(path, only=("*.safetensors", CONFIG_FILE), key="adapter")
+    found = resolve(path, only=("*.safetensors", CONFIG_FILE), key=key)
     return _read_file(adapter_file(found), alpha=alpha, stream=stream)
 
 

@@ -44,7 +44,7 @@ def make_model(config: Config) -> VideoModel:
 def base_weights(config: Config) -> Readable:
     """Where base weights are read from, with `model.fuse`'s adapters added on the way."""
     source = WeightSource(config.model.path)
-    fused = [adapters.read_adapter(path) for path in config.model.fuse]
+    fused = export.read_fused(config.model.fuse)
     return export.FusedSource(source, fused) if fused else source
 
 
@@ -170,6 +170,8 @@ def _config_from(adapter: Adapter, name: str, overrides: Sequence[str]) -> Confi
         keys["model.rgb_attends_aux"] = said["rgb_attends_aux"]
     if said.get("base_model"):
         keys["model.path"] = said["base_model"]
+    if adapter.fused:
+        keys["model.fuse"] = said["fuse"]
     written = [f"{key}={value}" for key, value in keys.items()]
     config = configfile.from_overrides(["lora.enabled=false", *written, *overrides])
     if not config.model.path:

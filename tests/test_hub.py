@@ -30,17 +30,20 @@ BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 TERMS = hub.Terms("me/flames", base=BASE)
 
 
-def save_adapter(folder: Path, *, streams: int = 2, seed: int = 1, base: str = "/secret/place/wan") -> Path:
+def save_adapter(
+    folder: Path, *, streams: int = 2, seed: int = 1, base: str = "/secret/place/wan", fused: tuple[str, ...] = ()
+) -> Path:
     """A save as training leaves it."""
     model = tiny(streams)
     inject(model, LoraConfig(rank=4, scope="aux" if streams > 1 else "all"))
     move(model, seed=seed, names="lora")
     names = ("rgb", "seg")[:streams]
     metadata = {"base_model": base, "streams": ",".join(names), "fill": "keep", "step": "30", "ema": "false"}
+    metadata |= {"fuse": json.dumps(fused)} if fused else {}
     adapters.write_adapter(export.adapter_of(model, metadata), folder)
     config = dataclasses.replace(
         Config(),
-        model=ModelConfig(path=base),
+        model=ModelConfig(path=base, fuse=fused),
         streams=dict(zip(names, ("", "_seg"))),
         lora=LoraConfig(rank=4, scope="aux" if streams > 1 else "all"),
         output_dir="/secret/place/out",
@@ -71,13 +74,19 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         yield made
 
 
+def contents(parcel: hub.Parcel) -> dict[str, bytes]:
+    return {path: what if isinstance(what, bytes) else what.read_bytes() for path, what in parcel.files.items()}
+
+
 def test_every_file_arrives_byte_for_byte(run: Path, server: Hub) -> None:
     parcel = hub.pack(str(run), TERMS)
     assert hub.push(parcel) == f"{server.endpoint}/me/flames"
-    wanted = {path: what if isinstance(what, bytes) else what.read_bytes() for path, what in parcel.files.items()}
+    wanted = contents(parcel)
     assert server.repos["me/flames"] == wanted and server.private["me/flames"]
     assert {"README.md", "config.yaml", "adapter_model.safetensors", "adapter_config.json"} < set(wanted)
-    assert wanted["adapter_model.safetensors"] == (run / "step30" / "adapter_model.safetensors").read_bytes()
+    saved = (run / "step30" / "adapter_model.safetensors").read_bytes()
+    tensors = saved[8 + int.from_bytes(saved[:8], "little") :]
+    assert wanted["adapter_model.safetensors"].endswith(tensors)
     assert any(re.fullmatch(r"samples/000/still\.png", path) for path in wanted)
 
 
@@ -148,11 +157,38 @@ def test_a_caption_cannot_break_the_card() -> None:
     assert "\n" not in _inline("a\n# b") and "<" not in _inline("<script>") and _inline("a|b") == "a\\|b"
 
 
-def test_no_folder_of_this_machine_is_told(run: Path) -> None:
-    parcel = hub.pack(str(run), TERMS)
-    for path in ("README.md", "config.yaml"):
-        assert "/secret" not in parcel.files[path].decode() and str(run.parent) not in parcel.files[path].decode()
-    assert yaml.safe_load(parcel.files["config.yaml"])["model"]["path"] == BASE
+FUSED = ("/secret/style.safetensors", "/secret/hub/models--me--speed/snapshots/0a1b", "you/look")
+
+
+@pytest.mark.parametrize("base", [BASE, ""])
+@pytest.mark.parametrize("alone", [False, True])
+def test_no_folder_of_this_machine_is_told(alone: bool, base: str, run: Path, tmp_path: Path) -> None:
+    save = save_adapter(tmp_path / "step30", fused=FUSED)
+    source = save / "adapter_model.safetensors" if alone else save
+    files = contents(hub.pack(str(source), dataclasses.replace(TERMS, base=base)))
+    everything = [*files.items(), *contents(hub.pack(str(run), TERMS)).items()]
+    assert not [path for path, content in everything if b"/secret" in content or bytes(run.parent) in content]
+    assert yaml.safe_load(files["config.yaml"])["model"]["path"] == (base or "wan")
+    (tmp_path / "arrived").mkdir()
+    for name in {"adapter_model.safetensors", "adapter_config.json"} & set(files):
+        (tmp_path / "arrived" / name).write_bytes(files[name])
+    before, after = adapters.read_adapter(source), adapters.read_adapter(tmp_path / "arrived")
+    changed = {"base_model": base or "wan", "fuse": '["style.safetensors", "me/speed", "you/look"]'}
+    assert after.metadata == {**before.metadata, **changed}
+    assert dataclasses.replace(after, metadata=before.metadata).matches(before)
+    assert alone or json.loads(files["adapter_config.json"])["base_model_name_or_path"] == (base or "wan")
+
+
+def test_the_card_says_what_is_in_the_base(tmp_path: Path) -> None:
+    card = hub.pack(str(save_adapter(tmp_path / "step30", fused=FUSED)), TERMS).files["README.md"].decode()
+    assert "the base with `style.safetensors`, `me/speed`, `you/look` added to it" in card
+    assert "added to it" not in hub.pack(str(save_adapter(tmp_path / "step40")), TERMS).files["README.md"].decode()
+
+
+def test_a_whole_models_card_says_nothing_of_programs_that_do_not_read_it(tmp_path: Path) -> None:
+    card = hub.pack(str(save_model(tmp_path / "step30", base=tmp_path / "wan")), TERMS).files["README.md"].decode()
+    assert 'WanTransformer3DModel.from_pretrained("me/flames", subfolder="transformer")' in card
+    assert "ComfyUI" not in card
 
 
 @pytest.mark.parametrize(

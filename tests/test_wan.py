@@ -294,6 +294,22 @@ def test_a_bias_may_train_alone() -> None:
     assert all(torch.equal(model.get_parameter(name).grad, whole.get_parameter(name).grad) for name in chosen)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["*.bias", "*.weight", "embed.text_embedding.0.bias", "embed.text_embedding.2.*", "blocks.1.ffn.2.bias"]
+)
+def test_any_part_of_a_layer_may_train_in_fp32_while_the_rest_is_bf16(pattern: str) -> None:
+    low, high = tiny(2), tiny(2)
+    apply_dtypes(low, torch.bfloat16)
+    for model in (low, high):
+        chosen = set_trainable(model, [pattern])
+        for name in chosen:
+            model.get_parameter(name).data = model.get_parameter(name).data.float()
+        layout = model.layout(GRIDS[0])
+        model(*inputs(layout), layout=layout).square().sum().backward()
+    near, exact = (torch.cat([m.get_parameter(name).grad.flatten() for name in chosen]) for m in (low, high))
+    assert near.dtype == torch.float32 and (near - exact).norm() / exact.norm() < 0.1
+
+
 def test_names_choose_what_trains() -> None:
     model = tiny()
     chosen = set_trainable(model, ["blocks.*.self_attn.*", "head.*"])

@@ -208,7 +208,7 @@ class Embed(nn.Module):
         self.freq_dim = config.freq_dim
         self.patch_embedding = nn.Conv3d(config.in_channels, width, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            Linear(config.text_dim, width), nn.GELU(approximate="tanh"), Linear(width, width)
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -217,9 +217,9 @@ class Embed(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, *, layout: StreamLayout, dtype: torch.dtype) -> State:
         temb = self.time_embedding(sinusoid(timesteps, self.freq_dim))
         modulation = self.time_projection(temb).unflatten(2, (6, -1))
-        rows, _ = fold_padding(text.to(self.text_embedding[0].weight.dtype))
+        rows, _ = fold_padding(text.to(dtype))
         context = unfold_padding(self.text_embedding(rows), text.shape[1])
-        return self.embed(x, layout).to(dtype), modulation, context.to(dtype), temb
+        return self.embed(x, layout).to(dtype), modulation, context, temb
 
     def embed(self, x: Tensor, layout: StreamLayout) -> Tensor:
         """[B, N] → [B, T, D]; a stream's embedding is nothing but another bias."""

@@ -274,6 +274,21 @@ def test_positions_are_kept_for_a_few_layouts() -> None:
     assert not model._ropes
 
 
+@pytest.mark.parametrize("second", [["diffusers", "WanTransformer3DModel"], [None, None], None, "folders"])
+def test_two_experts_are_not_taken_for_one_model(second: object, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(TINY))
+    if second == "folders":
+        (tmp_path / "high_noise_model").mkdir()
+    else:
+        (tmp_path / "model_index.json").write_text(json.dumps({"transformer_2": second}))
+    if not second or second == [None, None]:
+        assert WanModel.read_config(tmp_path) == TINY
+        return
+    with pytest.raises(UserError, match=r"model\.path: .* holds two models, each for a range of noise"):
+        WanModel.read_config(tmp_path)
+
+
 def test_it_builds_on_meta_and_fills_later() -> None:
     with torch.device("meta"):
         model = model_class("wan").from_config(TINY, streams=("rgb", "seg"))

@@ -44,6 +44,7 @@ NEGATIVE_PROMPT = (
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 THETA = 10000.0
+PIPELINE = "model_index.json"  # of a diffusers pipeline
 
 
 # -- positions
@@ -245,6 +246,12 @@ class Head(nn.Module):
         return torch.cat([unpatchify(p, g, layout.patch) for p, g in zip(parts, layout.grids, strict=True)], dim=1)
 
 
+def _has_two_experts(folder: Path) -> bool:
+    """In diffusers' layout by the pipeline's own list, in Wan's by its folders."""
+    index = json.loads((folder / PIPELINE).read_text(encoding="utf-8")) if (folder / PIPELINE).is_file() else {}
+    return any(index.get("transformer_2") or ()) or (folder / "high_noise_model").is_dir()
+
+
 class WanModel(VideoModel):
     """Wan 2.1 T2V, 1.3B and 14B and anything of their shape."""
 
@@ -275,13 +282,18 @@ class WanModel(VideoModel):
     @classmethod
     def read_config(cls, path: str | Path) -> dict[str, Any]:
         """From a diffusers pipeline, its transformer folder, an original folder, or a single file's shapes."""
-        folder = resolve(path, only=("config.json", "transformer/config.json"))
+        folder = resolve(path, only=("config.json", "transformer/config.json", PIPELINE))
         if folder.is_file():
             source = WeightSource(folder)
             try:
                 return config_from_shapes({name: source.shape(name) for name in source.names()})
             except KeyError as fault:
                 raise UserError(f"model.path: {folder} holds no Wan model: {fault.args[0]} is not in it") from fault
+        if _has_two_experts(folder):
+            raise UserError(
+                f"model.path: {path} holds two models, each for a range of noise (Wan 2.2 A14B), of which one would be "
+                "trained; use a Wan of one transformer, such as Wan-AI/Wan2.1-T2V-14B-Diffusers"
+            )
         found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
         if not found:
             raise UserError(f"model.path: {path} holds neither transformer/config.json nor config.json")

@@ -326,7 +326,8 @@ class WanModel(VideoModel):
             if len(self._ropes) > 4:  # 34 MB each at 480×832×81, joint
                 self._ropes.popitem(last=False)
         self._ropes.move_to_end(key)
-        return Tokens(self._ropes[key], layout.lengths, pick_kernel(self.kernel, device))
+        kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.config.attention_head_dim)
+        return Tokens(self._ropes[key], layout.lengths, kernel)
 
     def state_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> State:
         width, streams = self.config.width, len(layout.names)

@@ -243,6 +243,22 @@ def test_a_plain_adapter_gives_our_output_in_diffusers(format: str, tmp_path: Pa
     assert not torch.allclose(output(model), adapted, atol=1e-3)  # the strength counts
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_ranks_that_differ_keep_their_strength_in_diffusers(
+    format: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, ranks = (*TARGETS, *TEXT_TARGETS), {"ffn.*": 8, "blocks.1.self_attn.q": 2}
+    model = trained(base, alpha=1.0, targets=targets, ranks=ranks)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    write_adapter(adapter_of(model, METADATA), file, format=format)
+    monkeypatch.setattr("diffusers.utils.peft_utils.get_peft_kwargs", None)  # older ones guess wrong
+    pipe = pipeline()
+    pipe.load_lora_weights(tmp_path)
+    assert torch.allclose(output(model), diffusers_output(pipe.transformer), atol=1e-4)
+    write_adapter(adapter_of(trained(base), METADATA), file, format=format)
+    assert "lora_adapter_metadata" not in header(file), "one rank needs no word"
+
+
 def lora_names(model: nn.Module) -> list[str]:
     return [name for name, _ in lora_linears(model)]
 

@@ -32,7 +32,7 @@ from transpixeler.export import (
 )
 from transpixeler.models import wan_keys
 from transpixeler.models.base import apply_dtypes
-from transpixeler.models.lora import inject, lora_linears, merge
+from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
 from transpixeler.models.wan import WanModel
 from transpixeler.models.weights import WeightSource, load_weights, local_slices
@@ -447,9 +447,8 @@ def test_a_merged_model_gives_our_output_in_diffusers(tmp_path: Path, base: Path
     model = trained(base, alpha=1.0)
     merged = WanTransformer3DModel.from_pretrained(merge_adapter(base, [adapter_of(model, {})], tmp_path / "m"))
     assert torch.allclose(diffusers_output(merged), output(model), atol=1e-5)
-    merge(model)
-    assert torch.allclose(diffusers_output(merged), output(model), atol=1e-5)
-    assert torch.allclose(output(our_model(tmp_path / "m")), output(model), atol=1e-6)
+    assert torch.allclose(output(our_model(tmp_path / "m")), output(model), atol=1e-5)
+    assert not torch.allclose(output(our_model(base)), output(model), atol=1e-2)
 
 
 def test_fusing_while_reading_gives_each_slice_of_the_merged_weight(base: Path) -> None:

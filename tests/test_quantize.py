@@ -10,10 +10,10 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.models import inputs, move, tiny
 from tests.ranks import run_ranks
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config import LoraConfig
 from transpixeler.models.base import apply_dtypes
 from transpixeler.models.linear import Linear, dequantize
-from transpixeler.models.lora import adapter_parameters, inject, lora_linears, merge, targets
+from transpixeler.models.lora import adapter_parameters, inject, lora_linears, targets
 from transpixeler.models.quantize import STORED_AS, quantize, quantize_weight
 from transpixeler.models.wan import WanModel
 
@@ -202,14 +202,6 @@ def codes_through_shards(rank: int, world: int) -> bool:
 
 def test_every_code_survives_sharding() -> None:
     assert run_ranks(codes_through_shards, 2) == [True, True]
-
-
-def test_an_adapter_is_not_merged_into_eight_bits() -> None:
-    model = tiny(1)
-    inject(model, LoraConfig(rank=3, scope="all"))
-    quantize(model, "int8")
-    with pytest.raises(UserError, match=r"model\.quantize"):
-        merge(model)
 
 
 def test_a_quantized_block_compiles_without_a_graph_break() -> None:

@@ -68,11 +68,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    steps: int
-    guidance: float
-    shift: float
     negative_prompt: str
-    fps: float
 
 
 class Vae(Protocol):

@@ -256,9 +256,7 @@ class WanModel(VideoModel):
     """Wan 2.1 T2V, 1.3B and 14B and anything of their shape."""
 
     text_len = TEXT_LEN
-    sampling: ClassVar[SamplingDefaults] = SamplingDefaults(
-        steps=50, guidance=5.0, shift=5.0, negative_prompt=NEGATIVE_PROMPT, fps=16.0
-    )
+    sampling: ClassVar[SamplingDefaults] = SamplingDefaults(negative_prompt=NEGATIVE_PROMPT)
 
     def __init__(
         self, config: WanConfig, *, streams: Sequence[str], rgb_attends_aux: bool = True, kernel: str = "auto"

@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1 that speaks what the real client asks for when it uploads: repos, preupload, LFS and commits."""
+"""A Hub on 127.0.0.1 that speaks what the real client asks for: repos, preupload, LFS and commits, trees and files."""
 
 from __future__ import annotations
 
@@ -44,9 +44,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self._allowed():
-            repo = "/".join(self.path.split("/")[3:5])
-            known = repo in self.hub.repos
-            self._answer(200, {"id": repo, "sha": "0" * 40, "siblings": []}) if known else self._answer(404, {})
+            self._read()
+
+    do_HEAD = do_GET
+
+    def _read(self) -> None:
+        path, commit = self.path.split("?")[0], f"{len(self.hub.commits):040x}"
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            self._file(self.hub.repos.get(found[1], {}).get(found[2]), commit)
+            return
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path)
+        files = self.hub.repos.get(found[1]) if found else None
+        if files is None:
+            self._answer(404, {})
+        elif (found[2] or "").startswith("/tree/"):
+            listed = {name: {"size": len(content), "oid": _oid(content, "regular")} for name, content in files.items()}
+            self._answer(200, [{"type": "file", "path": name, **facts} for name, facts in listed.items()])
+        else:
+            siblings = [{"rfilename": name} for name in files]
+            self._answer(200, {"id": found[1], "sha": commit, "siblings": siblings})
+
+    def _file(self, content: bytes | None, commit: str) -> None:
+        if content is None:
+            self._answer(404, {})
+            return
+        headers = {"ETag": f'"{_oid(content, "regular")}"', "X-Repo-Commit": commit}
+        self._send(200, content, {"Content-Type": "application/octet-stream", **headers})
 
     def do_PUT(self) -> None:
         length = int(self.headers["Content-Length"])
@@ -99,12 +122,14 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def _answer(self, code: int, value: Any) -> None:
-        content = json.dumps(value).encode()
+        self._send(code, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, code: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
+        for name, text in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, text)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content if self.command != "HEAD" else b"")
 
     def _create(self, body: bytes) -> tuple[int, Any]:
         said = json.loads(body)

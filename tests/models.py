@@ -31,7 +31,7 @@ def move(module: nn.Module, *, seed: int, names: str = "") -> None:
     """Random values of a size that keeps signals near one, in every parameter whose name holds `names`."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
-        if names in name and parameter.dtype != torch.float8_e4m3fn:
+        if names in name and parameter.itemsize > 1:
             value = torch.randn(parameter.shape, generator=generator)
             width = value[0].numel() if value.ndim > 1 else 10
             value = value / width**0.5 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)

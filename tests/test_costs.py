@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models import TINY, inputs, move, tiny
+from tests.models import inputs, move, tiny
 from transpixeler.config import LoraConfig
 from transpixeler.models.base import apply_dtypes
 from transpixeler.models.costs import (
@@ -15,7 +15,6 @@ from transpixeler.models.costs import (
     activation_bytes,
     forward_flops,
     kept_bytes,
-    memory,
     step_flops,
     unwanted_flops,
 )
@@ -115,16 +114,3 @@ def test_modes_of_recompute_stand_in_the_right_order() -> None:
     again = forward_flops(d, (UNIT, UNIT)).total - unwanted_flops(d, 2 * UNIT)
     assert flops[1] - flops[0] == pytest.approx(again / 3)
     assert flops[-1] == step_flops(d, (UNIT, UNIT), recompute="full")
-
-
-def test_memory_counts_what_trains() -> None:
-    with torch.device("meta"):
-        model = WanModel.from_config(TINY, streams=("rgb", "seg"))
-    inject(model, LoraConfig(rank=3))
-    apply_dtypes(model, torch.bfloat16)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = memory(model, model.dimensions(), (24, 24), size=2, batch=3)
-    assert (found.gradients, found.optimizer) == (4 * trained, 8 * trained)
-    assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
-    assert found.activations == 3 * memory(model, model.dimensions(), (24, 24), size=2).activations
-    assert found.total == sum(found)

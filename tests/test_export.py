@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
+from transpixeler import cli, configfile, saving
 from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE, FORMATS, Adapter, join, read_adapter, write_adapter
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.export import (
@@ -31,10 +32,11 @@ from transpixeler.export import (
 )
 from transpixeler.models import wan_keys
 from transpixeler.models.base import apply_dtypes
-from transpixeler.models.lora import inject, lora_linears, merge
+from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
 from transpixeler.models.wan import WanModel
 from transpixeler.models.weights import WeightSource, load_weights, local_slices
+from transpixeler.trained import base_weights, find
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTH, FFN, LAYERS = 24, 40, 2
@@ -241,6 +243,22 @@ def test_a_plain_adapter_gives_our_output_in_diffusers(format: str, tmp_path: Pa
     assert not torch.allclose(output(model), adapted, atol=1e-3)  # the strength counts
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_ranks_that_differ_keep_their_strength_in_diffusers(
+    format: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, ranks = (*TARGETS, *TEXT_TARGETS), {"ffn.*": 8, "blocks.1.self_attn.q": 2}
+    model = trained(base, alpha=1.0, targets=targets, ranks=ranks)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    write_adapter(adapter_of(model, METADATA), file, format=format)
+    monkeypatch.setattr("diffusers.utils.peft_utils.get_peft_kwargs", None)  # older ones guess wrong
+    pipe = pipeline()
+    pipe.load_lora_weights(tmp_path)
+    assert torch.allclose(output(model), diffusers_output(pipe.transformer), atol=1e-4)
+    write_adapter(adapter_of(trained(base), METADATA), file, format=format)
+    assert "lora_adapter_metadata" not in header(file), "one rank needs no word"
+
+
 def lora_names(model: nn.Module) -> list[str]:
     return [name for name, _ in lora_linears(model)]
 
@@ -429,9 +447,8 @@ def test_a_merged_model_gives_our_output_in_diffusers(tmp_path: Path, base: Path
     model = trained(base, alpha=1.0)
     merged = WanTransformer3DModel.from_pretrained(merge_adapter(base, [adapter_of(model, {})], tmp_path / "m"))
     assert torch.allclose(diffusers_output(merged), output(model), atol=1e-5)
-    merge(model)
-    assert torch.allclose(diffusers_output(merged), output(model), atol=1e-5)
-    assert torch.allclose(output(our_model(tmp_path / "m")), output(model), atol=1e-6)
+    assert torch.allclose(output(our_model(tmp_path / "m")), output(model), atol=1e-5)
+    assert not torch.allclose(output(our_model(base)), output(model), atol=1e-2)
 
 
 def test_fusing_while_reading_gives_each_slice_of_the_merged_weight(base: Path) -> None:
@@ -526,6 +543,25 @@ def test_a_runs_newest_adapter_is_exported(tmp_path: Path, base: Path) -> None:
         assert all(key.startswith("lora_unet_") for key in load_file(out))
 
 
+def test_an_export_has_the_averaged_weights_unless_the_raw_ones_are_asked_for(tmp_path: Path, base: Path) -> None:
+    run = tmp_path / "output" / "run"
+    for folder, ema in ((run / "step50", "false"), (run / "step50" / "ema", "true")):
+        write_adapter(adapter_of(trained(base), METADATA | {"ema": ema}), folder)
+    (run / "config.yaml").write_text("streams: {rgb: ''}\n")
+    (tmp_path / "output" / "latest").symlink_to(run)
+    for words, ema in (([], "true"), (["--ema"], "true"), (["--no-ema"], "false")):
+        for path in (tmp_path / "output", run / "step50"):
+            out = tmp_path / "k.safetensors"
+            assert cli.main(["export", str(path), "--format", "kohya", "--out", str(out), *words]) == 0
+            assert header(out)["transpixeler.ema"] == ema
+
+
+def test_a_whole_model_needs_no_export(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
+    save_model(our_model(base).named_parameters(), tmp_path / "step1", config=WanModel.read_config(base))
+    assert cli.main(["export", str(tmp_path / "step1"), "--format", "merged", "--out", str(tmp_path / "m")]) == 2
+    assert "holds a whole model, not an adapter" in capsys.readouterr().err
+
+
 def test_a_merged_export_finds_its_base_or_asks_for_it(tmp_path: Path, base: Path) -> None:
     adapter = adapter_of(trained(base), METADATA | {"base_model": str(base)})
     write_adapter(adapter, tmp_path / "a")
@@ -534,6 +570,28 @@ def test_a_merged_export_finds_its_base_or_asks_for_it(tmp_path: Path, base: Pat
     with pytest.raises(UserError, match="--base"):
         export_command(tmp_path / "b", format="merged", out=tmp_path / "n")
     export_command(tmp_path / "b", format="merged", out=tmp_path / "n", base=base)
+
+
+def test_an_adapter_of_a_fused_base_brings_what_is_fused_along(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    style = write_adapter(adapter_of(trained(base, alpha=1.0, targets=("*.v",)), {}), tmp_path / "style.safetensors")
+    keys = [f"model.path={base}", f"model.fuse=[{style}]", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
+    config = configfile.from_overrides(keys)
+    model = WanModel.from_config(WanModel.read_config(base), streams=("rgb",))
+    load_weights(model, base_weights(config))
+    inject(model.eval(), config.lora)
+    move_adapter(model)
+    metadata = saving.Saver(config, *[None] * 4)._metadata(7, averaged=False)
+    file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
+    assert find(str(file)).config.model == config.model
+    for format in ("merged", "kohya"):
+        assert cli.main(["export", str(file), "--format", format, "--out", str(tmp_path / format)]) == 0
+    assert torch.allclose(output(our_model(tmp_path / "merged")), output(model), atol=1e-5)
+    assert "with" in caplog.text and str(style) in caplog.text
+    style.unlink()
+    with pytest.raises(UserError, match=r"model\.fuse: .*style\.safetensors does not exist"):
+        export_command(file, format="merged", out=tmp_path / "again")
 
 
 def test_exporting_a_joint_adapter_for_others_warns(

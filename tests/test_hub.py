@@ -14,31 +14,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.hub_server import READER, TOKEN, Hub, serving
-from tests.models import move, tiny
+from tests.models import TINY, move, tiny
 from tests.test_report import write_run
-from transpixeler import adapters, cli, configfile, export, hub
+from transpixeler import adapters, cli, configfile, export, hub, runtime, trained
 from transpixeler.config import Config, Fault, HubConfig, LoraConfig, ModelConfig, UserError
 from transpixeler.models.lora import inject
+from transpixeler.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[1]
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 TERMS = hub.Terms("me/flames", base=BASE)
 
 
-def save_adapter(folder: Path, *, streams: int = 2, seed: int = 1, base: str = "/secret/place/wan") -> Path:
+def save_adapter(
+    folder: Path, *, streams: int = 2, seed: int = 1, base: str = "/secret/place/wan", fused: tuple[str, ...] = ()
+) -> Path:
     """A save as training leaves it."""
     model = tiny(streams)
     inject(model, LoraConfig(rank=4, scope="aux" if streams > 1 else "all"))
     move(model, seed=seed, names="lora")
     names = ("rgb", "seg")[:streams]
     metadata = {"base_model": base, "streams": ",".join(names), "fill": "keep", "step": "30", "ema": "false"}
+    metadata |= {"fuse": json.dumps(fused)} if fused else {}
     adapters.write_adapter(export.adapter_of(model, metadata), folder)
     config = dataclasses.replace(
         Config(),
-        model=ModelConfig(path=base),
+        model=ModelConfig(path=base, fuse=fused),
         streams=dict(zip(names, ("", "_seg"))),
         lora=LoraConfig(rank=4, scope="aux" if streams > 1 else "all"),
         output_dir="/secret/place/out",
@@ -60,19 +65,28 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
     with serving() as made:
         monkeypatch.setattr(constants, "ENDPOINT", made.endpoint)
+        files = f"{made.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield made
 
 
+def contents(parcel: hub.Parcel) -> dict[str, bytes]:
+    return {path: what if isinstance(what, bytes) else what.read_bytes() for path, what in parcel.files.items()}
+
+
 def test_every_file_arrives_byte_for_byte(run: Path, server: Hub) -> None:
     parcel = hub.pack(str(run), TERMS)
     assert hub.push(parcel) == f"{server.endpoint}/me/flames"
-    wanted = {path: what if isinstance(what, bytes) else what.read_bytes() for path, what in parcel.files.items()}
+    wanted = contents(parcel)
     assert server.repos["me/flames"] == wanted and server.private["me/flames"]
     assert {"README.md", "config.yaml", "adapter_model.safetensors", "adapter_config.json"} < set(wanted)
-    assert wanted["adapter_model.safetensors"] == (run / "step30" / "adapter_model.safetensors").read_bytes()
+    saved = (run / "step30" / "adapter_model.safetensors").read_bytes()
+    tensors = saved[8 + int.from_bytes(saved[:8], "little") :]
+    assert wanted["adapter_model.safetensors"].endswith(tensors)
     assert any(re.fullmatch(r"samples/000/still\.png", path) for path in wanted)
 
 
@@ -143,11 +157,38 @@ def test_a_caption_cannot_break_the_card() -> None:
     assert "\n" not in _inline("a\n# b") and "<" not in _inline("<script>") and _inline("a|b") == "a\\|b"
 
 
-def test_no_folder_of_this_machine_is_told(run: Path) -> None:
-    parcel = hub.pack(str(run), TERMS)
-    for path in ("README.md", "config.yaml"):
-        assert "/secret" not in parcel.files[path].decode() and str(run.parent) not in parcel.files[path].decode()
-    assert yaml.safe_load(parcel.files["config.yaml"])["model"]["path"] == BASE
+FUSED = ("/secret/style.safetensors", "/secret/hub/models--me--speed/snapshots/0a1b", "you/look")
+
+
+@pytest.mark.parametrize("base", [BASE, ""])
+@pytest.mark.parametrize("alone", [False, True])
+def test_no_folder_of_this_machine_is_told(alone: bool, base: str, run: Path, tmp_path: Path) -> None:
+    save = save_adapter(tmp_path / "step30", fused=FUSED)
+    source = save / "adapter_model.safetensors" if alone else save
+    files = contents(hub.pack(str(source), dataclasses.replace(TERMS, base=base)))
+    everything = [*files.items(), *contents(hub.pack(str(run), TERMS)).items()]
+    assert not [path for path, content in everything if b"/secret" in content or bytes(run.parent) in content]
+    assert yaml.safe_load(files["config.yaml"])["model"]["path"] == (base or "wan")
+    (tmp_path / "arrived").mkdir()
+    for name in {"adapter_model.safetensors", "adapter_config.json"} & set(files):
+        (tmp_path / "arrived" / name).write_bytes(files[name])
+    before, after = adapters.read_adapter(source), adapters.read_adapter(tmp_path / "arrived")
+    changed = {"base_model": base or "wan", "fuse": '["style.safetensors", "me/speed", "you/look"]'}
+    assert after.metadata == {**before.metadata, **changed}
+    assert dataclasses.replace(after, metadata=before.metadata).matches(before)
+    assert alone or json.loads(files["adapter_config.json"])["base_model_name_or_path"] == (base or "wan")
+
+
+def test_the_card_says_what_is_in_the_base(tmp_path: Path) -> None:
+    card = hub.pack(str(save_adapter(tmp_path / "step30", fused=FUSED)), TERMS).files["README.md"].decode()
+    assert "the base with `style.safetensors`, `me/speed`, `you/look` added to it" in card
+    assert "added to it" not in hub.pack(str(save_adapter(tmp_path / "step40")), TERMS).files["README.md"].decode()
+
+
+def test_a_whole_models_card_says_nothing_of_programs_that_do_not_read_it(tmp_path: Path) -> None:
+    card = hub.pack(str(save_model(tmp_path / "step30", base=tmp_path / "wan")), TERMS).files["README.md"].decode()
+    assert 'WanTransformer3DModel.from_pretrained("me/flames", subfolder="transformer")' in card
+    assert "ComfyUI" not in card
 
 
 @pytest.mark.parametrize(
@@ -225,6 +266,40 @@ def test_the_token_appears_in_no_file_and_no_log(run: Path, tmp_path: Path) -> N
     written = [file.read_bytes() for place in (tmp_path, run) for file in place.rglob("*") if file.is_file()]
     everything = [done.stdout.encode(), done.stderr.encode(), *written, *server.repos["me/flames"].values()]
     assert not [part for part in everything if TOKEN.encode() in part]
+
+
+# --- and back again --------------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, *, base: Path) -> Path:
+    """A save of a model that was trained in full, as training leaves it."""
+    metadata = {"base_model": str(base), "streams": "rgb,seg", "fill": "keep", "step": "30", "ema": "false"}
+    export.save_model(tiny(2, seed=7).named_parameters(), folder, config=TINY, metadata=metadata)
+    model, lora = ModelConfig(path=str(base), rgb_attends_aux=False), LoraConfig(enabled=False)
+    (folder / "config.yaml").write_text(configfile.dump(dataclasses.replace(Config(), model=model, lora=lora)))
+    return folder
+
+
+def computed(found: trained.Trained) -> dict[str, torch.Tensor]:
+    """Every weight of the model that is sampled."""
+    with runtime.running(device="cpu") as here:
+        mesh = meshes.build(meshes.resolve(found.config.parallel, 1), here)
+        return {name: value.detach().clone() for name, value in trained.open_engine(found, mesh).named_parameters()}
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_on_the_hub_is_sampled_as_what_was_pushed(full: bool, server: Hub, tmp_path: Path) -> None:
+    base, save = tmp_path / "wan", tmp_path / "step30"
+    export.save_model(tiny(1).named_parameters(), base, config=TINY)
+    save = save_model(save, base=base) if full else save_adapter(save, base=str(base))
+    hub.push(hub.pack(str(save), TERMS))
+    here, there = trained.find(str(save)), trained.find("me/flames", [f"model.path={base}"])
+    assert (there.name, there.step, there.run) == ("me/flames", 30, None)
+    assert (there.config.model, there.config.streams) == (here.config.model, here.config.streams)
+    found, expected, bare = computed(there), computed(here), computed(trained.base(here.config))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(name not in bare or not torch.equal(bare[name], value) for name, value in expected.items())
 
 
 # --- while training --------------------------------------------------------------------------------------------------

@@ -19,11 +19,7 @@ from transpixeler.models.lora import (
     inject,
     load_adapter,
     lora_linears,
-    merge,
-    remove,
     reset_adapter,
-    targets,
-    unmerge,
 )
 from transpixeler.models.wan import WanModel
 
@@ -110,31 +106,6 @@ def test_the_fused_projection_equals_the_spelled_out_one(dtype: torch.dtype, tol
         grads.append([y, *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*grads, strict=True):
         assert (found - expected).norm() <= tolerance * expected.norm()
-
-
-def test_merged_equals_unmerged_and_unmerging_is_exact() -> None:
-    model = moved(2, ALL)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    adapted = output(model)
-    merge(model)
-    torch.testing.assert_close(output(model), adapted, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(model.get_parameter("blocks.0.ffn.0.weight"), before["blocks.0.ffn.0.weight"])
-    unmerge(model)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert torch.equal(output(model), adapted)
-
-
-def test_an_adapter_on_some_streams_is_not_merged() -> None:
-    with pytest.raises(UserError, match="cannot be merged"):
-        merge(moved(2, AUX))
-
-
-def test_removing_gives_the_base_model_back() -> None:
-    model = moved(2, AUX)
-    remove(model)
-    assert model.state_dict().keys() == tiny(2).state_dict().keys()
-    assert torch.equal(output(model), output(without_embeddings(tiny(2))))
-    assert all(type(linear) is Linear for linear in targets(model).values())
 
 
 def test_default_targets_are_the_six_projections_and_the_feed_forward() -> None:

@@ -10,11 +10,11 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.models import inputs, move, tiny
 from tests.ranks import run_ranks
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config import LoraConfig
 from transpixeler.models.base import apply_dtypes
 from transpixeler.models.linear import Linear, dequantize
-from transpixeler.models.lora import adapter_parameters, inject, lora_linears, merge, targets
-from transpixeler.models.quantize import quantize, quantize_weight
+from transpixeler.models.lora import adapter_parameters, inject, lora_linears, targets
+from transpixeler.models.quantize import STORED_AS, quantize, quantize_weight
 from transpixeler.models.wan import WanModel
 
 KINDS = ["int8", "fp8"]
@@ -48,10 +48,13 @@ def test_values_are_torchaos_own(kind: str) -> None:
     weight = torch.randn(48, 64)
     holder = nn.Linear(64, 48, bias=False)
     holder.weight = nn.Parameter(weight.clone())
-    quantize_(holder, Int8WeightOnlyConfig(set_inductor_config=False) if kind == "int8" else Float8WeightOnlyConfig())
+    quantize_(
+        holder,
+        Int8WeightOnlyConfig(set_inductor_config=False, version=2) if kind == "int8" else Float8WeightOnlyConfig(),
+    )
     data, scale = quantize_weight(weight, kind)
     torch.testing.assert_close(dequantize(data, scale, kind, torch.float32), holder.weight.dequantize())
-    assert (data.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, (48, 1))
+    assert (data.dtype, scale.dtype, scale.shape) == (STORED_AS[kind], torch.float32, (48, 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,7 +94,7 @@ def test_no_full_precision_weight_is_kept_for_the_backward_pass(kind: str) -> No
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(*inputs(layout), layout=layout)
     assert not [t for t in kept if tuple(t.shape) in shapes and t.dtype == torch.bfloat16]
-    assert [t for t in kept if t.dtype == torch.float8_e4m3fn]
+    assert [t for t in kept if t.dtype == STORED_AS[kind]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,12 +160,48 @@ def test_a_quantized_base_shards_like_any_other(kind: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_an_adapter_is_not_merged_into_eight_bits() -> None:
-    model = tiny(1)
-    inject(model, LoraConfig(rank=3, scope="all"))
-    quantize(model, "int8")
-    with pytest.raises(UserError, match=r"model\.quantize"):
-        merge(model)
+CODES = torch.arange(-128, 128).to(torch.int8)  # as floats, some are NaN
+
+
+def test_int8_is_stored_under_a_float_that_every_gpu_compiles() -> None:
+    assert STORED_AS["int8"] == torch.float8_e5m2, "Triton takes e4m3fn from sm89 on only"
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_every_code_comes_back_as_the_number_it_is(compiler: str) -> None:
+    def values(data: torch.Tensor) -> torch.Tensor:
+        return dequantize(data, torch.ones(256, 1), "int8", torch.float32)
+
+    data = CODES.view(STORED_AS["int8"])[:, None]
+    found = values(data) if compiler == "eager" else torch.compile(values, backend=compiler, dynamic=False)(data)
+    assert torch.equal(found[:, 0], CODES.float())
+
+
+class Holder(nn.Module):
+    """Gives back its quantized parameter as it is where it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = nn.Parameter(torch.empty(16, 16, dtype=STORED_AS["int8"], device="meta"), requires_grad=False)
+        self.wide = nn.Parameter(torch.empty(16, device="meta"))
+
+    def forward(self) -> torch.Tensor:
+        return self.data.view(torch.int8).clone()
+
+
+def codes_through_shards(rank: int, world: int) -> bool:
+    """Filled from a part of a wider tensor, sharded, and gathered where it is used."""
+    whole = CODES.view(16, 16).repeat(1, 2)[:, 8:24]
+    holder = Holder()
+    fully_shard(holder, mesh=init_device_mesh("cpu", (world,)))
+    holder.to_empty(device="cpu")
+    with torch.no_grad():
+        holder.data.to_local().copy_(whole.view(STORED_AS["int8"])[rank * 8 : (rank + 1) * 8])
+    return torch.equal(holder(), whole)
+
+
+def test_every_code_survives_sharding() -> None:
+    assert run_ranks(codes_through_shards, 2) == [True, True]
 
 
 def test_a_quantized_block_compiles_without_a_graph_break() -> None:

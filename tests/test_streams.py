@@ -11,7 +11,7 @@ from tests.reference import Reference
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.models import wan
 from transpixeler.models.lora import inject
-from transpixeler.models.streams import StreamLayout
+from transpixeler.models.streams import StreamLayout, scope_span, span_slice
 from transpixeler.models.wan import WanModel
 
 SHAPE = (4, 2, 4, 6)
@@ -67,7 +67,7 @@ def continue_positions(model: WanModel) -> None:
     shared = model.positions
 
     def positions(layout: StreamLayout, device: torch.device) -> wan.Tokens:
-        f, h, w = layout.grid(0)
+        f, h, w = layout.grids[0]
         longer = wan.rope_table((2 * f, h, w), TINY["attention_head_dim"])
         return shared(layout, device)._replace(rope=longer)
 
@@ -224,11 +224,10 @@ def test_pack_and_unpack_are_views_of_one_tensor() -> None:
 def test_slices_cover_the_sequence_in_order() -> None:
     layout = StreamLayout(NAMES, UNEQUAL, (1, 2, 2))
     assert layout.lengths == (12, 4, 6)
-    assert [layout.token_slice(s) for s in range(3)] == [slice(0, 12), slice(12, 16), slice(16, 22)]
-    assert layout.scope_slice("aux") == slice(12, 22)
-    assert layout.scope_slice("all") == slice(0, 22)
-    assert layout.scope_slice(("rgb", "seg")) == slice(0, 16)
-    assert layout.grid(2) == (1, 2, 3)
+    scopes = [*NAMES, "aux", "all", ("rgb", "seg")]
+    found = [span_slice(layout.lengths, scope_span(scope, NAMES)) for scope in scopes]
+    assert [(part.start, part.stop) for part in found] == [(0, 12), (12, 16), (16, 22), (12, 22), (0, 22), (0, 16)]
+    assert layout.grids[2] == (1, 2, 3)
 
 
 def test_spread_puts_a_streams_number_on_its_elements() -> None:
@@ -255,9 +254,9 @@ def test_layouts_are_equal_and_hash_by_value() -> None:
 )
 def test_a_scope_that_cannot_be_is_named(scope: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        StreamLayout.equal(NAMES, SHAPE, (1, 2, 2)).scope_slice(scope)
+        scope_span(scope, NAMES)
 
 
 def test_aux_of_one_stream_is_refused() -> None:
     with pytest.raises(UserError, match="use `all`"):
-        StreamLayout.equal(["rgb"], SHAPE, (1, 2, 2)).scope_slice("aux")
+        scope_span("aux", ["rgb"])

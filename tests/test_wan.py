@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex_attention_module
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from tests.models import TINY, inputs, move, tiny
 from transpixeler.config import LoraConfig, UserError
-from transpixeler.models.attention import SAVED_OPS, attention, available_kernels, pick_kernel
+from transpixeler.models.attention import KERNELS, SAVED_OPS, attention, available_kernels, pick_kernel
 from transpixeler.models.base import apply_dtypes, model_class, set_trainable
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.wan import Tokens, WanBlock, WanModel
 from transpixeler.models.wan_config import WanConfig
 from transpixeler.models.wan_keys import internal_names
+from transpixeler.parallel import shard
 
 GRIDS = [(4, 1, 4, 4), (4, 3, 8, 6), (4, 5, 4, 10)]
 
@@ -109,7 +115,7 @@ def again_in_full(compute, *args):
 
 
 def again_but_attention(compute, *args):
-    kept = partial(create_selective_checkpoint_contexts, list(SAVED_OPS))
+    kept = partial(create_selective_checkpoint_contexts, [op for op in SAVED_OPS if isinstance(op, OpOverload)])
     return checkpoint(compute, *args, use_reentrant=False, context_fn=kept)
 
 
@@ -200,7 +206,7 @@ def test_every_kernel_that_is_there_agrees() -> None:
     q, k, v = (torch.randn(2, 10, 2, 24, requires_grad=True) for _ in range(3))
     expected = attention(q, k, v)
     for kernel in available_kernels(q.device):
-        found = attention(q, k, v, pick_kernel(kernel, q.device))
+        found = attention(q, k, v, pick_kernel(kernel, q.device, q.dtype, 24))
         torch.testing.assert_close(found, expected)
         assert found.shape == q.shape
 
@@ -208,8 +214,41 @@ def test_every_kernel_that_is_there_agrees() -> None:
 def test_a_kernel_that_is_not_there_is_refused_by_name() -> None:
     model = WanModel.from_config(TINY, streams=("rgb",), attention="cudnn")
     layout = model.layout(GRIDS[0])
-    with pytest.raises(UserError, match=r"model\.attention: cudnn does not run on cpu; there are auto, sdpa"):
+    said = "cudnn does not run in float32 and heads of 24 on this cpu; there are auto, sdpa, flash, math"
+    with pytest.raises(UserError, match=rf"model\.attention: {said}$"):
         model(*inputs(layout), layout=layout)
+
+
+def test_a_kernel_that_the_machine_lacks_is_refused_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "flash", KERNELS["cudnn"])  # which no CPU has
+    model = WanModel.from_config(TINY | {"attention_head_dim": 18}, streams=("rgb",), attention="flash")
+    layout = model.layout(GRIDS[0])
+    with torch.no_grad(), pytest.raises(UserError, match=r"flash does not run in .* there are auto, sdpa, math$"):
+        model(*inputs(layout), layout=layout)
+
+
+@pytest.mark.parametrize(("recompute", "again"), [(shard._keep_attention, 0), (shard._full, 1)])
+def test_flex_keeps_its_output_in_a_compiled_block(
+    recompute: Callable[..., torch.Tensor], again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex_attention_module, "_validate_device", lambda *tensors: None)  # a CPU can trace it
+    calls: list[int] = []
+
+    def counted(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        calls.append(sum(node.target is torch.ops.higher_order.flex_attention for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def block(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = (x @ weight).sin()
+        return attention(y, y, y, "flex").cos()
+
+    compiler = {"fw_compiler": counted, "bw_compiler": counted, "partition_fn": min_cut_rematerialization_partition}
+    compiled = torch.compile(lambda *inputs: recompute(block, *inputs), backend=aot_autograd(**compiler))
+    leaves = [torch.randn(1, 32, 2, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled(*leaves).sum().backward()
+    assert calls == [1, again]
 
 
 def test_saved_ops_name_the_operator_that_runs() -> None:
@@ -274,6 +313,21 @@ def test_positions_are_kept_for_a_few_layouts() -> None:
     assert not model._ropes
 
 
+@pytest.mark.parametrize("second", [["diffusers", "WanTransformer3DModel"], [None, None], None, "folders"])
+def test_two_experts_are_not_taken_for_one_model(second: object, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(TINY))
+    if second == "folders":
+        (tmp_path / "high_noise_model").mkdir()
+    else:
+        (tmp_path / "model_index.json").write_text(json.dumps({"transformer_2": second}))
+    if not second or second == [None, None]:
+        assert WanModel.read_config(tmp_path) == TINY
+        return
+    with pytest.raises(UserError, match=r"model\.path: .* holds two models, each for a range of noise"):
+        WanModel.read_config(tmp_path)
+
+
 def test_it_builds_on_meta_and_fills_later() -> None:
     with torch.device("meta"):
         model = model_class("wan").from_config(TINY, streams=("rgb", "seg"))
@@ -292,6 +346,22 @@ def test_a_bias_may_train_alone() -> None:
     for each in (model, whole):
         each(*inputs(layout), layout=layout).square().sum().backward()
     assert all(torch.equal(model.get_parameter(name).grad, whole.get_parameter(name).grad) for name in chosen)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*.bias", "*.weight", "embed.text_embedding.0.bias", "embed.text_embedding.2.*", "blocks.1.ffn.2.bias"]
+)
+def test_any_part_of_a_layer_may_train_in_fp32_while_the_rest_is_bf16(pattern: str) -> None:
+    low, high = tiny(2), tiny(2)
+    apply_dtypes(low, torch.bfloat16)
+    for model in (low, high):
+        chosen = set_trainable(model, [pattern])
+        for name in chosen:
+            model.get_parameter(name).data = model.get_parameter(name).data.float()
+        layout = model.layout(GRIDS[0])
+        model(*inputs(layout), layout=layout).square().sum().backward()
+    near, exact = (torch.cat([m.get_parameter(name).grad.flatten() for name in chosen]) for m in (low, high))
+    assert near.dtype == torch.float32 and (near - exact).norm() / exact.norm() < 0.1
 
 
 def test_names_choose_what_trains() -> None:

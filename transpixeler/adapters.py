@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from transpixeler import peft_config
 from transpixeler.config import UserError
 from transpixeler.models import wan_keys
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import resolve
+from transpixeler.peft_config import CONFIG_FILE, most
 
 ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 VERSION = "1"
 
 _OURS = "transpixeler."  # of header keys, and of what is no LoRA weight
@@ -84,11 +84,16 @@ class Adapter:
     alphas: Mapping[str, float]  # by target; scale = alpha / rank
     scopes: Mapping[str, Scope]  # by target
     stream_embeddings: Mapping[str, Tensor]  # by stream, [D]
-    metadata: Mapping[str, str]  # base_model, streams, fill, step, ema
+    metadata: Mapping[str, str]  # base_model, fuse, streams, fill, step, ema
 
     @property
     def targets(self) -> tuple[str, ...]:
         return tuple(self.alphas)
+
+    @property
+    def fused(self) -> list[str]:
+        """The adapters that were added to its base before it was trained."""
+        return json.loads(self.metadata.get("fuse", "[]"))
 
     @property
     def is_plain(self) -> bool:
@@ -155,7 +160,8 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
     file.parent.mkdir(parents=True, exist_ok=True)
     header = _header(adapter, folded=FORMATS[format].alpha is None)
     if file != path:
-        _replace(path / CONFIG_FILE, lambda draft: draft.write_text(_config(adapter, header)))
+        config = peft_config.beside(adapter, _ours(header))
+        _replace(path / CONFIG_FILE, lambda draft: draft.write_text(config))
     stored = _spelled(adapter, FORMATS[format])
 
     def write_and_check(draft: Path) -> None:
@@ -198,12 +204,12 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
     """What a reader needs beside the tensors; every value a string, as safetensors wants it."""
     assert not set(adapter.metadata) & set(_DERIVED), "these follow from the tensors"
     ranks = {target: adapter.rank(target) for target in adapter.targets}
-    scope = _most(adapter.scopes.values(), "all")
+    scope = most(adapter.scopes.values(), "all")
     fields = {
         "format": "adapter",
         "version": VERSION,
-        "rank": str(_most(ranks.values(), 0)),
-        "alpha": repr(_most(adapter.alphas.values(), 0.0)),
+        "rank": str(most(ranks.values(), 0)),
+        "alpha": repr(most(adapter.alphas.values(), 0.0)),
         "scope": _scope_text(scope),
         **adapter.metadata,
     }
@@ -212,25 +218,11 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
         fields["scopes"] = json.dumps(odd)
     if folded:
         fields["folded"] = json.dumps(dict(adapter.alphas))
-    return {"format": "pt"} | {_OURS + key: value for key, value in fields.items()}
+    return {"format": "pt", **peft_config.in_header(adapter)} | {_OURS + key: value for key, value in fields.items()}
 
 
-def _config(adapter: Adapter, header: Mapping[str, str]) -> str:
-    """A config in PEFT's terms, with our header beside it, for whoever looks into the folder."""
-    targets = sorted({target.split(".", 2)[-1] for target in adapter.targets})
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": adapter.metadata.get("base_model", ""),
-        "r": int(header[f"{_OURS}rank"]),
-        "lora_alpha": float(header[f"{_OURS}alpha"]),
-        "target_modules": targets,
-    }
-    ours = {key.removeprefix(_OURS): value for key, value in header.items() if key.startswith(_OURS)}
-    return json.dumps(config | {"transpixeler": ours}, indent=2) + "\n"
-
-
-def _most(values: Iterable[Any], default: Any) -> Any:
-    return next((value for value, _ in Counter(values).most_common(1)), default)
+def _ours(header: Mapping[str, str]) -> dict[str, str]:
+    return {key.removeprefix(_OURS): value for key, value in header.items() if key.startswith(_OURS)}
 
 
 def _scope_text(scope: Scope) -> str:
@@ -244,12 +236,12 @@ def _scope_of(text: str) -> Scope:
 # -- in
 
 
-def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = "seg") -> Adapter:
+def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = "seg", key: str = "adapter") -> Adapter:
     """An adapter of ours, of ComfyUI, diffusers, PEFT, kohya or the published TransPixeler code, from anywhere.
 
     `alpha` stands in where the file says nothing of its strength; `stream` names the published code's one companion.
     """
-    found = resolve(path, only=("*.safetensors", CONFIG_FILE), key="adapter")
+    found = resolve(path, only=("*.safetensors", CONFIG_FILE), key=key)
     return _read_file(adapter_file(found), alpha=alpha, stream=stream)
 
 
@@ -298,7 +290,7 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     alphas, folded = _alphas(file, header, parts, ranks, alpha=alpha, guess=not published)
     for target in parts if folded else ():
         tensors[f"{target}.lora_B"] /= alphas[target] / ranks[target]
-    ours = {key.removeprefix(_OURS): value for key, value in header.items() if key.startswith(_OURS)}
+    ours = _ours(header)
     metadata = {key: value for key, value in ours.items() if key not in _DERIVED}
     return Adapter(tensors, alphas, _scopes(ours, parts, published=bool(published)), embeddings, metadata)
 
@@ -361,11 +353,11 @@ def _alphas(
     absent = [target for target in parts if target not in own]
     if not absent:
         return own, False
-    config = _peft_config(file, header)
+    config = peft_config.read(file, header)
     if alpha is not None:
         rest = dict.fromkeys(absent, alpha)
     elif "lora_alpha" in config:
-        rest = {target: _peft_alpha(file, config, ranks[target]) for target in absent}
+        rest = {target: peft_config.alpha_of(file, config, ranks[target]) for target in absent}
     elif guess:  # ComfyUI and diffusers both take scale 1 for a file without alpha
         rest = {target: float(ranks[target]) for target in absent}
     else:
@@ -374,21 +366,6 @@ def _alphas(
             "beside it or give the alpha that it was trained with, e.g. `--alpha 1`"
         )
     return own | rest, False
-
-
-def _peft_config(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """The config that PEFT leaves beside a file, or diffusers in its header."""
-    beside = file.with_name(CONFIG_FILE)
-    if beside.exists():
-        return json.loads(beside.read_text())
-    stored = json.loads(header.get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix("transformer."): value for key, value in stored.items()}
-
-
-def _peft_alpha(file: Path, config: Mapping[str, Any], rank: int) -> float:
-    if config.get("alpha_pattern"):
-        raise UserError(f"{file}: its config gives alphas by pattern, which we do not read; give one with `--alpha`")
-    return float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
 
 
 def _scopes(ours: Mapping[str, str], targets: Iterable[str], *, published: bool) -> dict[str, Scope]:

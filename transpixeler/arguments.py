@@ -150,6 +150,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--base", default="", metavar="MODEL", help="for `merged`, where the adapter does not say it")
     parser.add_argument("--alpha", type=float, help="of a foreign adapter whose file does not say it")
     parser.add_argument("--stream", default="seg", help="that a foreign joint adapter's embedding is for (seg)")
+    _add_ema(parser)
 
 
 def _add_push(commands: Any) -> None:

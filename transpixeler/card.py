@@ -43,6 +43,7 @@ class Told:
 
     repo: str
     base: str  # a Hub id, or nothing
+    fused: Sequence[str]  # adapters in that base
     license: str
     config: Config
     trained: Trained
@@ -66,14 +67,14 @@ def run_of(save: Path) -> Path | None:
     return next((folder for folder in save.resolve().parents[:2] if (folder / METRICS).is_file()), None)
 
 
-def gather(trained: Trained, run: Path | None, *, repo: str, base: str, license: str) -> Told:
+def gather(trained: Trained, run: Path | None, *, repo: str, base: str, fused: Sequence[str], license: str) -> Told:
     step = trained.step
     lines = [line for line in _lines(run) if step is None or line["step"] <= step]
     evals = [line["eval"] for line in lines if "eval" in line]
     manifest = _json(run / "manifest.json") if run else {}
     steps = [line for line in lines if "loss" in line]
-    samples = tuple(_samples(run, step)) if run else ()
-    return Told(repo, base, license, trained.config, trained, steps, evals[-1] if evals else {}, manifest, samples)
+    samples, measured = tuple(_samples(run, step)) if run else (), evals[-1] if evals else {}
+    return Told(repo, base, fused, license, trained.config, trained, steps, measured, manifest, samples)
 
 
 def _lines(run: Path | None) -> Iterator[dict[str, Any]]:
@@ -154,12 +155,10 @@ def _use(told: Told) -> list[str]:
     base, size = told.base or "PATH_OF_THE_BASE", told.config.sample.size
     sized = f" --size {'x'.join(map(str, size))}" if size else ""
     ours = f'transpixeler sample {told.repo} --model {base}{sized} --prompt "…"'
-    lines = ["## Use", "### transpixeler", f"```sh\n{ours}\n```", "### diffusers"]
+    lines = ["## Use", *_beside(told), "### transpixeler", f"```sh\n{ours}\n```", "### diffusers"]
     if told.trained.weights is not None:
-        lines.append(
-            _python(f'WanTransformer3DModel.from_pretrained("{told.repo}", subfolder="transformer")', base, full=True)
-        )
-        return [*lines, "### ComfyUI", "Put `transformer/*.safetensors` into `models/diffusion_models`."]
+        load = f'WanTransformer3DModel.from_pretrained("{told.repo}", subfolder="transformer")'
+        return [*lines, _python(load, base, full=True)]
     if told.plain:
         lines.append(_python(f'pipe.load_lora_weights("{told.repo}", weight_name="{WEIGHT}")', base, full=False))
         comfy = f"Put `{WEIGHT}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
@@ -172,6 +171,12 @@ def _use(told: Told) -> list[str]:
             f"Put `{WEIGHT}` into `models/loras`; the streams need the custom node of transpixeler's `tools/comfyui`."
         )
     return [*lines, "### ComfyUI", comfy]
+
+
+def _beside(told: Told) -> list[str]:
+    names = ", ".join(f"`{_inline(name)}`" for name in told.fused)
+    text = f"It was trained on the base with {names} added to it, and belongs on that: other programs must load both."
+    return [text] if names and told.trained.weights is None else []
 
 
 def _python(line: str, base: str, *, full: bool) -> str:

@@ -219,10 +219,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from transpixeler import export
+    from transpixeler import export, trained
 
+    save, _ = trained.locate(arguments.path, ema=arguments.ema)
     made = export.export_command(
-        arguments.path,
+        save,
         format=arguments.format,
         out=arguments.out,
         base=arguments.base,

@@ -161,6 +161,10 @@ class FusedSource:
         return piece
 
 
+def read_fused(paths: Sequence[str]) -> list[Adapter]:
+    return [read_adapter(path, key="model.fuse") for path in paths]
+
+
 def merge_adapter(base: str | Path, adapters: Sequence[Adapter], folder: str | Path) -> Path:
     """Write the base with plain adapters merged into it, tensor by tensor; returns the transformer's folder."""
     source = FusedSource(WeightSource(base), adapters)
@@ -278,14 +282,18 @@ def export_command(
     """`transpixeler export`: an adapter, or a run's newest, in another spelling or merged into its base."""
     if format not in (*FORMATS, MERGED):
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}, {MERGED}")
+    if (Path(path) / "transformer").is_dir():
+        raise UserError(f"{path} holds a whole model, not an adapter; its transformer/ is in diffusers' layout already")
     adapter = read_adapter(path, alpha=alpha, stream=stream)
     if format == MERGED:
         base = base or adapter.metadata.get("base_model", "")
         if not base:
             raise UserError(f"{path} does not say which base it was trained on; give one with `--base`")
-        return merge_adapter(base, [adapter], out)
+        return merge_adapter(base, [*read_fused(adapter.fused), adapter], out)
     if format != "transpixeler" and not adapter.is_plain:
         logger.warning(
             "this adapter acts on some streams only: a program that knows no streams will refuse it or apply it wrongly"
         )
+    if adapter.fused:
+        logger.warning("this adapter was trained with %s in its base: it is right beside them only", adapter.fused)
     return write_adapter(adapter, out, format=format)

@@ -6,6 +6,7 @@ affair: it is never read into a value that is kept, written or logged here.
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import re
@@ -59,8 +60,9 @@ def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
     found = trained.find(source, ema=ema)
     save = _save_of(found)
     base = terms.base or _base_of(found.config.model.path)
-    told = card.gather(found, card.run_of(save), repo=terms.repo, base=base, license=terms.license)
-    files: dict[str, Path | bytes] = {**_weights(found, save), CONFIG: _config(found.config, base)}
+    fused = _without_folders(list(found.config.model.fuse))
+    told = card.gather(found, card.run_of(save), repo=terms.repo, base=base, fused=fused, license=terms.license)
+    files: dict[str, Path | bytes] = {**_weights(found, save, base), CONFIG: _config(found.config, base)}
     files |= {path: file for sample in told.samples for path, file in sample.files.items()}
     files[CARD] = card.write(told).encode()
     return Parcel(terms, dict(sorted(files.items())), f"Step {found.step}" if found.step is not None else "Upload")
@@ -145,19 +147,48 @@ def _save_of(found: Trained) -> Path:
     return path
 
 
-def _weights(found: Trained, save: Path) -> dict[str, Path | bytes]:
-    """Byte for byte as they were saved."""
+def _weights(found: Trained, save: Path, base: str) -> dict[str, Path | bytes]:
+    """Byte for byte as they were saved, but for folders of this machine in what an adapter says of itself."""
     files: dict[str, Path | bytes] = {}
     if found.weights is not None:
         files |= {f"{MODEL}/{file.name}": file for file in sorted(found.weights.iterdir()) if file.is_file()}
-    if save.is_file():
-        return {ADAPTER_FILE: save}
-    files |= {name: save / name for name in (ADAPTER_FILE, CONFIG_FILE) if (save / name).is_file()}
+    adapter, config = (save, None) if save.is_file() else (save / ADAPTER_FILE, save / CONFIG_FILE)
+    if adapter.is_file():
+        files[ADAPTER_FILE] = _adapter(adapter, base)
+    if config and config.is_file():
+        told = json.loads(config.read_text(encoding="utf-8"))
+        files[CONFIG_FILE] = (json.dumps(_told(told, base), indent=2) + "\n").encode()
     return files
 
 
+def _adapter(file: Path, base: str) -> Path | bytes:
+    """The file, or where its header must not go as it is, its bytes under another."""
+    with file.open("rb") as stored:
+        header = json.loads(stored.read(int.from_bytes(stored.read(8), "little")))
+        said = header.get("__metadata__", {})
+        told = _told(said, base)
+        if told == said:
+            return file
+        text = json.dumps(header | {"__metadata__": told}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of their numbers' size
+        return len(text).to_bytes(8, "little") + text + stored.read()
+
+
+def _told(said: dict[str, Any], base: str) -> dict[str, Any]:
+    """What an adapter says of itself, with its base and what is fused into that by their names on the Hub."""
+    told = _without_folders(said)
+    for key, value in told.items():
+        if isinstance(value, dict):
+            told[key] = _told(value, base)
+        elif base and key.endswith(("base_model", "base_model_name_or_path")):
+            told[key] = base
+        elif key.endswith("fuse"):
+            told[key] = json.dumps(_without_folders(json.loads(value)))
+    return told
+
+
 def _base_of(path: str) -> str:
-    """The base's Hub id where its path says it: itself, or a folder of the Hub client's cache."""
+    """A Hub id where a path says it: itself, or a folder of the Hub client's cache."""
     if REPO.fullmatch(path) and not Path(path).exists():
         return path
     cached = next((match for part in Path(path).parts if (match := _CACHED.fullmatch(part))), None)
@@ -177,7 +208,9 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part) for part in value]
-    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+    if isinstance(value, str) and Path(value).expanduser().is_absolute():
+        return _base_of(value) or Path(value).name
+    return value
 
 
 # --- while training --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ ema/. A collective call: every rank gives its part, rank 0 writes.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -69,6 +70,7 @@ class Saver:
     def _metadata(self, step: int, *, averaged: bool) -> dict[str, str]:
         return {
             "base_model": self.config.model.path,
+            **({"fuse": json.dumps(self.config.model.fuse)} if self.config.model.fuse else {}),
             "streams": ",".join(self.config.streams),
             "fill": self.config.data.fill,
             "rgb_attends_aux": str(self.config.model.rgb_attends_aux).lower(),

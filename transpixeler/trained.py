@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transpixeler import adapters, configfile, export
-from transpixeler.adapters import ADAPTER_FILE, Adapter
+from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE, Adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.base import VideoModel, model_class
-from transpixeler.models.weights import Readable, WeightSource
+from transpixeler.models.weights import Readable, WeightSource, resolve
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.pipeline import Engine
@@ -24,6 +24,7 @@ from transpixeler.runtime import Runtime
 
 MODEL = "transformer"  # folder of a model that was trained in full
 EMA = "ema"
+_PUSHED = (f"{MODEL}/*", "*.safetensors", CONFIG, CONFIG_FILE)  # of a repository, what is needed to sample from it
 
 
 # --- a config's model ------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def make_model(config: Config) -> VideoModel:
 def base_weights(config: Config) -> Readable:
     """Where base weights are read from, with `model.fuse`'s adapters added on the way."""
     source = WeightSource(config.model.path)
-    fused = [adapters.read_adapter(path) for path in config.model.fuse]
+    fused = export.read_fused(config.model.fuse)
     return export.FusedSource(source, fused) if fused else source
 
 
@@ -55,7 +56,7 @@ class Trained:
     """What to sample from or to evaluate."""
 
     config: Config
-    name: str  # as the user knows it: a path, or `base`
+    name: str  # as the user knows it: a path, a Hub id or `base`
     adapter: Adapter | None = None  # of a model that was trained in full: its stream embeddings
     weights: Path | None = None  # of a model that was trained in full
     run: Path | None = None
@@ -105,21 +106,27 @@ def _run_folder(path: Path) -> Path | None:
 def find(
     source: str, overrides: Sequence[str] = (), *, config: Config | None = None, ema: bool | None = None
 ) -> Trained:
-    """A run (its newest save), a save or an adapter file. `ema`: the means, or not; None for means where there are any.
+    """A run (its newest save), a save, an adapter file or a Hub id; `ema` as in `locate`.
 
     The config is the given one, or stands beside what was saved; a bare adapter file says itself what it needs.
     """
-    path = Path(source).expanduser()
-    run = _run_folder(path)
-    save = _newest(run) if run is not None and not _is_save(run) else path
-    save = _choose(save, ema)
+    save, run = locate(source, ema=ema)
     if config is None:
         config = _config_of(save, overrides)
-    run = run if run is not None and not _is_save(run) else None
+    name = str(save) if Path(source).expanduser().exists() else source
     if (save / MODEL).is_dir():
         embeddings = adapters.read_adapter(save) if (save / ADAPTER_FILE).is_file() else None
-        return Trained(config, str(save), embeddings, weights=save / MODEL, run=run)
-    return Trained(config, str(save), adapters.read_adapter(save), run=run)
+        return Trained(config, name, embeddings, weights=save / MODEL, run=run)
+    return Trained(config, name, adapters.read_adapter(save), run=run)
+
+
+def locate(source: str, *, ema: bool | None = None) -> tuple[Path, Path | None]:
+    """The save that is meant, and its run where that was named. `ema`: the means, or not; None for means where there
+    are any."""
+    path = resolve(source, only=_PUSHED, key="adapter")
+    run = _run_folder(path)
+    run = None if run is None or _is_save(run) else run
+    return _choose(path if run is None else _newest(run), ema), run
 
 
 def _is_save(folder: Path) -> bool:
@@ -163,6 +170,8 @@ def _config_from(adapter: Adapter, name: str, overrides: Sequence[str]) -> Confi
         keys["model.rgb_attends_aux"] = said["rgb_attends_aux"]
     if said.get("base_model"):
         keys["model.path"] = said["base_model"]
+    if adapter.fused:
+        keys["model.fuse"] = said["fuse"]
     written = [f"{key}={value}" for key, value in keys.items()]
     config = configfile.from_overrides(["lora.enabled=false", *written, *overrides])
     if not config.model.path:

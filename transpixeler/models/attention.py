@@ -7,6 +7,7 @@ Wan attends its text's padding, hundreds of equal rows; `fold_padding` makes one
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -40,7 +41,10 @@ _OPS = (
     "_scaled_dot_product_fused_attention_overrideable",
 )
 # The operators whose outputs are dear to recompute and small to keep.
-SAVED_OPS = tuple(getattr(torch.ops.aten, op).default for op in _OPS if hasattr(torch.ops.aten, op))
+SAVED_OPS = (
+    *(getattr(torch.ops.aten, op).default for op in _OPS if hasattr(torch.ops.aten, op)),
+    torch.ops.higher_order.flex_attention,
+)
 
 
 def available_kernels(device: torch.device) -> tuple[str, ...]:
@@ -50,15 +54,31 @@ def available_kernels(device: torch.device) -> tuple[str, ...]:
     return ("sdpa", "flash", "math")
 
 
-def pick_kernel(kernel: str, device: torch.device) -> str:
+def pick_kernel(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What `model.attention` means on a device: cuDNN is the fastest from Hopper on, elsewhere torch chooses well."""
     if kernel == "auto":
         hopper = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         return "cudnn-first" if hopper else "sdpa"
-    if kernel not in available_kernels(device):
-        there = ", ".join(("auto", *available_kernels(device)))
-        raise UserError(f"model.attention: {kernel} does not run on {device.type}; there are {there}")
+    if kernel not in available_kernels(device) or not _runs(kernel, device, dtype, head_dim):
+        there = [name for name in available_kernels(device) if _runs(name, device, dtype, head_dim)]
+        what = f"{str(dtype).removeprefix('torch.')} and heads of {head_dim} on this {device.type}"
+        raise UserError(f"model.attention: {kernel} does not run in {what}; there are {', '.join(('auto', *there))}")
     return kernel
+
+
+@cache
+def _runs(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tried once on a few zeros: only torch knows what a machine, a dtype and a size of heads exclude."""
+    if kernel in ("sdpa", "math", "flex"):  # which take all
+        return True
+    x = torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's reasons, one a kernel
+        try:
+            attention(x, x, x, kernel).sum().backward()
+        except RuntimeError:
+            return False
+    return True
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tensor | None = None) -> Tensor:

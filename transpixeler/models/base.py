@@ -68,11 +68,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    steps: int
-    guidance: float
-    shift: float
     negative_prompt: str
-    fps: float
 
 
 class Vae(Protocol):
@@ -241,7 +237,7 @@ def apply_dtypes(model: VideoModel, dtype: torch.dtype) -> None:
     model.matmul_dtype = dtype
     for name, parameter in model.named_parameters():
         wanted = model.dtype_of(name, dtype)
-        if parameter.dtype != wanted and parameter.dtype != torch.float8_e4m3fn:
+        if parameter.dtype != wanted and parameter.itemsize > 1:  # what is quantized stays so
             parameter.data = parameter.data.to(wanted)
 
 

@@ -8,7 +8,7 @@ gradient. Text counts at its padded length, as a GPU computes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,19 +61,6 @@ class Flops(NamedTuple):
     @property
     def total(self) -> float:
         return self.linear + self.attention + self.adapter
-
-
-class Memory(NamedTuple):
-    """Bytes of one replica; the caller divides what is sharded."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
 
 
 def adapter_shapes(model: nn.Module) -> tuple[AdapterShape, ...]:
@@ -180,27 +167,3 @@ def activation_bytes(
     at_once = again and (d.blocks - 1) % (recompute if isinstance(recompute, int) else 1) == 0
     # a last block that is kept is done with, and let go, before the first one is computed again
     return int(again * entry + (d.blocks - again) * block + (block if at_once else 0) + work)
-
-
-def state_bytes(parameters: Iterable[nn.Parameter], *, moments: int = 2) -> tuple[int, int, int]:
-    """Weights, gradients and optimizer state."""
-    parameters = list(parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return sum(p.numel() * p.element_size() for p in parameters), 4 * trained, 4 * moments * trained
-
-
-def memory(
-    model: nn.Module,
-    d: Dimensions,
-    lengths: Sequence[int],
-    *,
-    size: int,
-    batch: int = 1,
-    recompute: Recompute = "none",
-    full: bool = False,
-    compiled: bool = False,
-    moments: int = 2,
-) -> Memory:
-    """Of one replica that trains `batch` samples at a time."""
-    activations = activation_bytes(d, lengths, size=size, recompute=recompute, full=full, compiled=compiled)
-    return Memory(*state_bytes(model.parameters(), moments=moments), batch * activations)

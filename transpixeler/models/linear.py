@@ -20,7 +20,7 @@ INT8 = "int8"
 
 
 def dequantize(data: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """[out, in] back in `dtype`; int8 is stored under a float8 dtype because sharding takes float parameters only."""
+    """[out, in] back in `dtype`; int8 is stored under a float8 dtype, bit for bit."""
     values = data.view(torch.int8) if kind == INT8 else data
     return values.to(dtype) * scale.to(dtype)
 
@@ -44,10 +44,8 @@ class Linear(nn.Linear):
     ) -> Tensor:
         if self.quantized or not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return project(x, self, gelu=gelu, wanted=wanted)
-        x, weight, bias = activated(x, gelu), self.weight, self.bias
-        if weight.dtype != x.dtype:  # a weight that is trained is kept in fp32 and multiplied in bf16
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        return F.linear(x, weight, bias)
+        x = activated(x, gelu)  # what of the two is trained is kept in fp32 and multiplied in bf16
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def activated(x: Tensor, gelu: bool) -> Tensor:

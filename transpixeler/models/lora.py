@@ -41,7 +41,6 @@ class LoraLinear(Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         self.rank, self.scale, self.dropout, self.span = rank, scale, dropout, span
-        self._unmerged: nn.Parameter | None = None
         self.train(base.training)
 
     def scope(self, x: Tensor, lengths: tuple[int, ...]) -> slice:
@@ -57,8 +56,6 @@ class LoraLinear(Linear):
         gelu: bool = False,
         wanted: bool = True,
     ) -> Tensor:
-        if self._unmerged is not None:
-            return super().forward(x, gelu=gelu)
         scope, how = self.scope(x, lengths), {"gelu": gelu, "wanted": wanted}
         if not (self.training and self.dropout):
             return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope, part=part, **how)
@@ -67,25 +64,6 @@ class LoraLinear(Linear):
         inner = F.linear(F.dropout(x[:, scope], self.dropout), self.lora_A.to(x.dtype))
         y[:, scope] += F.linear(inner, (self.lora_B * self.scale).to(x.dtype))
         return y
-
-    def delta(self) -> Tensor:
-        """[out, in], what the adapter adds to the weight."""
-        return self.lora_B @ self.lora_A * self.scale
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        if self.span is not None:
-            raise UserError("lora.scope: an adapter on some streams cannot be merged: all streams share the weight")
-        if self.quantized:
-            raise UserError("model.quantize: an adapter cannot be merged into a quantized weight; use `none`")
-        if self._unmerged is None:
-            self._unmerged = self.weight
-            merged = (self.weight.float() + self.delta()).to(self.weight.dtype)
-            self.weight = nn.Parameter(merged, requires_grad=False)
-
-    def unmerge(self) -> None:
-        if self._unmerged is not None:
-            self.weight, self._unmerged = self._unmerged, None
 
 
 # -- which linears, with which rank and scope
@@ -156,29 +134,8 @@ def inject(
     return list(adapter_parameters(model))
 
 
-def remove(model: VideoModel) -> None:
-    """Take the adapters off; weights that were merged stay merged."""
-    for name, module in lora_linears(model):
-        plain = Linear(module.in_features, module.out_features, device="meta")
-        plain._parameters = {key: p for key, p in module._parameters.items() if not key.startswith("lora_")}
-        plain.quantized = module.quantized
-        model.set_submodule(name, plain.train(module.training))
-
-
 def lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
-
-
-def merge(model: nn.Module) -> None:
-    """Add every adapter to its weight, so that inference pays nothing for it."""
-    for _, module in lora_linears(model):
-        module.merge()
-
-
-def unmerge(model: nn.Module) -> None:
-    """The exact weights from before `merge`."""
-    for _, module in lora_linears(model):
-        module.unmerge()
 
 
 # -- values

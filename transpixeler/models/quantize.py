@@ -14,21 +14,25 @@ from transpixeler.models.base import VideoModel
 from transpixeler.models.linear import INT8
 from transpixeler.models.lora import targets
 
+# Sharding takes float parameters only. Integers go by the float8 that every GPU's compiler takes: e4m3fn needs sm89.
+STORED_AS = {INT8: torch.float8_e5m2, "fp8": torch.float8_e4m3fn}
+
 
 def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """[out, in] → (data [out, in] under a float8 dtype, scale [out, 1] in fp32)."""
     if weight.is_meta:
-        data = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+        data = torch.empty_like(weight, dtype=STORED_AS[kind])
         return data, torch.empty(weight.shape[0], 1, device="meta")
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    config = Int8WeightOnlyConfig(set_inductor_config=False) if kind == INT8 else Float8WeightOnlyConfig()
+    # version 2 is the default of the newest releases only, and the one that shows its numbers
+    config = Int8WeightOnlyConfig(set_inductor_config=False, version=2) if kind == INT8 else Float8WeightOnlyConfig()
     holder = nn.Linear(1, 1, bias=False, device="meta")
     holder.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
     quantize_(holder, config)
     made = holder.weight
     assert made.scale.numel() == weight.shape[0], "one scale a row, or shards would not be what they are a part of"
-    return made.qdata.view(torch.float8_e4m3fn), made.scale.detach().float().reshape(-1, 1)
+    return made.qdata.view(STORED_AS[kind]), made.scale.detach().float().reshape(-1, 1)
 
 
 def quantize(model: VideoModel, kind: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from math import prod
 
 import torch
@@ -41,7 +40,7 @@ def scope_span(scope: Scope, names: Sequence[str]) -> tuple[int, int]:
 
 
 def span_slice(lengths: Sequence[int], span: tuple[int, int]) -> slice:
-    """The tokens of a span of streams."""
+    """The tokens of a span of streams, or whatever the lengths count."""
     start = sum(lengths[: span[0]])
     return slice(start, start + sum(lengths[span[0] : span[1]]))
 
@@ -69,9 +68,6 @@ class StreamLayout:
         """(f, h, w) in tokens of each stream."""
         return tuple(tuple(n // p for n, p in zip(shape[1:], self.patch, strict=True)) for shape in self.shapes)
 
-    def grid(self, stream: int) -> Grid:
-        return self.grids[stream]
-
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each stream."""
@@ -90,19 +86,8 @@ class StreamLayout:
     def elements(self) -> int:
         return sum(self.sizes)
 
-    @cached_property
-    def _offsets(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(accumulate(self.lengths, initial=0)), tuple(accumulate(self.sizes, initial=0))
-
-    def token_slice(self, stream: int) -> slice:
-        return slice(*self._offsets[0][stream : stream + 2])
-
     def element_slice(self, stream: int) -> slice:
-        return slice(*self._offsets[1][stream : stream + 2])
-
-    def scope_slice(self, scope: Scope) -> slice:
-        """The tokens that a scope touches."""
-        return span_slice(self.lengths, scope_span(scope, self.names))
+        return span_slice(self.sizes, (stream, stream + 1))
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
         """[B, N] → a view [B, C, F, H, W] of each stream."""

@@ -44,6 +44,7 @@ NEGATIVE_PROMPT = (
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 THETA = 10000.0
+PIPELINE = "model_index.json"  # of a diffusers pipeline
 
 
 # -- positions
@@ -208,7 +209,7 @@ class Embed(nn.Module):
         self.freq_dim = config.freq_dim
         self.patch_embedding = nn.Conv3d(config.in_channels, width, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            Linear(config.text_dim, width), nn.GELU(approximate="tanh"), Linear(width, width)
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -217,9 +218,9 @@ class Embed(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, *, layout: StreamLayout, dtype: torch.dtype) -> State:
         temb = self.time_embedding(sinusoid(timesteps, self.freq_dim))
         modulation = self.time_projection(temb).unflatten(2, (6, -1))
-        rows, _ = fold_padding(text.to(self.text_embedding[0].weight.dtype))
+        rows, _ = fold_padding(text.to(dtype))
         context = unfold_padding(self.text_embedding(rows), text.shape[1])
-        return self.embed(x, layout).to(dtype), modulation, context.to(dtype), temb
+        return self.embed(x, layout).to(dtype), modulation, context, temb
 
     def embed(self, x: Tensor, layout: StreamLayout) -> Tensor:
         """[B, N] → [B, T, D]; a stream's embedding is nothing but another bias."""
@@ -245,13 +246,17 @@ class Head(nn.Module):
         return torch.cat([unpatchify(p, g, layout.patch) for p, g in zip(parts, layout.grids, strict=True)], dim=1)
 
 
+def _has_two_experts(folder: Path) -> bool:
+    """In diffusers' layout by the pipeline's own list, in Wan's by its folders."""
+    index = json.loads((folder / PIPELINE).read_text(encoding="utf-8")) if (folder / PIPELINE).is_file() else {}
+    return any(index.get("transformer_2") or ()) or (folder / "high_noise_model").is_dir()
+
+
 class WanModel(VideoModel):
     """Wan 2.1 T2V, 1.3B and 14B and anything of their shape."""
 
     text_len = TEXT_LEN
-    sampling: ClassVar[SamplingDefaults] = SamplingDefaults(
-        steps=50, guidance=5.0, shift=5.0, negative_prompt=NEGATIVE_PROMPT, fps=16.0
-    )
+    sampling: ClassVar[SamplingDefaults] = SamplingDefaults(negative_prompt=NEGATIVE_PROMPT)
 
     def __init__(
         self, config: WanConfig, *, streams: Sequence[str], rgb_attends_aux: bool = True, kernel: str = "auto"
@@ -275,13 +280,18 @@ class WanModel(VideoModel):
     @classmethod
     def read_config(cls, path: str | Path) -> dict[str, Any]:
         """From a diffusers pipeline, its transformer folder, an original folder, or a single file's shapes."""
-        folder = resolve(path, only=("config.json", "transformer/config.json"))
+        folder = resolve(path, only=("config.json", "transformer/config.json", PIPELINE))
         if folder.is_file():
             source = WeightSource(folder)
             try:
                 return config_from_shapes({name: source.shape(name) for name in source.names()})
             except KeyError as fault:
                 raise UserError(f"model.path: {folder} holds no Wan model: {fault.args[0]} is not in it") from fault
+        if _has_two_experts(folder):
+            raise UserError(
+                f"model.path: {path} holds two models, each for a range of noise (Wan 2.2 A14B), of which one would be "
+                "trained; use a Wan of one transformer, such as Wan-AI/Wan2.1-T2V-14B-Diffusers"
+            )
         found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
         if not found:
             raise UserError(f"model.path: {path} holds neither transformer/config.json nor config.json")
@@ -314,7 +324,8 @@ class WanModel(VideoModel):
             if len(self._ropes) > 4:  # 34 MB each at 480×832×81, joint
                 self._ropes.popitem(last=False)
         self._ropes.move_to_end(key)
-        return Tokens(self._ropes[key], layout.lengths, pick_kernel(self.kernel, device))
+        kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.config.attention_head_dim)
+        return Tokens(self._ropes[key], layout.lengths, kernel)
 
     def state_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> State:
         width, streams = self.config.width, len(layout.names)

@@ -229,7 +229,7 @@ AREAS = {
     "square": 1.6**2,
     "triangle": 3 * math.sqrt(3) / 4,
     "ring": math.pi * (1 - 0.4**2),
-    "star": 10 * 0.5 * 0.5 * math.sin(math.pi / 5),
+    "star": 10 * 0.5 * 0.6 * math.sin(math.pi / 5),
 }
 
 
@@ -326,8 +326,8 @@ def test_a_demo_that_has_lost_a_part_is_written_again(tmp_path: Path) -> None:
     assert (tmp_path / "demo/data/train/001.mp4").is_file()
 
 
-def test_no_colour_is_by_itself_something_like_an_alpha() -> None:
-    assert max(np.mean(color) for color in COLORS.values()) < 0.48 * 255
+def test_no_colour_but_white_is_by_itself_something_like_an_alpha() -> None:
+    assert max(np.mean(color) for name, color in COLORS.items() if name != "white") < 0.48 * 255
 
 
 def test_a_file_in_the_folder_s_place_is_named(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from demo_measures import follows, silhouette, silhouette_iou
+from demo_measures import add_captions, follows, held_out_captions, silhouette, silhouette_iou
 
 from transpixeler import metrics, trained
 from transpixeler.config import UserError
-from transpixeler.data.synthetic import Attributes, Format, Scene, all_attributes, heights, render, scenes
+from transpixeler.data.synthetic import Attributes, Format, Scene, heights, render, scenes
 from transpixeler.data.write import write_png
 from transpixeler.generate import encode_prompts, video_layout, video_size
 from transpixeler.models.base import model_class
@@ -64,8 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, help="a run's folder, or a save")
     add("overrides", nargs="*", help="config keys, such as sample.steps=10")
-    held_out = "how many of the 40 held-out captions (default: %(default)s)"
-    add("--captions", type=int, default=20, choices=range(1, 41), metavar="1..40", help=held_out)
+    add_captions(parser, default=20)
     add("--raw", action="store_true", help="the weights themselves, where a running mean of them is saved too")
     add("--picture", type=Path, help="a PNG of the first samples")
     add("--since", type=float, help="when the work that is timed began, in seconds since 1970; default: now")
@@ -95,12 +94,6 @@ def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | No
             mattes = sample(one, runtime, captions, given=given)
             measures |= _means([_against(mattes[number], clip) for number, clip in enumerate(clips)])
     return figures
-
-
-def held_out_captions(count: int) -> list[Attributes]:
-    """From everywhere among them: two in a row differ in their opacity alone."""
-    found = [attributes for attributes in all_attributes() if attributes.held_out]
-    return [found[n] for n in np.random.default_rng(0).permutation(len(found))[:count]]
 
 
 def sample(

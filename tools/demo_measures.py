@@ -6,13 +6,33 @@ goes are held against the caption's words.
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 
-from transpixeler.data.synthetic import COLORS, DIRECTIONS, Attributes
+from transpixeler.data.synthetic import COLORS, DIRECTIONS, Attributes, all_attributes
 
 BRIGHT = 0.5  # share of the shape's own brightness from which a pixel is part of it
 DARK = 60  # a video whose brightest pixels are below this shows nothing
 STILL = 2.0  # pixels; a centre that moves less goes nowhere
+HELD_OUT = tuple(attributes for attributes in all_attributes() if attributes.held_out)
+
+
+def held_out_captions(count: int) -> list[Attributes]:
+    """From everywhere among them: two in a row differ in their opacity alone."""
+    return [HELD_OUT[n] for n in np.random.default_rng(0).permutation(len(HELD_OUT))[:count]]
+
+
+def add_captions(parser: argparse.ArgumentParser, default: int) -> None:
+    """The option that says how many of them are measured."""
+
+    def number(text: str) -> int:
+        if text.isdecimal() and 1 <= int(text) <= len(HELD_OUT):
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {len(HELD_OUT)}")
+
+    told = f"how many of the {len(HELD_OUT)} held-out captions to measure (default: {default})"
+    parser.add_argument("--captions", type=number, default=default, metavar="N", help=told)
 
 
 def silhouette(rgb: np.ndarray) -> np.ndarray:

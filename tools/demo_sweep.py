@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo_measures import add_captions
+
 from transpixeler.config import UserError
 from transpixeler.demo_model import weights_digest
 from transpixeler.runtime import log_to_terminal
@@ -84,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, help="the folder to work in; what is measured there is not done again")
     add("overrides", nargs="*", help="config keys for every row, such as train.max_steps=400")
     add("--only", action="append", default=[], metavar="ROW", help="this row, by its name; may be given again")
-    held_out = "how many of the 40 held-out captions (default: %(default)s)"
-    add("--captions", type=int, default=20, choices=range(1, 41), metavar="1..40", help=held_out)
+    add_captions(parser, default=20)
     add("--nproc", type=int, help="processes (default: one a GPU, two without)")
     return parser
 

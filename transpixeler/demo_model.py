@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets/demo"
 TEXT_DIM = 64
 TRANSFORMER = {
-    "num_attention_heads": 4,
+    "num_attention_heads": 8,  # wide enough to hold a companion's noise and, beside it, what it reads off the RGB
     "attention_head_dim": 24,  # splits over time, height and width as 8/8/8
-    "num_layers": 6,  # enough to be cut into pipeline stages
-    "ffn_dim": 256,
+    "num_layers": 4,  # enough to be cut into pipeline stages
+    "ffn_dim": 384,
     "text_dim": TEXT_DIM,
 }
 VAE = {"base_dim": 8, "num_res_blocks": 1}

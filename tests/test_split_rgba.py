@@ -67,8 +67,13 @@ def test_animations_are_clips(tmp_path: Path, kind: str) -> None:
     assert np.abs(found - frames[..., 3]).max() <= 4
 
 
-@pytest.mark.parametrize(("write", "near"), [(write_prores4444, 6), (write_webm_alpha, 16)])  # 4:2:0 blurs colour
-def test_premultiplied_colour_is_found_and_undone(tmp_path: Path, write: Callable[..., None], near: int) -> None:
+@pytest.mark.parametrize(
+    ("write", "near", "worse"),
+    [(write_prores4444, 6, 1.5), (write_webm_alpha, 16, 1.1)],  # 4:2:0 blurs colour
+)
+def test_premultiplied_colour_is_found_and_undone(
+    tmp_path: Path, write: Callable[..., None], near: int, worse: float
+) -> None:
     rgba = stack(SCENES[1])
     write(tmp_path / "in/straight.mov", rgba, fps=FPS)
     write(tmp_path / "in/times.mov", multiplied(rgba), fps=FPS)
@@ -80,7 +85,7 @@ def test_premultiplied_colour_is_found_and_undone(tmp_path: Path, write: Callabl
     assert soft.any() and np.abs(straight - wanted).mean() < near and np.abs(undone - wanted).mean() < near
     assert split_rgba(tmp_path / "in", "--out", tmp_path / "held", "--alpha", "straight", *options) == 0
     left = all_frames(tmp_path / "held/times.mp4")[soft]
-    assert np.abs(left - wanted).mean() > 1.5 * np.abs(undone - wanted).mean()
+    assert np.abs(left - wanted).mean() > worse * np.abs(undone - wanted).mean()
 
 
 @pytest.mark.parametrize("seed", range(6))

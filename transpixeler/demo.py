@@ -94,7 +94,7 @@ save:
   every_steps: 500
 
 eval:
-  every_epochs: 21                    # and before the first step, and at the end
+  every_epochs: 50                    # more than there are: before the first step, and at the end
   times: [0.2, 0.5, 0.8]
   samples: 2                          # held-out captions made into videos at each evaluation
 

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "transpixeler"
 FLOORS = [
-    {"config", "configfile", "runtime", "tooling"},
+    {"config", "configfile", "files", "runtime", "tooling"},
     {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "facts", "telemetry"},
     {"checkpoint", "export", "adapters", "peft_config", "runs", "saving", "sampling", "trained"},

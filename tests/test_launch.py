@@ -19,7 +19,8 @@ import torch
 from tests.ranks import run_ranks
 from transpixeler import checkpoint
 from transpixeler.config import CheckpointConfig
-from transpixeler.runtime import Runtime, write_whole
+from transpixeler.files import write_text
+from transpixeler.runtime import Runtime
 
 ROOT = Path(__file__).parents[1]
 FAST = ("save.every_epochs=0", "eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false")
@@ -123,7 +124,7 @@ def _save_for_ever(rank: int, world_size: int, folder: Path, begin: int) -> None
     keeper = checkpoint.Checkpointer(folder, CheckpointConfig(keep=2), runtime)
     for step in range(begin, begin + 10_000):
         keeper.save(step, {f"model.{rank}": torch.full((200_000,), float(step))}, {"step": step})
-        write_whole(folder / f"begun_{rank}", str(step))
+        write_text(folder / f"begun_{rank}", str(step))
 
 
 def _load_latest(rank: int, world_size: int, folder: Path) -> int | None:

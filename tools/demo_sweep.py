@@ -21,8 +21,9 @@ from demo_measures import add_captions
 
 from transpixeler.config import UserError
 from transpixeler.demo_model import weights_digest
+from transpixeler.files import write_text
 from transpixeler.runtime import log_to_terminal
-from transpixeler.tooling import processes, run, torchrun, write_text
+from transpixeler.tooling import processes, run, torchrun
 
 FIGURES = Path(__file__).with_name("demo_figures.py")
 UNWATCHED = ("eval.every_epochs=0", "eval.before_first_step=false", "checkpoint.every_steps=0", "save.every_steps=0")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from transpixeler.data.synthetic import Format, Scene, render, scenes
 from transpixeler.demo_model import VAE
-from transpixeler.tooling import whole
+from transpixeler.files import whole
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

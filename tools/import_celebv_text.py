@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transpixeler.config import UserError
 from transpixeler.data.media import VIDEO_ENDINGS, BadMedia, reasons
 from transpixeler.data.video import probe
-from transpixeler.tooling import folder_given, run, summary, whole
+from transpixeler.files import whole
+from transpixeler.tooling import folder_given, run, summary
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from transpixeler.data.candidate import BadSample, Candidate
 from transpixeler.data.folder import is_sequence
 from transpixeler.data.media import VIDEO_ENDINGS
 from transpixeler.data.pairs import examined
-from transpixeler.tooling import folder_given, run, summary, write_text
+from transpixeler.files import write_text
+from transpixeler.tooling import folder_given, run, summary
 
 NAMES = ("video", "file", "file_name", "filename", "name", "path", "id")
 TEXTS = ("caption", "text", "prompt", "description")

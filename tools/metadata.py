@@ -23,7 +23,8 @@ from transpixeler.data.manifest import rows
 from transpixeler.data.media import BadMedia
 from transpixeler.data.table import check_manifest, first_path, moved, rows_into, schema_of
 from transpixeler.data.video import probe
-from transpixeler.tooling import REASONS_SHOWN, run, summary, whole
+from transpixeler.files import whole
+from transpixeler.tooling import REASONS_SHOWN, run, summary
 
 FACTS = {"num_frames": "int64", "height": "int64", "width": "int64", "fps": "float64", "aspect_ratio": "float64"}
 WINDOW = 1024  # rows looked at, and then written down, at a time

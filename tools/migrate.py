@@ -17,7 +17,8 @@ from migrate_keys import EXAMPLES, OPTIMIZERS, SAME, Migration, Table, Value
 
 from transpixeler import configfile
 from transpixeler.config import Config, UserError
-from transpixeler.tooling import folder_given, run, whole
+from transpixeler.files import whole
+from transpixeler.tooling import folder_given, run
 
 SECTIONS = [field.name for field in dataclasses.fields(Config)]
 

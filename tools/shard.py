@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transpixeler.config import UserError
 from transpixeler.data.manifest import rows
 from transpixeler.data.table import check_manifest, moved, rows_into
-from transpixeler.tooling import REASONS_SHOWN, run, summary, write_text
+from transpixeler.files import write_text
+from transpixeler.tooling import REASONS_SHOWN, run, summary
 
 STATE = ".shards.json"
 MOST_OPEN = 512

@@ -25,7 +25,8 @@ from transpixeler.data.folder import MEDIA_ENDINGS, is_sequence
 from transpixeler.data.media import BadMedia, Clip, Media
 from transpixeler.data.video import frame_numbers, is_premultiplied, probe, stream_rgba
 from transpixeler.data.write import write_mp4, write_png
-from transpixeler.tooling import run, summary, write_text
+from transpixeler.files import write_text
+from transpixeler.tooling import run, summary
 
 BLANK, OPAQUE = 3, 252  # as the data set's inspection judges a matte
 STILL, MOVING = 0.5, 1.0  # mean change from frame to frame, in levels

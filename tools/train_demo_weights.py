@@ -34,8 +34,9 @@ from transpixeler import configfile, demo, metrics, trained
 from transpixeler.config import UserError
 from transpixeler.data.synthetic import Attributes, Format, all_attributes, scenes
 from transpixeler.demo_model import ASSETS, SCALES, Parts, measure_latents, random_parts, trained_parts, write_pipeline
+from transpixeler.files import whole, write_text
 from transpixeler.runtime import log_to_terminal, running
-from transpixeler.tooling import processes, run, torchrun, whole, write_text
+from transpixeler.tooling import processes, run, torchrun
 
 log = logging.getLogger("transpixeler")
 

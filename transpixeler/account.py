@@ -17,13 +17,14 @@ from transpixeler.data.dataset import Datasets
 from transpixeler.data.loader import Batch
 from transpixeler.data.order import Order
 from transpixeler.facts import Facts
+from transpixeler.files import write_text
 from transpixeler.models import costs
 from transpixeler.models.base import model_class
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import pipeline
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.runs import Run
-from transpixeler.runtime import Runtime, write_whole
+from transpixeler.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 
@@ -105,4 +106,4 @@ class Account:
             "skipped": [list(pair) for pair in (*self.data.train.skipped, *self.data.eval.skipped)],
             "model": {"path": path, "vae": model_class(self.config.model.family).vae_fingerprint(path)},
         }
-        write_whole(self.run.folder / "manifest.json", json.dumps(telemetry.manifest(**facts), indent=1))
+        write_text(self.run.folder / "manifest.json", json.dumps(telemetry.manifest(**facts), indent=1))

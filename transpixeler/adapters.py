@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from transpixeler import peft_config
 from transpixeler.config import UserError
+from transpixeler.files import whole, write_text
 from transpixeler.models import wan_keys
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import resolve
@@ -157,33 +157,16 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}")
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
     header = _header(adapter, folded=FORMATS[format].alpha is None)
     if file != path:
-        config = peft_config.beside(adapter, _ours(header))
-        _replace(path / CONFIG_FILE, lambda draft: draft.write_text(config))
+        write_text(path / CONFIG_FILE, peft_config.beside(adapter, _ours(header)))
     stored = _spelled(adapter, FORMATS[format])
-
-    def write_and_check(draft: Path) -> None:
+    with whole(file, synced=True) as draft:
         save_file(stored, draft, metadata=header)
         assert adapter.matches(_read_file(draft, alpha=None, stream="")), (
             f"{draft} does not read back as it was written"
         )
-
-    _replace(file, write_and_check)
     return file
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Put a file in place in one move, once its bytes are on the disk."""
-    draft = file.with_name(f".{file.stem}-{os.getpid()}.draft{file.suffix}")
-    try:
-        write(draft)
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:

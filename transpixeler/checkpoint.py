@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from transpixeler.config import CheckpointConfig, UserError
-from transpixeler.runtime import Runtime, sync_folder, write_whole
+from transpixeler.files import sync, write_text
+from transpixeler.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 
@@ -171,19 +172,6 @@ def latest(checkpoints: Path, runtime: Runtime) -> Path | None:
     return None
 
 
-def set_aside(checkpoints: Path, step: int) -> None:
-    """Renames what was saved beyond the step that training goes on from: damaged, or of a course that was left.
-
-    Under its old name it would pass for the newest, keep a save of its step from being made, and have others removed.
-    """
-    for folder in candidates(checkpoints):
-        if step_of(folder) > step:
-            aside = folder.with_name(f"{folder.name}.aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.replace(aside)
-            logger.warning("%s is beyond step %d: it is kept as %s", folder.name, step, aside.name)
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
@@ -311,7 +299,7 @@ class Checkpointer:
         if self.runtime.is_main:
             own.append(partial / ".metadata")
         listed = {f.name: {"size": f.stat().st_size, "blake2b": _digest(f)} for f in own}
-        write_whole(partial / f"files_{self.runtime.rank}.json", json.dumps(listed))
+        write_text(partial / f"files_{self.runtime.rank}.json", json.dumps(listed))
 
     def _publish(self, partial: Path, final: Path, state: Mapping[str, Any]) -> None:
         """Rank 0 makes the folder valid once every rank has listed its files."""
@@ -325,12 +313,12 @@ class Checkpointer:
         for path in lists:
             files |= json.loads(path.read_text())
             path.unlink()
-        write_whole(partial / STATE, json.dumps(state, indent=1))
+        write_text(partial / STATE, json.dumps(state, indent=1))
         files[STATE] = {"size": (partial / STATE).stat().st_size, "blake2b": _digest(partial / STATE)}
-        write_whole(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-        sync_folder(partial)
+        write_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        sync(partial)
         partial.replace(final)
-        sync_folder(self.folder)
+        sync(self.folder)
         for old in self._surplus():
             shutil.rmtree(old)
 

@@ -24,6 +24,7 @@ from transpixeler.data.write import (
     write_webm_alpha,
 )
 from transpixeler.demo_model import weights_digest, write_model
+from transpixeler.files import write_text
 
 log = logging.getLogger("transpixeler")
 
@@ -131,7 +132,7 @@ def write_demo(
             f"{folder}: {what}; choose another folder, or `transpixeler demo {folder} --force` to replace its "
             f"{', '.join(PARTS)}"
         )
-    _write_text(folder / MARKER, started)
+    write_text(folder / MARKER, started)
     _clear(folder)
     log.info("%s: a tiny Wan pipeline", folder / "model")
     write_model(folder / "model")
@@ -142,8 +143,8 @@ def write_demo(
         write_pairs(folder / "data" / name, clips, depth=depth)
     log.info("%s: some of them with alpha, as ProRes 4444, VP9 and PNG sequences", folder / "data/rgba")
     write_rgba(folder / "data/rgba", [scene for scene in train if scene.format.frames > 1][:RGBA_CLIPS])
-    _write_text(folder / "config.yaml", CONFIG.replace(PAIR, TRIPLE) if depth else CONFIG)
-    _write_text(folder / MARKER, finished)
+    write_text(folder / "config.yaml", CONFIG.replace(PAIR, TRIPLE) if depth else CONFIG)
+    write_text(folder / MARKER, finished)
     log.info("%s: trains on it", folder / "config.yaml")
 
 
@@ -170,12 +171,12 @@ def write_rgba(folder: Path, clips: Sequence[Scene]) -> None:
         write_prores4444(folder / f"{name}.mov", render(scene), fps=scene.format.fps)
         write_webm_alpha(folder / f"{name}.webm", render(scene), fps=scene.format.fps)
         write_png_sequence(folder / name, render(scene))
-        _write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
+        write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
 
 
 def _write_rgb(folder: Path, name: str, scene: Scene) -> None:
     _write_video(folder, name, (frame[..., :3] for frame in render(scene)), scene.format)
-    _write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
+    write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
 
 
 def _write_grey(folder: Path, stem: str, frames: Iterable[np.ndarray], format: Format) -> None:
@@ -210,10 +211,3 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(folder / part)
         else:
             (folder / part).unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

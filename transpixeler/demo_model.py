@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import string
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from transpixeler.data.synthetic import Format, all_attributes, render, scenes
+from transpixeler.files import whole
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -110,11 +110,8 @@ def write_pipeline(folder: Path, parts: Parts) -> None:
         transformer=parts.transformer,
         scheduler=scheduler,
     )
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.replace(folder)
+    with whole(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
 
 
 @torch.no_grad()

@@ -22,11 +22,12 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.order import Order
 from transpixeler.ema import Ema
+from transpixeler.files import write_text
 from transpixeler.heldout import Evaluator, read_video
 from transpixeler.models.base import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.runs import Stopped
-from transpixeler.runtime import Runtime, write_whole
+from transpixeler.runtime import Runtime
 from transpixeler.telemetry import METRICS, Telemetry
 from transpixeler.trained import Trained
 
@@ -170,7 +171,7 @@ def eval_command(source: Trained, runtime: Runtime, *, out: str = "", asked_layo
         found.setdefault(name, {})["metrics"] = values
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "eval.json", json.dumps(facts | {"eval": found}, indent=1))
+        write_text(folder / "eval.json", json.dumps(facts | {"eval": found}, indent=1))
         print(table(found))
         print(folder / "eval.json")
     runtime.barrier()

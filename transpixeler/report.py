@@ -20,8 +20,8 @@ import yaml
 from transpixeler import configfile
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.rgba import FACTS
+from transpixeler.files import write_text
 from transpixeler.runs import CONFIG
-from transpixeler.runtime import write_whole
 from transpixeler.telemetry import METRICS
 
 PAGE = "report.html"
@@ -39,7 +39,7 @@ def write_report(run: Path) -> Path:
         if not (run / name).is_file():
             raise UserError(f"{run}: holds no {name}, so it is no run's folder; give OUTPUT_DIR/latest or /RUN")
     page = run / PAGE
-    write_whole(page, render(gather(run)))
+    write_text(page, render(gather(run)))
     return page
 
 

@@ -19,13 +19,14 @@ from typing import Any
 
 from transpixeler import checkpoint, configfile
 from transpixeler.config import Config, UserError
-from transpixeler.runtime import Runtime, run_stamp, write_whole
+from transpixeler.files import write_text
+from transpixeler.runtime import Runtime, run_stamp
 from transpixeler.telemetry import METRICS
 
 logger = logging.getLogger("transpixeler")
 
 LATEST = "latest"
-ASIDE = "aside"  # saves and samples of a course that was left
+ASIDE = "aside"  # what belongs to a course that was left
 CONFIG = "config.yaml"
 # A checkpoint of another value of these holds other tensors, or means something else.
 FIXED = ("streams", "model.family", "model.trainable", "model.fuse", "lora", "optim.name", "optim.bf16_parameters")
@@ -85,14 +86,14 @@ def _new(config: Config, runtime: Runtime, output: Path) -> Run:
         raise UserError(f"{folder}: holds something that is no run; change run_name or output_dir")
     if runtime.is_main:
         _make(folder)
-        write_whole(folder / CONFIG, configfile.dump(config))
+        write_text(folder / CONFIG, configfile.dump(config))
     runtime.barrier()
     return Run(folder, made=True)
 
 
 def begin(run: Run, config: Config) -> None:
     """From now on this is the latest run, and this its config. Rank 0 calls it when everything is built."""
-    write_whole(run.folder / CONFIG, configfile.dump(config))
+    write_text(run.folder / CONFIG, configfile.dump(config))
     _point(run.folder.parent / LATEST, run.name)
 
 
@@ -144,21 +145,27 @@ def _insist_valid(folder: Path) -> None:
         ) from None
 
 
-def set_aside(run: Path, step: int, ends: Callable[[int], int]) -> None:
-    """Moves saves and samples beyond the step that training goes on from to RUN/aside, and removes drafts.
+def set_aside(run: Run, step: int, ends: Callable[[int], int]) -> None:
+    """Moves what lies beyond the step that training goes on from to RUN/aside, and removes drafts.
 
-    They are of a course that was left, and would pass for the newest. `ends`: the step at which so many epochs end.
+    It is damaged, or of a course that was left, and under its old name it would pass for the newest. `ends`: the step
+    at which so many epochs end.
     """
-    for draft in run.glob(".*.tmp"):
+    for draft in run.folder.glob(".*.tmp"):
         shutil.rmtree(draft, ignore_errors=True)
-    for folder in [*run.glob("step*/"), *run.glob("epoch*/"), *run.glob("samples/step*/")]:
-        named = re.fullmatch(r"(step|epoch)(\d+)", folder.name)
-        if named and (int(named[2]) if named[1] == "step" else ends(int(named[2]))) > step:
-            aside = run / ASIDE / folder.relative_to(run)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            folder.replace(aside)
-            logger.warning("%s is beyond step %d: it is kept as %s", folder.name, step, aside.relative_to(run))
+    beyond = [folder for folder in checkpoint.candidates(run.checkpoints) if checkpoint.step_of(folder) > step]
+    for pattern in ("step*/", "epoch*/", "samples/step*/"):
+        for folder in run.folder.glob(pattern):
+            named = re.fullmatch(r"(step|epoch)(\d+)", folder.name)
+            if named and (int(named[2]) if named[1] == "step" else ends(int(named[2]))) > step:
+                beyond.append(folder)
+    for folder in beyond:
+        name = folder.relative_to(run.folder)
+        aside = run.folder / ASIDE / name
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        folder.replace(aside)
+        logger.warning("%s is beyond step %d: it is kept as %s", name, step, aside.relative_to(run.folder))
 
 
 # --- another config --------------------------------------------------------------------------------------------------

@@ -195,22 +195,3 @@ def run_stamp() -> str:
     """A run's folder name: sorts by time, and two runs of one second differ."""
     now = datetime.datetime.now()
     return f"{now:%Y%m%d-%H%M%S}-{random.SystemRandom().randrange(16**4):04x}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is never seen half-written."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """What was renamed or made in a folder outlives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

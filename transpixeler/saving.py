@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from transpixeler import adapters, configfile, export
 from transpixeler.config import Config
 from transpixeler.ema import Ema
+from transpixeler.files import write_text
 from transpixeler.models.base import VideoModel
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.runs import ASIDE
-from transpixeler.runtime import Runtime, write_whole
+from transpixeler.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 
@@ -62,7 +63,7 @@ class Saver:
         return fault
 
     def _publish(self, draft: Path, folder: Path) -> None:
-        write_whole(draft / "config.yaml", configfile.dump(self.config))
+        write_text(draft / "config.yaml", configfile.dump(self.config))
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)
         shutil.rmtree(folder.with_name(ASIDE) / folder.name, ignore_errors=True)  # of the course that this one replaces

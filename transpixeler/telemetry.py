@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from transpixeler.config import LogConfig
-from transpixeler.runtime import write_whole
+from transpixeler.files import write_text
 
 logger = logging.getLogger("transpixeler")
 
@@ -197,7 +197,7 @@ def _reopen(path: Path, step: int) -> IO[bytes]:
     """Metrics after a resume go on from its step: what was written beyond it is trained, and written, again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_whole(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
     return path.open("ab", buffering=0)
 
 

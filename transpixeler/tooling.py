@@ -1,12 +1,10 @@
-"""What the programs in tools/ share: a fault becomes one line, a file appears under its name only when it is whole."""
+"""What the programs in tools/ share: a fault becomes one line, and so does what was done."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transpixeler.config import UserError
@@ -27,29 +25,6 @@ def run(tool: str, work: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     except BrokenPipeError:  # the reader, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under, renamed when all went well and removed when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        else:
-            unfinished.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Nothing is written where the file already says it."""
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
-    with whole(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
 
 
 def torchrun(processes: int) -> list[str]:

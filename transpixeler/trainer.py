@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -289,22 +290,21 @@ class Trainer:
         if folder is not None:
             state = checkpoint.read_state(folder)
             step = state["step"]
-            self._load(folder, same_layout=state["layout"] == dataclasses.asdict(self.mesh.layout))
+            self._load(folder, state)
             logger.info("resumed %s at step %d", folder, step)
             for change in self.run.changed:
                 logger.info("resumed with another config: %s", change)
         if self.runtime.is_main:
-            checkpoint.set_aside(self.run.checkpoints, step)
-            runs.set_aside(self.run.folder, step, self.order.first_step)
+            runs.set_aside(self.run, step, self.order.first_step)
         return step
 
-    def _load(self, folder: Path, *, same_layout: bool) -> None:
+    def _load(self, folder: Path, state: Mapping[str, Any]) -> None:
         checkpoint.materialize(self.optimizer)
         checkpoint.forget_unsaved(folder, self.trained, self.optimizer)
         tensors, means = self._tensors(), checkpoint.holds_means(folder)
         wanted = {name: tensor for name, tensor in tensors.items() if means or not name.startswith("ema.")}
-        checkpoint.load(folder, wanted, same_layout=same_layout)
-        optim.set_numbers(self.trained, self.optimizer, checkpoint.read_state(folder).get("optimizer", {}))
+        checkpoint.load(folder, wanted, same_layout=state["layout"] == dataclasses.asdict(self.mesh.layout))
+        optim.set_numbers(self.trained, self.optimizer, state.get("optimizer", {}))
         if not means:  # they begin where they are turned on
             self.ema = ema.Ema(self.trained, self.config.optim.ema)
 

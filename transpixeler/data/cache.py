@@ -26,7 +26,7 @@ from torch import Tensor
 from transpixeler.config import UserError
 from transpixeler.data import index
 from transpixeler.data.index import IndexFile, Place, Segment, Spec, Table
-from transpixeler.runtime import sync_folder
+from transpixeler.files import sync
 
 SEGMENT_BYTES = 1 << 30
 ALIGNMENT = 64
@@ -250,7 +250,7 @@ class CacheWriter:
         path = self.folder / f"{self.name}.{self._segments:05d}.{spec.segment}.seg"
         self._open[spec.segment] = _OpenSegment(path, self._segments)
         self._segments += 1
-        sync_folder(self.folder)
+        sync(self.folder)
         return self._open[spec.segment]
 
     def _sync_index(self) -> None:

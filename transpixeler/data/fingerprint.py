@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from transpixeler.files import write_text
 from transpixeler.models.base import file_digest
 
 logger = logging.getLogger("transpixeler")
@@ -94,17 +94,9 @@ def memory_lines(path: Path) -> list[str]:
 
 
 def write_memory(path: Path, text: str) -> bool:
-    """False where it cannot be written; no run, on this machine or another, ever reads half of it."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    """False where it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_text(path, text)
     except OSError:  # a folder of others, a full disk
-        with suppress(OSError):
-            part.unlink()
         return False
     return True

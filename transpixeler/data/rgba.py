@@ -7,10 +7,7 @@ alpha inside, or laid over something. The folder appears under its name only whe
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +25,7 @@ from transpixeler.data.write import (
     write_prores4444,
     write_webm_alpha,
 )
+from transpixeler.files import whole
 
 FACTS = "sample.json"
 STILL = "still.png"
@@ -49,7 +47,8 @@ def write_sample(
     """Writes uint8 [F,H,W,3] streams, the first RGB and the second its alpha, and replaces a sample that was there;
     without a second stream there is no alpha, and no format that would show it. Paths by stream or format."""
     sample = _Sample(streams, fps, alpha_mode, background)
-    with _whole(folder) as unfinished:
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
         files = {name: f"{name}.mp4" for name in streams}
         for name, frames in streams.items():
             write_browser_mp4(unfinished / files[name], frames, fps=fps, exact=True, facts={"stream": name})
@@ -198,20 +197,3 @@ def _plate(sample: _Sample) -> Iterator[np.ndarray]:
     except BadMedia as fault:
         raise UserError(f"sample.background: {path} {fault}; give a picture or video that can be read") from None
     return (plate[number % length] for number in range(count))
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the name when all went well, in place of one that had it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        if folder.exists():
-            folder.replace(old)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

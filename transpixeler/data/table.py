@@ -13,7 +13,7 @@ from typing import Any
 
 from transpixeler.config import UserError
 from transpixeler.data.manifest import MANIFEST_ENDINGS, PRIMARY_ALIASES
-from transpixeler.tooling import whole
+from transpixeler.files import whole
 
 BATCH = 1024
 Put = Callable[[Mapping[str, Any]], None]

@@ -32,6 +32,7 @@ from transpixeler.data.catalog import cache_folders, catalog, latent_shape
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.index import IndexFile
+from transpixeler.files import whole
 from transpixeler.models.base import VideoModel, model_class
 from transpixeler.runtime import Runtime
 
@@ -283,12 +284,8 @@ def _replace_index(file: IndexFile, rows: np.ndarray) -> None:
     if not len(rows):
         file.path.unlink()
         return
-    part = file.path.with_suffix(".part")
-    with part.open("wb") as out:
-        out.write(index.header() + rows.tobytes())
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file.path)
+    with whole(file.path, synced=True) as unfinished:
+        unfinished.write_bytes(index.header() + rows.tobytes())
 
 
 def remove_all(folders: tuple[Path, ...], report: Report) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from transpixeler.config import UserError
-from transpixeler.tooling import whole
+from transpixeler.files import whole
 
 if TYPE_CHECKING:
     import av

@@ -292,6 +292,24 @@ class Config:
 
 def faults(config: Config) -> Iterator[tuple[str, str]]:
     """What no single key shows: (key, what is wrong and what to do)."""
+    yield from _stream_faults(config)
+    yield from _data_faults(config.data)
+    yield from _training_faults(config)
+    for key, empty in (
+        ("eval.times", not config.eval.times),
+        ("data.frames", not config.data.frames),
+        ("data.resolutions", not config.data.resolutions),
+        ("model.trainable", not config.model.trainable and not config.lora.enabled),
+    ):
+        if empty:
+            yield key, "an empty list leaves nothing to work on; leave the key out for its default"
+    if set("/\\") & set(config.run_name) or config.run_name in (".", "..", "latest"):
+        yield "run_name", f"{config.run_name!r} is no plain name for a folder in output_dir"
+    if config.hub.repo and not REPO.fullmatch(config.hub.repo):
+        yield "hub.repo", f"{config.hub.repo!r} is no Hub id; write it as user/name"
+
+
+def _stream_faults(config: Config) -> Iterator[tuple[str, str]]:
     streams, scope = config.streams, config.lora.scope
     if not streams or next(iter(streams.values())) != "":
         yield "streams", 'the first stream has no suffix, as in {rgb: "", seg: "_seg"}'
@@ -305,49 +323,37 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
     for name in config.objective.stream_weights:
         if name not in streams:
             yield f"objective.stream_weights.{name}", f"not a stream; streams are {', '.join(streams)}"
-    if config.objective.t_min >= config.objective.t_max:
-        yield "objective.t_min", f"must be below objective.t_max ({config.objective.t_max:g})"
-    if sum(config.objective.tasks.values()) <= 0:
-        yield "objective.tasks", "at least one task needs a weight above zero, as in {joint: 1.0}"
-    for key, frames in _of_all_sources(config.data, "frames"):
+
+
+def _data_faults(data: DataConfig) -> Iterator[tuple[str, str]]:
+    for key, frames in _of_all_sources(data, "frames"):
         if frames < 1 or frames % 4 != 1:
             yield key, f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), which the video model needs"
-    for key, sides in _sides(config.data):
-        if min(sides) < 16:
-            yield key, f"{min(sides)} is no side of a picture; 16 pixels are the least"
-    if config.data.aspect_min > config.data.aspect_max:
-        yield "data.aspect_min", f"must not be above data.aspect_max ({config.data.aspect_max:g})"
-    if config.quantized and not config.lora.enabled:
-        yield (
-            "model.quantize",
-            "a quantized base cannot be trained in full: set lora.enabled=true, or none here",
-        )
-    if config.hub.repo and not REPO.fullmatch(config.hub.repo):
-        yield "hub.repo", f"{config.hub.repo!r} is no Hub id; write it as user/name"
-    if set("/\\") & set(config.run_name) or config.run_name in (".", "..", "latest"):
-        yield "run_name", f"{config.run_name!r} is no plain name for a folder in output_dir"
-    if config.lora.init_from and not config.lora.enabled:
+    for key, resolution in _of_all_sources(data, "resolutions"):
+        least = resolution if isinstance(resolution, int) else min(resolution)
+        if least < 16:
+            yield key, f"{least} is no side of a picture; 16 pixels are the least"
+    if data.aspect_min > data.aspect_max:
+        yield "data.aspect_min", f"must not be above data.aspect_max ({data.aspect_max:g})"
+
+
+def _training_faults(config: Config) -> Iterator[tuple[str, str]]:
+    objective, optim, lora = config.objective, config.optim, config.lora
+    if objective.t_min >= objective.t_max:
+        yield "objective.t_min", f"must be below objective.t_max ({objective.t_max:g})"
+    if sum(objective.tasks.values()) <= 0:
+        yield "objective.tasks", "at least one task needs a weight above zero, as in {joint: 1.0}"
+    if config.quantized and not lora.enabled:
+        yield "model.quantize", "a quantized base cannot be trained in full: set lora.enabled=true, or none here"
+    if lora.init_from and not lora.enabled:
         yield (
             "lora.init_from",
             "an adapter cannot start where lora.enabled is false; to add it for good, use model.fuse",
         )
-    if config.optim.groups and not config.optim.lr:
+    if optim.groups and not optim.lr:
         yield "optim.lr", "0 keeps the groups' rates at 0 too, as they follow its curve; set it above 0"
-    for key, empty in (
-        ("eval.times", not config.eval.times),
-        ("data.frames", not config.data.frames),
-        ("data.resolutions", not config.data.resolutions),
-        ("model.trainable", not config.model.trainable and not config.lora.enabled),
-    ):
-        if empty:
-            yield key, "an empty list leaves nothing to work on; leave the key out for its default"
-    if config.optim.lr_min > config.optim.lr:
-        yield "optim.lr_min", f"must not be above optim.lr ({config.optim.lr:g})"
-
-
-def _sides(data: DataConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for key, resolution in _of_all_sources(data, "resolutions"):
-        yield key, (resolution,) if isinstance(resolution, int) else resolution
+    if optim.lr_min > optim.lr:
+        yield "optim.lr_min", f"must not be above optim.lr ({optim.lr:g})"
 
 
 def _of_all_sources(data: DataConfig, name: str) -> Iterator[tuple[str, Any]]:

@@ -276,6 +276,17 @@ def test_a_full_disk_loses_no_line_of_metrics_and_stops_nobody(tmp_path: Path) -
     assert told == [1, 2, 3, 4]
 
 
+def test_lines_that_a_full_disk_never_took_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    telemetry = Telemetry(tmp_path, LogConfig(tensorboard=False), step=0, total=2, name="x")
+    telemetry.metrics.close()
+    with Path("/dev/full").open("ab", buffering=0) as telemetry.metrics:
+        for step in (1, 2):
+            telemetry.write({"step": step})
+        telemetry.close()
+    kept, lost = caplog.messages
+    assert "kept until there is room" in kept and "its last 2 lines are lost" in lost
+
+
 def test_a_board_that_cannot_write_is_left(tmp_path: Path) -> None:
     class Full:
         def add_scalar(self, *_: object) -> None:

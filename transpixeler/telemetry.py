@@ -90,12 +90,17 @@ class Telemetry:
         """A killed process loses no line; what a full disk refuses is kept and tried again at the next."""
         refused = bool(self.unwritten)
         self.unwritten += (json.dumps(record) + "\n").encode()
+        fault = self._flush()
+        if fault and not refused:
+            logger.error("%s: %s; its lines are kept until there is room, and training goes on", METRICS, fault)
+
+    def _flush(self) -> OSError | None:
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.metrics.write(self.unwritten) :]
         except OSError as fault:
-            if not refused:
-                logger.error("%s: %s; its lines are kept until there is room, and training goes on", METRICS, fault)
+            return fault
+        return None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         def draw(board: Any) -> None:
@@ -130,6 +135,8 @@ class Telemetry:
         self._on_board(lambda board: board.file_writer.add_summary(shown, step))
 
     def close(self) -> None:
+        if fault := self._flush():
+            logger.error("%s: %s; its last %d lines are lost", METRICS, fault, self.unwritten.count(b"\n"))
         self.metrics.close()
         if self.bar is not None:
             self.bar.close()

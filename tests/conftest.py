@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> None:
+    """What an earlier test let go to a terminal can be read by `caplog` again."""
+    logging.getLogger("transpixeler").propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -268,8 +268,11 @@ def test_ranks_share_the_prompts_or_the_model(
     shared = run_ranks(_sample_on_ranks, 2, run, overrides, tmp_path)
     assert [len(names) for names in shared] == ([2, 0] if overrides else [1, 1])
     assert sorted(name for names in shared for name in names) == sorted(folder.name for folder in alone.iterdir())
-    for folder in alone.iterdir():
-        assert np.abs(frames_of(folder / "seg.mp4") - frames_of(tmp_path / folder.name / "seg.mp4")).max() <= 4
+    ours, theirs = (
+        np.stack([frames_of(top / folder.name / "seg.mp4") for folder in sorted(alone.iterdir())])
+        for top in (tmp_path, alone)
+    )
+    assert np.abs(ours - theirs).mean() < 0.01 < 10 < np.abs(ours - theirs[::-1]).mean()
 
 
 def strange_adapter(folder: Path) -> Path:

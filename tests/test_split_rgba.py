@@ -14,12 +14,13 @@ from transpixeler.config import DataConfig, SourceConfig
 from transpixeler.data.fill import Fill, looks_premultiplied, random_color, unpremultiplied
 from transpixeler.data.media import Clip
 from transpixeler.data.pairs import decode_pair, scan
-from transpixeler.data.synthetic import FILL, Format, scenes
+from transpixeler.data.synthetic import FILL, Attributes, Format, Scene, scenes
 from transpixeler.data.video import probe
 from transpixeler.data.write import write_png_sequence, write_prores4444, write_webm_alpha
 from transpixeler.demo import write_rgba
 
 split_rgba = tool("split_rgba")
+SMALL = Format(64, 64, 5, FPS)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,9 @@ def test_animations_are_clips(tmp_path: Path, kind: str) -> None:
     assert np.abs(found - frames[..., 3]).max() <= 4
 
 
-@pytest.mark.parametrize(
-    ("write", "near", "worse"),
-    [(write_prores4444, 6, 1.5), (write_webm_alpha, 16, 1.1)],  # 4:2:0 blurs colour
-)
-def test_premultiplied_colour_is_found_and_undone(
-    tmp_path: Path, write: Callable[..., None], near: int, worse: float
-) -> None:
-    rgba = stack(SCENES[1])
+@pytest.mark.parametrize(("write", "near"), [(write_prores4444, 3), (write_webm_alpha, 8)])  # 4:2:0 blurs colour
+def test_premultiplied_colour_is_found_and_undone(tmp_path: Path, write: Callable[..., None], near: int) -> None:
+    rgba = stack(Scene(Attributes("square", "cyan", "left", "half transparent"), SMALL, 14, (40, 32), 16, 0, 1))
     write(tmp_path / "in/straight.mov", rgba, fps=FPS)
     write(tmp_path / "in/times.mov", multiplied(rgba), fps=FPS)
     options = ("--fill", "black", "--lossless")
@@ -85,7 +81,7 @@ def test_premultiplied_colour_is_found_and_undone(
     assert soft.any() and np.abs(straight - wanted).mean() < near and np.abs(undone - wanted).mean() < near
     assert split_rgba(tmp_path / "in", "--out", tmp_path / "held", "--alpha", "straight", *options) == 0
     left = all_frames(tmp_path / "held/times.mp4")[soft]
-    assert np.abs(left - wanted).mean() > worse * np.abs(undone - wanted).mean()
+    assert np.abs(left - wanted).mean() > 5 * np.abs(undone - wanted).mean()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -105,7 +101,7 @@ def test_black_smoke_is_not_taken_for_premultiplied(level: int) -> None:
 
 @pytest.mark.parametrize("fill", ["keep", "black"])
 def test_sources_of_rgba_files_undo_it_too(tmp_path: Path, fill: str) -> None:
-    scene = scenes(1, formats=[Format(64, 64, 5, FPS)], held_out=False, seed=4)[0]
+    scene = scenes(1, formats=[SMALL], held_out=False, seed=4)[0]
     rgba = stack(scene)
     write_prores4444(tmp_path / "a/a.mov", multiplied(rgba), fps=FPS)
     (tmp_path / "a/a.txt").write_text("a")

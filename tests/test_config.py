@@ -134,6 +134,13 @@ def test_a_section_whose_keys_are_all_commented_out_takes_nothing_away() -> None
     assert load({"lora": {"rank": 8}}, "base: a.yaml\nlora:\n#  rank: 16\n").lora.rank == 8
 
 
+@pytest.mark.parametrize("text", ["lora:\n#  rank: 16\n", "lora:\n", "lora: {}\n", ""])
+def test_an_override_reaches_into_a_section_without_keys(text: str) -> None:
+    assert load(text, overrides=("lora.rank=8", "lora.ranks.ffn=4")).lora == dataclasses.replace(
+        Config().lora, rank=8, ranks={"ffn": 4}
+    )
+
+
 def test_null_brings_a_default_back() -> None:
     assert load({"lora": {"alpha": 4, "rank": 8}}, "base: a.yaml\nlora: {alpha: null, rank: ~}\n").lora == Config().lora
 

@@ -176,7 +176,9 @@ def _merge_override(tree: Tree, override: str) -> None:
         if isinstance(level, list):
             level = level[_list_index(tree, level, key[: depth + 1])]
         elif isinstance(level, dict):
-            level = level.setdefault(name, {})
+            if level.get(name) is None:  # a section without keys counts as one that is not there
+                level[name] = {}
+            level = level[name]
         else:
             raise tree.fault(key, f"{'.'.join(key[:depth])} holds a value, not keys")
     tree.origins[key] = COMMAND_LINE

@@ -145,6 +145,18 @@ def test_null_brings_a_default_back() -> None:
     assert load({"lora": {"alpha": 4, "rank": 8}}, "base: a.yaml\nlora: {alpha: null, rank: ~}\n").lora == Config().lora
 
 
+def test_null_brings_a_table_s_default_back() -> None:
+    base = {"lora": {"ranks": {"ffn.0": 16}}, "objective": {"tasks": {"rgb_to_aux": 1.0}}}
+    for config in (
+        load(base, {"base": "a.yaml", "lora": {"ranks": None}, "objective": {"tasks": None}}),
+        load(base, overrides=("lora.ranks=null", "objective.tasks=null")),
+    ):
+        assert config.lora.ranks == {} and config.objective.tasks == {"joint": 1.0}
+    ours, none = 'streams: {rgb: "", alpha: _alpha}\n', {"base": "a.yaml", "streams": None}
+    assert load(ours, none).streams == Config().streams
+    assert load(ours, none, f"base: b.yaml\n{ours}").streams == {"rgb": "", "alpha": "_alpha"}
+
+
 def test_an_alias_is_a_value_of_its_own() -> None:
     text = "data:\n  train: &set [{path: a}]\n  eval: *set\n"
     config = load(text, overrides=("data.train.0.repeats=3",))

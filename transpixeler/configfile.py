@@ -153,7 +153,7 @@ def _merge_file(tree: Tree, path: Path, above: tuple[Path, ...]) -> None:
 def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, origin: str) -> None:
     for name, value in new.items():
         inner = (*key, name)
-        if value is None and isinstance(into.get(name), dict):
+        if value is None and isinstance(into.get(name), dict) and dataclasses.is_dataclass(_hint(inner)):
             continue  # a section with nothing left in it takes nothing away
         tree.origins = {k: o for k, o in tree.origins.items() if k[: len(inner)] != inner or isinstance(value, dict)}
         tree.origins[inner] = origin
@@ -163,6 +163,14 @@ def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, o
             _merge(tree, into[name], value, inner, origin)
         else:
             into[name] = copy.deepcopy(value)  # an alias in the file is a value of its own
+
+
+def _hint(key: Key) -> Any:
+    """The type of what stands at a key, as far as keys lead through sections; None beyond."""
+    hint: Any = Config
+    for name in key:
+        hint = _fields(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return hint
 
 
 def _merge_override(tree: Tree, override: str) -> None:

@@ -239,6 +239,24 @@ def test_an_override_reaches_into_a_list() -> None:
     assert [source.repeats for source in config.data.train] == [1, 5]
 
 
+@pytest.mark.parametrize("brief", ["clips", {"path": "clips"}, ["clips"]], ids=["path", "source", "list"])
+def test_an_override_reaches_into_a_data_set_that_is_written_in_brief(brief: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"data": {"train": brief}}))
+    (source,) = configfile.load(tmp_path / "a.yaml", ["data.train.0.repeats=3", "data.train.0.name=x"]).data.train
+    assert (source.path, source.repeats, source.name) == (str(tmp_path / "clips"), 3, "x")
+
+
+def test_an_override_of_one_name_leaves_the_others_of_a_default() -> None:
+    assert configfile.from_overrides(["streams.seg=_mask"]).streams == {"rgb": "", "seg": "_mask"}
+    assert load("", overrides=("streams.depth=_depth", "streams.seg=null")).streams == {"rgb": "", "depth": "_depth"}
+    assert load("objective:\n", overrides=("objective.tasks.rgb_to_aux=1",)).objective.tasks == {
+        "joint": 1.0,
+        "rgb_to_aux": 1.0,
+    }
+    assert configfile.from_overrides(["data.frames.1=81"]).data.frames == (1, 81)
+    assert Config().streams == {"rgb": "", "seg": "_seg"}
+
+
 def test_the_last_override_wins() -> None:
     assert configfile.from_overrides(["seed=1", "seed=2"]).seed == 2
 
@@ -302,12 +320,14 @@ MISTAKES = {
     "a key with a hole": ("", ["optim..lr=3"], ["optim..lr", "key=value", "command line"]),
     "an unknown key, overridden": ("", ["optim.lrr=3"], ["optim.lrr", "did you mean `lr`?", "command line"]),
     "a wrong type, overridden": ("", ["optim.lr=fast"], ["optim.lr", "a number", "'fast'", "command line"]),
+    "a name of a default, overridden": ("", ["streams.seg="], ["streams", "the same suffix", "on the command line"]),
     "a key below a value": ("seed: 3\n", ["seed.x=3"], ["seed", "holds a value"]),
     "no such place in a list": (
         "data: {train: [{path: a}]}\n",
         ["data.train.1.repeats=3"],
         ["data.train.1", "no place in a list of 1"],
     ),
+    "a place in a list of none": ("", ["data.train.0.repeats=3"], ["data.train.0", "no place in a list of 0"]),
     "a word for a place in a list": ("data: {train: [{path: a}]}\n", ["data.train.x=3"], ["data.train.x", "no place"]),
 }
 

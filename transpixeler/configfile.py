@@ -166,10 +166,13 @@ def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, o
 
 
 def _hint(key: Key) -> Any:
-    """The type of what stands at a key, as far as keys lead through sections; None beyond."""
+    """The type of what stands at a key, where it is in a section or a list; else None."""
     hint: Any = Config
     for name in key:
-        hint = _fields(hint).get(name) if dataclasses.is_dataclass(hint) else None
+        if dataclasses.is_dataclass(hint):
+            hint = _fields(hint).get(name)
+        else:
+            hint = get_args(hint)[0] if get_origin(hint) is tuple else None
     return hint
 
 
@@ -180,22 +183,37 @@ def _merge_override(tree: Tree, override: str) -> None:
         raise UserError(f"{override!r}: expected key=value, such as optim.lr=1e-4 (on the command line)")
     value = _override_value(text)
     level: Any = tree.values
-    for depth, name in enumerate(key[:-1]):
-        if isinstance(level, list):
-            level = level[_list_index(tree, level, key[: depth + 1])]
-        elif isinstance(level, dict):
-            if level.get(name) is None:  # a section without keys counts as one that is not there
-                level[name] = {}
-            level = level[name]
-        else:
-            raise tree.fault(key, f"{'.'.join(key[:depth])} holds a value, not keys")
+    for depth in range(1, len(key)):
+        level = _opened(tree, level, key[:depth])
     tree.origins[key] = COMMAND_LINE
+    place = _place(tree, level, key)
     if isinstance(level, list):
-        level[_list_index(tree, level, key)] = value
-    elif isinstance(level, dict):
-        _merge(tree, level, {key[-1]: value}, key[:-1], COMMAND_LINE)
+        level[place] = value
     else:
+        _merge(tree, level, {place: value}, key[:-1], COMMAND_LINE)
+
+
+def _opened(tree: Tree, level: Any, key: Key) -> Any:
+    """What keys below this one are set in: what files gave, in full where they were brief, or else the default."""
+    place = _place(tree, level, key)
+    found = level[place] if isinstance(level, list) else level.get(place)
+    if found is None:
+        default = functools.reduce(lambda value, name: getattr(value, name, None), key, Config())
+        found = plain(default) if isinstance(default, dict | tuple) else {}
+        tree.origins[key] = COMMAND_LINE
+    level[place] = _in_full(_hint(key), found)
+    return level[place]
+
+
+def _place(tree: Tree, level: Any, key: Key) -> str | int:
+    """Where the key's last name leads in a section, a table or a list."""
+    if isinstance(level, list):
+        if not key[-1].isdigit() or int(key[-1]) >= len(level):
+            raise tree.fault(key, f"{key[-1]!r} is no place in a list of {len(level)}")
+        return int(key[-1])
+    if not isinstance(level, dict):
         raise tree.fault(key, f"{'.'.join(key[:-1])} holds a value, not keys")
+    return key[-1]
 
 
 def _override_value(text: str) -> Any:
@@ -209,12 +227,6 @@ def _override_value(text: str) -> Any:
     return Raw(text)
 
 
-def _list_index(tree: Tree, items: list, key: Key) -> int:
-    if not key[-1].isdigit() or int(key[-1]) >= len(items):
-        raise tree.fault(key, f"{key[-1]!r} is no place in a list of {len(items)}")
-    return int(key[-1])
-
-
 # --- typing ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,8 +237,6 @@ def _fields(cls: type) -> dict[str, Any]:
 
 def _dataclass(cls: type, value: Any, key: Key, tree: Tree) -> Any:
     fields = _fields(cls)
-    if isinstance(value, str) and "path" in fields:  # a bare path stands for {path: …}
-        value = {"path": value}
     if not isinstance(value, dict):
         raise tree.fault(key, f"expected {', '.join(fields)} as `key: value` lines, found {_kind(value)}")
     for name in value:
@@ -248,10 +258,19 @@ def _unknown(name: str, fields: Iterable[str]) -> str:
     return f"unknown key; did you mean `{near[0]}`?" if near else f"unknown key; known here: {', '.join(fields)}"
 
 
+def _in_full(hint: Any, value: Any) -> Any:
+    """What may be written in brief: one data set needs no list, and a bare path stands for {path: …}."""
+    if isinstance(value, str) and dataclasses.is_dataclass(hint) and "path" in _fields(hint):
+        return {"path": value}
+    several = get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0])
+    return [value] if several and isinstance(value, str | dict) else value
+
+
 def _convert(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
     origin = get_origin(hint)
     if hasattr(hint, "__metadata__"):
         return _annotated(hint, value, key, tree)
+    value = _in_full(hint, value)
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, key, tree)
     if origin in (Union, types.UnionType):
@@ -312,8 +331,6 @@ def _union(hints: tuple[Any, ...], value: Any, key: Key, tree: Tree) -> Any:
 
 def _tuple(hints: tuple[Any, ...], value: Any, key: Key, tree: Tree) -> tuple:
     repeated = len(hints) == 2 and hints[1] is Ellipsis
-    if repeated and dataclasses.is_dataclass(hints[0]) and isinstance(value, str | dict):
-        value = [value]  # one data set needs no list
     if not isinstance(value, list):
         raise tree.fault(key, f"expected a list, found {_kind(value)}")
     if not repeated and len(value) != len(hints):

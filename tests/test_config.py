@@ -292,6 +292,7 @@ MISTAKES = {
     "a list too short": ("optim: {betas: [0.9]}\n", [], ["optim.betas", "2 values", "1", "mine.yaml"]),
     "an unknown choice": ("model: {quantize: fp9}\n", [], ["model.quantize", "'fp9'", "fp8", "mine.yaml"]),
     "one of several kinds": ("parallel: {recompute: x}\n", [], ["parallel.recompute", "'x'", "full", "mine.yaml"]),
+    "every no-th block": ("parallel: {recompute: 0}\n", [], ["parallel.recompute: 0", "number ≥ 1", "mine.yaml"]),
     "an empty list": ("data: {frames: []}\n", [], ["data.frames", "empty", "mine.yaml"]),
     "a side of nothing": ("data: {resolutions: [64, [832, 0]]}\n", [], ["data.resolutions.1", "0 ", "16", "mine.yaml"]),
     "nothing trained": ("{lora: {enabled: false}, model: {trainable: []}}\n", [], ["model.trainable", "empty"]),

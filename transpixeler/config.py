@@ -200,7 +200,7 @@ class ParallelConfig:
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble"] = "auto"
     stages_per_rank: Count = 2
     split: tuple[int, ...] = ()
-    recompute: Literal["auto", "none", "full", "attention", "offload"] | int = "auto"
+    recompute: Literal["auto", "none", "full", "attention", "offload"] | Count = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     offload: bool = False
     timeout_minutes: Positive = 10.0

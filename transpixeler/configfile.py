@@ -372,7 +372,8 @@ def _optional(hint: Any) -> bool:
 
 def _name(hint: Any) -> str:
     if hasattr(hint, "__metadata__"):
-        return _name(hint.__origin__)
+        limits = [f" {mark}" for mark in hint.__metadata__ if isinstance(mark, Range)]
+        return "".join([_name(hint.__origin__), *limits])
     if get_origin(hint) is Literal:
         return ", ".join(map(str, get_args(hint)))
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -60,8 +60,6 @@ def _splits_backward(config: ParallelConfig) -> bool:
 def set_recompute(blocks: Sequence[Block], mode: str | int) -> None:
     """Decides for each block what its forward keeps for the backward pass."""
     if isinstance(mode, int):
-        if mode < 1:
-            raise UserError(f"parallel.recompute: {mode} is no spacing of blocks; 1 is every block, 2 every other one")
         for block in blocks[::mode]:
             block.recompute = _full
         return

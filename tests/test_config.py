@@ -298,6 +298,7 @@ MISTAKES = {
     "nothing trained": ("{lora: {enabled: false}, model: {trainable: []}}\n", [], ["model.trainable", "empty"]),
     "a start without a LoRA": ("lora: {enabled: false, init_from: a}\n", [], ["lora.init_from", "model.fuse"]),
     "a path for a name": ("run_name: ../clips\n", [], ["run_name", "'../clips'", "mine.yaml"]),
+    "nothing to lay over": ("sample: {formats: [composite]}\n", [], ["sample.background", "composite", "mine.yaml"]),
     "rates that follow nothing": ("optim: {lr: 0, groups: [{pattern: '*', lr: 1}]}\n", [], ["optim.lr", "above 0"]),
     "out of range": ("lora: {rank: 0}\n", [], ["lora.rank", "0", "≥ 1", "mine.yaml"]),
     "out of range, inside a list": ("data: {train: [{path: a, repeats: 0}]}\n", [], ["data.train.0.repeats", "≥ 1"]),

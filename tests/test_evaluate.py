@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -18,6 +19,7 @@ from transpixeler import checkpoint, cli, configfile, evaluate, heldout, objecti
 from transpixeler.config import Config
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.order import make_order
+from transpixeler.data.write import write_png
 from transpixeler.models.wan import WanModel
 from transpixeler.parallel import mesh as meshes
 from transpixeler.runtime import Runtime
@@ -218,6 +220,41 @@ def test_evaluations_of_a_sharded_pipeline_see_the_weights_of_the_moment(evaluat
             assert difference({name: at_start[name][kind]}, {name: at_start_there[name][kind]}) < 1e-6
     last = lines(spread_out)[-1]["eval"]["eval"]
     assert last["loss"] != last["loss_ema"]
+
+
+ONCE = ("train.max_steps=1", "eval.every_steps=1", "eval.every_epochs=0", "eval.before_first_step=false")
+
+
+def composites(demo: Path, output: Path, background: Path, *overrides: str) -> int:
+    """A training of one step whose videos are laid over a picture, as the command line ends it."""
+    words = [*TRAINS, *ONCE, "eval.samples=1", "sample.formats=[composite]", f"sample.background={background}"]
+    return cli.main(["train", str(demo / "config.yaml"), *words, f"output_dir={output}", *overrides])
+
+
+def test_a_background_that_cannot_be_read_is_told_before_the_first_step(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    assert composites(demo, tmp_path / "runs", tmp_path / "torn.png") == 2
+    assert "sample.background" in capsys.readouterr().err and not list((tmp_path / "runs").glob("*/metrics.jsonl"))
+    assert composites(demo, tmp_path / "runs", tmp_path / "torn.png", "eval.samples=0") == 0, "unused"
+
+
+def test_a_background_that_is_lost_later_costs_its_videos_alone(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, measure = tmp_path / "grey.png", heldout.Evaluator.samples
+    write_png(picture, np.full((16, 16, 3), 128, np.uint8))
+
+    def samples(evaluator: heldout.Evaluator, *where: Any) -> dict[str, dict[str, float]]:
+        picture.unlink()
+        return measure(evaluator, *where)
+
+    monkeypatch.setattr(heldout.Evaluator, "samples", samples)
+    assert composites(demo, tmp_path / "runs", picture) == 0
+    assert "grey.png is missing" in (tmp_path / "runs/latest/log.txt").read_text()
+    assert lines(tmp_path / "runs/latest")[-1]["eval"]["eval"]["metrics"]
+    assert not list(tmp_path.glob("runs/*/samples/*/*"))
 
 
 def test_matting_is_measured_against_the_clip_s_own_matte(evaluated: Path) -> None:

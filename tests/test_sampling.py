@@ -307,3 +307,14 @@ def test_a_mistake_is_one_clear_line(
     assert cli.main(["sample", *words, "--prompt", "x", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and said.startswith("transpixeler: ") and "\n" not in said.split("transpixeler: ")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [((), "set it to a picture"), (("--background", "nowhere.png"), "nowhere.png is missing")]
+)
+def test_a_missing_background_is_told_before_the_model_is_loaded(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(trained, "open_engine", None)
+    assert cli.main(["sample", str(run), "--prompt", "x", "--format", "composite", *words]) == 2
+    assert message in capsys.readouterr().err

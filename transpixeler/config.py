@@ -303,6 +303,8 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
     ):
         if empty:
             yield key, "an empty list leaves nothing to work on; leave the key out for its default"
+    if "composite" in config.sample.formats and len(config.streams) > 1 and not config.sample.background:
+        yield "sample.background", "set it to a picture or video, which the format composite lays samples over"
     if set("/\\") & set(config.run_name) or config.run_name in (".", "..", "latest"):
         yield "run_name", f"{config.run_name!r} is no plain name for a folder in output_dir"
     if config.hub.repo and not REPO.fullmatch(config.hub.repo):

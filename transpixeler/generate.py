@@ -22,7 +22,7 @@ from transpixeler.data import video
 from transpixeler.data.catalog import patch_of
 from transpixeler.data.media import BadMedia, Clip
 from transpixeler.data.prompts import negative_prompt, prompt_lines, read_prompts
-from transpixeler.data.rgba import write_sample
+from transpixeler.data.rgba import read_background, write_sample
 from transpixeler.models.base import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
@@ -54,6 +54,7 @@ def sample_command(source: Trained, runtime: Runtime, wish: Wish) -> list[Path]:
     source = replace(source, config=config)
     model_cls = model_class(config.model.family)
     shape = video_layout(config, model_cls)
+    check_background(config)
     prompts = _prompts(config.sample, wish)
     frames = Frames(model_cls, config.model.path, runtime.device)
     clips = _given_clips(config, wish)
@@ -110,13 +111,23 @@ def write_video(
     write_sample(
         folder / request.name,
         streams,
-        fps=Fraction(config.data.fps).limit_denominator(1001),
+        fps=_fps(config),
         formats=sample.formats,
         alpha_mode=sample.alpha_mode,
         background=sample.background,
         facts=settings(request, sample) | dict(facts),
     )
     return folder / request.name
+
+
+def check_background(config: Config) -> None:
+    """One that cannot be read is told before there is a video to lay over it."""
+    if "composite" in config.sample.formats and len(config.streams) > 1:
+        read_background(config.sample.background, fps=_fps(config), frames=1, height=UNIT, width=UNIT)
+
+
+def _fps(config: Config) -> Fraction:
+    return Fraction(config.data.fps).limit_denominator(1001)
 
 
 def settings(request: Request, sample: SampleConfig) -> dict[str, Any]:
@@ -181,7 +192,7 @@ def _given_clips(config: Config, wish: Wish) -> dict[int, Any]:
 def _read_clip(option: str, path: str, config: Config) -> Any:
     """The clip's beginning at the size that is sampled."""
     width, height, frames = video_size(config)
-    fps = Fraction(config.data.fps).limit_denominator(1001)
+    fps = _fps(config)
     try:
         there = video.probe(Path(path)).frames_at(fps)
         if there < frames:

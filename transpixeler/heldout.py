@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from transpixeler import generate, metrics, objective, sampling
-from transpixeler.config import Config
+from transpixeler.config import Config, UserError
 from transpixeler.data import video
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.fill import Fill
@@ -78,6 +78,8 @@ class Evaluator:
         patch = engine.models()[0].patch
         self.assembler = Assembler(data, patch=patch, text_len=self.model_cls.text_len) if data.items else None
         self.pieces = pieces(data, config)
+        if self.prompts or spread(self.pieces, config.eval.samples):  # as videos are made
+            generate.check_background(config)
         self._floors: dict[int, dict[str, float]] = {}  # by clip; it does not change as the model learns
 
     def _prompt_texts(self) -> dict[str | None, Tensor]:
@@ -211,7 +213,7 @@ class Evaluator:
     def _write(self, folder: Path, request: Request, streams: Mapping[str, np.ndarray], facts: Mapping) -> None:
         try:
             generate.write_video(folder, request, streams, self.config, facts)
-        except OSError as fault:  # the numbers stand, and training must not wait for a disk
+        except (OSError, UserError) as fault:  # the numbers stand; training waits for no disk and no lost background
             logger.error("%s was not written: %s", folder / request.name, fault)
 
 

@@ -185,15 +185,17 @@ _FORMATS: dict[str, tuple[str, Callable[[_Sample, Path], None]]] = {
 
 def _plate(sample: _Sample) -> Iterator[np.ndarray]:
     """The background at the sample's size and rate; a short one goes round."""
-    if not sample.background:
-        raise UserError("sample.background: set it to a picture or video, which the format composite lays samples over")
-    path = Path(sample.background)
     count, height, width, _ = sample.rgb.shape
+    plate = read_background(sample.background, fps=sample.fps, frames=count, height=height, width=width)
+    return (plate[number % len(plate)] for number in range(count))
+
+
+def read_background(background: str, *, fps: Fraction, frames: int, height: int, width: int) -> np.ndarray:
+    """uint8 [n,H,W,3]: its beginning, at most so many frames."""
+    path = Path(background)
     try:
-        media = video.probe(path)
-        length = min(count, media.frames_at(sample.fps))
-        clip = Clip(path.name, Fraction(0), length, sample.fps, height, width)
-        plate = video.read_frames(path, video.frame_numbers(path, clip), height=height, width=width)
+        length = min(frames, video.probe(path).frames_at(fps))
+        clip = Clip(path.name, Fraction(0), length, fps, height, width)
+        return video.read_frames(path, video.frame_numbers(path, clip), height=height, width=width)
     except BadMedia as fault:
         raise UserError(f"sample.background: {path} {fault}; give a picture or video that can be read") from None
-    return (plate[number % length] for number in range(count))

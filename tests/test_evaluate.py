@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,28 @@ def test_a_run_an_adapter_and_the_base_are_evaluated(
     assert of_run["eval"] == of_adapter["eval"] and of_run["eval"]["eval"]["loss"] != of_base["eval"]["eval"]["loss"]
     assert "loss at t" in table and "0.25" in table and f"{of_run['eval']['eval']['loss']['seg']['0.25']:.4f}" in table
     assert list((tmp_path / "run/samples").glob("*/seg.mp4"))
+
+
+def test_each_thing_that_is_evaluated_has_a_place_of_its_own(run: Path, tmp_path: Path) -> None:
+    one, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("one", "other"))
+    loose = [tmp_path / name / "mine.safetensors" for name in ("a", "b")]
+    for file in loose:
+        file.parent.mkdir()
+        shutil.copy(one / "step2/adapter_model.safetensors", file)
+    config = configfile.load(one / "config.yaml", [f"output_dir={tmp_path}"])
+    places = {
+        (one, None): "one/eval/step00000002",
+        (one, False): "one/eval/step00000002-raw",
+        (other / "step2", None): "other/eval/step00000002",
+        (other / "step2/adapter_model.safetensors", None): "other/eval/step00000002-raw",
+        (other / "step2/ema/adapter_model.safetensors", None): "other/eval/step00000002",
+        (loose[0], None): "eval/a-mine-safetensors",
+        (loose[1], None): "eval/b-mine-safetensors",
+    }
+    for (source, ema), place in places.items():
+        found = trained.find(str(source), config=config, ema=ema)
+        assert evaluate._default_folder(found) == tmp_path / place, source
+    assert evaluate._default_folder(trained.chosen(str(one), [], bare=True)) == one / "eval/base"
 
 
 def test_what_cannot_be_evaluated_is_one_clear_line(

@@ -98,7 +98,9 @@ def _add_eval(commands: Any) -> None:
     what.add_argument("--adapter", default="", metavar="PATH", help="evaluate this adapter")
     what.add_argument("--base", action="store_true", help="evaluate the base model, without any adapter")
     _add_ema(parser)
-    parser.add_argument("--out", default="", metavar="DIR", help="where to write (eval/ in the run's folder)")
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="where to write (RUN/eval/STEP, or STEP-raw for raw weights)"
+    )
 
 
 def _add_ema(parser: argparse.ArgumentParser) -> None:

@@ -62,11 +62,6 @@ class Told:
         return len(self.streams) == 1 and (self.trained.adapter is None or self.trained.adapter.is_plain)
 
 
-def run_of(save: Path) -> Path | None:
-    """The run's folder around a save; a file that was copied elsewhere has none."""
-    return next((folder for folder in save.resolve().parents[:2] if (folder / METRICS).is_file()), None)
-
-
 def gather(trained: Trained, run: Path | None, *, repo: str, base: str, fused: Sequence[str], license: str) -> Told:
     step = trained.step
     lines = [line for line in _lines(run) if step is None or line["step"] <= step]

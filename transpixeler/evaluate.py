@@ -179,8 +179,15 @@ def eval_command(source: Trained, runtime: Runtime, *, out: str = "", asked_layo
 
 
 def _default_folder(source: Trained) -> Path:
-    name = sample_folder(source.step) if source.step is not None else generate.named(Path(source.name).name)
-    return (source.run or Path(source.config.output_dir)) / "eval" / name
+    """A place of its own for all that can be evaluated: in its run by step, elsewhere by where it comes from."""
+    saved = Path(source.name)
+    if source.run is None:
+        name = generate.named("-".join(saved.parts[-2:]))
+    elif source.step is not None:
+        name = sample_folder(source.step)
+    else:
+        name = saved.parent.name if saved.name == trained.EMA else saved.name
+    return (source.run or Path(source.config.output_dir)) / "eval" / f"{name}{'-raw' if source.raw else ''}"
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -61,7 +61,7 @@ def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
     save = _save_of(found)
     base = terms.base or _base_of(found.config.model.path)
     fused = _without_folders(list(found.config.model.fuse))
-    told = card.gather(found, card.run_of(save), repo=terms.repo, base=base, fused=fused, license=terms.license)
+    told = card.gather(found, trained.run_of(save), repo=terms.repo, base=base, fused=fused, license=terms.license)
     files: dict[str, Path | bytes] = {**_weights(found, save, base), CONFIG: _config(found.config, base)}
     files |= {path: file for sample in told.samples for path, file in sample.files.items()}
     files[CARD] = card.write(told).encode()

@@ -21,6 +21,7 @@ from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.runs import CONFIG, LATEST
 from transpixeler.runtime import Runtime
+from transpixeler.telemetry import METRICS
 
 MODEL = "transformer"  # folder of a model that was trained in full
 EMA = "ema"
@@ -60,6 +61,7 @@ class Trained:
     adapter: Adapter | None = None  # of a model that was trained in full: its stream embeddings
     weights: Path | None = None  # of a model that was trained in full
     run: Path | None = None
+    raw: bool = False  # where averaged weights, which are taken unasked, stand beside
 
     @property
     def step(self) -> int | None:
@@ -114,10 +116,17 @@ def find(
     if config is None:
         config = _config_of(save, overrides)
     name = str(save) if Path(source).expanduser().exists() else source
+    run, folder = run or run_of(save), save if save.is_dir() else save.parent
+    raw = _is_save(folder / EMA)
     if (save / MODEL).is_dir():
         embeddings = adapters.read_adapter(save) if (save / ADAPTER_FILE).is_file() else None
-        return Trained(config, name, embeddings, weights=save / MODEL, run=run)
-    return Trained(config, name, adapters.read_adapter(save), run=run)
+        return Trained(config, name, embeddings, weights=save / MODEL, run=run, raw=raw)
+    return Trained(config, name, adapters.read_adapter(save), run=run, raw=raw)
+
+
+def run_of(save: Path) -> Path | None:
+    """The run's folder around a save; a file that was copied elsewhere has none."""
+    return next((folder for folder in save.resolve().parents[:3] if (folder / METRICS).is_file()), None)
 
 
 def locate(source: str, *, ema: bool | None = None) -> tuple[Path, Path | None]:

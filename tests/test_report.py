@@ -108,6 +108,15 @@ def test_all_of_a_run_is_gathered(run: Path) -> None:
     ]
 
 
+def test_a_video_that_was_deleted_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for file in [run / "samples/step00000030/000/seg.mp4", *run.glob("samples/step00000010/001/*.mp4")]:
+        file.unlink()
+    assert report.write_report(run).is_file()
+    shown = {(sample["step"], sample["name"]): sample["videos"] for sample in report.gather(run)["samples"]}
+    assert len(shown) == 5 and [*shown[30, "000"]] == ["rgb", "checkerboard"]
+
+
 def test_a_long_run_is_thinned_by_means_and_keeps_its_last_step() -> None:
     curves = report.thinned([{"step": n, "loss": float(n), "lr": math.nan, "samples": []} for n in range(1, 10_001)])
     assert len(curves["step"]) <= report.POINTS and curves["step"][-1] == 10_000

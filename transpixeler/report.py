@@ -146,7 +146,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _samples(run: Path) -> Iterator[dict[str, Any]]:
-    """Every sample of every step; videos of the latest steps are held by the page as far as they fit."""
+    """Every sample of every step that has videos left; those of the latest are held by the page as far as they fit."""
     left = EMBED_ALL
     for folder in sorted((run / SAMPLES).glob("step*/*/"), key=lambda folder: folder.as_posix(), reverse=True):
         facts = _json(folder / FACTS)
@@ -154,11 +154,12 @@ def _samples(run: Path) -> Iterator[dict[str, Any]]:
             continue
         videos = {}
         for name, file in facts["files"].items():
-            if file.endswith(".mp4"):
+            if file.endswith(".mp4") and (folder / file).is_file():
                 videos[name], used = _source(folder / file, run, left)
                 left -= used
         step = int(folder.parent.name.removeprefix("step"))
-        yield facts | {"name": folder.name, "step": step, "videos": videos}
+        if videos:
+            yield facts | {"name": folder.name, "step": step, "videos": videos}
 
 
 def _source(path: Path, run: Path, left: int) -> tuple[str, int]:

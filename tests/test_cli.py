@@ -45,6 +45,13 @@ def test_an_unknown_command_is_the_users_to_mend() -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--debug", "train", "no.yaml"], ["train", "no.yaml", "--debug"]])
+def test_debug_shows_the_traceback_as_well_and_stands_anywhere(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode == 2 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == "transpixeler: no.yaml: no such file"
+
+
 @pytest.mark.parametrize("words", [["--resume", "", "a.yaml"], ["a.yaml", "--resume", ""], ["--resume", "a.yaml"]])
 def test_resume_without_a_run_means_the_latest(words: list[str]) -> None:
     """A variable of a shell that is empty is an empty word."""

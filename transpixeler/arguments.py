@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Teaches a video diffusion transformer to generate an RGB video and its companion together.",
         epilog="Keys of a config: configs/reference.yaml. Any of them is set on the command line as a.b=value.",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake as well")
+    _add_debug(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     _add_demo(commands)
     _add_plan(commands)
@@ -36,7 +36,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, help: str, text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=help, description=text, formatter_class=_Help)
+    parser = commands.add_parser(name, help=help, description=text, formatter_class=_Help)
+    _add_debug(parser, default=argparse.SUPPRESS)  # which leaves what was said before the command
+    return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of a user's mistake as well", **options
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -298,3 +298,12 @@ def test_a_device_that_is_not_known_needs_its_numbers(demo: Path, capsys: pytest
     assert cli.main(command) == 2
     assert "--peak" in capsys.readouterr().err
     assert cli.main([*command, "--peak", "100", "--memory", "16"]) == 0
+
+
+def test_a_device_that_comes_in_several_sizes_has_the_one_that_its_name_tells() -> None:
+    def gib(device: str, memory: float = 0.0, peak: float = 0.0) -> float:
+        _, machine = plan.find_machine(Config(), gpus=1, memory=memory, device=device, peak=peak)
+        return machine.memory / plan.GIB
+
+    assert [gib(name) for name in ("a100", "A100-40GB", "NVIDIA A100-SXM4-40GB", "H100 80GB HBM3")] == [80, 40, 40, 80]
+    assert gib("A100-40GB", memory=20) == 20 and gib("gpu-96gb", peak=300) == 96

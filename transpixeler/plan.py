@@ -6,6 +6,7 @@ parameters, FLOPs, time and memory, and the layouts that fit a machine. No weigh
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -217,14 +218,21 @@ def find_machine(config: Config, *, gpus: int, memory: float, device: str, peak:
     here = torch.cuda.is_available() and not device
     asked = device or (torch.cuda.get_device_name() if here else ASSUMED)
     known = dict(telemetry.PEAKS)
+    memory = memory or _memory(asked, here=here)
     exact = [name for name in known if name.lower() == asked.lower()]
     name = next(iter([*exact, *(name for name in known if name.lower() in asked.lower())]), "")
     if not name and not (peak and memory):
         raise UserError(f"--device: {asked!r} is not known; give --peak TFLOPS and --memory GB, or one of {_listed()}")
     peak = peak or config.log.peak_tflops or known[name]
-    if here and not memory:  # one name may stand for several sizes
-        memory = torch.cuda.get_device_properties(0).total_memory / GIB
     return name or asked, Machine(gpus, (memory or DEVICE_MEMORY[name]) * GIB, 1e12 * peak)
+
+
+def _memory(asked: str, *, here: bool) -> float:
+    """GiB of the GPU that is here, or that a name such as A100-SXM4-40GB tells, as some come in several sizes; or 0."""
+    if here:
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    said = re.search(r"(\d+) ?GB", asked, re.IGNORECASE)
+    return float(said[1]) if said else 0.0
 
 
 def _listed() -> str:

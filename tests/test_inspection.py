@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transpixeler import cli
 from transpixeler.config import DataConfig, SourceConfig
-from transpixeler.data.write import write_mp4, write_webm_alpha
+from transpixeler.data.write import write_mp4, write_png, write_webm_alpha
 from transpixeler.inspection import FLAGS, Inspection, inspect_dataset
 
 STREAMS = {"rgb": "", "seg": "_seg"}
@@ -49,7 +50,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     (folder / "cut.mp4").write_bytes(data)
     (folder / "cut_seg.mp4").write_bytes(data[:900])
     (folder / "cut.txt").write_text("cut short")
-    return inspect_dataset([SourceConfig(str(folder))], root / "out" / "page.html", streams=STREAMS, data=DATA)
+    sources = [SourceConfig(str(folder))]
+    return inspect_dataset(sources, root / "out" / "page.html", streams=STREAMS, data=DATA, seed=0)
 
 
 def test_each_flag_is_raised_where_it_belongs_and_nowhere_else(report: Inspection) -> None:
@@ -85,9 +87,31 @@ def test_an_rgba_source_is_shown_with_both_streams(tmp_path: Path) -> None:
     write_webm_alpha(tmp_path / "set" / "a.webm", frames, fps=Fraction(16))
     (tmp_path / "set" / "a.txt").write_text("a disc")
     source = SourceConfig(str(tmp_path / "set"), rgba=True)
-    report = inspect_dataset([source], tmp_path / "page.html", streams=STREAMS, data=DATA)
+    report = inspect_dataset([source], tmp_path / "page.html", streams=STREAMS, data=DATA, seed=0)
     assert report.samples == 1 and not any(count for _, count in report.flags)
     assert "figcaption>cut out<" in report.page.read_text()
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of eight pairs of one picture each."""
+    folder = tmp_path_factory.mktemp("stills") / "set"
+    for number in range(8):
+        for suffix in STREAMS.values():
+            write_png(folder / f"{number}{suffix}.png", np.full((64, 64, 3), 20 * number, np.uint8))
+        (folder / f"{number}.txt").write_text("a still")
+    return folder
+
+
+def test_clips_are_counted_as_the_config_s_seed_deals_them(
+    stills: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["data.sizes=[[64,64,1],[32,32,1]]", "data.buckets=[{size: [64,64,1], keep: 0.5}]"]
+    counts = set()
+    for seed in range(6):
+        assert cli.main(["inspect", str(stills), *words, f"seed={seed}", "--out", str(tmp_path / "page.html")]) == 0
+        counts.add(tuple(re.findall(r"×1: (\d+)", capsys.readouterr().out)))
+    assert len(counts) > 1 and all(sum(map(int, found)) == 8 for found in counts)
 
 
 def browse(page: Path, *arguments: str) -> str:

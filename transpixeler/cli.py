@@ -214,7 +214,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from transpixeler import inspection
 
     sources = (*config.data.train, *config.data.eval)
-    found = inspection.inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data)
+    found = inspection.inspect_dataset(
+        sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed
+    )
     print("\n".join(found.lines()))
     return 2 if found.bad else 0
 

@@ -83,7 +83,7 @@ def inspect_dataset(
     data: DataConfig,
     vae_stride: tuple[int, int, int] = (4, 8, 8),
     patch: tuple[int, int, int] = (1, 2, 2),
-    seed: int = 0,
+    seed: int,
 ) -> Inspection:
     """Opens and judges every sample, and writes the page; bad samples never stop it."""
     found = scan(sources, streams, replace(data, on_bad="skip"))

@@ -5,9 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from transpixeler import cli
+from transpixeler.data.write import write_png
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,6 +63,9 @@ def test_resume_without_a_run_means_the_latest(words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["it's here", 'say "so"', "a\\b", "größe: 3", "#1 {x}, [y]", "😀"])
 def test_inspect_takes_a_folder_of_any_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / name).mkdir()
-    assert cli.main(["inspect", str(tmp_path / name), "--out", str(tmp_path / "page.html")]) == 0
-    assert "0 samples can be used, 0 cannot" in capsys.readouterr().out
+    for file in ("a.png", "a_seg.png"):
+        write_png(tmp_path / name / file, np.zeros((64, 64, 3), np.uint8))
+    (tmp_path / name / "a.txt").write_text("a still")
+    words = ["inspect", str(tmp_path / name), "data.resolutions=[64]", "--out", str(tmp_path / "page.html")]
+    assert cli.main(words) == 0
+    assert "1 samples can be used, 0 cannot" in capsys.readouterr().out

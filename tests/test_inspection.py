@@ -114,6 +114,21 @@ def test_clips_are_counted_as_the_config_s_seed_deals_them(
     assert len(counts) > 1 and all(sum(map(int, found)) == 8 for found in counts)
 
 
+def test_data_of_which_nothing_can_be_used_are_the_users_to_mend(
+    stills: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "none.yaml").write_text("seed: 1\n")
+    words = ["--out", str(tmp_path / "page.html")]
+    assert cli.main(["inspect", str(tmp_path / "empty"), "streams.alpha=_a", *words]) == 2
+    assert "expected NAME.mp4, NAME_seg.mp4, NAME_a.mp4 and NAME.txt in a folder" in capsys.readouterr().out
+    assert cli.main(["inspect", str(stills), "data.frames=[33]", *words]) == 2
+    said = capsys.readouterr().out
+    assert "8 samples can be used" in said and "0 clips in 0 buckets" in said and "expected" not in said
+    assert cli.main(["inspect", str(tmp_path / "none.yaml"), *words]) == 2
+    assert "none.yaml names no data" in capsys.readouterr().err
+
+
 def browse(page: Path, *arguments: str) -> str:
     quiet = [
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),

@@ -214,11 +214,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from transpixeler import inspection
 
     sources = (*config.data.train, *config.data.eval)
+    if not sources:
+        raise UserError(f"data.train: {arguments.dataset} names no data; set it to a folder of pairs or a manifest")
     found = inspection.inspect_dataset(
         sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed
     )
     print("\n".join(found.lines()))
-    return 2 if found.bad else 0
+    return 2 if found.bad or not found.buckets else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -61,10 +61,13 @@ class Inspection:
     buckets: tuple[tuple[Bucket, int], ...]
     flags: tuple[tuple[str, int], ...]
     page: Path
+    expected: str  # the files that make a sample
 
     def lines(self) -> Iterator[str]:
         """The same as the page, without its pictures."""
         yield f"{self.samples} samples can be used, {len(self.bad)} cannot"
+        if not self.samples:
+            yield f"expected {self.expected}"
         yield from (f"  {bad.id}: {bad.reason} ({bad.path})" for bad in self.bad)
         yield f"{sum(count for _, count in self.buckets)} clips in {len(self.buckets)} buckets"
         yield from (f"  {bucket}: {count}" for bucket, count in self.buckets)
@@ -96,10 +99,15 @@ def inspect_dataset(
     buckets = sorted(Counter(bucket for bucket, _ in assigned.clips).items(), key=lambda item: item[0], reverse=True)
     counts = Counter(flag for card in cards for flag in card.flags)
     flags = tuple((flag, counts[flag]) for flag in FLAGS)
-    report = Inspection(len(cards), bad, assigned.dropped, tuple(buckets), flags, page)
+    report = Inspection(len(cards), bad, assigned.dropped, tuple(buckets), flags, page, _expected(streams))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(_page(report, cards, sources), encoding="utf-8")
     return report
+
+
+def _expected(streams: Mapping[str, str]) -> str:
+    videos = ", ".join(f"NAME{suffix}.mp4" for suffix in streams.values())
+    return f"{videos} and NAME.txt in a folder, or a manifest of such files; endings of other videos and images will do"
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------

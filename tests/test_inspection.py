@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transpixeler import cli
+from transpixeler import cli, inspection
 from transpixeler.config import DataConfig, SourceConfig
 from transpixeler.data.write import write_mp4, write_png, write_webm_alpha
 from transpixeler.inspection import FLAGS, Inspection, inspect_dataset
@@ -127,6 +127,20 @@ def test_data_of_which_nothing_can_be_used_are_the_users_to_mend(
     assert "8 samples can be used" in said and "0 clips in 0 buckets" in said and "expected" not in said
     assert cli.main(["inspect", str(tmp_path / "none.yaml"), *words]) == 2
     assert "none.yaml names no data" in capsys.readouterr().err
+
+
+def test_a_page_goes_into_a_folder_and_a_place_that_takes_none_is_told_before_the_work(
+    stills: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["inspect", str(stills), "data.resolutions=[64]", "--out"]
+    assert cli.main([*words, str(tmp_path)]) == 0
+    assert (tmp_path / "inspect.html").stat().st_size > 1000
+    assert cli.main([*words, str(tmp_path / "new/folder/page.html")]) == 0
+    assert (tmp_path / "new/folder/page.html").is_file()
+    monkeypatch.setattr(inspection, "scan", None)
+    for place in (tmp_path / "inspect.html/page.html", tmp_path / ("x" * 300), Path("/proc/page.html")):
+        assert cli.main([*words, str(place)]) == 2
+        assert f"--out: {place} cannot be written" in capsys.readouterr().err
 
 
 def browse(page: Path, *arguments: str) -> str:

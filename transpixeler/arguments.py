@@ -147,7 +147,7 @@ def _add_inspect(commands: Any) -> None:
     parser = _add(commands, "inspect", "find every bad pair, and see the good ones", text)
     parser.add_argument("dataset", metavar="DATASET", help="a folder of pairs, a manifest, or a config")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set, such as data.fill=black")
-    parser.add_argument("--out", default="inspect.html", metavar="PAGE", help="where to write (inspect.html)")
+    parser.add_argument("--out", default="inspect.html", metavar="PAGE", help="a file or a folder (inspect.html)")
 
 
 def _add_export(commands: Any) -> None:

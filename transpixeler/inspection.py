@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.config import DataConfig, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket, assign
 from transpixeler.data.candidate import BadSample
 from transpixeler.data.fill import Fill
@@ -26,6 +27,7 @@ from transpixeler.data.media import BadMedia
 from transpixeler.data.pairs import Sample, scan
 from transpixeler.data.video import read_frames, read_rgba
 
+PAGE = "inspect.html"
 FLAGS = {
     "blank alpha": "the matte shows nothing in any frame that was looked at",
     "all opaque": "the matte hides nothing, so there is nothing to learn from it",
@@ -80,7 +82,7 @@ class Inspection:
 
 def inspect_dataset(
     sources: Sequence[SourceConfig],
-    page: Path,
+    out: Path,
     *,
     streams: Mapping[str, str],
     data: DataConfig,
@@ -88,7 +90,8 @@ def inspect_dataset(
     patch: tuple[int, int, int] = (1, 2, 2),
     seed: int,
 ) -> Inspection:
-    """Opens and judges every sample, and writes the page; bad samples never stop it."""
+    """Opens and judges every sample, and writes the page, in `out` where that is a folder; no bad sample stops it."""
+    page = _page_at(out)
     found = scan(sources, streams, replace(data, on_bad="skip"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         judged = list(pool.map(lambda sample: _card(sample, data), found.samples))
@@ -103,6 +106,17 @@ def inspect_dataset(
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(_page(report, cards, sources), encoding="utf-8")
     return report
+
+
+def _page_at(out: Path) -> Path:
+    """Told before the work: a place where no page can be written."""
+    try:
+        page = out / PAGE if out.is_dir() else out
+        there = next(place for place in (page, *page.parents) if place.exists())
+        with there.open("ab") if there == page else tempfile.TemporaryFile(dir=there):
+            return page
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror}; name another place") from None
 
 
 def _expected(streams: Mapping[str, str]) -> str:

@@ -250,10 +250,9 @@ def test_one_file_with_alpha_gives_both_streams_and_its_fill_policy_counts(
     assert pair == same  # where no file has alpha there is nothing to fill
 
 
-def test_only_animations_without_delays_have_keys_of_their_own(tmp_path: Path) -> None:
+def test_only_animated_images_have_keys_of_their_own(tmp_path: Path) -> None:
     """They were once cut otherwise; what was encoded of all other files stays valid."""
     (tmp_path / "folder").mkdir()
-    (tmp_path / "a.webp").touch()
 
     def key(name: str, fps: int) -> str:
         media = Media(9, 32, 32, Fraction(fps), Fraction(9, fps) if fps else Fraction(0), alpha=False)
@@ -261,8 +260,9 @@ def test_only_animations_without_delays_have_keys_of_their_own(tmp_path: Path) -
         clip = Clip("a", Fraction(1, 8), 5, Fraction(16), 32, 32)
         return latent_keys(sample, clip, digests={tmp_path / name: "f" * 64}, fill=KEEP, vae="v")["rgb"].hex()
 
-    assert key("a.webp", 25) == key("folder", 0) == "17e1a5c77a86ac3245011581b1d5cbee"
-    assert key("a.webp", 0) != key("folder", 0)
+    assert key("a.mp4", 25) == key("folder", 0) == "17e1a5c77a86ac3245011581b1d5cbee"
+    assert key("a.webp", 0) == "35e95171dc090537258d54332b93eb8f"
+    assert len({key("a.mp4", 25), key("a.webp", 0), key("a.webp", 25)}) == 3
 
 
 def test_other_weights_encode_anew_beside_the_old(model: Path, tmp_path: Path, counted: Counted) -> None:

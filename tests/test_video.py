@@ -1,5 +1,6 @@
 """Exactly the wanted frames, of any file, in the same place for every stream."""
 
+import itertools
 import subprocess
 import sys
 from fractions import Fraction
@@ -340,6 +341,22 @@ def test_an_animation_without_delays_is_taken_frame_by_frame(ending: str, tmp_pa
     clip = clip_of(5, start=Fraction(2, 16), height=HEIGHT, width=WIDTH)
     for frames in decode_pair(pair(path, path), clip).values():
         assert marks(frames) == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("fps", [12, 16, 24, 30, 60])
+@pytest.mark.parametrize("ending", ["webp", "png"])
+def test_an_animation_at_its_own_rate_shows_each_frame_once(ending: str, fps: int, tmp_path: Path) -> None:
+    """WebP counts in milliseconds, APNG in fractions of a second."""
+    path, count = tmp_path / f"a.{ending}", 100
+    ends = [Fraction(1000 * k, fps) if ending == "png" else round(Fraction(1000 * k, fps)) for k in range(count + 1)]
+    first, *rest = (Image.fromarray(marked(number)) for number in range(count))
+    delays = [float(after - before) for before, after in itertools.pairwise(ends)]
+    first.save(path, save_all=True, append_images=rest, duration=delays, lossless=True)
+    media = probe(path)
+    assert media.frames == media.frames_at(Fraction(fps)) == count and abs(media.fps / fps - 1) < 1e-3
+    assert frame_numbers(path, clip_of(count, fps=fps)) == tuple(range(count))
+    start = Fraction(7, fps)
+    assert frame_numbers(path, clip_of(20, start=start, fps=fps)) == tuple(range(7, 27))
 
 
 @pytest.mark.parametrize("policy", ["keep", "black", "color", "extend"])

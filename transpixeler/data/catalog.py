@@ -19,7 +19,7 @@ from transpixeler.data.buckets import Bucket, assign
 from transpixeler.data.dataset import Item
 from transpixeler.data.fill import Fill
 from transpixeler.data.fingerprint import FileHashes
-from transpixeler.data.media import Clip, files_of
+from transpixeler.data.media import IMAGE_ENDINGS, Clip, files_of
 from transpixeler.data.pairs import Sample, scan, source_names
 from transpixeler.data.probes import Probes
 from transpixeler.data.prompts import sampled_texts
@@ -210,11 +210,13 @@ def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill
 
 
 def _rate(sample: Sample, clip: Clip) -> str:
-    """Animations without delays were once cut otherwise, so that what was encoded of them is not found again."""
+    """Animated images were once cut otherwise, so that what was encoded of them is not found again."""
     if clip.frames == 1:
         return "still"
-    counted = not sample.media.fps and not sample.paths[0][1].is_dir()
-    return f"{clip.fps}, counted" if counted else str(clip.fps)
+    first = sample.paths[0][1]
+    if first.suffix.lower() not in IMAGE_ENDINGS or first.is_dir():
+        return str(clip.fps)
+    return f"{clip.fps}, {'timed' if sample.media.fps else 'counted'}"
 
 
 def text_key(caption: str, encoder: str) -> bytes:

@@ -20,7 +20,7 @@ from transpixeler.data.video import probe
 
 logger = logging.getLogger("transpixeler")
 NAME = "probes.tsv"
-VERSION = 2  # raised when probing gives other values
+VERSION = 3  # raised when probing gives other values
 Stamp = tuple[int, int]  # size, time of change
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transpixeler.data.media import BadMedia, Clip, Media, check_size, files_of, numbers_of, reasons
+from transpixeler.data.media import SLACK, BadMedia, Clip, Media, check_size, files_of, numbers_of, reasons
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 ANIMATED = ("WEBP", "PNG")  # a TIFF's pages are no film
 ORIENTATION = 0x0112
+LARGEST_DENOMINATOR = 65535  # of an APNG's delays, which are fractions that Pillow gives as floats
 
 
 def probe(path: Path) -> Media:
@@ -35,7 +37,7 @@ def probe(path: Path) -> Media:
         if len(files) > 1 or path.is_dir():
             return Media(len(files), height, width, Fraction(0), Fraction(0), alpha)
         ends = _ends(image)
-    duration = Fraction(ends[-1], 1000)
+    duration = ends[-1] / 1000
     return Media(len(ends), height, width, len(ends) / duration if duration else Fraction(0), duration, alpha)
 
 
@@ -47,8 +49,8 @@ def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
         ends = _ends(image)
     if not ends[-1]:  # an animation without delays has no time, as a folder has none
         return tuple(min(len(ends) - 1, first + k) for k in range(clip.frames))
-    moments = (int((clip.start + k / clip.fps) * 1000) for k in range(clip.frames))
-    return tuple(min(len(ends) - 1, int(np.searchsorted(ends, moment, side="right"))) for moment in moments)
+    moments = ((clip.start + k / clip.fps + SLACK) * 1000 for k in range(clip.frames))
+    return tuple(min(len(ends) - 1, bisect.bisect_right(ends, moment)) for moment in moments)
 
 
 def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
@@ -94,13 +96,13 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _ends(image: Image.Image) -> list[int]:
+def _ends(image: Image.Image) -> list[Fraction]:
     """When each frame of an animation ends, in milliseconds; a still has one frame and no time."""
-    ends, now = [], 0
+    ends, now = [], Fraction(0)
     for number in range(image.n_frames if image.format in ANIMATED else 1):
         image.seek(number)
         image.load()
-        now += int(image.info.get("duration", 0))
+        now += Fraction(float(image.info.get("duration", 0))).limit_denominator(LARGEST_DENOMINATOR)
         ends.append(now)
     return ends
 

@@ -1,6 +1,7 @@
 """What is encoded stays encoded: the cache follows the data and the weights, and nothing else."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -395,6 +396,38 @@ def test_a_clip_that_gives_no_finite_latent_is_skipped_in_both_sets(
         assert "not finite when its seg stream is encoded" in one.skipped[0][1]
     with pytest.raises(UserError, match=r"not finite.*data\.on_bad"):
         run(dataclasses.replace(setup, data=dataclasses.replace(setup.data, on_bad="error")))
+
+
+def damage_packet(path: Path, number: int) -> None:
+    import av
+
+    with av.open(path) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    position, size = packets[number]
+    data = bytearray(path.read_bytes())
+    data[position : position + size] = bytes([255]) * size
+    path.write_bytes(data)
+
+
+def _kept(rank: int, world_size: int, setup: Config) -> tuple[list[str], list[tuple[str, str]]]:
+    data = encode_missing(setup, WanModel, Runtime(rank, world_size, rank, torch.device("cpu"))).train
+    assert not data.cache.missing([key for item in data.items for key in item.latent_keys])
+    return [item.caption for item in data.items], [*data.skipped]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_damaged_companion_drops_its_own_pair_alone(model: Path, tmp_path: Path, world_size: int) -> None:
+    """The pair that was to encode the RGB of all is the one that cannot."""
+    for number, name in enumerate(("v", "m1", "m2", "m3")):
+        write_mp4(tmp_path / f"{name}.mp4", [picture(number + 100 * k) for k in range(5)], fps=Fraction(16))
+    damage_packet(tmp_path / "m1.mp4", 2)
+    rows = [{"rgb": "v.mp4", "seg": f"m{n}.mp4", "text": f"mask {n}"} for n in (1, 2, 3)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    setup = config(model, tmp_path / "l.jsonl")
+    results = run_ranks(_kept, world_size, setup) if world_size > 1 else [_kept(0, 1, setup)]
+    for captions, ((name, reason),) in results:
+        assert captions == ["mask 2", "mask 3"] and name.startswith("l/v@")
+        assert reason.startswith(f"its seg file {tmp_path / 'm1.mp4'}: ")
 
 
 def test_no_source_is_the_users_to_mend(model: Path) -> None:

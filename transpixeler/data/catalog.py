@@ -32,14 +32,15 @@ HASHING_THREADS = 8
 
 @dataclass(frozen=True)
 class ClipJob:
-    """One clip and the streams of it that are to be encoded."""
+    """One clip and the streams of it that are to be encoded: all, or those whose records are missing."""
 
     id: str
     sample: Sample
     clip: Clip
     bucket: Bucket
     folder: Path
-    keys: Mapping[str, bytes]  # by stream
+    latent_keys: tuple[bytes, ...]  # one a stream
+    keys: Mapping[str, bytes]  # by stream, of those that are to be encoded
 
     @property
     def cost(self) -> int:
@@ -97,7 +98,7 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
         for source, job in jobs:
             caption = job.sample.caption
             text = TextJob(text_key(model_cls.clean_caption(caption), texts_with), caption, job.folder)
-            clips.setdefault(tuple(job.keys.values()), job)
+            clips.setdefault(job.latent_keys, job)
             texts.setdefault(text.key, text)
             item = _item(job, text, source, names[job.sample.source])
             found.append(replace(item, origin=(job.sample, job.clip)) if name == "eval" else item)
@@ -126,7 +127,7 @@ def _item(job: ClipJob, text: TextJob, source: SourceConfig, name: str) -> Item:
         sample_id=job.sample.id,
         caption=text.caption,
         bucket=job.bucket,
-        latent_keys=tuple(job.keys.values()),
+        latent_keys=job.latent_keys,
         text_key=text.key,
         repeats=source.repeats,
         source=name,
@@ -159,7 +160,7 @@ def _clip_jobs(
     for bucket, clip in assigned.clips:
         sample = samples[clip.sample_id]
         keys = latent_keys(sample, clip, digests=digests, fill=fill, vae=vae)
-        job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], keys)
+        job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys)
         jobs.append((sources[sample.source], job))
     bad = tuple((sample.id, sample.reason) for sample in found.bad)
     return jobs, (*bad, *assigned.dropped)

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +43,7 @@ KINDS_SHOWN = 10  # kinds of reasons why samples were skipped
 TEXTS_AT_ONCE = 16  # written together, so that a disk is asked to sync once for all
 DTYPE = torch.bfloat16
 Job = TypeVar("Job", ClipJob, TextJob)
+Keys = tuple[bytes, ...]  # of all streams of a clip
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Work:
 class Outcome:
     """What one rank did."""
 
-    bad: dict[bytes, str] = field(default_factory=dict)  # key: why there is no such record
+    bad: dict[Keys, str] = field(default_factory=dict)  # why a clip with these latents cannot be used
     bytes: int = 0
     records: int = 0
     fault: Exception | None = None
@@ -67,29 +68,29 @@ def encode_missing(config: Config, model_cls: type[VideoModel], runtime: Runtime
     """The train and eval sets of a config, with every record in the cache."""
     with _talking(runtime) as ranks:
         found, work = ranks.from_main(partial(_survey, config, model_cls))
-        outcome, own = Outcome(), None
-        try:
-            _encode(config, model_cls, runtime, work, outcome)
-        except Exception as fault:  # told to all ranks first, so that none waits for this one
-            own, outcome.fault = fault, _told(fault, runtime.rank)
-        outcomes = ranks.gather(outcome)
-    if own is not None:
-        raise own
-    for other in outcomes:
-        if other.fault is not None:
-            raise other.fault
-    bad = {key: reason for other in outcomes for key, reason in other.bad.items()}
+        outcomes: list[Outcome] = []
+        bad: dict[Keys, str] = {}
+        while work.clips or work.texts:
+            done = _encode_on_all(config, model_cls, ranks, work)
+            outcomes += done
+            fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
+            if not fresh:
+                break
+            bad |= fresh  # what they were to encode for others as well, another has to
+            work = ranks.from_main(partial(missing_work, found, without=bad))
     datasets = _datasets(config, found, bad)
     if runtime.is_main:
         _summarise(datasets, outcomes)
     return datasets
 
 
-def missing_work(found: Catalog, cache: Cache) -> Work:
+def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
     """The jobs that lack a record, each with only the streams that lack one."""
-    absent = set(cache.missing([*(key for job in found.clips for key in job.keys.values())]))
+    cache = Cache(*found.folders)
+    jobs = [job for job in found.clips if job.latent_keys not in without]
+    absent = set(cache.missing([*(key for job in jobs for key in job.keys.values())]))
     clips: list[ClipJob] = []
-    for job in found.clips:
+    for job in jobs:
         keys = {stream: key for stream, key in job.keys.items() if key in absent}
         absent.difference_update(keys.values())  # the same content twice is encoded once
         if keys:
@@ -112,7 +113,22 @@ def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
 
 def _survey(config: Config, model_cls: type[VideoModel]) -> tuple[Catalog, Work]:
     found = catalog(config, model_cls)
-    return found, missing_work(found, Cache(*found.folders))
+    return found, missing_work(found)
+
+
+def _encode_on_all(config: Config, model_cls: type[VideoModel], ranks: _Ranks, work: Work) -> list[Outcome]:
+    outcome, own = Outcome(), None
+    try:
+        _encode(config, model_cls, ranks.runtime, work, outcome)
+    except Exception as fault:  # told to all ranks first, so that none waits for this one
+        own, outcome.fault = fault, _told(fault, ranks.runtime.rank)
+    outcomes = ranks.gather(outcome)
+    if own is not None:
+        raise own
+    for other in outcomes:
+        if other.fault is not None:
+            raise other.fault
+    return outcomes
 
 
 # --- one rank's share ------------------------------------------------------------------------------------------------
@@ -147,8 +163,8 @@ def _encode_clips(
             except BadMedia as reason:
                 if config.data.on_bad == "error":
                     raise UserError(f"{job.id}: {reason}; mend it or set data.on_bad=skip") from reason
-                logger.warning("%s is skipped: it %s", job.id, reason)
-                writers.outcome.bad.update(dict.fromkeys(job.keys.values(), str(reason)))
+                logger.warning("%s is skipped: %s", job.id, reason)
+                writers.outcome.bad[job.latent_keys] = str(reason)
             else:
                 records = [Record("latent", key, latents[stream].to(DTYPE)) for stream, key in job.keys.items()]
                 writers.put(job.folder, records)
@@ -161,7 +177,7 @@ def _check(latents: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
     for stream, latent in latents.items():
         assert latent.shape == shape, (stream, latent.shape, shape)
         if not latent.isfinite().all():
-            raise BadMedia(f"gives values that are not finite when its {stream} stream is encoded")
+            raise BadMedia(f"it gives values that are not finite when its {stream} stream is encoded")
 
 
 def _encode_texts(
@@ -303,11 +319,11 @@ def _talking(runtime: Runtime) -> Iterator[_Ranks]:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def _datasets(config: Config, found: Catalog, bad: dict[bytes, str]) -> Datasets:
+def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datasets:
     cache = Cache(*found.folders)
     sets = {}
     for name, items in found.items.items():
-        reasons = {item.id: bad[key] for item in items for key in item.latent_keys if key in bad}
+        reasons = {item.id: bad[item.latent_keys] for item in items if item.latent_keys in bad}
         kept = tuple(item for item in items if item.id not in reasons)
         keys = [key for item in kept for key in (*item.latent_keys, item.text_key)]
         if absent := cache.missing([*keys, found.empty_text_key]):

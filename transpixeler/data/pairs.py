@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,9 +171,22 @@ def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int =
     `fill` rules the RGB of rgba samples; `threads` is the number of decoder threads, 0 for all cores.
     Raises BadMedia where a file breaks off inside the clip.
     """
-    first = sample.paths[0][1]
-    numbers = frame_numbers(first, clip)
+    first, path = sample.paths[0]
     size = {"height": clip.height, "width": clip.width, "threads": threads}
-    if sample.rgba:
-        return dict(zip(dict(sample.paths), read_rgba(first, numbers, fill=fill, **size)))
-    return {stream: read_frames(path, numbers, **size) for stream, path in sample.paths}
+    with _blamed_on(first, path):
+        numbers = frame_numbers(path, clip)
+        if sample.rgba:
+            return dict(zip(dict(sample.paths), read_rgba(path, numbers, fill=fill, **size)))
+    decoded = {}
+    for stream, path in sample.paths:
+        with _blamed_on(stream, path):
+            decoded[stream] = read_frames(path, numbers, **size)
+    return decoded
+
+
+@contextmanager
+def _blamed_on(stream: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BadMedia as error:
+        raise BadMedia(f"its {stream} file {path}: {error}") from error

@@ -314,6 +314,17 @@ def test_manifests_name_the_files_of_each_stream(ending: str, clip: Path, tmp_pa
     assert "no path in column 'seg'" in told
 
 
+def test_repeats_of_a_video_take_no_other_samples_id(tmp_path: Path) -> None:
+    names = ["clip", "clip", "clip~2", "clip", "clip~2", "clip~4", "clip"]
+    for name in set(names):
+        Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / f"{name}.png")
+    rows = [{"rgb": f"{name}.png", "seg": f"{name}.png", "text": str(n)} for n, name in enumerate(names)]
+    write_rows(tmp_path / "l.jsonl", rows)
+    captions = {sample.id: sample.caption for sample in found(tmp_path / "l.jsonl").samples}
+    ids = ["clip", "clip~2", "clip~2~2", "clip~3", "clip~2~3", "clip~4", "clip~5"]
+    assert captions == {f"l/{name}": str(n) for n, name in enumerate(ids)}
+
+
 def test_a_manifest_may_name_streams_by_their_own_names(clip: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "l.jsonl", [{"rgb": str(clip), "seg": str(clip), "text": "absolute paths"}])
     assert len(found(tmp_path / "l.jsonl").samples) == 1

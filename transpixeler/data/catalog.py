@@ -153,6 +153,7 @@ def _clip_jobs(
     )
     folders = [cache_folder(source, config) for source in sources]
     samples = {sample.id: sample for sample in found.samples}
+    assert len(samples) == len(found.samples), "two samples share an id"
     used = [samples[name] for name in dict.fromkeys(clip.sample_id for _, clip in assigned.clips)]
     digests = _digests(used, folders, hashes)
     fill = Fill.of(config.data)

@@ -24,18 +24,11 @@ def manifest_candidates(
     path: Path, name: str, streams: Iterable[str], *, rgba: bool
 ) -> Iterator[Candidate | BadSample]:
     """A candidate a row; a row that cannot be one is named by its number."""
-    streams, taken = tuple(streams), {}
+    streams = tuple(streams)
     for number, row in rows(path):
         where = f"{path}:{number}"
         found = row if isinstance(row, str) else _candidate(row, path.parent, name, streams, rgba=rgba)
-        if isinstance(found, str):
-            yield BadSample(f"{name}/row {number}", where, found)
-            continue
-        taken[found.id] = taken.get(found.id, 0) + 1
-        if taken[found.id] == 1:
-            yield found
-        else:  # one video with several captions
-            yield Candidate(f"{found.id}~{taken[found.id]}", found.paths, found.caption, found.declared)
+        yield BadSample(f"{name}/row {number}", where, found) if isinstance(found, str) else found
 
 
 def _candidate(

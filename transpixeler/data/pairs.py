@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,10 +54,10 @@ def scan(
     """Opens every file once; nothing is dropped without a reason."""
     samples: list[Sample] = []
     bad: list[BadSample] = []
-    names = source_names(sources)
+    names, taken = source_names(sources), {}
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         for index, source in enumerate(sources):
-            offered = _offered(source, names[index], streams)
+            offered = _distinct(_offered(source, names[index], streams), taken)
             while window := list(itertools.islice(offered, WINDOW)):
                 for found in pool.map(partial(examined, source=index, rgba=source.rgba, probe=probe), window):
                     (samples if isinstance(found, Sample) else bad).append(found)
@@ -96,6 +96,22 @@ def _offered(source: SourceConfig, name: str, streams: Mapping[str, str]) -> Ite
     if path.suffix.lower() not in MANIFEST_ENDINGS:
         raise UserError(f"{path}: a source is a folder or a manifest ({', '.join(MANIFEST_ENDINGS)})")
     return manifest_candidates(path, name, streams, rgba=source.rgba)
+
+
+def _distinct(offered: Iterable[Candidate | BadSample], taken: dict[str, int]) -> Iterator[Candidate | BadSample]:
+    """One video with several captions is several samples: the second `clip` is `clip~2`, unless that is a name too."""
+    for found in offered:
+        yield replace(found, id=_free(found.id, taken)) if isinstance(found, Candidate) else found
+
+
+def _free(name: str, taken: dict[str, int]) -> str:
+    """`taken` says for each id up to which number its repeats were counted, so that no number is tried twice."""
+    free = name
+    while free in taken:
+        taken[name] += 1
+        free = f"{name}~{taken[name]}"
+    taken[free] = 1
+    return free
 
 
 def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: Probe = probe) -> Sample | BadSample:

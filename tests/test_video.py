@@ -359,6 +359,22 @@ def test_an_animation_at_its_own_rate_shows_each_frame_once(ending: str, fps: in
     assert frame_numbers(path, clip_of(20, start=start, fps=fps)) == tuple(range(7, 27))
 
 
+@pytest.mark.parametrize("ending", ["webp", "png"])
+def test_an_animation_is_opened_once_for_a_clip_and_once_for_its_times(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{ending}"
+    write_animation(path, [ghost(number) for number in range(12)])
+    alone = np.concatenate([read_frames(path, [number], height=64, width=96) for number in range(12)])
+    opened, whole = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **more: opened.append(args) or whole(*args, **more))
+    for start in range(4):
+        numbers = frame_numbers(path, clip_of(5, start=Fraction(start, 25), fps=25))
+        assert numbers == tuple(range(start, start + 5))
+        assert np.array_equal(read_frames(path, numbers, height=64, width=96), alone[start : start + 5])
+    assert len(opened) == 1 + 4
+
+
 @pytest.mark.parametrize("policy", ["keep", "black", "color", "extend"])
 def test_what_is_hidden_follows_the_fill_policy(policy: str, tmp_path: Path) -> None:
     write_png_sequence(tmp_path / "a", [ghost(0)] * 2)

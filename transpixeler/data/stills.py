@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ def probe(path: Path) -> Media:
         image.load()
         if len(files) > 1 or path.is_dir():
             return Media(len(files), height, width, Fraction(0), Fraction(0), alpha)
-        ends = _ends(image)
+        ends = _read_ends(image)
     duration = ends[-1] / 1000
     return Media(len(ends), height, width, len(ends) / duration if duration else Fraction(0), duration, alpha)
 
@@ -45,8 +46,7 @@ def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
     first = round(clip.start * clip.fps)
     if path.is_dir():
         return tuple(range(first, first + clip.frames))
-    with reasons(), _open(path) as image:
-        ends = _ends(image)
+    ends = _ends(path)
     if not ends[-1]:  # an animation without delays has no time, as a folder has none
         return tuple(min(len(ends) - 1, first + k) for k in range(clip.frames))
     moments = ((clip.start + k / clip.fps + SLACK) * 1000 for k in range(clip.frames))
@@ -55,17 +55,27 @@ def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
 
 def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """uint8 [H,W,3] or [H,W,4] for each of `wanted`, which are ascending frame numbers."""
-    files = files_of(path)
     size = None
-    for number in wanted:
-        with reasons(), _open(files[number] if path.is_dir() else path) as image:
-            if not path.is_dir() and number:
-                image.seek(number)
-            array = _pixels(image)
+    for number, array in zip(wanted, _pictures(path, wanted)):
         if array.shape[:2] != (size or array.shape[:2]):
             raise BadMedia(f"changes its size at frame {number}")
         size = array.shape[:2]
         yield array
+
+
+def _pictures(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+    """An animation is opened once: each of its frames is drawn upon those before it."""
+    if path.is_dir():
+        files = files_of(path)
+        for number in wanted:
+            with reasons(), _open(files[number]) as image:
+                yield _pixels(image)
+        return
+    with reasons(), _open(path) as image:
+        for number in wanted:
+            if number:
+                image.seek(number)
+            yield _pixels(image)
 
 
 def _check_gaps(files: Sequence[Path]) -> None:
@@ -96,7 +106,20 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _ends(image: Image.Image) -> list[Fraction]:
+def _ends(path: Path) -> tuple[Fraction, ...]:
+    """Remembered for the clips that one file gives: drawing all its frames for each would be quadratic."""
+    with reasons():
+        stat = path.stat()
+    return _ends_of(path, (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=16)
+def _ends_of(path: Path, _: tuple[int, int]) -> tuple[Fraction, ...]:
+    with reasons(), _open(path) as image:
+        return _read_ends(image)
+
+
+def _read_ends(image: Image.Image) -> tuple[Fraction, ...]:
     """When each frame of an animation ends, in milliseconds; a still has one frame and no time."""
     ends, now = [], Fraction(0)
     for number in range(image.n_frames if image.format in ANIMATED else 1):
@@ -104,7 +127,7 @@ def _ends(image: Image.Image) -> list[Fraction]:
         image.load()
         now += Fraction(float(image.info.get("duration", 0))).limit_denominator(LARGEST_DENOMINATOR)
         ends.append(now)
-    return ends
+    return tuple(ends)
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,7 @@ COLORS = np.array([[255, 255, 255], [0, 0, 0], [220, 40, 30], [30, 200, 60], [40
 BARS = COLORS.repeat(16, 0)[None].repeat(64, 0)
 LIMITED, FULL = 1, 2
 BT709, BT601, BT2020 = 1, 5, 9
+UNTOLD, SRGB, BT2020_10, PQ, HLG = 2, 13, 14, 16, 18
 
 
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p", "yuv420p10le"])
@@ -289,6 +291,59 @@ def test_matrix_and_range_of_a_file_are_respected(pixels: str, matrix: int, span
         out.mux(stream.encode(None))
     found = read_frames(tmp_path / "a.mkv", [0], height=64, width=96)[0]
     assert np.abs(found[32, 8::16].astype(int) - COLORS).max() <= 4
+
+
+def tag(transfer: int, context: object) -> None:
+    context.colorspace, context.color_primaries, context.color_trc = BT2020, BT2020, transfer
+
+
+def write_tagged(path: Path, transfer: int, *, codec: str, pixels: str) -> None:
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    write_timed(
+        path,
+        [BARS] * 3,
+        range(3),
+        Fraction(1, 25),
+        codec=codec,
+        pixels=pixels,
+        options=options,
+        prepare=partial(tag, transfer),
+    )
+
+
+def write_tagged_outside(path: Path, transfer: int) -> None:
+    """The container says it, the codec's own header does not."""
+    import av
+
+    plain = path.with_name("plain.mp4")
+    options = {"x265-params": "log-level=none"}
+    write_timed(plain, [BARS] * 3, range(3), Fraction(1, 25), codec="libx265", options=options)
+    with av.open(plain) as source, av.open(path, "w") as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        tag(transfer, copy.codec_context)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.stream = copy
+                out.mux(packet)
+
+
+TAGGERS = {
+    "codec.mkv": lambda path, transfer: write_tagged(path, transfer, codec="libx265", pixels="yuv420p10le"),
+    "intra.mov": lambda path, transfer: write_tagged(path, transfer, codec="prores_ks", pixels="yuv422p10le"),
+    "container.mp4": write_tagged_outside,
+}
+
+
+@pytest.mark.parametrize("name", TAGGERS)
+def test_hdr_is_refused_and_no_other_transfer_is(name: str, tmp_path: Path) -> None:
+    for transfer in (BT709, UNTOLD, SRGB, BT2020_10):
+        TAGGERS[name](tmp_path / name, transfer)
+        assert probe(tmp_path / name).frames == 3
+    for transfer, kind in ((PQ, "PQ"), (HLG, "HLG")):
+        TAGGERS[name](tmp_path / name, transfer)
+        with pytest.raises(BadMedia, match=rf"is HDR \({kind}\).*convert it to SDR BT\.709"):
+            probe(tmp_path / name)
 
 
 # --- alpha and fill --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import av
 
 ALPHA_DECODERS = {"vp9": "libvpx-vp9", "vp8": "libvpx"}  # FFmpeg's own decoders of these drop the alpha plane
+HDR = {16: "PQ", 18: "HLG"}  # by FFmpeg's numbers of transfer characteristics
 HIDDEN_FRAMES = ("vp8",)  # packets may hold frames that are never shown: only decoding tells
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches nothing else
 SKIPPING = ("h264", "hevc")  # decoders that can be told packet by packet to leave out what nothing depends on
@@ -121,9 +122,12 @@ def probe(path: Path) -> Media:
     """Opens the file and decodes its first frame, which alone knows rotation and alpha for sure."""
     with opened(path) as (container, stream):
         line = timeline(container, stream)
+        told = stream.codec_context.color_trc  # by the container: decoding forgets what the codec itself does not say
         frame = next(_decoded(container, stream, alpha=False), None)
         if frame is None:
             raise BadMedia("has no frame that can be decoded")
+        if kind := HDR.get(frame.color_trc) or HDR.get(told):
+            raise BadMedia(f"is HDR ({kind}), which would be trained washed out; convert it to SDR BT.709 first")
         width, height = shown_size(frame, stream)
         check_size(width, height)
         return Media(line.frames, height, width, line.rate, line.duration, _has_alpha(stream, frame))

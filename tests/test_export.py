@@ -259,6 +259,34 @@ def test_ranks_that_differ_keep_their_strength_in_diffusers(
     assert "lora_adapter_metadata" not in header(file), "one rank needs no word"
 
 
+@pytest.mark.parametrize("ranks", [{}, {"ffn.*": 8}], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("targets", [TARGETS, ("blocks.1.ffn.2", "blocks.1.self_attn.q")], ids=["default", "few"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_diffusers_reads_an_adapter_of_some_linears_in_every_spelling(
+    format: str, targets: tuple[str, ...], ranks: dict[str, int], tmp_path: Path, base: Path
+) -> None:
+    model = trained(base, alpha=1.0, targets=targets, ranks=ranks)
+    write_adapter(adapter_of(model, METADATA), tmp_path / "pytorch_lora_weights.safetensors", format=format)
+    pipe = pipeline()
+    plain = diffusers_output(pipe.transformer)
+    pipe.load_lora_weights(tmp_path)
+    adapted = diffusers_output(pipe.transformer)
+    assert torch.allclose(output(model), adapted, atol=1e-4)
+    assert (adapted - plain).abs().max() > 1e-3
+    back = read_adapter(tmp_path / "pytorch_lora_weights.safetensors")
+    assert set(back.targets) == set(lora_names(model)), "pairs of zeros stay in the file"
+
+
+def test_an_export_that_diffusers_would_not_read_warns(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for targets, warned in ((TARGETS, False), (("*.self_attn.q",), True)):
+        caplog.clear()
+        write_adapter(adapter_of(trained(base, targets=targets), METADATA), tmp_path / "a")
+        export_command(tmp_path / "a", format="kohya", out=tmp_path / "k.safetensors")
+        assert ("use --format diffusers" in caplog.text) == warned
+
+
 def lora_names(model: nn.Module) -> list[str]:
     return [name for name, _ in lora_linears(model)]
 

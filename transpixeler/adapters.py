@@ -6,10 +6,11 @@ target. It is written so that nothing half-written is ever found, and read back 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ VERSION = "1"
 
 _OURS = "transpixeler."  # of header keys, and of what is no LoRA weight
 _EMBEDDING = f"{_OURS}stream_embedding."
-_DERIVED = ("format", "version", "rank", "alpha", "scope", "scopes", "folded")  # header keys that the tensors decide
+# header keys that the tensors decide
+_DERIVED = ("format", "version", "rank", "alpha", "scope", "scopes", "folded", "zeros")
 _PUBLISHED_EMBEDDINGS = ("diffusion_model.modality_embedding", "transformer.modality_embedding")
 _PUBLISHED_UNMASKED = ("cross_attn.k", "cross_attn.v", "cross_attn.o")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "base_model.model.")
@@ -54,6 +56,7 @@ class Spelling(NamedTuple):
     down: str
     up: str
     alpha: str | None
+    whole_blocks: bool = False  # readers take every linear of a block for granted
 
 
 def _original(module: str) -> str:
@@ -72,7 +75,7 @@ FORMATS = {
     "transpixeler": Spelling(_original, ".lora_A.weight", ".lora_B.weight", ".alpha"),
     "comfyui": Spelling(_original, ".lora_A.weight", ".lora_B.weight", ".alpha"),
     "diffusers": Spelling(_diffusers, ".lora_A.weight", ".lora_B.weight", None),
-    "kohya": Spelling(_kohya, ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "kohya": Spelling(_kohya, ".lora_down.weight", ".lora_up.weight", ".alpha", whole_blocks=True),
 }
 
 
@@ -157,16 +160,41 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}")
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    header = _header(adapter, folded=FORMATS[format].alpha is None)
+    stored = (FORMATS[format].whole_blocks and with_whole_blocks(adapter)) or adapter
+    header = _header(stored, folded=FORMATS[format].alpha is None)
+    if zeros := [target for target in stored.targets if target not in adapter.alphas]:
+        header[f"{_OURS}zeros"] = json.dumps(zeros)
     if file != path:
-        write_text(path / CONFIG_FILE, peft_config.beside(adapter, _ours(header)))
-    stored = _spelled(adapter, FORMATS[format])
+        write_text(path / CONFIG_FILE, peft_config.beside(stored, _ours(header)))
     with whole(file, synced=True) as draft:
-        save_file(stored, draft, metadata=header)
+        save_file(_spelled(stored, FORMATS[format]), draft, metadata=header)
         assert adapter.matches(_read_file(draft, alpha=None, stream="")), (
             f"{draft} does not read back as it was written"
         )
     return file
+
+
+def with_whole_blocks(adapter: Adapter) -> Adapter | None:
+    """A plain adapter and pairs of zeros for what it leaves alone in its blocks; None where that cannot be had.
+
+    Their rank is the usual one: readers take the most frequent for all of which nothing else is said.
+    """
+    names = [target.split(".", 2) for target in adapter.targets]
+    if not adapter.is_plain or any(name[-1] not in wan_keys.BLOCK_LINEARS for name in names):
+        return None
+    sizes: dict[str, int] = {}
+    for target, (*_, part) in zip(adapter.targets, names):
+        sizes |= zip(wan_keys.BLOCK_LINEARS[part], (adapter.down(target).shape[1], adapter.up(target).shape[0]))
+    if len(sizes) < 2:
+        return None
+    rank, alpha = most(map(adapter.rank, adapter.targets), 0), most(adapter.alphas.values(), 0.0)
+    tensors, alphas, scopes = dict(adapter.tensors), dict(adapter.alphas), dict(adapter.scopes)
+    for block, part in itertools.product(range(1 + max(int(name[1]) for name in names)), wan_keys.BLOCK_LINEARS):
+        if (target := f"blocks.{block}.{part}") not in alphas:
+            inner, outer = (sizes[side] for side in wan_keys.BLOCK_LINEARS[part])
+            tensors |= {f"{target}.lora_A": torch.zeros(rank, inner), f"{target}.lora_B": torch.zeros(outer, rank)}
+            alphas[target], scopes[target] = alpha, "all"
+    return replace(adapter, tensors=tensors, alphas=alphas, scopes=scopes)
 
 
 def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:
@@ -265,7 +293,8 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     published = [stored.pop(key) for key in _PUBLISHED_EMBEDDINGS if key in stored]
     if published:  # an averaged file holds it twice: the first is averaged as its LoRA keys are, the second is not
         embeddings = {stream: published[0].flatten()}
-    parts = _by_target(file, stored)
+    left_alone = json.loads(header.get(f"{_OURS}zeros", "[]"))
+    parts = {target: part for target, part in _by_target(file, stored).items() if target not in left_alone}
     if not parts and not embeddings:
         raise UserError(f"{file} holds no LoRA weights")
     tensors = {f"{target}.{kind}": parts[target][kind] for target in parts for kind in ("lora_A", "lora_B")}

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transpixeler.adapters import FORMATS, Adapter, read_adapter, write_adapter
+from transpixeler.adapters import FORMATS, Adapter, read_adapter, with_whole_blocks, write_adapter
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.models import wan_keys
 from transpixeler.models.base import VideoModel
@@ -293,6 +293,12 @@ def export_command(
     if format != "transpixeler" and not adapter.is_plain:
         logger.warning(
             "this adapter acts on some streams only: a program that knows no streams will refuse it or apply it wrongly"
+        )
+    elif FORMATS[format].whole_blocks and with_whole_blocks(adapter) is None:
+        logger.warning(
+            "diffusers reads %s's names of whole blocks only, which this adapter cannot be made to fill: "
+            "for diffusers, use --format diffusers",
+            format,
         )
     if adapter.fused:
         logger.warning("this adapter was trained with %s in its base: it is right beside them only", adapter.fused)

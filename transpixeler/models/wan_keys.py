@@ -33,6 +33,11 @@ _BLOCK = (
     ("ffn.2", "ffn.net.2"),
     ("modulation", "scale_shift_table"),
 )
+BLOCK_LINEARS = {  # with what goes in and what comes out
+    **{f"{attention}.{part}": ("width", "width") for attention in ("self_attn", "cross_attn") for part in "qkvo"},
+    "ffn.0": ("width", "inner"),
+    "ffn.2": ("inner", "width"),
+}
 _EMBED = (
     ("patch_embedding", "patch_embedding"),
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),

@@ -126,6 +126,42 @@ def test_an_mp4_may_begin_late_or_in_fragments(options: dict[str, str], tmp_path
     assert marks(read_frames(tmp_path / "a.mp4", [0, 7, 21, 39], height=16, width=48)) == [0, 7, 21, 39]
 
 
+@pytest.mark.parametrize("cut", [1, 2.5, 6.5, 7.5, 8.5, 10, 11.5])
+@pytest.mark.parametrize("name", ["closed.mp4", "open_gop.mp4", "open_gop_hevc.mp4"])
+def test_an_mp4_may_be_cut_in_its_header(name: str, cut: float, tmp_path: Path) -> None:
+    """Trimmed without encoding it anew: the frames before the cut are there and are not shown."""
+    codec, options = {
+        "closed.mp4": ("libx264", {"g": "12"}),
+        "open_gop.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=10:bframes=3"}),
+        "open_gop_hevc.mp4": (
+            "libx265",
+            {"x265-params": "log-level=none:keyint=12:min-keyint=12:open-gop=1:bframes=4"},
+        ),
+    }[name]
+    write_marked(tmp_path / name, range(40), fps=Fraction(25), codec=codec, options=options)
+    trim(tmp_path / name, tmp_path / "cut.mp4", Fraction(cut) / 25)
+    count = probe(tmp_path / "cut.mp4").frames
+    shown = [*range(40 - count, 40)]
+    assert abs(shown[0] - cut) <= 1
+    for wanted in (range(count), [0], [3], range(5, count, 7)):
+        assert marks(read_frames(tmp_path / "cut.mp4", wanted, height=16, width=48)) == [shown[k] for k in wanted]
+
+
+def trim(source: Path, path: Path, seconds: Fraction) -> None:
+    import av
+
+    options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
+    with av.open(source) as whole, av.open(path, "w", container_options=options) as out:
+        stream = whole.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in whole.demux(stream):
+            if packet.size:
+                packet.pts -= round(seconds / packet.time_base)
+                packet.dts -= round(seconds / packet.time_base)
+                packet.stream = copy
+                out.mux(packet)
+
+
 def test_a_frame_beyond_the_end_is_named(tmp_path: Path) -> None:
     write_marked(tmp_path / "a.mp4", range(5), fps=Fraction(24))
     with pytest.raises(BadMedia, match="has 5 frames, so there is no frame 5"):

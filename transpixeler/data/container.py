@@ -234,7 +234,7 @@ def _decoded(
     """
     import av
 
-    container.seek(0 if seek is None else seek, stream=None if seek is None else stream, backward=True)
+    _seek(container, stream, seek)
     decoder = stream.codec_context
     if alpha and (name := _alpha_decoder(stream)):
         decoder = av.CodecContext.create(name, "r")
@@ -246,3 +246,12 @@ def _decoded(
         if decoder.name in SKIPPING:
             decoder.skip_frame = "NONREF" if spare else "DEFAULT"
         yield from decoder.decode(packet)
+
+
+def _seek(container: av.container.InputContainer, stream: av.VideoStream, moment: int | None) -> None:
+    """To the key frame before a moment, else to the start, which lies before 0 where an mp4 was cut in its header."""
+    table = getattr(stream, "index_entries", ())
+    if moment is None and not table:
+        container.seek(0, backward=True)
+    else:
+        container.seek(min(0, table[0].timestamp) if moment is None else moment, stream=stream, backward=True)

@@ -251,7 +251,7 @@ def test_one_file_with_alpha_gives_both_streams_and_its_fill_policy_counts(
     assert pair == same  # where no file has alpha there is nothing to fill
 
 
-def test_only_animated_images_have_keys_of_their_own(tmp_path: Path) -> None:
+def test_only_animations_have_keys_of_their_own(tmp_path: Path) -> None:
     """They were once cut otherwise; what was encoded of all other files stays valid."""
     (tmp_path / "folder").mkdir()
 
@@ -263,6 +263,7 @@ def test_only_animated_images_have_keys_of_their_own(tmp_path: Path) -> None:
 
     assert key("a.mp4", 25) == key("folder", 0) == "17e1a5c77a86ac3245011581b1d5cbee"
     assert key("a.webp", 0) == "35e95171dc090537258d54332b93eb8f"
+    assert key("a.webp", 25) == key("a.gif", 25)
     assert len({key("a.mp4", 25), key("a.webp", 0), key("a.webp", 25)}) == 3
 
 

@@ -28,6 +28,7 @@ from transpixeler.models.base import VideoModel
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
 SETS = ("train", "eval")
 HASHING_THREADS = 8
+ANIMATED = IMAGE_ENDINGS | {".gif"}
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,11 @@ def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill
 
 
 def _rate(sample: Sample, clip: Clip) -> str:
-    """Animated images were once cut otherwise, so that what was encoded of them is not found again."""
+    """Animations were once cut otherwise, so that what was encoded of them is not found again."""
     if clip.frames == 1:
         return "still"
     first = sample.paths[0][1]
-    if first.suffix.lower() not in IMAGE_ENDINGS or first.is_dir():
+    if first.suffix.lower() not in ANIMATED or first.is_dir():
         return str(clip.fps)
     return f"{clip.fps}, {'timed' if sample.media.fps else 'counted'}"
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import av
 
 ALPHA_DECODERS = {"vp9": "libvpx-vp9", "vp8": "libvpx"}  # FFmpeg's own decoders of these drop the alpha plane
+COARSE = ("gif",)  # times are rounded to ticks of a hundredth of a second
 HDR = {16: "PQ", 18: "HLG"}  # by FFmpeg's numbers of transfer characteristics
 HIDDEN_FRAMES = ("vp8",)  # packets may hold frames that are never shown: only decoding tells
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches nothing else
@@ -39,19 +40,21 @@ class Timeline:
     time_base: Fraction
     times: Sequence[int] | None  # ascending, in units of time_base
     rate: Fraction
+    rounding: Fraction = Fraction(0)  # seconds by which times may be off
 
     def number_at(self, seconds: Fraction) -> int:
         """The frame on display at a moment after the first frame."""
         if self.times is None:
             return min(self.frames - 1, int((seconds + SLACK) * self.rate))
-        return bisect.bisect_right(self.times, self.times[0] + int((seconds + SLACK) / self.time_base)) - 1
+        ticks = int((seconds + max(SLACK, self.rounding)) / self.time_base)
+        return bisect.bisect_right(self.times, self.times[0] + ticks) - 1
 
     @property
     def duration(self) -> Fraction:
         """Up to the end of the last frame, which is taken to last as long as the mean of the others."""
         if self.times is None or self.frames == 1:
             return self.frames / self.rate
-        span = (self.times[-1] - self.times[0]) * self.time_base
+        span = (self.times[-1] - self.times[0]) * self.time_base - self.rounding
         return span + span / (self.frames - 1)
 
 
@@ -115,7 +118,8 @@ def _scanned(container: av.container.InputContainer, stream: av.VideoStream) -> 
     mean = Fraction(len(times) - 1, times[-1] - times[0]) / stream.time_base
     rounding = Fraction(2, times[-1] - times[0])  # timestamps are rounded, the header's rate is not
     close = [rate for rate in rates if abs(mean / rate - 1) <= rounding]
-    return Timeline(len(times), stream.time_base, tuple(times), close[0] if close else mean)
+    rounded = stream.time_base / 2 if container.format.name in COARSE else Fraction(0)
+    return Timeline(len(times), stream.time_base, tuple(times), close[0] if close else mean, rounded)
 
 
 def probe(path: Path) -> Media:

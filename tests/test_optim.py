@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +65,20 @@ def test_every_optimizer_lowers_a_simple_loss_and_resumes_from_its_tensors(
         tensor.copy_(from_[key])
     assert step(ours, optimizer) == step(other, copied)
     assert all(torch.equal(other[n], ours[n]) for n in ours)
+
+
+def test_compiled_updates_of_one_family_are_not_kept_for_another() -> None:
+    """In a process of its own, as a user's: the tests' others turn that cache off before torch is loaded."""
+    program = (
+        "import torch; from tests import tiny; from transpixeler import optim, trainer\n"
+        "from torch._functorch import config\n"
+        "assert config.enable_autograd_cache, 'it is off whatever is built'\n"
+        "optim.build({'a': torch.nn.Parameter(torch.ones(8, 8))}, tiny.config('optim.name=adamw8bit').optim)\n"
+        "raise SystemExit(config.enable_autograd_cache)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_AUTOGRAD_CACHE"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment)
+    assert done.returncode == 0
 
 
 def test_vectors_do_not_decay_and_a_rule_goes_first() -> None:

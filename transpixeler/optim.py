@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -102,7 +102,7 @@ def _maker(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
 
 def _torchao(cls: str, options: dict[str, Any], *, stochastic: bool) -> Callable[[list[dict[str, Any]]], Optimizer]:
     # the compiled update of one family is taken for another's from this cache
-    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+    functorch.enable_autograd_cache = False
     from torchao import optim as torchao_optim
 
     if stochastic:

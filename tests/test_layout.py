@@ -199,20 +199,22 @@ class _Doubling(Block):
         return 2 * hidden if tokens.kernel.isdigit() else hidden
 
 
-def test_a_block_stays_compiled_for_many_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_stays_compiled_for_many_buckets_each_with_its_own_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        compiled.append(graph)
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled.append(inputs)
         return graph.forward
 
     block, compile_ = _Doubling(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend=backend))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **kept: compile_(module, backend=backend, **kept))
     mesh = meshes.Mesh(meshes.Layout(1, 1, 1), torch.device("cpu"), 0, 0, None, None, None)
     shard.wrap(block, [block], tiny.config("parallel.compile=on").parallel, mesh)
     for bucket in range(20):
-        block(torch.ones(1, 4, 2), None, None, Tokens(torch.ones(1), (2, 2), str(bucket)))
+        block(torch.ones(1, 4 + bucket, 2), None, None, Tokens(torch.ones(1), (2, 2 + bucket), str(bucket)))
     assert len(compiled) == 20
+    lengths = [[n for tensor in inputs for n in getattr(tensor, "shape", (tensor,))] for inputs in compiled]
+    assert all(type(n) is int for graph in lengths for n in graph), lengths
 
 
 def test_a_schedule_is_given_tensors_alone() -> None:

@@ -31,7 +31,7 @@ def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh
         compiler.recompile_limit = max(compiler.recompile_limit, GRAPHS)
         compiler.accumulated_recompile_limit = max(compiler.accumulated_recompile_limit, GRAPHS)
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=False)  # lengths that are symbols cost speed and still a graph for each bucket
     if is_sharded(config, mesh):
         _shard(stage, blocks, config, mesh)
 

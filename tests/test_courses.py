@@ -139,6 +139,30 @@ def test_a_checkpoint_whose_folder_cannot_be_made_is_told_on_all_ranks(tmp_path:
         assert "the checkpoint of step 1 was not written: FileExistsError" in first and not second
 
 
+def _open_damaged(rank: int, world_size: int, chosen: Path) -> tuple[list[str], str]:
+    hashed, digest = [], checkpoint._digest
+    checkpoint._digest = lambda file: hashed.append(file.name) or digest(file)
+    config = configfile.from_overrides([f"output_dir={chosen.parents[2]}"])
+    with pytest.raises(UserError) as told:
+        runs.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), str(chosen))
+    return hashed, str(told.value)
+
+
+def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_by_all(tmp_path: Path) -> None:
+    chosen = tmp_path / "mine" / "checkpoints" / checkpoint.folder_name(1)
+    chosen.mkdir(parents=True)
+    (tmp_path / "mine" / runs.CONFIG).touch()
+    names = [f"__{n}_0.distcp" for n in range(6)]
+    for name in names:
+        (chosen / name).write_text("whole")
+    listed = {name: {"size": 5, "blake2b": checkpoint._digest(chosen / name)} for name in names}
+    (chosen / checkpoint.MANIFEST).write_text(json.dumps({"format": 1, "files": listed}))
+    (chosen / names[-1]).write_text("whale")
+    hashed, told = zip(*run_ranks(_open_damaged, 2, chosen), strict=True)
+    assert hashed == (names[0::2], names[1::2])
+    assert f"{names[-1]} has changed since it was written" in told[0] and told[0] == told[1]
+
+
 def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newest(demo: Path, tmp_path: Path) -> None:
     short = ("save.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep=3", "train.max_steps=4")
     folder = test_trainer.run(demo, tmp_path, *short)

@@ -156,19 +156,24 @@ def check(folder: Path, *, part: int = 0, parts: int = 1) -> None:
             raise CheckpointFault(f"{name} has changed since it was written")
 
 
+def fault_of(folder: Path, runtime: Runtime) -> str:
+    """Why it is no valid checkpoint, the same on all ranks, each of which hashes its share. A collective call."""
+    fault = ""
+    try:
+        check(folder, part=runtime.rank, parts=runtime.world_size)
+    except (CheckpointFault, OSError) as error:
+        fault = str(error)
+    return next((found for found in runtime.gather(fault) if found), "")
+
+
 def latest(checkpoints: Path, runtime: Runtime) -> Path | None:
     """The newest valid checkpoint; what is passed over is said, with the reason. A collective call."""
     for folder in runtime.broadcast([str(f) for f in candidates(checkpoints)]):
-        fault = ""
-        try:
-            check(Path(folder), part=runtime.rank, parts=runtime.world_size)
-        except CheckpointFault as error:
-            fault = str(error)
-        faults = [f for f in runtime.gather(fault) if f]
-        if not faults:
+        fault = fault_of(Path(folder), runtime)
+        if not fault:
             return Path(folder)
         if runtime.is_main:
-            logger.warning("checkpoint %s is passed over: %s", Path(folder).name, faults[0])
+            logger.warning("checkpoint %s is passed over: %s", Path(folder).name, fault)
     return None
 
 

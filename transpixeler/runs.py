@@ -61,7 +61,7 @@ def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
         return _new(config, runtime, output)
     folder, chosen = _find(output, resume)
     if chosen is not None:
-        _insist_valid(chosen)
+        _insist_valid(chosen, runtime)
     found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
     if runtime.is_main:
         for name in REQUESTS:  # of a job that was killed before it could see them
@@ -136,13 +136,10 @@ def _find(output: Path, resume: str) -> tuple[Path, Path | None]:
     return folder, chosen
 
 
-def _insist_valid(folder: Path) -> None:
-    try:
-        checkpoint.check(folder)
-    except checkpoint.CheckpointFault as fault:
-        raise UserError(
-            f"--resume: {folder}: {fault}; give the run's folder to take its newest valid checkpoint"
-        ) from None
+def _insist_valid(folder: Path, runtime: Runtime) -> None:
+    fault = checkpoint.fault_of(folder, runtime)
+    if fault:
+        raise UserError(f"--resume: {folder}: {fault}; give the run's folder to take its newest valid checkpoint")
 
 
 def set_aside(run: Run, step: int, ends: Callable[[int], int]) -> None:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch.distributed as dist
 
 from tests.ranks import RanksFailed, run_ranks
 from transpixeler import runtime
-from transpixeler.config import UserError
+from transpixeler.checkpoint import Checkpointer
+from transpixeler.config import CheckpointConfig, UserError
+from transpixeler.parallel import mesh as meshes
 
 
 def _sum_of_ranks(rank: int, world_size: int, scale: int) -> int:
@@ -56,11 +59,25 @@ def test_a_hanging_rank_is_killed() -> None:
 def test_a_single_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    with runtime.running(device="cpu") as here:
+    with runtime.running(device="cpu", timeout_minutes=3) as here:
+        assert here.timeout == timedelta(minutes=3)
         assert (here.rank, here.world_size, here.is_main) == (0, 1, True)
         assert here.broadcast({"a": 1}) == {"a": 1} and here.gather(3) == [3]
         assert dist.get_world_size() == 1
     assert not dist.is_initialized()
+
+
+def _waits(rank: int, world_size: int, folder: Path) -> list[float]:
+    """Seconds that a rank waits in each group that training uses."""
+    here = runtime.Runtime(rank, world_size, rank, torch.device("cpu"), timedelta(seconds=77))
+    mesh = meshes.build(meshes.Layout(2, 2, 2), here)
+    keeper = Checkpointer(folder, CheckpointConfig(), here)
+    groups = [mesh.pipeline_group, mesh.data_group, *mesh.shards.get_all_groups(), keeper._group]
+    return [group._get_backend(here.device).options._timeout.total_seconds() for group in groups]
+
+
+def test_a_rank_waits_as_long_as_the_config_says_in_every_group(tmp_path: Path) -> None:
+    assert run_ranks(_waits, 8, tmp_path) == [[77.0] * 5] * 8
 
 
 def test_a_garbled_environment_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:

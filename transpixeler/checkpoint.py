@@ -214,7 +214,7 @@ class Checkpointer:
 
     def __post_init__(self) -> None:
         # an asynchronous save on the default group would wait for training's collectives, and they for it
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=self.runtime.timeout)
         if self.runtime.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"{PREFIX}*.tmp"):

@@ -33,6 +33,7 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # how long it waits for another, in any group
 
     @property
     def is_main(self) -> bool:
@@ -84,17 +85,17 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
         raise UserError(f"WORLD_SIZE={world_size} in the environment, but no MASTER_ADDR; launch with torchrun")
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         # gloo beside nccl carries host tensors: object collectives and checkpoint plans
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(minutes=timeout_minutes)
         options: dict = {"device_id": where} if where.type == "cuda" else {}
         if "MASTER_ADDR" not in os.environ:  # alone, without torchrun: a group of one needs no rendezvous
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=timeout, **options)
     log_to_terminal(rank)
     quiet_libraries()
-    return Runtime(rank, world_size, local_rank, where)
+    return Runtime(rank, world_size, local_rank, where, timeout)
 
 
 def _from_environment(name: str, default: int) -> int:

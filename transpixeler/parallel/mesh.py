@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from transpixeler.config import ParallelConfig, UserError
 from transpixeler.runtime import Runtime
@@ -84,9 +85,11 @@ def build(layout: Layout, runtime: Runtime) -> Mesh:
     """Joins the groups; a collective call."""
     p, r, s = layout.pipeline, layout.replicate, layout.shard
     mesh = init_device_mesh(runtime.device.type, (p, r, s), mesh_dim_names=("pipeline", "replicate", "shard"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(runtime.timeout, group)  # a mesh makes its groups with torch's own
     ranks = torch.arange(p * r * s).view(p, r * s)
     pipeline_rank, data_rank = divmod(runtime.rank, r * s)
-    data_groups = [dist.new_group(row) for row in ranks.tolist()]
+    data_groups = [dist.new_group(row, timeout=runtime.timeout) for row in ranks.tolist()]
     return Mesh(
         layout=layout,
         device=runtime.device,

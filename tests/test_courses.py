@@ -236,3 +236,10 @@ def test_bf16_parameters_do_not_go_with_offload(demo: Path) -> None:
     config = configfile.load(demo / "config.yaml", ["optim.bf16_parameters=true", "parallel.offload=true"])
     with pytest.raises(UserError, match=r"optim.bf16_parameters: shards and offload"):
         trainer.check(config, Layout(1, 1, 1))
+
+
+def test_offload_does_not_go_with_a_backward_pass_in_two_parts() -> None:
+    chosen = ["parallel.pipeline=2", "parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"]
+    config = configfile.from_overrides([*chosen, "model.path=a", "data.train=[b]", "train.epochs=1"])
+    with pytest.raises(UserError, match=r"parallel.offload: .* parallel.schedule=interleaved-zero-bubble"):
+        trainer.check(config, Layout(2, 1, 1))

@@ -106,6 +106,11 @@ LAYOUTS = {
     "(2,1,1) zero bubble": (2, (*layout(2, 1, 1), "parallel.schedule=interleaved-zero-bubble")),
     "(3,1,1) split by hand": (3, (*layout(3, 1, 1), "parallel.split=[1,2,3]")),
     "offload": (1, ("parallel.offload=true",)),
+    "(2,1,2) offload": (4, (*layout(2, 1, 2), "parallel.offload=true")),
+    "(2,1,1) offload": (
+        2,
+        (*layout(2, 1, 1), "parallel.offload=true", "parallel.schedule=interleaved-1f1b"),
+    ),
 }
 
 
@@ -124,7 +129,7 @@ def test_ten_steps_are_the_same_whatever_is_recomputed(
     assert difference(train(world_size, *overrides, f"parallel.recompute={mode}"), reference()) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["(1,2,1)", "(2,1,2)", "(2,1,1) interleaved", "(4,1,1)"])
+@pytest.mark.parametrize("name", ["(1,2,1)", "(2,1,2)", "(2,1,1) interleaved", "(4,1,1)", "(2,1,1) offload"])
 def test_full_fine_tuning_is_the_same_on_any_layout(reference: Callable[..., dict[str, Any]], name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     assert difference(train(world_size, *overrides, *FULL), reference(*FULL)) < 1e-6
@@ -215,6 +220,28 @@ def test_a_block_stays_compiled_for_many_buckets_each_with_its_own_lengths(monke
     assert len(compiled) == 20
     lengths = [[n for tensor in inputs for n in getattr(tensor, "shape", (tensor,))] for inputs in compiled]
     assert all(type(n) is int for graph in lengths for n in graph), lengths
+
+
+def _gathered(rank: int, world_size: int, overrides: tuple[str, ...]) -> int:
+    """The most blocks whose weights are whole on the device at a time in a backward pass."""
+    config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
+    mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    blocks = [block for model in engine.models() for block in model.blocks.values()]
+    found = []
+    for block in blocks:
+        block.register_full_backward_pre_hook(
+            lambda *_: found.append(sum(not isinstance(next(other.parameters()), DTensor) for other in blocks))
+        )
+    engine.forward_backward(tiny.example(config, 1, range(4)), 1)
+    return max(found)
+
+
+@pytest.mark.parametrize("kind", [(), FULL])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved-1f1b"])
+def test_offloaded_blocks_are_gathered_one_at_a_time_in_a_pipeline_too(schedule: str, kind: tuple[str, ...]) -> None:
+    overrides = (*layout(2, 1, 1), f"parallel.schedule={schedule}", "parallel.offload=true", *kind)
+    assert max(run_ranks(_gathered, 2, overrides)) <= 2  # the one at work and the next
 
 
 def test_a_schedule_is_given_tensors_alone() -> None:

@@ -199,6 +199,11 @@ def test_the_first_rank_of_a_pipeline_holds_the_most_microbatches() -> None:
     assert fit.in_flight(config, 1, 0, 8) == 1
 
 
+def test_no_layout_is_told_that_training_refuses() -> None:
+    config = configfile.from_overrides(["parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"])
+    assert {layout.pipeline for layout in fit.layouts(config, 30, 4)} == {1}
+
+
 def test_every_layout_of_some_gpus_divides_the_batch() -> None:
     config = configfile.from_overrides(["train.global_batch=6"])
     found = list(fit.layouts(config, 30, 12))

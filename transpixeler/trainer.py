@@ -33,6 +33,7 @@ from transpixeler.models.base import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout
 from transpixeler.objective import Example
 from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel import shard
 from transpixeler.parallel.build import build_engine
 from transpixeler.runs import Requests, Run, Stopped
 from transpixeler.runtime import Runtime, log_to_file, steady_garbage
@@ -86,6 +87,11 @@ def check(config: Config, layout: meshes.Layout) -> None:
         )
     if config.optim.name.lower() == "muon" and config.parallel.offload:
         raise UserError("optim.name: muon orthogonalises whole matrices on the device; set parallel.offload=false")
+    if config.parallel.offload and shard.splits_backward(config.parallel):
+        raise UserError(
+            f"parallel.offload: true does not go with parallel.schedule={config.parallel.schedule}, which runs the "
+            "backward pass in two parts; set interleaved-1f1b or auto"
+        )
     if config.optim.bf16_parameters and (layout.shard > 1 or config.parallel.offload):
         raise UserError(
             "optim.bf16_parameters: shards and offload need trained weights of one dtype; set it false, or "

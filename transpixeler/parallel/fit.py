@@ -22,6 +22,7 @@ from transpixeler.models.costs import Dimensions
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count
+from transpixeler.parallel.shard import splits_backward
 
 MODES = ("none", "attention", "full", "offload")  # of `parallel.recompute`, the fastest first
 UTILISATION = 0.45  # of a device's peak that steps are taken to reach, recomputing counted as work
@@ -267,7 +268,8 @@ def in_flight(config: ParallelConfig, pipeline: int, rank: int, count: int) -> f
 def layouts(config: Config, blocks: int, gpus: int) -> Iterator[Layout]:
     """Every one that the batch and the model can be divided by."""
     for pipeline in _divisors(gpus):
-        if stage_count(replace(config.parallel, pipeline=pipeline)) > blocks:
+        parallel = replace(config.parallel, pipeline=pipeline)
+        if stage_count(parallel) > blocks or (parallel.offload and splits_backward(parallel)):
             continue
         for shard in _divisors(gpus // pipeline):
             layout = Layout(pipeline, gpus // pipeline // shard, shard)

@@ -54,6 +54,17 @@ class Stage(nn.Module):
         return out if velocity is None else mean_squared_errors(out, velocity, layout)
 
 
+class Streamed(nn.Module):
+    """Keeps a stage's shards from the schedule, which gathers all of them until its last microbatch."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *state: Tensor, **extra: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.stage(*state, **extra)
+
+
 def stage_count(config: ParallelConfig) -> int:
     """Stages in the whole pipeline."""
     interleaved = config.pipeline > 1 and config.schedule in INTERLEAVED
@@ -218,7 +229,7 @@ class Engine:
         indices = local_stages(self.config, self.mesh)
         stages = [
             PipelineStage(
-                stage,
+                Streamed(stage) if self.config.offload else stage,
                 index,
                 total,
                 self.mesh.device,

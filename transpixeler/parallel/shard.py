@@ -41,7 +41,7 @@ def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh
 
 def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
     """What `auto` means: a GPU's memory is dear, and a CPU is for small things."""
-    split = _splits_backward(config)
+    split = splits_backward(config)
     if config.recompute == "attention" and split:
         raise UserError(
             f"parallel.recompute: attention does not go with parallel.schedule={config.schedule}, which runs the "
@@ -52,7 +52,7 @@ def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
     return "none" if device.type != "cuda" else "full" if split else "attention"
 
 
-def _splits_backward(config: ParallelConfig) -> bool:
+def splits_backward(config: ParallelConfig) -> bool:
     """Whether the schedule takes gradients of inputs and of weights at different times, through one graph twice."""
     return config.pipeline > 1 and config.schedule == "interleaved-zero-bubble"
 
@@ -107,7 +107,7 @@ def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
         if config.compile == "on":
             raise UserError("parallel.compile: on does not go with parallel.recompute=offload; set one of them to auto")
         return False
-    if _splits_backward(config):  # a compiled backward pass cannot be
+    if splits_backward(config):  # a compiled backward pass cannot be
         if config.compile == "on":
             raise UserError(f"parallel.compile: on does not go with parallel.schedule={config.schedule}; set auto")
         return False

@@ -192,6 +192,25 @@ def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:
     assert staged.optimizer == pytest.approx(whole.optimizer * 7 / 30, rel=0.01), "the first rank, of 30 blocks over 4"
 
 
+@pytest.mark.parametrize(
+    ("adapter", "pipeline", "offload", "kept", "waiting"),
+    [
+        (True, 1, False, 1 / 4, 1),  # of what is trained; an adapter's gradients wait for the last microbatch
+        (False, 1, False, 1 / 4, 1 / 30),
+        (False, 2, False, 1 / 8, 1 / 2),  # a schedule lets all of a stage's wait
+        (False, 2, True, 0, 1 / 30),
+        (True, 1, True, 0, 1),
+    ],
+)
+def test_gradients_are_held_whole_until_they_are_reduced(
+    large: Config, adapter: bool, pipeline: int, offload: bool, kept: float, waiting: float
+) -> None:
+    config = replace(large, lora=replace(large.lora, enabled=adapter))
+    config = replace(config, parallel=replace(config.parallel, pipeline=pipeline, shard=4, offload=offload))
+    made = planned(config, device="h100", gpus=4 * pipeline)
+    assert made.memory["full"].gradients == pytest.approx(4 * made.trained * (kept + waiting), rel=0.04)
+
+
 def test_the_first_rank_of_a_pipeline_holds_the_most_microbatches() -> None:
     config = Config().parallel
     assert [fit.in_flight(config, 4, rank, 8) for rank in range(4)] == [4, 3, 2, 1]

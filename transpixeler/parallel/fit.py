@@ -22,7 +22,7 @@ from transpixeler.models.costs import Dimensions
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count
-from transpixeler.parallel.shard import splits_backward
+from transpixeler.parallel.shard import reduces_often, splits_backward
 
 MODES = ("none", "attention", "full", "offload")  # of `parallel.recompute`, the fastest first
 UTILISATION = 0.45  # of a device's peak that steps are taken to reach, recomputing counted as work
@@ -85,9 +85,10 @@ class Fit:
 
 
 class Part(NamedTuple):
-    """Bytes of a model's part, and how many numbers of it are trained in how many bytes."""
+    """Bytes of a model's part, its numbers, and how many of them are trained in how many bytes."""
 
     weights: int = 0
+    numbers: int = 0
     trained: int = 0
     trained_bytes: int = 0
 
@@ -102,7 +103,7 @@ def parts_of(model: VideoModel) -> dict[str, Part]:
         kind, index, *_ = name.split(".")
         key = index if kind == "blocks" else kind
         trained = p.numel() if p.requires_grad else 0
-        part = Part(p.numel() * p.element_size(), trained, trained * p.element_size())
+        part = Part(p.numel() * p.element_size(), p.numel(), trained, trained * p.element_size())
         parts[key] = parts.get(key, Part()) + part
     return parts
 
@@ -163,12 +164,20 @@ class Estimate:
         state = optimizer_bytes(optim, trained)
         ema = FP32 * trained.trained if optim.ema else 0
         if offload:  # weights and optimizer wait in host memory, the means beside them
-            return Memory(self._gathered(), self._largest().trained_bytes, 0, 0, activations)
+            return Memory(self._gathered(), self._unreduced(whole, layout), 0, 0, activations)
         if layout.shard == 1:
             return Memory(whole.weights, whole.trained_bytes, state, ema, activations)
         gathered = whole.weights if layout.pipeline > 1 else self._gathered()
-        gradients = trained.trained_bytes + self._largest().trained_bytes
+        gradients = trained.trained_bytes + self._unreduced(whole, layout)
         return Memory(trained.weights + gathered, gradients, state, ema, activations)
+
+    def _unreduced(self, whole: Part, layout: Layout) -> int:
+        """Gradients that are not cut into shards yet: all until the last microbatch, or a block's."""
+        if layout.pipeline > 1:
+            waits = not self.config.parallel.offload
+        else:
+            waits = not reduces_often(whole.trained, whole.numbers)
+        return whole.trained_bytes if waits else self._largest().trained_bytes
 
     def _gathered(self) -> int:
         """Two blocks, the one at work and the next, and the ends, which stay."""

@@ -117,8 +117,7 @@ class Engine:
         self.sharded = shard.is_sharded(config, mesh)
         counts = [(p.numel(), p.requires_grad) for _, p in self.named_parameters()]
         trained = sum(n for n, trains in counts if trains)
-        # whole gradients wait for the last microbatch where they are an adapter's; a base's would fill the memory
-        self.reduces_often = 10 * trained > sum(n for n, _ in counts)
+        self.reduces_often = shard.reduces_often(trained, sum(n for n, _ in counts))
         self._schedules: OrderedDict[Any, Any] = OrderedDict()
         embeds = [stage.model.embed for stage in self.stages if stage.model.embed is not None]
         moves = any(p.requires_grad for embed in embeds for name, p in embed.named_parameters() if "stream" not in name)

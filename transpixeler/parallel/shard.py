@@ -141,6 +141,14 @@ def _shard(stage: nn.Module, blocks: Iterable[Block], config: ParallelConfig, me
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reduces_often(trained: int, total: int) -> bool:
+    """Whether shards sum gradients in each microbatch, of a rank that trains so many of its numbers.
+
+    Whole gradients wait for the last one where they are an adapter's; a base's would fill the memory.
+    """
+    return 10 * trained > total
+
+
 def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sums gradients over replicas that hold their weights whole: the adapter's bytes, once a step."""
     if dist.get_world_size(group) == 1:

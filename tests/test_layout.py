@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from tests import tiny
 from tests.ranks import run_ranks
 from transpixeler import objective, optim, runtime
 from transpixeler.config import UserError
-from transpixeler.models.base import Block, Tokens
+from transpixeler.models.base import Block, Conditions, Tokens
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.build import build_engine
@@ -260,3 +262,26 @@ def _kinds(rank: int, world_size: int, overrides: tuple[str, ...]) -> bool:
     pipeline.Stage.forward = seen
     _train(rank, world_size, overrides, "", steps=1)
     return bool(found) and all(isinstance(it, torch.Tensor) for it in found)
+
+
+def _schedules(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[list[int], list[bool]]:
+    """Microbatches of the schedules that an evaluation makes, and which are alive after it: those that train."""
+    config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
+    mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    example = tiny.example(config, 1, range(4))
+    engine.forward_backward(example, 1)
+    gc.disable()  # as training does between its own collections
+    with engine.evaluating():
+        conditions = Conditions(example.timesteps, example.text)
+        whole = engine.forward(example.noisy(), conditions, example.layout)
+        parts = engine.forward(example.noisy(), conditions, example.layout, 1)
+        torch.testing.assert_close(parts, whole)
+        made = {key: weakref.ref(schedule) for key, schedule in engine._schedules.items()}
+    return [key.count for key in made if not key.training], [key.training for key, ref in made.items() if ref()]
+
+
+@pytest.mark.parametrize("schedule", ["auto", "interleaved-1f1b"])
+def test_an_evaluation_keeps_a_few_microbatches_and_leaves_none(schedule: str) -> None:
+    for counts, alive in run_ranks(_schedules, 2, (*layout(2, 1, 1), f"parallel.schedule={schedule}")):
+        assert max(counts) == 2 and all(alive)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,15 @@ def local_stages(config: ParallelConfig, mesh: Mesh) -> range:
     return range(mesh.pipeline_rank, stage_count(config), config.pipeline)
 
 
+class _Key(NamedTuple):
+    """What a schedule is made for."""
+
+    layout: StreamLayout
+    size: int  # of a microbatch
+    count: int  # of microbatches
+    training: bool
+
+
 class Engine:
     """This rank's stages and how they work together with everyone else's."""
 
@@ -118,7 +127,7 @@ class Engine:
         counts = [(p.numel(), p.requires_grad) for _, p in self.named_parameters()]
         trained = sum(n for n, trains in counts if trains)
         self.reduces_often = shard.reduces_often(trained, sum(n for n, _ in counts))
-        self._schedules: OrderedDict[Any, Any] = OrderedDict()
+        self._schedules: OrderedDict[_Key, Any] = OrderedDict()
         embeds = [stage.model.embed for stage in self.stages if stage.model.embed is not None]
         moves = any(p.requires_grad for embed in embeds for name, p in embed.named_parameters() if "stream" not in name)
         self.conditions_need_grad = self._any_stage(moves)
@@ -154,13 +163,16 @@ class Engine:
         if self.config.pipeline == 1:
             chunks = zip(x.split(size), *(c.split(size) for c in conditions), strict=True)
             return torch.cat([self.stages[0](*chunk) for chunk in chunks])
-        unit = size * (self.config.pipeline if self.config.schedule in INTERLEAVED else 1)
-        x, *others = (_extended(t, -rows % unit) for t in (x, *conditions))
-        conditions = Conditions(*others)
+        unit = size * self.config.pipeline  # a schedule keeps what all its microbatches gave out
+        full = unit if self.config.schedule in INTERLEAVED else size
+        x, *others = (_extended(t, -rows % full) for t in (x, *conditions))
+        parts = zip(x.split(unit), *(other.split(unit) for other in others), strict=True)
+        return torch.cat([self._piped(part, Conditions(*rest), layout, size) for part, *rest in parts])[:rows]
+
+    def _piped(self, x: Tensor, conditions: Conditions, layout: StreamLayout, size: int) -> Tensor:
         schedule = self._schedule(layout, conditions, size, len(x) // size, training=False)
-        inputs = (x, *conditions) if self.mesh.is_first_stage else ()
-        out = schedule.step(*inputs)
-        return self._from_last(out, (len(x), layout.elements))[:rows]
+        out = schedule.step(*((x, *conditions) if self.mesh.is_first_stage else ()))
+        return self._from_last(out, (len(x), layout.elements))
 
     def _lay_out(self, layout: StreamLayout) -> None:
         for stage in self.stages:
@@ -169,13 +181,14 @@ class Engine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """No dropout inside. Weights that a forward gathered are let go at the end, or a change of their shards, such
-        as the mean's in place of the parameters, would not be seen."""
+        as the mean's in place of the parameters, would not be seen; and schedules, which keep what they gave out."""
         before = [stage.training for stage in self.stages]
         for stage in self.stages:
             stage.eval()
         try:
             yield
         finally:
+            self._schedules = OrderedDict((key, made) for key, made in self._schedules.items() if key.training)
             for stage, training in zip(self.stages, before, strict=True):
                 stage.train(training)
                 for module in stage.modules():
@@ -215,7 +228,7 @@ class Engine:
 
     def _schedule(self, layout: StreamLayout, conditions: Conditions, size: int, count: int, *, training: bool) -> Any:
         """A schedule has receive buffers of one shape: another bucket is another schedule over the same modules."""
-        key = (layout, size, count, training)
+        key = _Key(layout, size, count, training)
         if key not in self._schedules:
             self._schedules[key] = self._new_schedule(layout, conditions, size, count, training)
             if len(self._schedules) > KEPT_SCHEDULES:

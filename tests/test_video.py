@@ -162,6 +162,24 @@ def trim(source: Path, path: Path, seconds: Fraction) -> None:
                 out.mux(packet)
 
 
+@pytest.mark.parametrize("name", ["intra.mov", "old.avi"])
+def test_a_frame_that_the_decoder_had_to_guess_is_named(name: str, tmp_path: Path) -> None:
+    import av
+
+    codec, pixels, options = KINDS[name]
+    path, coarse = tmp_path / name, np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    film = [np.roll(coarse, number, 1).repeat(12, 0).repeat(12, 1) for number in range(20)]
+    write_timed(path, film, range(20), Fraction(1, 25), codec=codec, pixels=pixels, options=options)
+    with av.open(path) as container:
+        position, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][12]
+    data = bytearray(path.read_bytes())
+    data[position + size // 3 : position + 2 * size // 3] = np.random.default_rng(1).bytes(2 * size // 3 - size // 3)
+    path.write_bytes(data)
+    assert read_frames(path, range(9), height=16, width=32).shape == (9, 16, 32, 3)
+    with pytest.raises(BadMedia, match=r"is damaged: frame 1\d is a guess"):
+        read_frames(path, range(8, 20), height=16, width=32)
+
+
 def test_a_frame_beyond_the_end_is_named(tmp_path: Path) -> None:
     write_marked(tmp_path / "a.mp4", range(5), fps=Fraction(24))
     with pytest.raises(BadMedia, match="has 5 frames, so there is no frame 5"):

@@ -177,7 +177,9 @@ def frames(
         size = (stream.codec_context.width, stream.codec_context.height)
         if wanted[-1] >= line.frames:
             raise BadMedia(f"has {line.frames} frames, so there is no frame {wanted[-1]}")
-        for frame in _picked(container, stream, line, wanted, alpha=alpha):
+        for number, frame in zip(wanted, _picked(container, stream, line, wanted, alpha=alpha)):
+            if frame.is_corrupt:
+                raise BadMedia(f"is damaged: frame {number} is a guess of the decoder's; copy or encode it again")
             if (frame.width, frame.height) != size:
                 raise BadMedia(f"changes its size from {size[0]}×{size[1]} to {frame.width}×{frame.height}")
             yield frame, shown_size(frame, stream)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import tiny
 from tests.bytes_held import BytesHeld
 from tests.ranks import run_ranks
 from transpixeler import cli, configfile, plan, runs, trainer
@@ -30,6 +31,7 @@ from transpixeler.data.probes import Probes
 from transpixeler.data.write import write_png
 from transpixeler.models import wan
 from transpixeler.parallel import fit, mesh
+from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.mesh import Layout
 from transpixeler.runtime import Runtime
 
@@ -216,6 +218,39 @@ def test_the_first_rank_of_a_pipeline_holds_the_most_microbatches() -> None:
     assert [fit.in_flight(config, 4, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
     assert fit.in_flight(replace(config, schedule="gpipe"), 4, 0, 8) == 8
     assert fit.in_flight(config, 1, 0, 8) == 1
+
+
+def _received(rank: int, world_size: int, schedule: str) -> float:
+    """Hidden states of each microbatch that a rank's schedule makes room for."""
+    count = 2 * world_size
+    config = tiny.config(f"train.global_batch={count}", f"parallel.pipeline={world_size}", schedule)
+    here = Runtime(rank, world_size, rank, torch.device("cpu"))
+    joined = mesh.build(mesh.resolve(config.parallel, world_size), here)
+    engine = build_engine(config, joined, lambda: tiny.make(config), tiny.SeededSource(config))
+    example = tiny.example(config, 1, range(count))
+    with mock.patch.object(torch, "empty_strided", wraps=torch.empty_strided) as made:
+        engine.forward_backward(example, 1)
+    hidden = (1, example.layout.tokens, engine.dimensions.width)
+    return sum(tuple(call.kwargs.get("size", ())) == hidden for call in made.call_args_list) / count
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved-1f1b"])
+def test_a_schedule_has_room_for_every_microbatch_from_either_side(schedule: str) -> None:
+    override = f"parallel.schedule={schedule}"
+    parallel = tiny.config(override).parallel
+    assert run_ranks(_received, 3, override) == [fit.receive_buffers(parallel, 3, rank) for rank in range(3)]
+    assert fit.receive_buffers(parallel, 1, 0) == 0
+
+
+def test_room_for_what_stages_receive_is_planned(large: Config) -> None:
+    """Twice the microbatches compute no more at a time on the first of four ranks, but are all received."""
+    staged = _with(large, ("parallel.replicate=1", "parallel.pipeline=4"))
+    more, less = (
+        planned(replace(staged, train=replace(staged.train, global_batch=batch)), device="h100", gpus=4).memory["full"]
+        for batch in (8, 4)
+    )
+    hidden = 2 * 2 * (5 * 30 * 52) * 1536  # 16 bits of two streams
+    assert more.activations - less.activations >= 4 * hidden
 
 
 def test_no_layout_is_told_that_training_refuses() -> None:

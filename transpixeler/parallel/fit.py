@@ -197,7 +197,9 @@ class Estimate:
         held = in_flight(self.config.parallel, layout.pipeline, rank, share // micro)
         head = 3 * FP32 * load.layout.tokens * self.dimensions.width  # taken in, normed, modulated: before any block
         outer = 3 * FP32 * load.layout.elements  # the noisy input, the target and how far off it is
-        return int(micro * (max(work, head) + held * kept + outer) + share * self._example(load.layout))
+        hidden = load.layout.tokens * self.dimensions.width * self.size
+        received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden
+        return int(micro * (max(work, head) + held * kept + outer) + received + share * self._example(load.layout))
 
     def _of_blocks(self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute) -> int:
         d = self.dimensions
@@ -269,6 +271,14 @@ def in_flight(config: ParallelConfig, pipeline: int, rank: int, count: int) -> f
     if config.schedule == "gpipe" or count < pipeline:
         return count
     return min(count, pipeline - rank)
+
+
+def receive_buffers(config: ParallelConfig, pipeline: int, rank: int) -> int:
+    """Hidden states of each microbatch that a rank has room for: one from either side of each of its stages."""
+    if pipeline == 1:
+        return 0
+    pieces = stage_count(replace(config, pipeline=pipeline)) // pipeline
+    return 2 * pieces - (rank == 0) - (rank == pipeline - 1)
 
 
 # --- layouts for a machine -------------------------------------------------------------------------------------------

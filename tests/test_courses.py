@@ -7,11 +7,13 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from tests import test_trainer
 from tests.ranks import run_ranks
@@ -48,6 +50,32 @@ def test_another_course_from_an_older_checkpoint_replaces_the_first(demo: Path, 
     assert state["config"]["optim"]["force_lr"] == 0.1, "the checkpoint of step 4 is the first course's"
     assert steps(folder) == [4] and steps(folder / "aside") == [4]
     assert (folder / "step4" / "ema").is_dir()
+
+
+def _train_and_tell_what_is_copied(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> list[str]:
+    copied: list[str] = []
+    stage = DefaultStager.stage
+
+    def told(self: DefaultStager, tensors: dict[str, torch.Tensor], **options: Any) -> Any:
+        copied.extend(tensors)
+        return stage(self, tensors, **options)
+
+    with mock.patch.object(DefaultStager, "stage", told):
+        trainer.train(configfile.load(path, overrides), Runtime(rank, world_size, rank, torch.device("cpu")))
+    return copied
+
+
+def test_replicas_share_the_copying_of_what_all_of_them_hold(demo: Path, tmp_path: Path) -> None:
+    short = ("train.max_steps=3", "checkpoint.every_steps=2", "run_name=shared")
+    layout = ("parallel.replicate=2", "parallel.shard=2")
+    overrides = (f"output_dir={tmp_path}", *test_trainer.FAST, *short, *layout)
+    copied = [set(names) for names in run_ranks(_train_and_tell_what_is_copied, 4, demo / "config.yaml", overrides)]
+    assert copied[0] == copied[1] and copied[2] == copied[3] and not copied[0] & copied[2]
+    assert min(map(len, copied)) > 0.4 * len(copied[0] | copied[2])
+    whole = test_trainer.tensors(tmp_path / "shared", 2, tmp_path)
+    assert set(whole) == copied[0] | copied[2]
+    alone = test_trainer.run(demo, tmp_path / "alone", *short)
+    assert test_trainer.difference(whole, test_trainer.tensors(alone, 2, tmp_path)) < 1e-4
 
 
 class Counting(torch.optim.SGD):

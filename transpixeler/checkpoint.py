@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.files import sync, write_text
+from transpixeler.parallel.mesh import Mesh
 from transpixeler.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
@@ -117,6 +118,13 @@ def _codes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 place = "-".join(str(at) for at, placement in axes if placement.is_shard())
             found |= {f"{name}.{part}.{place}": getattr(inner, part) for part in inner.__tensor_flatten__()[0]}
     return found
+
+
+def own_part(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What this rank saves: replicas hold the same, so each of them copies and writes a part of it."""
+    replica = mesh.data_rank // mesh.layout.shard
+    names = sorted(tensors)[replica :: mesh.layout.replicate]
+    return {name: tensors[name] for name in names}
 
 
 # --- whole folders ---------------------------------------------------------------------------------------------------

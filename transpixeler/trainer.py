@@ -262,7 +262,8 @@ class Trainer:
 
     def _checkpoint(self, *, wait: bool = False) -> str:
         """Why it could not be written, where that is known already."""
-        fault = self.checkpointer.save(self.step, self._tensors(), self._state(), wait=wait)
+        tensors = checkpoint.own_part(self._tensors(), self.mesh)
+        fault = self.checkpointer.save(self.step, tensors, self._state(), wait=wait)
         self.checkpointed_at = time.monotonic()
         return fault
 

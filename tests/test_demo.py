@@ -237,7 +237,7 @@ AREAS = {
 def test_a_scene_is_what_its_caption_says(values: tuple[str, str, str]) -> None:
     shape, direction, opacity = values
     form = Format(90, 70, 12, Fraction(24))
-    scene = Scene(Attributes(shape, "cyan", direction, opacity), form, 16.0, (44.3, 34.6), 30.0, 0.1, 1.0)
+    scene = Scene(Attributes(shape, "cyan", direction, opacity), form, 16.0, (44.3, 34.6), 30.0, 1.0)
     clip = np.stack(list(render(scene)))
     alpha, color = clip[..., 3], clip[..., :3]
     assert alpha.max() == round(255 * OPACITIES[opacity])

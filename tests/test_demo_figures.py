@@ -95,6 +95,24 @@ def test_random_text_features_tell_every_attribute_of_a_held_out_caption() -> No
     assert train_demo_weights.text_separation(deaf) < 0.7
 
 
+def test_the_transformer_begins_by_looking_at_what_is_near() -> None:
+    import train_demo_weights
+
+    def felt(transformer: torch.nn.Module) -> torch.Tensor:
+        """How much the first of four tokens in a column depends on each."""
+        latents = torch.randn(1, 16, 1, 8, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        text = torch.zeros(1, 4, transformer.config.text_dim)
+        out = transformer(latents, torch.tensor([500]), text, return_dict=False)[0]
+        (slope,) = torch.autograd.grad(out[..., :2, :].square().sum(), latents)
+        return slope.unflatten(3, (4, 2)).square().sum((0, 1, 2, 4, 5)).sqrt()
+
+    transformer = random_parts(0).transformer
+    before = felt(transformer)
+    train_demo_weights.look_near(transformer)
+    after = felt(transformer)
+    assert after[1] > 2.5 * after[3] and before[1] < 1.2 * before[3]
+
+
 def test_the_vae_s_training_lowers_its_error_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch) -> None:
     import demo_vae
 

@@ -70,7 +70,7 @@ def test_animations_are_clips(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(("write", "near"), [(write_prores4444, 3), (write_webm_alpha, 8)])  # 4:2:0 blurs colour
 def test_premultiplied_colour_is_found_and_undone(tmp_path: Path, write: Callable[..., None], near: int) -> None:
-    rgba = stack(Scene(Attributes("square", "cyan", "left", "half transparent"), SMALL, 14, (40, 32), 16, 0, 1))
+    rgba = stack(Scene(Attributes("square", "cyan", "left", "half transparent"), SMALL, 14, (40, 32), 16, 1))
     write(tmp_path / "in/straight.mov", rgba, fps=FPS)
     write(tmp_path / "in/times.mov", multiplied(rgba), fps=FPS)
     options = ("--fill", "black", "--lossless")
@@ -86,7 +86,9 @@ def test_premultiplied_colour_is_found_and_undone(tmp_path: Path, write: Callabl
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_colour_tells_premultiplied_from_straight(seed: int) -> None:
-    for scene in scenes(8, formats=[Format(64, 64, 2, FPS)], held_out=False, seed=seed):
+    for scene in scenes(8, formats=[Format(64, 64, 17, FPS)], held_out=False, seed=seed):
+        if scene.attributes.shape == "square":
+            continue  # whose edges lie along the pixels: all that is soft is alike, and tells nothing
         rgba = stack(scene)
         assert looks_premultiplied(multiplied(rgba)) and not looks_premultiplied(rgba)
 

@@ -5,13 +5,14 @@ its own, so that random features already tell the captions apart, and the figure
 trained as an RGB text-to-video model by `transpixeler train`, in full, on clips that hold no alpha. Then everything is
 measured on captions that no training clip has, and written as bf16 with a model card.
 
-The same command goes on where it stopped. On two CPU cores it takes about two hours.
+The same command goes on where it stopped. On two CPU cores it takes about an hour and a half.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +39,9 @@ from transpixeler.demo_model import ASSETS, SCALES, Parts, measure_latents, rand
 from transpixeler.files import whole, write_text
 from transpixeler.runtime import log_to_terminal, running
 from transpixeler.tooling import processes, run, torchrun
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 log = logging.getLogger("transpixeler")
 
@@ -117,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("out", type=Path, help="the folder to work in; what is finished there is not done again")
     add("--seed", type=int, default=0)
-    add("--clips", type=int, default=2400, help="RGB clips that the transformer learns from (default: %(default)s)")
-    add("--steps", type=int, default=10000, help="steps of the transformer (default: %(default)s)")
+    add("--clips", type=int, default=1600, help="RGB clips that the transformer learns from (default: %(default)s)")
+    add("--steps", type=int, default=6000, help="steps of the transformer (default: %(default)s)")
     add("--nproc", type=int, help="processes that train the transformer (default: one a GPU, two without)")
     add_captions(parser, default=len(HELD_OUT))
     add("--install", action="store_true", help=f"put the weights and their card into {ASSETS}")
@@ -154,9 +159,29 @@ def _base_model(out: Path, seed: int) -> None:
         return
     parts = random_parts(seed)
     parts.vae.load_state_dict({name: value.float() for name, value in load_file(out / "vae.safetensors").items()})
+    look_near(parts.transformer)
     _rounded(parts.text_encoder)
     measure_latents(parts.vae, seed)
     write_pipeline(out / "model", parts)
+
+
+@torch.no_grad()
+def look_near(transformer: WanTransformer3DModel) -> None:
+    """Three in four heads begin by looking at what is near, as those of large models have learned to.
+
+    A constant in queries and keys, in the fastest pair of an axis's rotation, makes attention fall off along it: for
+    half of the heads in time, height and width, for a quarter in space alone. Every other one sees its place alone.
+    """
+    heads, size = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    side = 2 * (size // 6)  # of height and of width; time has the rest
+    time, height, width = 0, size - 2 * side, size - side
+    for block, head in itertools.product(transformer.blocks, range(3 * heads // 4)):
+        axes = (time, height, width) if head < heads // 2 else (height, width)
+        places = [head * size + axis for axis in axes]
+        attention = block.attn1
+        for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
+            linear.bias[places] = 3.0
+            norm.weight[places] = 1.2 if head % 2 else 2.2
 
 
 def _clips(out: Path, arguments: argparse.Namespace) -> None:

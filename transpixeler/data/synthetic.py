@@ -29,7 +29,7 @@ COLORS = {
 }
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 # Half transparent stays well above one half, so that a matte cut at 0.5 still holds the shape.
-OPACITIES = {"opaque": 1.0, "half transparent": 0.7}
+OPACITIES = {"opaque": 1.0, "half transparent": 0.8}
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,13 @@ class Format:
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip, fully told: lengths in pixels, speed in pixels a second, angle in radians."""
+    """One clip, fully told: lengths in pixels, speed in pixels a second."""
 
     attributes: Attributes
     format: Format
     radius: float
     start: tuple[float, float]
     speed: float
-    angle: float
     tint: float
 
 
@@ -113,11 +112,9 @@ def heights(scene: Scene) -> Iterator[np.ndarray]:
 def _distances(scene: Scene) -> Iterator[np.ndarray]:
     """[H, W] of each frame: pixels to the shape's edge, negative inside."""
     y, x = np.mgrid[0 : scene.format.height, 0 : scene.format.width] + 0.5
-    turn = np.exp(-1j * scene.angle)
     for number in range(scene.format.frames):
         center_x, center_y = center(scene, number)
-        points = ((x - center_x) + 1j * (y - center_y)) * turn
-        yield SHAPES[scene.attributes.shape](points, scene.radius)
+        yield SHAPES[scene.attributes.shape]((x - center_x) + 1j * (y - center_y), scene.radius)
 
 
 def center(scene: Scene, number: int) -> tuple[float, float]:
@@ -130,7 +127,7 @@ def center(scene: Scene, number: int) -> tuple[float, float]:
 def _scene(attributes: Attributes, format: Format, rng: np.random.Generator) -> Scene:
     """Draws a place from which the shape crosses part of the frame and never leaves it."""
     side = min(format.width, format.height)
-    radius = side * rng.uniform(0.26, 0.33)
+    radius = side * rng.uniform(0.3, 0.36)
     direction = DIRECTIONS[attributes.direction]
     duration = float((format.frames - 1) / format.fps)
     sizes, start = (format.width, format.height), [0.0, 0.0]
@@ -141,8 +138,7 @@ def _scene(attributes: Attributes, format: Format, rng: np.random.Generator) -> 
             speed = room / duration
         way = speed * duration * sign
         start[axis] = radius + max(0.0, -way) + rng.uniform(0, 1) * (room - abs(way))
-    angle, tint = rng.uniform(-0.2, 0.2), rng.uniform(0.7, 1.0)
-    return Scene(attributes, format, radius, (start[0], start[1]), speed, angle, tint)
+    return Scene(attributes, format, radius, (start[0], start[1]), speed, tint=rng.uniform(0.7, 1.0))
 
 
 # --- shapes: signed distance in pixels, negative inside, of points as complex numbers --------------------------------

@@ -66,7 +66,7 @@ def _train_and_tell_what_is_copied(rank: int, world_size: int, path: Path, overr
 
 
 def test_replicas_share_the_copying_of_what_all_of_them_hold(demo: Path, tmp_path: Path) -> None:
-    short = ("train.max_steps=3", "checkpoint.every_steps=2", "run_name=shared")
+    short = ("train.max_steps=3", "checkpoint.every_steps=2", "optim.lr=1e-3", "run_name=shared")
     layout = ("parallel.replicate=2", "parallel.shard=2")
     overrides = (f"output_dir={tmp_path}", *test_trainer.FAST, *short, *layout)
     copied = [set(names) for names in run_ranks(_train_and_tell_what_is_copied, 4, demo / "config.yaml", overrides)]

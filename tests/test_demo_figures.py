@@ -117,7 +117,7 @@ def test_the_vae_s_training_lowers_its_error_and_goes_on_where_it_stopped(tmp_pa
     import demo_vae
 
     monkeypatch.setattr(demo_vae, "SCENES", 4)
-    phases = tuple(demo_vae.Phase(frames=f, side=16, batch=4, steps=12, lr=3e-3) for f in (1, 5))
+    phases = tuple(demo_vae.Phase(frames=f, side=16, batch=4, steps=16, lr=3e-3) for f in (1, 5))
 
     def error(vae: torch.nn.Module) -> float:
         videos = [demo_vae.views(scene)[1][:5] for scene in HELD_OUT[:2]]

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,7 @@ def test_a_background_that_cannot_be_read_is_told_before_the_first_step(
     (tmp_path / "torn.png").write_bytes(b"no picture")
     assert composites(demo, tmp_path / "runs", tmp_path / "torn.png") == 2
     assert "sample.background" in capsys.readouterr().err and not list((tmp_path / "runs").glob("*/metrics.jsonl"))
+    assert "loader" not in [thread.name for thread in threading.enumerate()]
     assert composites(demo, tmp_path / "runs", tmp_path / "torn.png", "eval.samples=0") == 0, "unused"
 
 

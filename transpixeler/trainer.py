@@ -135,7 +135,6 @@ class Trainer:
         self.saved: Path | None = None  # the last save
         self.bad_steps = 0  # steps in a row that were not finite
         self.saved_at = self.checkpointed_at = time.monotonic()
-        self.loader = self._open_loader()
         self.account = Account(config, runtime, run, self.engine, self.data, self.order, self.total)
         self.telemetry = self._open_telemetry() if runtime.is_main else None
         self.pusher = hub.pusher(config) if runtime.is_main else None
@@ -143,6 +142,7 @@ class Trainer:
         self.account.introduce(self.step)
         if runtime.is_main:
             runs.begin(run, config)
+        self.loader = self._open_loader()  # last: a fault above leaves no thread behind
 
     # -- the loop
 

@@ -56,3 +56,11 @@ def write_timed(
 def write_marked(path: Path, numbers: Sequence[int], *, fps: Fraction, **options: object) -> None:
     """Frames of these numbers at a constant rate."""
     write_timed(path, map(marked, numbers), range(len(numbers)), 1 / fps, **options)
+
+
+def packet_at(path: Path, number: int) -> tuple[int, int]:
+    """Where a packet of a video begins in its file, and its bytes."""
+    import av
+
+    with av.open(path) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][number]

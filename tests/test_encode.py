@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.media import packet_at
 from tests.ranks import run_ranks
 from transpixeler import configfile
 from transpixeler.config import Config, UserError
@@ -400,11 +401,7 @@ def test_a_clip_that_gives_no_finite_latent_is_skipped_in_both_sets(
 
 
 def damage_packet(path: Path, number: int) -> None:
-    import av
-
-    with av.open(path) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    position, size = packets[number]
+    position, size = packet_at(path, number)
     data = bytearray(path.read_bytes())
     data[position : position + size] = bytes([255]) * size
     path.write_bytes(data)

@@ -229,14 +229,19 @@ def test_whoever_reads_the_old_file_while_it_is_replaced_reads_the_old_file(tmp_
 # -- in other programs
 
 
+def in_diffusers(model: WanModel, folder: Path, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What diffusers gives out without the model's adapter and with it."""
+    write_adapter(adapter_of(model, METADATA), folder / "pytorch_lora_weights.safetensors", format=format)
+    pipe = pipeline()
+    plain = diffusers_output(pipe.transformer)
+    pipe.load_lora_weights(folder)
+    return plain, diffusers_output(pipe.transformer)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_plain_adapter_gives_our_output_in_diffusers(format: str, tmp_path: Path, base: Path) -> None:
     model = trained(base, alpha=1.0, targets=(*TARGETS, *TEXT_TARGETS))
-    write_adapter(adapter_of(model, METADATA), tmp_path / "pytorch_lora_weights.safetensors", format=format)
-    pipe = pipeline()
-    plain = diffusers_output(pipe.transformer)
-    pipe.load_lora_weights(tmp_path)
-    adapted = diffusers_output(pipe.transformer)
+    plain, adapted = in_diffusers(model, tmp_path, format)
     assert torch.allclose(output(model), adapted, atol=1e-4)
     assert (adapted - plain).abs().max() > 0.01
     apply_adapter(model, Adapter(**vars(adapter_of(model, {})) | {"alphas": dict.fromkeys(lora_names(model), 4.0)}))
@@ -266,11 +271,7 @@ def test_diffusers_reads_an_adapter_of_some_linears_in_every_spelling(
     format: str, targets: tuple[str, ...], ranks: dict[str, int], tmp_path: Path, base: Path
 ) -> None:
     model = trained(base, alpha=1.0, targets=targets, ranks=ranks)
-    write_adapter(adapter_of(model, METADATA), tmp_path / "pytorch_lora_weights.safetensors", format=format)
-    pipe = pipeline()
-    plain = diffusers_output(pipe.transformer)
-    pipe.load_lora_weights(tmp_path)
-    adapted = diffusers_output(pipe.transformer)
+    plain, adapted = in_diffusers(model, tmp_path, format)
     assert torch.allclose(output(model), adapted, atol=1e-4)
     assert (adapted - plain).abs().max() > 1e-3
     back = read_adapter(tmp_path / "pytorch_lora_weights.safetensors")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.media import HEIGHT, WIDTH, marked, marks, write_marked, write_timed
+from tests.media import HEIGHT, WIDTH, marked, marks, packet_at, write_marked, write_timed
 from transpixeler.config import DataConfig
 from transpixeler.data import container
 from transpixeler.data.fill import Fill
@@ -164,14 +164,11 @@ def trim(source: Path, path: Path, seconds: Fraction) -> None:
 
 @pytest.mark.parametrize("name", ["intra.mov", "old.avi"])
 def test_a_frame_that_the_decoder_had_to_guess_is_named(name: str, tmp_path: Path) -> None:
-    import av
-
     codec, pixels, options = KINDS[name]
     path, coarse = tmp_path / name, np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
     film = [np.roll(coarse, number, 1).repeat(12, 0).repeat(12, 1) for number in range(20)]
     write_timed(path, film, range(20), Fraction(1, 25), codec=codec, pixels=pixels, options=options)
-    with av.open(path) as container:
-        position, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][12]
+    position, size = packet_at(path, 12)
     data = bytearray(path.read_bytes())
     data[position + size // 3 : position + 2 * size // 3] = np.random.default_rng(1).bytes(2 * size // 3 - size // 3)
     path.write_bytes(data)

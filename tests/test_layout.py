@@ -24,6 +24,7 @@ from transpixeler.parallel.build import build_engine
 STEPS = 10
 BASE = ("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3")
 FULL = ("lora.enabled=false",)
+MUON = (*FULL, "optim.name=muon", "optim.lr=1e-3")
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ def _train(rank: int, world_size: int, overrides: tuple[str, ...], twin: str, st
     mesh = meshes.build(layout, here)
     engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
     trained = {name: p for name, p in engine.named_parameters() if p.requires_grad}
-    optimizer = optim.build(trained, config.optim)
+    optimizer = optim.build(trained, config.optim, mesh.data_group)
     share = config.train.global_batch // layout.data
     first = 0 if twin == "duplicated data" else mesh.data_rank * share
     losses = []
@@ -135,6 +136,17 @@ def test_ten_steps_are_the_same_whatever_is_recomputed(
 def test_full_fine_tuning_is_the_same_on_any_layout(reference: Callable[..., dict[str, Any]], name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     assert difference(train(world_size, *overrides, *FULL), reference(*FULL)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["(1,2,1)", "(1,1,2)", "(2,1,2)", "(1,2,2)"])
+def test_orthogonal_steps_are_the_same_on_any_layout(reference: Callable[..., dict[str, Any]], name: str) -> None:
+    world_size, overrides = LAYOUTS[name]
+    assert difference(train(world_size, *overrides, *MUON), reference(*MUON)) < 1e-6
+
+
+def test_orthogonal_steps_of_doubled_samples_are_caught(reference: Callable[..., dict[str, Any]]) -> None:
+    world_size, overrides = LAYOUTS["(1,2,1)"]
+    assert difference(train(world_size, *overrides, *MUON, twin="duplicated data"), reference(*MUON)) > 1e-4
 
 
 def test_the_size_of_a_microbatch_does_not_matter(reference: Callable[..., dict[str, Any]]) -> None:

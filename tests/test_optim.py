@@ -153,6 +153,37 @@ def test_orthogonalized_singular_values_are_near_one() -> None:
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+def _shared_steps(rank: int, world_size: int) -> tuple[bool, list[int]]:
+    """Whether parameters that steps share are those that each rank steps alone, and how many matrices each made."""
+    made: list[int] = []
+    orthogonalize = optim.orthogonalize
+
+    def counted(matrix: torch.Tensor) -> torch.Tensor:
+        made.append(matrix.numel())
+        return orthogonalize(matrix)
+
+    optim.orthogonalize = counted
+    config = tiny.config("optim.name=muon", "optim.lr=0.05").optim
+    moved, counts = [], []
+    for ranks in (None, torch.distributed.group.WORLD):
+        ours = parameters()
+        optimizer = optim.build(ours, config, ranks)
+        for _ in range(3):
+            sum((p**3).mean() for p in ours.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(ours)
+        counts.append(len(made))
+        made.clear()
+    return all(torch.equal(one, other) for one, other in zip(*(m.values() for m in moved))), counts
+
+
+def test_ranks_share_the_orthogonal_steps() -> None:
+    for same, (alone, shared) in run_ranks(_shared_steps, 2):
+        assert same
+        assert (alone, shared) == (6, 3), "two matrices, three steps"
+
+
 # --- learning --------------------------------------------------------------------------------------------------------
 
 

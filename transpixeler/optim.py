@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,13 +25,13 @@ Named = Mapping[str, nn.Parameter]
 TORCHAO = {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit", "adamw_fp8": "AdamWFp8"}
 
 
-def build(parameters: Named, config: OptimConfig) -> Optimizer | None:
-    """The configured optimizer; none for a stage where nothing is trained."""
+def build(parameters: Named, config: OptimConfig, ranks: dist.ProcessGroup | None = None) -> Optimizer | None:
+    """The configured optimizer; none for a stage where nothing is trained. `ranks` are those that step alike."""
     if not parameters:
         return None
     groups = list(_groups(parameters, config))
     try:
-        return _maker(config)(groups)
+        return _maker(config, ranks)(groups)
     except (TypeError, ValueError) as fault:
         if config.args:
             raise UserError(f"optim.args: {config.name} does not take {dict(config.args)}: {fault}") from None
@@ -76,7 +76,7 @@ def check_groups(names: Iterable[str], config: OptimConfig) -> None:
             )
 
 
-def _maker(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
+def _maker(config: OptimConfig, ranks: dist.ProcessGroup | None) -> Callable[[list[dict[str, Any]]], Optimizer]:
     adam = {"betas": config.betas, "eps": config.eps, **config.args}
     name = config.name.lower()
     if config.bf16_parameters and name != "adamw" and name not in TORCHAO:
@@ -91,7 +91,7 @@ def _maker(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
     if name == "adafactor":
         return lambda groups: torch.optim.Adafactor(groups, **config.args)
     if name == "muon":
-        return lambda groups: Muon(groups, momentum=config.momentum or 0.95, **adam)
+        return lambda groups: Muon(groups, momentum=config.momentum or 0.95, ranks=ranks, **adam)
     if name in TORCHAO:
         return _torchao(TORCHAO[name], adam, stochastic=config.bf16_parameters)
     if "." in config.name:
@@ -127,31 +127,58 @@ def _unnamed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Muon(Optimizer):
     """Matrices step by their orthogonalised momentum, everything else by AdamW.
 
-    A sharded matrix is gathered for its step, because orthogonality is a property of the whole.
+    A sharded matrix is gathered for its step, because orthogonality is a property of the whole. Ranks that step alike
+    share that work: each orthogonalises every so many matrices, and tells the others.
     """
 
-    def __init__(self, groups: Any, *, momentum: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self,
+        groups: Any,
+        *,
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+        ranks: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "momentum": momentum, "betas": betas, "eps": eps})
+        self.ranks = ranks
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = self._matrix if parameter.ndim == 2 else self._vector
-                    parameter.add_(update(parameter, group), alpha=-group["lr"])
+        given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, group in given:
+            if parameter.ndim != 2:
+                _move(parameter, self._vector(parameter, group), group)
+        # by size, so that what ranks do at once takes them equally long
+        matrices = sorted(((p, group) for p, group in given if p.ndim == 2), key=lambda one: -one[0].numel())
+        at_once = dist.get_world_size(self.ranks) if self.ranks else 1
+        for first in range(0, len(matrices), at_once):
+            self._step_matrices(matrices[first : first + at_once])
 
-    def _matrix(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+    def _step_matrices(self, matrices: Sequence[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+        """At most one for each rank."""
+        own = dist.get_rank(self.ranks) if self.ranks else 0
+        ours = None
+        for place, (parameter, group) in enumerate(matrices):
+            momentum = self._momentum(parameter, group)
+            if place == own:
+                # the scale makes one rate fit matrices of any shape
+                scale = max(1.0, momentum.shape[0] / momentum.shape[1]) ** 0.5
+                ours = (scale * orthogonalize(momentum)).contiguous()
+        for place, (parameter, group) in enumerate(matrices):
+            whole = ours if place == own else torch.empty(parameter.shape, device=parameter.device)
+            if self.ranks:
+                dist.broadcast(whole, group=self.ranks, group_src=place)
+            _move(parameter, _like(whole, parameter), group)
+
+    def _momentum(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """Nesterov's, whole."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        update = torch.lerp(parameter.grad, buffer, group["momentum"])  # Nesterov
-        whole = update.full_tensor() if isinstance(update, DTensor) else update
-        # the scale makes one rate fit matrices of any shape
-        whole = orthogonalize(whole) * max(1.0, whole.shape[0] / whole.shape[1]) ** 0.5
-        return _like(whole, parameter)
+        update = torch.lerp(parameter.grad, buffer, group["momentum"])
+        return update.full_tensor() if isinstance(update, DTensor) else update
 
     def _vector(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
@@ -163,6 +190,11 @@ class Muon(Optimizer):
         mean = state["exp_avg"].lerp_(parameter.grad, 1 - beta1) / (1 - beta1**count)
         square = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - beta2) / (1 - beta2**count)
         return mean / (square.sqrt() + group["eps"])
+
+
+def _move(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.add_(update, alpha=-group["lr"])
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -126,7 +126,7 @@ class Trainer:
         self.engine = build_engine(config, self.mesh, partial(make_model, config), base_weights(config))
         self.trained = {name: p for name, p in self.engine.named_parameters() if p.requires_grad}
         optim.check_groups([name for names in runtime.gather(list(self.trained)) for name in names], config.optim)
-        self.optimizer = optim.build(self.trained, config.optim)
+        self.optimizer = optim.build(self.trained, config.optim, self.mesh.data_group)
         self._start_from_adapter()
         self.ema = ema.Ema(self.trained, config.optim.ema)
         self.checkpointer = Checkpointer(run.checkpoints, config.checkpoint, runtime)

@@ -235,7 +235,10 @@ def test_a_run_name_is_not_taken_twice(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.global_batch=5", r"train.global_batch: 5 samples do not divide over 2 data ranks .*; 4 would"),
+        (
+            "train.global_batch=5",
+            r"train.global_batch: 5 samples do not divide over 2 data ranks .*; 4 would, .* 5 divide over 1:",
+        ),
         ("train.max_steps=0", "train.epochs: set it or train.max_steps"),
         ("model.path=", "model.path: set it"),
         ("data.train=[]", "data.train: set it"),

@@ -80,10 +80,13 @@ def check(config: Config, layout: meshes.Layout) -> None:
     if not config.train.epochs and not config.train.max_steps:
         raise UserError("train.epochs: set it or train.max_steps, so that training ends")
     if config.train.global_batch % layout.data:
-        near = layout.data * max(1, round(config.train.global_batch / layout.data))
+        batch, ranks = config.train.global_batch, layout.data
+        near = ranks * max(1, round(batch / ranks))
+        fewer = next(n for n in range(min(ranks, batch), 0, -1) if batch % n == 0)
         raise UserError(
-            f"train.global_batch: {config.train.global_batch} samples do not divide over {layout.data} data ranks "
-            f"(replicate {layout.replicate} × shard {layout.shard}); {near} would"
+            f"train.global_batch: {batch} samples do not divide over {ranks} data ranks (replicate {layout.replicate} "
+            f"× shard {layout.shard}); {near} would, but then a step learns from {near}; {batch} divide over {fewer}: "
+            "launch fewer processes, or raise parallel.pipeline"
         )
     if config.optim.name.lower() == "muon" and config.parallel.offload:
         raise UserError("optim.name: muon orthogonalises whole matrices on the device; set parallel.offload=false")

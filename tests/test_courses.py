@@ -228,6 +228,20 @@ def test_requests_of_a_job_that_was_killed_are_not_those_of_the_next(tmp_path: P
     assert not (again.folder / "save_quit").exists()
 
 
+def test_resume_alone_means_the_run_that_the_config_names_or_else_the_latest(tmp_path: Path) -> None:
+    unnamed, mine, absent = (
+        configfile.from_overrides([f"output_dir={tmp_path}", *words])
+        for words in ((), ("run_name=mine",), ("run_name=absent",))
+    )
+    runs.open_run(mine, ONE, None)  # stopped before its first step, so that it never was the latest
+    latest = runs.open_run(unnamed, ONE, None)
+    runs.begin(latest, unnamed)
+    assert runs.open_run(unnamed, ONE, "").folder == latest.folder
+    assert runs.open_run(mine, ONE, "").folder == tmp_path / "mine"
+    with pytest.raises(UserError, match=r"absent is no folder; leave --resume out"):
+        runs.open_run(absent, ONE, "")
+
+
 def test_sigterm_ends_a_run_that_has_not_begun_and_saves_one_that_has(tmp_path: Path) -> None:
     with runs.listening(runs.Run(tmp_path), ONE) as requests:
         with pytest.raises(SystemExit) as left:

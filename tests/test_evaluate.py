@@ -323,10 +323,19 @@ def test_each_thing_that_is_evaluated_has_a_place_of_its_own(run: Path, tmp_path
     assert evaluate._default_folder(trained.chosen(str(one), [], bare=True)) == one / "eval/base"
 
 
+def test_a_config_is_about_the_run_that_it_names_or_else_the_latest(run: Path, demo: Path, tmp_path: Path) -> None:
+    one, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("one", "other"))
+    (tmp_path / "latest").symlink_to("other")
+    for words, wanted in (([], other), (["run_name=one"], one)):
+        assert trained.chosen(str(demo / "config.yaml"), [f"output_dir={tmp_path}", *words]).run == wanted
+
+
 def test_what_cannot_be_evaluated_is_one_clear_line(
     run: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = str(demo / "config.yaml")
+    assert cli.main(["eval", config, f"output_dir={run.parent}", "run_name=absent"]) == 2
+    assert "holds no run absent; train first" in capsys.readouterr().err
     assert cli.main(["eval", config, f"output_dir={tmp_path}"]) == 2
     assert "holds no run yet; train first, or add --adapter PATH or --base" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path)]) == 2

@@ -93,14 +93,16 @@ def _add_train(commands: Any) -> None:
         nargs="?",
         const="",
         metavar="RUN",
-        help="go on from the newest valid checkpoint of the latest run, or of this run or checkpoint folder",
+        help="go on from the newest valid checkpoint of the run that run_name names, else of the latest, or of this "
+        "run or checkpoint folder",
     )
 
 
 def _add_eval(commands: Any) -> None:
     text = "Held-out losses, sample videos and measures of them, on data.eval: of a run's newest save, or as told."
     parser = _add(commands, "eval", "what a run, an adapter or the base has learned", text)
-    parser.add_argument("config", metavar="CONFIG_OR_RUN", help="a YAML file (its latest run) or a run's folder")
+    source = "a YAML file (the run that its run_name names, else its latest) or a run's folder"
+    parser.add_argument("config", metavar="CONFIG_OR_RUN", help=source)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set over the file's")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--adapter", default="", metavar="PATH", help="evaluate this adapter")

@@ -56,10 +56,9 @@ class Run:
 
 def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     """A new folder, or the one to resume; the same on every rank. A collective call."""
-    output = Path(config.output_dir)
     if resume is None:
-        return _new(config, runtime, output)
-    folder, chosen = _find(output, resume)
+        return _new(config, runtime)
+    folder, chosen = _find(config, resume)
     if chosen is not None:
         _insist_valid(chosen, runtime)
     found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
@@ -77,9 +76,14 @@ def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     return Run(folder)
 
 
-def _new(config: Config, runtime: Runtime, output: Path) -> Run:
+def meant(config: Config) -> Path:
+    """The run that a config speaks of: of its name, or the latest."""
+    return Path(config.output_dir) / (config.run_name or LATEST)
+
+
+def _new(config: Config, runtime: Runtime) -> Run:
     name = str(runtime.broadcast(config.run_name or run_stamp()))
-    folder = output / name
+    folder = Path(config.output_dir) / name
     if runtime.broadcast((folder / CONFIG).exists()):
         raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
     if runtime.broadcast(_is_filled(folder)):
@@ -122,11 +126,11 @@ def _point(link: Path, name: str) -> None:
     fresh.replace(link)
 
 
-def _find(output: Path, resume: str) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint) that a --resume argument means: nothing for the latest, a run, or one checkpoint."""
-    path = Path(resume) if resume else output / LATEST
+def _find(config: Config, resume: str) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint) that a --resume argument means: nothing for the config's, a run, or one checkpoint."""
+    path = Path(resume) if resume else meant(config)
     if not path.is_dir():
-        wanted = f"{path} is no folder" if resume else f"{output} holds no run yet"
+        wanted = f"{path} is no folder" if resume or config.run_name else f"{config.output_dir} holds no run yet"
         raise UserError(f"--resume: {wanted}; leave --resume out to start one, or give a run or checkpoint folder")
     path = path.resolve()
     chosen = path if path.name.startswith(checkpoint.PREFIX) else None

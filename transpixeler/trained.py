@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transpixeler import adapters, configfile, export
+from transpixeler import adapters, configfile, export, runs
 from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE, Adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
@@ -93,11 +93,13 @@ def chosen(
     config = configfile.load(run / CONFIG if run else path, overrides)
     if bare:
         return replace(base(config), run=run)
-    if not adapter and run is None and _run_folder(Path(config.output_dir)) is None:
-        raise UserError(
-            f"output_dir: {config.output_dir} holds no run yet; train first, or add --adapter PATH or --base"
-        )
-    return find(adapter or str(run or config.output_dir), config=config, ema=ema)
+    run = run or runs.meant(config)
+    if not adapter and not (run / CONFIG).is_file():
+        missing = f"output_dir: {config.output_dir} holds no run yet"
+        if config.run_name:
+            missing = f"run_name: {config.output_dir} holds no run {config.run_name}"
+        raise UserError(f"{missing}; train first, or add --adapter PATH or --base")
+    return find(adapter or str(run), config=config, ema=ema)
 
 
 def _run_folder(path: Path) -> Path | None:

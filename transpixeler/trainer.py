@@ -48,7 +48,7 @@ class TrainingFailed(Fault):
 
 
 def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Path:
-    """Caches what is missing, trains, and returns the run's folder. `resume`: "" for the latest run, or a folder."""
+    """Caches what is missing, trains, and returns the run's folder. `resume`: "" for the config's run, or a folder."""
     layout = meshes.resolve(config.parallel, runtime.world_size)
     check(config, layout)
     run = runs.open_run(config, runtime, resume)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -527,6 +529,18 @@ def test_a_fully_tuned_joint_model_keeps_its_stream_embeddings_beside_it(tmp_pat
     assert not torch.equal(output(again), output(model))
     apply_adapter(again, read_adapter(tmp_path))
     assert torch.equal(output(again), output(model))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_what_is_written_may_be_read_as_the_umask_says(umask: int, tmp_path: Path, base: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_adapter(adapter_of(trained(base), METADATA), tmp_path / "adapter")
+        save_model(our_model(base).named_parameters(), tmp_path / "model", config=WanModel.read_config(base))
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*") if file.is_file()}
+    assert len(modes) == 4 and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_a_save_that_breaks_off_leaves_nothing(tmp_path: Path, base: Path) -> None:

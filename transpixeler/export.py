@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from transpixeler.adapters import FORMATS, Adapter, read_adapter, with_whole_blocks, write_adapter
 from transpixeler.config import LoraConfig, UserError
+from transpixeler.files import whole
 from transpixeler.models import wan_keys
 from transpixeler.models.base import VideoModel
 from transpixeler.models.lora import LoraLinear, inject, load_adapter, lora_linears
@@ -86,12 +86,12 @@ def adapter_of(
     linears = dict(lora_linears(model))
     names = [f"{target}.{kind}" for target in linears for kind in ("lora_A", "lora_B")]
     embeddings = [name for name in parameters if name.startswith(_STREAM_EMBEDDING)]
-    whole = {name: _whole(given.get(name, parameters[name])) for name in names + embeddings}
+    held = {name: _whole(given.get(name, parameters[name])) for name in names + embeddings}
     return Adapter(
-        tensors={name: whole[name] for name in names},
+        tensors={name: held[name] for name in names},
         alphas={target: _single(module.scale * module.rank) for target, module in linears.items()},
         scopes={target: _scope(module, model.streams) for target, module in linears.items()},
-        stream_embeddings={name.removeprefix(_STREAM_EMBEDDING): whole[name] for name in embeddings},
+        stream_embeddings={name.removeprefix(_STREAM_EMBEDDING): held[name] for name in embeddings},
         metadata=dict(metadata),
     )
 
@@ -188,20 +188,17 @@ def save_model(
     Stream embeddings, which diffusers does not know, go into an adapter file beside it.
     """
     folder = Path(folder)
-    target, draft = folder / "transformer", folder / f".transformer-{os.getpid()}.draft"
+    target = folder / "transformer"
     if target.exists():
         raise UserError(f"{target} is there already, and a saved model is never overwritten; choose another folder")
-    draft.mkdir(parents=True)
     embeddings: dict[str, Tensor] = {}
-    try:
+    with whole(target) as draft:
+        draft.mkdir()
         _write_shards(_without_embeddings(state, embeddings), draft, shard_bytes)
         (draft / "config.json").write_text(json.dumps(diffusers_config(config), indent=2) + "\n")
         _check_written(draft, config)
         if embeddings:
             write_adapter(Adapter({}, {}, {}, embeddings, metadata or {}), folder)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,20 +20,30 @@ def whole(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = uuid.uuid4().hex[:12]
-    unfinished, old = (path.with_name(f".{path.name}.{own}.{end}") for end in ("tmp", "old"))
+    unfinished, old, plain = (path.with_name(f".{path.name}.{own}.{end}") for end in ("tmp", "old", "new"))
     try:
         yield unfinished
+        _admit(unfinished, plain)
         if synced:
             sync(unfinished)
         if unfinished.is_dir() and path.is_dir():
             path.replace(old)
         unfinished.replace(path)
     finally:
-        for left in (unfinished, old):
+        for left in (unfinished, old, plain):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def _admit(made: Path, plain: Path) -> None:
+    """Safetensors leaves its files to their owner alone; they get the mode of any new file here, such as `plain`."""
+    closed = [file for file in (made, *made.rglob("*")) if file.lstat().st_mode == stat.S_IFREG | 0o600]
+    if closed:
+        plain.touch()
+        for file in closed:
+            file.chmod(stat.S_IMODE(plain.stat().st_mode))
 
 
 def write_text(path: Path, text: str) -> None:

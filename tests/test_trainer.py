@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -251,6 +252,17 @@ def test_a_config_that_cannot_train_is_told_before_anything_is_loaded(demo: Path
     config = configfile.load(demo / "config.yaml", [override])
     with pytest.raises(UserError, match=message):
         trainer.check(config, Layout(1, 2, 1))
+
+
+def test_a_project_of_wandb_without_wandb_is_told_before_anything_is_made(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "wandb" else there(name, *of))
+    config = configfile.load(demo / "config.yaml", [f"output_dir={tmp_path}", "run_name=mine", "log.wandb=project"])
+    with pytest.raises(UserError, match=r"log.wandb: needs wandb; pip install 'transpixeler\[wandb\]'"):
+        trainer.train(config, Runtime(0, 1, 0, torch.device("cpu")))
+    assert not list(tmp_path.iterdir())
 
 
 # --- the base stays --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ touches the device, so that telling costs no step anything.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import platform
@@ -20,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from transpixeler.config import LogConfig
+from transpixeler.config import LogConfig, UserError
 from transpixeler.files import write_text
 
 logger = logging.getLogger("transpixeler")
@@ -62,6 +63,12 @@ def peak_memory(device: torch.device) -> float:
 
     scale = 2**10 if sys.platform == "darwin" else 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale / 2**20
+
+
+def check(config: LogConfig) -> None:
+    """What is needed to tell is missed before clips are encoded and the model is built, not after."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb: needs wandb; pip install 'transpixeler[wandb]', or set log.wandb empty")
 
 
 class Telemetry:

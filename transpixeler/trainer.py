@@ -101,6 +101,7 @@ def check(config: Config, layout: meshes.Layout) -> None:
             "parallel.shard to 1 and parallel.offload to false"
         )
     objective.check_tasks(config.objective, tuple(config.streams))
+    telemetry.check(config.log)
 
 
 def total_steps(config: Config, order: Order) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,11 @@ from tests import tiny
 from tests.models import TINY, base_of, inputs, without_embeddings
 from tests.models import tiny as tiny_model
 from tests.ranks import run_ranks
-from transpixeler import cli, generate, sampling, trained
+from transpixeler import cli, configfile, generate, sampling, trained
 from transpixeler.adapters import Adapter, write_adapter
 from transpixeler.config import SampleConfig
 from transpixeler.data import video
+from transpixeler.data.write import write_mp4
 from transpixeler.models import wan_keys
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.wan import WanModel
@@ -236,6 +238,19 @@ def test_a_bare_adapter_file_says_which_base_and_streams_it_is_for(run: Path, tm
     how = ("sample.guidance=2", "sample.shift=3", "sample.negative_prompt=''")  # which an adapter file does not say
     bare, whole = sample(tmp_path / "bare", str(file), *how), sample(tmp_path / "run", str(run), *how)
     assert np.array_equal(bare["frames"]["seg"], whole["frames"]["seg"])
+
+
+def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clip = tmp_path / "clip.mp4"
+    write_mp4(clip, np.zeros((18, 48, 64, 3), np.uint8), fps=Fraction(32))
+    for size, fps, said in (
+        ("64,48,5", 16, "the first 5 of 9 frames at 16 fps, scaled and cropped from 64×48 to 64×48 (--size)"),
+        ("32,48,17", 32, "the first 17 of 18 frames at 32 fps, scaled and cropped from 64×48 to 32×48 (--size)"),
+    ):
+        config = configfile.from_overrides([f"sample.size=[{size}]", f"data.fps={fps}"])
+        with caplog.at_level("INFO"):
+            generate._read_clip("--rgb", str(clip), config)
+        assert f"--rgb: {clip}: {said}" in caplog.text
 
 
 def test_a_given_clip_comes_out_as_it_went_in(run: Path, demo: Path, tmp_path: Path) -> None:

@@ -128,9 +128,9 @@ def _add_sample(commands: Any) -> None:
     option("--prompt", action="append", default=[], metavar="TEXT", help="what to make; may be given again")
     option("--prompts", default="", metavar="FILE", help="a text file with one prompt a line")
     option("--count", type=_count, default=1, metavar="N", help="videos of each prompt, with seeds that count up (1)")
-    option("--size", default="", metavar="WxHxF", help="width, height and frames, such as 832x480x33")
-    option("--rgb", default="", metavar="CLIP", help="make the other streams of this video: matting")
-    option("--alpha", default="", metavar="CLIP", help="make the RGB of this matte: painting")
+    option("--size", default="", metavar="WxHxF", help="width, height and frames, such as 832x480x33; of a CLIP too")
+    option("--rgb", default="", metavar="CLIP", help="make the other streams of this video's beginning: matting")
+    option("--alpha", default="", metavar="CLIP", help="make the RGB of this matte's beginning: painting")
     option("--out", default="samples", metavar="DIR", help="where to write (samples)")
     option("--format", action="append", default=[], metavar="NAME", help="mov, webm, png, …; may be given again")
     for name in ("steps", "guidance", "shift", "seed", "scheduler", "alpha-mode", "background"):

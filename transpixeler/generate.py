@@ -190,16 +190,21 @@ def _given_clips(config: Config, wish: Wish) -> dict[int, Any]:
 
 
 def _read_clip(option: str, path: str, config: Config) -> Any:
-    """The clip's beginning at the size that is sampled."""
+    """The clip's beginning at the rate and the size that are sampled; what that leaves out is said."""
     width, height, frames = video_size(config)
     fps = _fps(config)
     try:
-        there = video.probe(Path(path)).frames_at(fps)
+        media = video.probe(Path(path))
+        there = media.frames_at(fps)
         if there < frames:
             fits = max(0, there - 1) // 4 * 4 + 1
             raise BadMedia(
                 f"has {there} frames at {float(fps):g} fps, not {frames}; try --size {width}x{height}x{fits}"
             )
+        if (media.frames, media.width, media.height) != (frames, width, height):
+            taken = f"the first {frames} of {there} frames at {float(fps):g} fps"
+            fitted = f"scaled and cropped from {media.width}×{media.height} to {width}×{height}"
+            logger.info("%s: %s: %s, %s (--size)", option, path, taken, fitted)
         clip = Clip(path, Fraction(0), frames, fps, height, width)
         return video.read_frames(Path(path), video.frame_numbers(Path(path), clip), height=height, width=width)
     except BadMedia as fault:

@@ -265,6 +265,13 @@ def test_what_does_not_fit_is_said(tmp_path: Path, node) -> None:
         node.read_adapter(tmp_path / "foreign.safetensors")
 
 
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_an_adapter_under_other_names_is_refused(tmp_path: Path, node, format: str) -> None:
+    file = stored(trained(2), tmp_path / "a.safetensors", format)
+    with pytest.raises(ValueError, match="is no name of ours; `transpixeler export --format comfyui`"):
+        node.read_adapter(file)
+
+
 def test_a_latent_holds_the_streams_and_comes_apart(node) -> None:
     (latent,) = node.JointLatent().make(64, 48, 9, 2, 3)
     assert latent["samples"].shape == (3, 16, 2 * 3, 6, 8)

@@ -12,8 +12,8 @@ Limits. Text-to-video models of ComfyUI's own `WanModel` only: no image-to-video
 nodes that look at the video in windows or replace the model's forward. All streams are generated together: giving one
 of them clean (matting) is not possible here. Time and memory are those of a video of all streams' frames; ComfyUI does
 not count the adapter's own weights in its memory. Previews show the streams one after another. Adapters of other
-programs must first go through `transpixeler export --format comfyui`. The file is tested against transpixeler's own
-forward on a model with ComfyUI's names, not inside ComfyUI.
+programs, or under their names, must first go through `transpixeler export --format comfyui`. The file is tested against
+transpixeler's own forward on a model with ComfyUI's names, not inside ComfyUI.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if f"{HEADER}scope" not in header:
         raise ValueError(f"{path}: not an adapter of transpixeler; `transpixeler export --format comfyui` makes one")
+    if other := [key for key in stored if not _is_own(key)]:
+        raise ValueError(f"{path}: {other[0]} is no name of ours; `transpixeler export --format comfyui` gives those")
     embeddings = {key.removeprefix(EMBEDDING): value for key, value in stored.items() if key.startswith(EMBEDDING)}
     streams = tuple(name.strip() for name in header.get(f"{HEADER}streams", "").split(",") if name.strip())
     joint = Joint(streams or ("rgb", *embeddings), header.get(f"{HEADER}rgb_attends_aux", "true") != "false")
@@ -98,6 +100,10 @@ def read_adapter(path: str | Path) -> AdapterFile:
         name: _target(stored, name, _span(scopes.get(name, header[f"{HEADER}scope"]), joint.streams)) for name in names
     }
     return AdapterFile(joint, embeddings, targets)
+
+
+def _is_own(key: str) -> bool:
+    return key.startswith(EMBEDDING) or (key.startswith(PREFIX) and key.endswith((DOWN, UP, ALPHA)))
 
 
 def _target(stored: Mapping[str, Tensor], name: str, span: Span) -> Target:

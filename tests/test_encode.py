@@ -347,7 +347,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_encoded(model: Path, tmp_p
     (tmp_path / "d/003_seg.png").unlink()
     data = run(config(model, tmp_path / "d")).train
     assert [item.sample_id for item in data.items] == ["d/000", "d/001", "d/002"]
-    assert data.skipped == (("d/003", "no seg file 003_seg.*"),)
+    reason = "no seg file 003_seg.*; if the rgb file holds alpha, set rgba: true for its source"
+    assert data.skipped == (("d/003", reason),)
     with pytest.raises(UserError, match=r"d/003.*data\.on_bad"):
         run(config(model, tmp_path / "d", "data.on_bad=error"))
 

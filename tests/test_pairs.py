@@ -153,6 +153,7 @@ def test_image_sequences_that_would_slip_are_refused(name: str, tmp_path: Path) 
 
 def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
     add(tmp_path / "s", clip, "alone.mp4")
+    add(tmp_path / "s", clip, "both.mov")
     add(tmp_path / "s", clip, "mute.mp4", "mute_seg.mp4", caption=None)
     add(tmp_path / "s", clip, "blank.mp4", "blank_seg.mp4", caption=" \n")
     add(tmp_path / "s", clip, "orphan_seg.mp4", caption=None)
@@ -164,6 +165,7 @@ def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
     assert not result.samples
     expected = {
         "s/alone": "no seg file alone_seg.*",
+        "s/both": "no seg file both_seg.*; if the rgb file holds alpha, set rgba: true for its source",
         "s/mute": "no caption mute.txt",
         "s/blank": "caption is empty",
         "s/orphan": "seg file without its rgb file orphan.*",

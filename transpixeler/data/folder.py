@@ -11,6 +11,7 @@ from transpixeler.data.candidate import BadSample, Candidate, normal
 from transpixeler.data.media import IMAGE_ENDINGS, VIDEO_ENDINGS
 
 MEDIA_ENDINGS = VIDEO_ENDINGS | IMAGE_ENDINGS
+MAY_HOLD_ALPHA = frozenset([".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".webp", ".tif", ".tiff"])
 
 
 @dataclass(slots=True)
@@ -111,10 +112,17 @@ def _candidate(
     first = str(group[next(iter(streams))][0])
     for stream, suffix in streams.items():
         if stream not in group:
-            return BadSample(sample, first, f"no {stream} file {base}{suffix}.*")
+            return BadSample(sample, first, f"no {stream} file {base}{suffix}.*{_advice(Path(first), streams)}")
         if len(group[stream]) > 1:
             names = " and ".join(path.name for path in group[stream])
             return BadSample(sample, first, f"more than one {stream} file: {names}")
     if base not in captions:
         return BadSample(sample, first, f"no caption {base}.txt")
     return Candidate(sample, tuple((stream, group[stream][0]) for stream in streams), captions[base])
+
+
+def _advice(there: Path, streams: Mapping[str, str]) -> str:
+    """A file without its companion may hold both streams by itself."""
+    if len(streams) == 2 and (there.is_dir() or there.suffix.lower() in MAY_HOLD_ALPHA):
+        return f"; if the {next(iter(streams))} file holds alpha, set rgba: true for its source"
+    return ""

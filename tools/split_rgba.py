@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         help="colour where nothing is visible: the nearest, black, --color, one drawn for each clip, the source's",
     )
     add("--color", default="0,0,0", metavar="R,G,B", help="for --fill color, 0 to 255 each")
-    add("--fps", help="resample to this rate by the file's times, such as 16 or 24000/1001; default: the file's own")
+    add("--fps", help="resample to this rate by the file's times, such as 24000/1001; default: its own, 16 of images")
     add("--short-side", type=int, default=0, help="scale down to this many pixels; 0 keeps the size")
     add("--ending", default="", help="take only files of this ending, such as .mov")
     add("--lossless", action="store_true", help="4:4:4 without loss: larger, and browsers do not play it")

@@ -260,6 +260,29 @@ def test_a_background_that_is_lost_later_costs_its_videos_alone(
     assert not list(tmp_path.glob("runs/*/samples/*/*"))
 
 
+def test_neither_lost_clips_nor_a_page_that_fails_end_the_training(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, measure = Path(shutil.copytree(demo / "data/eval", tmp_path / "held")), heldout.Evaluator.samples
+
+    def samples(evaluator: heldout.Evaluator, folder: Path, *more: Any) -> dict[str, dict[str, float]]:
+        shutil.rmtree(held)
+        torn = folder.with_name("step00000007") / "mine/sample.json"
+        torn.parent.mkdir(parents=True)
+        torn.write_text("{")
+        return measure(evaluator, folder, *more)
+
+    monkeypatch.setattr(heldout.Evaluator, "samples", samples)
+    words = [*TRAINS, *ONCE, "eval.samples=1", f"data.eval={held}", f"output_dir={tmp_path / 'runs'}"]
+    assert cli.main(["train", str(demo / "config.yaml"), *words]) == 0
+    latest = tmp_path / "runs/latest"
+    measures = lines(latest)[-1]["eval"]["held"]["metrics"]
+    assert "channel_spread" in measures and "vae_psnr" not in measures
+    said = (latest / "log.txt").read_text()
+    assert "is measured without vae_psnr" in said and "report.html was not written" in said
+    assert list(latest.glob("step1/*.safetensors"))
+
+
 def test_matting_is_measured_against_the_clip_s_own_matte(evaluated: Path) -> None:
     measures = lines(evaluated)[-1]["eval"]["eval/rgb_to_aux"]["metrics"]
     assert {"mad", "mse", "sad", "grad", "conn", "iou"} <= measures.keys() and "rgb_drift" not in measures

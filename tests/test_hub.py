@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -140,6 +141,14 @@ def test_the_figures_are_those_of_the_saved_step(run: Path, tmp_path: Path) -> N
     losses = [line["loss"] for line in lines if "loss" in line]
     card = hub.pack(str(run), TERMS).files["README.md"].decode()
     assert f"| loss, mean of the last 30 steps | {sum(losses) / 30:.4f} |" in card
+
+
+def test_a_copy_that_a_user_keeps_beside_the_samples_is_left_alone(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "flames")
+    save_adapter(run / "step30")
+    shutil.copytree(run / "samples/step00000030", run / "samples/step00000040-best")
+    shown = hub.pack(str(run), TERMS).files["samples/000/still.png"]
+    assert shown == run / "samples/step00000030/000/still.png"
 
 
 def test_a_plain_adapters_card_loads_it_in_diffusers(tmp_path: Path) -> None:

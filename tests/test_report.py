@@ -117,6 +117,12 @@ def test_a_video_that_was_deleted_is_left_out(tmp_path: Path) -> None:
     assert len(shown) == 5 and [*shown[30, "000"]] == ["rgb", "checkerboard"]
 
 
+def test_a_copy_that_a_user_keeps_beside_the_samples_is_left_alone(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    shutil.copytree(run / "samples/step00000010", run / "samples/step00000010-best")
+    assert {sample["step"] for sample in report.gather(run)["samples"]} == {0, 10, 30}
+
+
 def test_a_long_run_is_thinned_by_means_and_keeps_its_last_step() -> None:
     curves = report.thinned([{"step": n, "loss": float(n), "lr": math.nan, "samples": []} for n in range(1, 10_001)])
     assert len(curves["step"]) <= report.POINTS and curves["step"][-1] == 10_000

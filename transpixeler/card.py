@@ -16,10 +16,10 @@ import yaml
 
 from transpixeler.config import Config
 from transpixeler.data.rgba import FACTS, STILL
+from transpixeler.runs import SAMPLES, sampled
 from transpixeler.telemetry import METRICS
 from transpixeler.trained import Trained
 
-SAMPLES = "samples"
 SHOWN = 4  # samples
 RECENT = 100  # steps that the loss is a mean of
 WEIGHT = "adapter_model.safetensors"
@@ -84,7 +84,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _samples(run: Path, step: int | None) -> Iterator[Shown]:
     """The first few of the newest step that is not beyond the saved one."""
-    steps = {int(folder.name.removeprefix("step")): folder for folder in (run / SAMPLES).glob("step[0-9]*")}
+    steps = sampled(run)
     newest = max((number for number in steps if step is None or number <= step), default=None)
     for folder in sorted(steps[newest].iterdir())[:SHOWN] if newest is not None else ():
         facts = _json(folder / FACTS)

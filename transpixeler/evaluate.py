@@ -26,14 +26,12 @@ from transpixeler.files import write_text
 from transpixeler.heldout import Evaluator, read_video
 from transpixeler.models.base import model_class
 from transpixeler.parallel import mesh as meshes
-from transpixeler.runs import Stopped
+from transpixeler.runs import SAMPLES, Stopped, sample_folder
 from transpixeler.runtime import Runtime
 from transpixeler.telemetry import METRICS, Telemetry
 from transpixeler.trained import Trained
 
 logger = logging.getLogger("transpixeler")
-
-SAMPLES = "samples"
 
 
 # --- while training --------------------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ class Evaluation:
             logger.info("step %d, held out: %s", step, line)
         try:
             report.write_report(self.run)
-        except OSError as fault:
+        except Exception as fault:  # training is worth more than a page, whatever went wrong with it
             logger.error("%s was not written: %s", self.run / report.PAGE, fault)
 
     def _show(self, step: int) -> None:
@@ -116,10 +114,6 @@ def due_at(config: Config, order: Order, total: int) -> Callable[[int], bool]:
         return by_steps or by_epochs
 
     return due
-
-
-def sample_folder(step: int) -> str:
-    return f"step{step:08}"
 
 
 def _evaluated(path: Path) -> set[int]:

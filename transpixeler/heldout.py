@@ -26,7 +26,8 @@ from transpixeler.data import video
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.fill import Fill
 from transpixeler.data.loader import Assembler, Batch
-from transpixeler.data.pairs import decode_pair
+from transpixeler.data.media import BadMedia, Clip
+from transpixeler.data.pairs import Sample, decode_pair
 from transpixeler.data.prompts import negative_prompt, read_prompts
 from transpixeler.data.rgba import FACTS
 from transpixeler.models.base import Conditions, VideoModel, model_class
@@ -181,10 +182,16 @@ class Evaluator:
         if origin is None:
             return {}
         if piece.item not in self._floors:
-            rgb = next(iter(decode_pair(*origin, fill=Fill.of(self.config.data)).values()))
-            psnr = metrics.psnr(rgb / np.float32(255), self._given_back(piece)[0])
-            self._floors[piece.item] = {"vae_psnr": psnr}
+            self._floors[piece.item] = self._given_back_psnr(piece, *origin)
         return self._floors[piece.item]
+
+    def _given_back_psnr(self, piece: Piece, sample: Sample, clip: Clip) -> dict[str, float]:
+        try:
+            rgb = next(iter(decode_pair(sample, clip, fill=Fill.of(self.config.data)).values()))
+        except (OSError, BadMedia) as fault:  # the latents are all that training needs; it waits for no lost file
+            logger.warning("%s is measured without vae_psnr: %s", sample.id, fault)
+            return {}
+        return {"vae_psnr": metrics.psnr(rgb / np.float32(255), self._given_back(piece)[0])}
 
     def _drift(self, request: Request, folder: Path, base: Path | None) -> dict[str, float]:
         """Of generated RGB from the base's; both as they were written, so that what the file costs is in neither.

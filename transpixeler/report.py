@@ -21,12 +21,11 @@ from transpixeler import configfile
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.rgba import FACTS
 from transpixeler.files import write_text
-from transpixeler.runs import CONFIG
+from transpixeler.runs import CONFIG, sampled
 from transpixeler.telemetry import METRICS
 
 PAGE = "report.html"
 MANIFEST = "manifest.json"
-SAMPLES = "samples"
 POINTS = 1200  # of a curve; more are averaged in groups, as no screen shows them
 EMBED_FILE, EMBED_ALL = 1 << 20, 12 << 20  # bytes of videos that the page holds itself
 ASSETS = Path(__file__).parent / "assets"
@@ -148,7 +147,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _samples(run: Path) -> Iterator[dict[str, Any]]:
     """Every sample of every step that has videos left; those of the latest are held by the page as far as they fit."""
     left = EMBED_ALL
-    for folder in sorted((run / SAMPLES).glob("step*/*/"), key=lambda folder: folder.as_posix(), reverse=True):
+    made = [(step, folder) for step, place in sampled(run).items() for folder in sorted(place.glob("*/"), reverse=True)]
+    for step, folder in made:
         facts = _json(folder / FACTS)
         if not facts or folder.name.startswith("."):
             continue
@@ -157,7 +157,6 @@ def _samples(run: Path) -> Iterator[dict[str, Any]]:
             if file.endswith(".mp4") and (folder / file).is_file():
                 videos[name], used = _source(folder / file, run, left)
                 left -= used
-        step = int(folder.parent.name.removeprefix("step"))
         if videos:
             yield facts | {"name": folder.name, "step": step, "videos": videos}
 

@@ -26,6 +26,7 @@ from transpixeler.telemetry import METRICS
 logger = logging.getLogger("transpixeler")
 
 LATEST = "latest"
+SAMPLES = "samples"
 ASIDE = "aside"  # what belongs to a course that was left
 CONFIG = "config.yaml"
 # A checkpoint of another value of these holds other tensors, or means something else.
@@ -167,6 +168,16 @@ def set_aside(run: Run, step: int, ends: Callable[[int], int]) -> None:
         aside.parent.mkdir(parents=True, exist_ok=True)
         folder.replace(aside)
         logger.warning("%s is beyond step %d: it is kept as %s", name, step, aside.relative_to(run.folder))
+
+
+def sample_folder(step: int) -> str:
+    return f"step{step:08}"
+
+
+def sampled(run: Path) -> dict[int, Path]:
+    """The folders of videos by their step, the latest first; what a user put beside them is left alone."""
+    named = [(re.fullmatch(r"step(\d+)", folder.name), folder) for folder in (run / SAMPLES).glob("step*/")]
+    return dict(sorted(((int(name[1]), folder) for name, folder in named if name), reverse=True))
 
 
 # --- another config --------------------------------------------------------------------------------------------------

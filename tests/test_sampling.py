@@ -61,6 +61,12 @@ def pipeline() -> Callable[..., Tensor]:
     """Latents of `diffusers.WanPipeline` with the tiny model's weights."""
     import diffusers
 
+    class Euler(diffusers.FlowMatchEulerDiscreteScheduler):
+        """Handed its levels, which it makes out of shifted ones otherwise."""
+
+        def set_timesteps(self, steps: int, device: torch.device) -> None:
+            super().set_timesteps(sigmas=[1 - step / steps for step in range(steps)], device=device)
+
     network = diffusers.WanTransformer3DModel(**TINY)
     ours = tiny_model().state_dict()
     network.load_state_dict({wan_keys.to_diffusers(wan_keys.from_internal(n)): value for n, value in ours.items()})
@@ -68,7 +74,7 @@ def pipeline() -> Callable[..., Tensor]:
         "unipc": lambda: diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
         ),
-        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "euler": lambda: Euler(shift=5.0),
         "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
         ),
@@ -108,6 +114,14 @@ def test_a_sampler_equals_diffusers_pipeline(pipeline: Callable[..., Tensor], na
     assert difference(ours, theirs) < 1e-4
     twin = layout.unpack(denoise(velocity, noise, layout, make_solver(name, steps=STEPS, shift=4.0)))[0]
     assert difference(twin, theirs) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["unipc", "euler", "dpm++"])
+@pytest.mark.parametrize("steps", [1, 4, 30])
+def test_every_sampler_takes_the_same_levels(name: str, steps: int) -> None:
+    even = np.linspace(1, 0, steps + 1)
+    levels = make_solver(name, steps=steps, shift=5.0).sigmas
+    assert np.abs(levels.numpy() - 5 * even / (1 + 4 * even)).max() < 5e-3
 
 
 # --- several streams -------------------------------------------------------------------------------------------------

@@ -350,6 +350,17 @@ def test_every_other_save_goes_and_of_those_that_wait_the_newest(run: Path, monk
     assert pushed == ["step2", "step8"]
 
 
+@pytest.mark.parametrize("saves", [1, 3, 4])
+def test_the_last_save_goes_once_whatever_its_number(saves: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[str] = []
+    monkeypatch.setattr(hub.Pusher, "_push", lambda self, folder: pushed.append(folder.name))
+    made = pusher(every_saves=2)
+    for number in range(1, saves + 1):
+        made.saved(run / f"step{number}")
+    made.close()
+    assert pushed[-1:] == [f"step{saves}"] and len(set(pushed)) == len(pushed)
+
+
 def test_nothing_is_pushed_unless_a_repo_is_named() -> None:
     assert hub.pusher(Config()) is None
     with pytest.raises(UserError, match=r"hub\.repo"):

@@ -223,16 +223,25 @@ class Pusher:
         self.terms = Terms(config.hub.repo, private=config.hub.private)
         self.every = config.hub.every_saves
         self._saves = 0
+        self._left: Path | None = None  # the newest save, where it is not sent yet
         self._waiting: queue.Queue[Path | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
         self._thread.start()
 
     def saved(self, folder: Path) -> None:
         self._saves += 1
+        self._left = folder
         if self._saves % self.every == 0:
-            self._waiting.put(folder)
+            self._send_left()
+
+    def _send_left(self) -> None:
+        self._waiting.put(self._left)
+        self._left = None
 
     def close(self) -> None:
+        """What is on the Hub in the end is the newest save."""
+        if self._left is not None:
+            self._send_left()
         self._waiting.put(None)
         self._thread.join(PATIENCE)
         if self._thread.is_alive():

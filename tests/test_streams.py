@@ -44,6 +44,13 @@ def same_in_every_stream(model: WanModel, streams: int) -> tuple[Tensor, Tensor,
     return alike, timesteps[:, :1].repeat(1, streams), text, layout
 
 
+@pytest.mark.parametrize("name", ["keys", "forward", "training"])
+def test_a_name_that_torch_has_for_something_else_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"streams: '{name}' is torch's"):
+        WanModel.from_config(TINY, streams=("rgb", name))
+    assert WanModel.from_config(TINY, streams=("forward", "backward"))
+
+
 @pytest.mark.parametrize("attends", [True, False])
 @pytest.mark.parametrize("streams", [1, 2, 3])
 @torch.no_grad()

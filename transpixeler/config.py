@@ -10,7 +10,7 @@ import enum
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 
 class UserError(Exception):
@@ -45,6 +45,7 @@ class PathKind(enum.Enum):
     HUB_OR_LOCAL = "hub"
 
 
+STREAM = re.compile(r"[A-Za-z][\w-]*")  # a name in files, parameters and headers
 REPO = re.compile(r"[\w.-]+/[\w.-]+")  # a Hub id
 LocalPath = Annotated[str, PathKind.LOCAL]
 HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
@@ -57,6 +58,8 @@ Byte = Annotated[int, Range(0, 255)]
 Beta = Annotated[float, Range(0, 0.999999)]
 Resolution = int | tuple[int, int]  # the side of a square of the same area, or [width, height]
 Size = tuple[int, int, int]  # [width, height, frames]
+SampleFormat = Literal["mov", "webm", "png", "png16", "checkerboard", "composite"]
+BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # of a sample's files
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ class SampleConfig:
     shift: Positive = 5.0
     scheduler: Literal["unipc", "euler", "dpm++"] = "unipc"
     seed: Natural = 0
-    formats: tuple[Literal["mov", "webm", "png", "png16", "checkerboard", "composite"], ...] = ("checkerboard",)
+    formats: tuple[SampleFormat, ...] = ("checkerboard",)
     alpha_mode: Literal["straight", "premultiplied"] = "straight"
     background: LocalPath = ""
 
@@ -317,6 +320,11 @@ def _stream_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "streams", 'the first stream has no suffix, as in {rgb: "", seg: "_seg"}'
     if len(set(streams.values())) != len(streams):
         yield "streams", "two streams have the same suffix, so they would read the same files"
+    for name in streams:
+        if not STREAM.fullmatch(name):
+            yield "streams", f"{name!r} is no name for a stream; take letters, digits, _ and -, a letter first"
+        if name in BESIDE_STREAMS:
+            yield "streams", f"{name!r} is what another file of a sample is called; choose another name"
     if config.lora.enabled and scope == "aux" and len(streams) == 1:
         yield "lora.scope", "with one stream there is no aux stream to adapt; set lora.scope=all"
     for name in () if isinstance(scope, str) else scope:

@@ -6,6 +6,7 @@ in one way.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,7 +177,7 @@ def _config_from(adapter: Adapter, name: str, overrides: Sequence[str]) -> Confi
     """What a bare adapter file says of the model that it is for."""
     said = adapter.metadata
     streams = [s for s in said.get("streams", "").split(",") if s] or ["rgb", *adapter.stream_embeddings]
-    keys = {"streams": "{" + ", ".join(f"{s}: {'_' + s if i else repr('')}" for i, s in enumerate(streams)) + "}"}
+    keys = {"streams": json.dumps({s: f"_{s}" if i else "" for i, s in enumerate(streams)})}
     if said.get("rgb_attends_aux"):
         keys["model.rgb_attends_aux"] = said["rgb_attends_aux"]
     if said.get("base_model"):

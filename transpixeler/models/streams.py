@@ -13,7 +13,7 @@ from functools import cached_property
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transpixeler.config import UserError
 
@@ -37,6 +37,13 @@ def scope_span(scope: Scope, names: Sequence[str]) -> tuple[int, int]:
     if not indices or indices[-1] - indices[0] + 1 != len(indices):
         raise UserError(f"lora.scope: {list(wanted)} must be streams that stand next to each other in {list(names)}")
     return indices[0], indices[-1] + 1
+
+
+def stream_embeddings(names: Sequence[str], width: int) -> nn.ParameterDict:
+    """A vector for each stream that is marked by one, under its name."""
+    if taken := [name for name in names if hasattr(nn.ParameterDict(), name)]:
+        raise UserError(f"streams: {taken[0]!r} is torch's own name for something else; choose another")
+    return nn.ParameterDict({name: torch.zeros(width) for name in names})
 
 
 def span_slice(lengths: Sequence[int], span: tuple[int, int]) -> slice:

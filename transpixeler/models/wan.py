@@ -34,7 +34,7 @@ from transpixeler.models.base import (
 from transpixeler.models.costs import Dimensions, adapter_shapes
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import Linear, scope_copy
-from transpixeler.models.streams import Grid, StreamLayout
+from transpixeler.models.streams import Grid, StreamLayout, stream_embeddings
 from transpixeler.models.wan_config import TEXT_LEN, WanConfig
 from transpixeler.models.wan_keys import config_from_shapes
 from transpixeler.models.weights import WeightSource, resolve
@@ -213,7 +213,7 @@ class Embed(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, width), nn.SiLU(), nn.Linear(width, width))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.stream_embedding = nn.ParameterDict({name: torch.zeros(width) for name in streams[1:]})
+        self.stream_embedding = stream_embeddings(streams[1:], width)
 
     def forward(self, x: Tensor, timesteps: Tensor, text: Tensor, *, layout: StreamLayout, dtype: torch.dtype) -> State:
         temb = self.time_embedding(sinusoid(timesteps, self.freq_dim))

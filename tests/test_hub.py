@@ -22,7 +22,17 @@ from tests.hub_server import READER, TOKEN, Hub, serving
 from tests.models import TINY, move, tiny
 from tests.test_report import write_run
 from transpixeler import adapters, cli, configfile, export, hub, runtime, trained
-from transpixeler.config import Config, Fault, HubConfig, LoraConfig, ModelConfig, UserError
+from transpixeler.config import (
+    Config,
+    DataConfig,
+    Fault,
+    HubConfig,
+    LoraConfig,
+    ModelConfig,
+    SampleConfig,
+    SourceConfig,
+    UserError,
+)
 from transpixeler.models.lora import inject
 from transpixeler.parallel import mesh as meshes
 
@@ -186,6 +196,18 @@ def test_no_folder_of_this_machine_is_told(alone: bool, base: str, run: Path, tm
     assert after.metadata == {**before.metadata, **changed}
     assert dataclasses.replace(after, metadata=before.metadata).matches(before)
     assert alone or json.loads(files["adapter_config.json"])["base_model_name_or_path"] == (base or "wan")
+
+
+def test_a_prompt_that_begins_as_a_path_does_goes_as_it_is(tmp_path: Path) -> None:
+    file = save_adapter(tmp_path / "step30") / "config.yaml"
+    prompts = ("~soft light~ a red ball", "/imagine a red ball and/or a cat")
+    data = DataConfig(train=(SourceConfig("/secret/clips", name="/clips"),), cache_dir="/secret/cache")
+    sample = SampleConfig(prompts=prompts, prompts_file="/secret/prompts.txt", negative_prompt="/none")
+    file.write_text(configfile.dump(dataclasses.replace(configfile.load(file), data=data, sample=sample)))
+    found = yaml.safe_load(hub.pack(str(file.parent), TERMS).files["config.yaml"])
+    assert tuple(found["sample"]["prompts"]) == prompts and found["sample"]["negative_prompt"] == "/none"
+    assert (found["sample"]["prompts_file"], found["data"]["cache_dir"]) == ("prompts.txt", "cache")
+    assert (found["data"]["train"][0]["path"], found["data"]["train"][0]["name"]) == ("clips", "/clips")
 
 
 def test_the_card_says_what_is_in_the_base(tmp_path: Path) -> None:

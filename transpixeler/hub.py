@@ -13,15 +13,13 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, get_args, get_type_hints
 
 from transpixeler import card, configfile, trained
 from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE
-from transpixeler.config import REPO, Config, Fault, UserError
+from transpixeler.config import REPO, Config, Fault, PathKind, UserError
 from transpixeler.runs import CONFIG
 from transpixeler.trained import MODEL, Trained
 
@@ -196,21 +194,37 @@ def _base_of(path: str) -> str:
 
 
 def _config(config: Config, base: str) -> bytes:
-    """Folders of this machine say nothing to others, and may say too much: their last part stays."""
-    said = _without_folders(yaml.safe_load(configfile.dump(config)))
+    """Its paths alone are changed: a prompt may begin as one does."""
+    told = _by_last_parts(Config, config)
     if base:
-        said["model"]["path"] = base
-    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True).encode()
+        told = replace(told, model=replace(told.model, path=base))
+    return configfile.dump(told).encode()
+
+
+def _by_last_parts(hint: Any, value: Any) -> Any:
+    """What a config's type says is a path, without its folder."""
+    if any(isinstance(mark, PathKind) for mark in getattr(hint, "__metadata__", ())):
+        return _last_part(value)
+    if is_dataclass(value):
+        hints = get_type_hints(type(value), include_extras=True)
+        return replace(value, **{name: _by_last_parts(hint, getattr(value, name)) for name, hint in hints.items()})
+    if isinstance(value, tuple) and get_args(hint)[1:] == (...,):
+        return tuple(_by_last_parts(get_args(hint)[0], part) for part in value)
+    return value
 
 
 def _without_folders(value: Any) -> Any:
+    """Every text that is a path, where no type says which ones are."""
     if isinstance(value, dict):
         return {key: _without_folders(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part) for part in value]
-    if isinstance(value, str) and Path(value).expanduser().is_absolute():
-        return _base_of(value) or Path(value).name
-    return value
+    return _last_part(value) if isinstance(value, str) else value
+
+
+def _last_part(path: str) -> str:
+    """Folders of this machine say nothing to others, and may say too much."""
+    return _base_of(path) or Path(path).name if Path(path).is_absolute() else path
 
 
 # --- while training --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from transpixeler import cli, configfile, tooling
-from transpixeler.config import BucketRule, Config, SourceConfig
+from transpixeler.config import BucketRule, Config, LoraConfig, SourceConfig
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -193,11 +193,33 @@ def test_any_key_may_be_absent(home: Path, key: str) -> None:
 def test_single_videos_without_an_adapter(home: Path) -> None:
     train = TRAIN.replace("[adapter]", "[gone]").replace('"AdamW8bitKahan"', '"Prodigy"').replace("lr = 1e-3", "lr = 1")
     (home / "configs/train.toml").write_text(train)
-    (home / "configs/pairs.toml").write_text('ar_buckets = [[832, 480], [512, 512]]\n[[directory]]\npath = "clips/a"\n')
+    (home / "configs/pairs.toml").write_text(
+        'enable_ar_bucket = true\nar_buckets = [[832, 480], [512, 512]]\n[[directory]]\npath = "clips/a"\n'
+    )
     config = migrated(home)
     assert config.streams == {"rgb": ""} and not config.lora.enabled and config.optim.lr == 1e-4
     assert config.data.aspect_ratios == (1.733333, 1.0)
     assert "optimizer.lr = 1: belongs to Prodigy" in (home / "ours.yaml").read_text()
+
+
+def test_what_the_tomls_leave_out_is_as_it_was_there(home: Path, capsys) -> None:
+    train = 'dataset = "configs/pairs.toml"\n[model]\ntype = "wan"\n[adapter]\nrank = 8\n[optimizer]\ntype = "adamw"\n'
+    (home / "configs/train.toml").write_text(train)
+    (home / "configs/pairs.toml").write_text('max_ar = 2\n[[directory]]\npath = "clips/a"\n')
+    config = migrated(home)
+    assert (config.optim.warmup_steps, config.objective.caption_dropout) == (0, 0.0)
+    assert {*config.lora.targets} == {*LoraConfig().targets, "cross_attn.k", "cross_attn.v"}
+    assert (config.data.frames, config.data.aspect_ratios) == ((1,), (1.0,))
+    told = capsys.readouterr().out
+    assert "here it is optim.betas (0.9, 0.99), optim.eps 1e-08, optim.weight_decay 0.01" in told
+    assert "max_ar = 2: it was of no effect" in told and "every clip became a square" in told
+
+
+def test_what_is_said_stands(home: Path, capsys) -> None:
+    (home / "configs/train.toml").write_text("uncond_fraction = 0.2\n" + TRAIN)
+    config = migrated(home)
+    assert (config.optim.warmup_steps, config.objective.caption_dropout) == (10, 0.2)
+    assert config.lora.targets == LoraConfig().targets and "cross_attn.k and .v" in capsys.readouterr().out
 
 
 def test_one_stream_with_an_adapter_has_scope_all(home: Path) -> None:

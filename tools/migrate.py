@@ -1,7 +1,8 @@
 """The TOML files of a diffusion-pipe or TransPixeler training go in, a config of ours comes out.
 
-Every key is carried over, or named with the reason why not: on the terminal and at the head of the YAML. What the TOML
-says per GPU is said here for all, so tell how many there were with --gpus. The YAML is read back before it is written.
+Every key is carried over, or named with the reason why not: on the terminal and at the head of the YAML. What the
+TOML leaves out is set to what it was there, or noted, where it would be another here. What it says per GPU is said here
+for all, so tell how many there were with --gpus. The YAML is read back before it is written.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 
 import yaml
-from migrate_keys import EXAMPLES, OPTIMIZERS, SAME, Migration, Table, Value
+from migrate_keys import BY_CLASS, EXAMPLES, OPTIMIZERS, SAME, UNSAID, Migration, Table, Value
 
 from transpixeler import configfile
-from transpixeler.config import Config, UserError
+from transpixeler.config import Config, LoraConfig, OptimConfig, UserError
 from transpixeler.files import whole
 from transpixeler.tooling import folder_given, run
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
     _rhythm(train, migration)
     _memory(train, migration)
     train.finish()
+    _unsaid(migration)
     _write(migration, arguments)
 
 
@@ -123,8 +125,7 @@ def _adapter(table: Table, migration: Migration, *, given: bool) -> None:
     if table.values.get("type", "lora") == "lora":
         table.take("type")
     table.leave("type", "there is LoRA alone, and it is used")
-    if not migration.pair:
-        migration.set("lora.scope", "all")
+    _every_linear(migration)
     table.apply("init_from_existing", lambda value: migration.set("lora.init_from", migration.place(value)))
     fused = table.values.get("fuse_adapters", [])
     if all(isinstance(one, dict) and one.get("weight", 1.0) == 1.0 and "path" in one for one in fused):
@@ -140,12 +141,23 @@ def _adapter(table: Table, migration: Migration, *, given: bool) -> None:
     table.finish()
 
 
+def _every_linear(migration: Migration) -> None:
+    """Of a block, as there; on the text no adapter acts that belongs to some streams."""
+    if migration.pair:
+        migration.notes.append("cross_attn.k and .v, which act on the text, are not adapted: lora.scope is aux")
+        return
+    migration.set("lora.scope", "all")
+    migration.set("lora.targets", [*LoraConfig().targets, "cross_attn.k", "cross_attn.v"])
+
+
 def _optimizer(table: Table, migration: Migration) -> None:
     kind = str(table.values.get("type", ""))
     known = OPTIMIZERS.get(kind.lower())
     if known:
         table.take("type")
         migration.set("optim.name", known)
+        if ours := [f"optim.{name} {getattr(OptimConfig(), name)}" for name in BY_CLASS if name not in table.values]:
+            migration.notes.append(f"[optimizer] leaves out what its class set; here it is {', '.join(ours)}")
     elif kind:
         table.leave("type", "no such optimizer here: optim.name takes any importable module.Class; adamw is set")
         for name in list(table.values):
@@ -190,6 +202,12 @@ def _rhythm(table: Table, migration: Migration) -> None:
         given = [name for name in SAME if name.startswith(f"{section}_every") and name in table.values]
         if given or migration.get(f"{section}.every_steps"):
             migration.config.setdefault(section, {}).setdefault(ours, 0)
+
+
+def _unsaid(migration: Migration) -> None:
+    for key, value in UNSAID.items():
+        if migration.get(key) is None:
+            migration.set(key, value)
 
 
 def _memory(table: Table, migration: Migration) -> None:
@@ -254,7 +272,7 @@ def _dataset(path: Path, migration: Migration, *, name: str) -> list[dict[str, V
         raise UserError(f"{path}: holds no [[directory]]")
     table = Table(values, str(path), f"{path.name}: ", migration)
     common = _shape(table, migration)
-    _aspect(table, migration, held_out=bool(name))
+    _aspect(table, migration, held_out=bool(name), sized="sizes" in common)
     sources = []
     for number, folder in enumerate(folders):
         own = Table(folder, str(path), f"{path.name}: directory {number}: ", migration)
@@ -302,17 +320,20 @@ def _length(frames: int) -> int:
     return (int(frames) - 1) // 4 * 4 + 1
 
 
-def _aspect(table: Table, migration: Migration, *, held_out: bool) -> None:
+def _aspect(table: Table, migration: Migration, *, held_out: bool, sized: bool) -> None:
     names = {"min_ar": "aspect_min", "max_ar": "aspect_max", "num_ar_buckets": "aspect_count"}
     if held_out:
         for name in (*names, "enable_ar_bucket", "ar_buckets"):
             table.leave(name, "an eval set has the shapes of the training set: data.aspect_…")
         return
+    if not table.take("enable_ar_bucket", False) and not sized:
+        migration.set("data.aspect_ratios", [1.0])
+        migration.notes.append("without enable_ar_bucket every clip became a square, so data.aspect_ratios is [1.0]")
+        for name in (*names, "ar_buckets"):
+            table.leave(name, "it was of no effect without enable_ar_bucket")
     for name, ours in names.items():
         table.apply(name, lambda value, ours=ours: migration.set(f"data.{ours}", value))
     table.apply("ar_buckets", lambda value: migration.set("data.aspect_ratios", [_ratio(one) for one in value]))
-    if table.take("enable_ar_bucket", True) is False:
-        migration.set("data.aspect_ratios", [1.0])
 
 
 def _ratio(value: Value) -> float:

@@ -21,6 +21,7 @@ SAME = {
     "pipeline_stages": "parallel.pipeline",
     "gradient_clipping": "optim.clip",
     "warmup_steps": "optim.warmup_steps",
+    "uncond_fraction": "objective.caption_dropout",
     "force_constant_lr": "optim.force_lr",
     "lr_scheduler": "optim.schedule",
     "eval_every_n_epochs": "eval.every_epochs",
@@ -47,6 +48,9 @@ SAME = {
     "optimizer.weight_decay": "optim.weight_decay",
     "optimizer.momentum": "optim.momentum",
 }
+# ours → what holds there where the TOML says nothing, and another value would here
+UNSAID = {"optim.warmup_steps": 0, "objective.caption_dropout": 0.0, "data.frames": [1]}
+BY_CLASS = ("betas", "eps", "weight_decay")  # of an optimizer; each class there has its own
 EXAMPLES = {"eval_every_n_examples": "eval.every_steps", "save_every_n_examples": "save.every_steps"}
 OPTIMIZERS = {
     "adamw": "adamw",

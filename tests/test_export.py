@@ -493,6 +493,24 @@ def test_fusing_while_reading_gives_each_slice_of_the_merged_weight(base: Path) 
     assert torch.equal(fused.read("blocks.1.ffn.2.bias"), WeightSource(base).read("blocks.1.ffn.2.bias"))
 
 
+def test_a_small_change_survives_in_an_fp8_base(tmp_path: Path, base: Path) -> None:
+    stored = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    eight = {name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in stored.items()}
+    (tmp_path / "transformer").mkdir()
+    save_file(eight, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "transformer" / "config.json").write_bytes((base / "transformer" / "config.json").read_bytes())
+    adapter = adapter_of(trained(base), {})
+    small = Adapter(**vars(adapter) | {"alphas": dict.fromkeys(adapter.targets, 0.2)})
+    merged = WeightSource(merge_adapter(tmp_path, [small], tmp_path / "m"))
+    for name in ("blocks.0.self_attn.q", "blocks.1.ffn.2"):
+        before = WeightSource(tmp_path).read(f"{name}.weight").float()
+        delta = small.up(name) @ small.down(name) * small.scale(name)
+        assert delta.norm() < 0.05 * before.norm()
+        for source in (merged, FusedSource(WeightSource(tmp_path), [small])):
+            found = source.read_slice(f"{name}.weight", ()).float() - before
+            assert (found - delta).norm() < 0.1 * delta.norm()
+
+
 def test_an_adapter_on_some_streams_or_of_another_model_is_not_merged(tmp_path: Path, base: Path) -> None:
     with pytest.raises(UserError, match="acts on some streams only"):
         merge_adapter(base, [adapter_of(trained(base, "seg"), {})], tmp_path / "m")

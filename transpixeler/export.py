@@ -152,12 +152,13 @@ class FusedSource:
 
     def read_slice(self, name: str, slices: Slices) -> Tensor:
         piece = self._source.read_slice(name, slices)
+        kept = piece.dtype if piece.itemsize > 1 else torch.bfloat16  # eight bits would round most of a change away
         target = name.removesuffix(".weight")
         for adapter in self._adapters:
             if target in adapter.alphas and name != target:
                 rows, columns = (*slices, slice(None), slice(None))[:2]
                 delta = adapter.up(target)[rows] @ adapter.down(target)[:, columns] * adapter.scale(target)
-                piece = (piece.float() + delta).to(piece.dtype)
+                piece = (piece.float() + delta).to(kept)
         return piece
 
 

@@ -38,7 +38,7 @@ from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
 from transpixeler.models.wan import WanModel
 from transpixeler.models.weights import WeightSource, load_weights, local_slices
-from transpixeler.trained import base_weights, find
+from transpixeler.trained import base_weights, find, first_adapter
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTH, FFN, LAYERS = 24, 40, 2
@@ -366,9 +366,12 @@ def test_a_published_adapter_comes_in_with_its_quirks(averaged: bool, tmp_path: 
 
 def test_a_published_adapter_without_its_alpha_needs_to_be_told(tmp_path: Path) -> None:
     folder = published(tmp_path / "p")
-    with pytest.raises(UserError, match=r"without alpha its strength is unknown.*`--alpha 1`"):
-        read_adapter(folder)
-    assert set(read_adapter(folder, alpha=1).alphas.values()) == {1}
+    with pytest.raises(UserError, match=r"^lora\.init_from: .*without alpha its strength is unknown") as told:
+        read_adapter(folder, key="lora.init_from")
+    words = re.search(r"`transpixeler (export .*) NEW\.safetensors`", str(told.value))[1].split()
+    assert cli.main([*words, str(tmp_path / "new.safetensors")]) == 0
+    again = read_adapter(tmp_path / "new.safetensors")
+    assert set(again.alphas.values()) == {1} and again.matches(read_adapter(folder, alpha=1))
 
 
 def test_a_foreign_file_without_alpha_has_the_strength_that_its_readers_give_it(tmp_path: Path) -> None:
@@ -402,14 +405,22 @@ def test_training_can_start_from_an_adapter_of_another_strength(base: Path) -> N
     assert torch.allclose(output(model), output(trained(base, "seg", alpha=1.0)), atol=1e-5)
 
 
-def test_an_adapter_for_other_streams_or_ranks_is_refused(base: Path) -> None:
+def test_an_adapter_for_other_streams_or_ranks_is_refused(tmp_path: Path, base: Path) -> None:
     adapter = adapter_of(trained(base, "seg"), {})
-    with pytest.raises(UserError, match="trained for stream seg, the model has rgb, depth"):
-        apply_adapter(our_model(base, "depth"), adapter)
     model = our_model(base, "seg")
     inject(model, LoraConfig(rank=2))
-    with pytest.raises(UserError, match=r"make lora\.targets and lora\.rank fit"):
+    with pytest.raises(UserError, match=r"make lora\.targets and lora\.rank fit .* rank 4 on self_attn\.q, .*ffn\.2"):
         apply_adapter(model, adapter)
+    some = Adapter(**vars(adapter) | {"stream_embeddings": {}, "scopes": dict.fromkeys(adapter.targets, ("seg",))})
+    for name, kept, streams, message in (
+        ("a", adapter, "{rgb: '', depth: _d}", r"a: was trained for the stream seg; streams are rgb, depth: name"),
+        ("b", some, "{rgb: '', depth: _d}", r"b: its blocks\.0\.\S+ has the scope seg; streams are rgb, depth"),
+        ("c", adapter, "{rgb: ''}", r"c: was trained for the stream seg; streams are rgb: name"),
+    ):
+        write_adapter(kept, tmp_path / name)
+        keys = [f"model.path={base}", f"streams={streams}", "lora.scope=all", f"lora.init_from={tmp_path / name}"]
+        with pytest.raises(UserError, match=rf"^lora\.init_from: .*{message}"):
+            first_adapter(configfile.from_overrides(keys))
 
 
 def test_averages_are_saved_in_place_of_the_values(base: Path) -> None:

@@ -9,18 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.ranks import RanksFailed, run_ranks
-from transpixeler import checkpoint, configfile, trainer
-from transpixeler.config import UserError
+from transpixeler import checkpoint, configfile, export, plan, trainer
+from transpixeler.adapters import Adapter, read_adapter
+from transpixeler.config import Config, UserError
+from transpixeler.models import lora
+from transpixeler.models.weights import load_weights
+from transpixeler.parallel.fit import Machine
 from transpixeler.runtime import Runtime
+from transpixeler.trained import base_weights, make_model
 
 ROOT = Path(__file__).parents[1]
 FAST = (
@@ -199,6 +205,45 @@ def test_a_stage_that_trains_nothing_saves_means_and_starts_from_an_adapter(demo
     again = run(demo, tmp_path, *first_block, f"lora.init_from={folder / 'step1'}", "optim.lr=1e-12", ranks=2)
     one, other = (load_file(f / "step1" / "adapter_model.safetensors") for f in (folder, again))
     assert difference(one, other) < 1e-9
+
+
+def published(config: Config, file: Path) -> Path:
+    """As the published code writes its adapters: on ten linears of each block, some of them on all streams."""
+    torch.manual_seed(3)
+    model, stored = make_model(config), {}
+    for name, linear in lora.targets(model).items():
+        shapes = {"lora_A": (4, linear.in_features), "lora_B": (linear.out_features, 4)}
+        stored |= {f"diffusion_model.{name}.{kind}.weight": 0.2 * torch.randn(s) for kind, s in shapes.items()}
+    stored["transformer.modality_embedding"] = 0.2 * torch.randn(1, model.embed.stream_embedding["seg"].shape[0])
+    save_file(stored, file)
+    file.with_name("adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    return file
+
+
+@torch.no_grad()
+def output(config: Config, adapter: Adapter) -> torch.Tensor:
+    model = make_model(config)
+    load_weights(model, base_weights(config))
+    export.apply_adapter(model, adapter)
+    torch.manual_seed(4)
+    x, text = torch.randn(2, 2, 16, 2, 8, 8), torch.randn(2, 512, model.text_dim)
+    return model(x.flatten(1), torch.rand(2, 2), text, layout=model.layout((16, 2, 8, 8)))
+
+
+def test_training_starts_and_goes_on_as_the_published_adapter_that_it_starts_from(demo: Path, tmp_path: Path) -> None:
+    config = configfile.load(demo / "config.yaml")
+    file = published(config, tmp_path / "published.safetensors")
+    adapter = read_adapter(file)
+    one_scope = replace(adapter, scopes=dict.fromkeys(adapter.targets, "all"))
+    assert (output(config, adapter) - output(config, one_scope)).abs().max() > 0.01
+    words = ("lora.targets=[self_attn.*, cross_attn.*, ffn.*]", "lora.rank=4", f"lora.init_from={file}")
+    assert plan.make_plan(configfile.load(demo / "config.yaml", words), "cpu", Machine(1, 0, 0, "cpu")).trained
+    words = (*words, "optim.lr=1e-12", "optim.ema=0", "checkpoint.every_steps=1")
+    folder = run(demo, tmp_path / "out", *words, "train.max_steps=1")
+    file.unlink()  # a resumed run does not ask for it
+    run(demo, tmp_path / "out", *words, "train.max_steps=2", resume="")
+    for name in ("step1", "step2"):
+        assert (output(config, read_adapter(folder / name)) - output(config, adapter)).abs().max() < 1e-4
 
 
 def test_what_was_there_before_a_run_is_never_removed(demo: Path, tmp_path: Path) -> None:

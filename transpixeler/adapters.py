@@ -253,7 +253,10 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = 
     `alpha` stands in where the file says nothing of its strength; `stream` names the published code's one companion.
     """
     found = resolve(path, only=("*.safetensors", CONFIG_FILE), key=key)
-    return _read_file(adapter_file(found), alpha=alpha, stream=stream)
+    try:
+        return _read_file(adapter_file(found), alpha=alpha, stream=stream)
+    except UserError as fault:
+        raise UserError(f"{key}: {fault}") from fault
 
 
 def adapter_file(path: Path) -> Path:
@@ -375,7 +378,7 @@ def _alphas(
     else:
         raise UserError(
             f"{file} says nothing of its alpha, and without alpha its strength is unknown; put its {CONFIG_FILE} "
-            "beside it or give the alpha that it was trained with, e.g. `--alpha 1`"
+            f"beside it, or {peft_config.way_out(file)}"
         )
     return own | rest, False
 

@@ -203,7 +203,7 @@ def _figures(told: Told) -> dict[str, Any]:
         "clips": told.manifest.get("clips", {}).get("train", ""),
         "batch": config.train.global_batch,
         "optimizer": f"{optim.name}, rate {optim.lr:g}, {optim.schedule}",
-        "adapter": f"rank {lora.rank}, scope {lora.scope}, on {', '.join(lora.targets)}" if lora.enabled else "",
+        "adapter": f"rank {lora.rank}, scope {_scopes(told)}, on {', '.join(lora.targets)}" if lora.enabled else "",
         "tasks": ", ".join(f"{name} {share:g}" for name, share in config.objective.tasks.items()),
         "frames a second": f"{config.data.fps:g}",
         "fill of transparent RGB": config.data.fill,
@@ -217,6 +217,13 @@ def _figures(told: Told) -> dict[str, Any]:
         for metric, value in measured.get("metrics", {}).items():
             found[f"{metric.replace('_', ' ')} ({_inline(name)})"] = f"{value:.4g}" if value is not None else ""
     return found
+
+
+def _scopes(told: Told) -> str:
+    """Where training started from an adapter, they may be other than the config's."""
+    adapter = told.trained.adapter
+    own = adapter.scopes.values() if adapter is not None else ()
+    return " and ".join(dict.fromkeys(map(str, own))) or str(told.config.lora.scope)
 
 
 def _mean(values: Sequence[float | None]) -> str:

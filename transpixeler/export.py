@@ -56,12 +56,6 @@ def apply_adapter(model: VideoModel, adapter: Adapter) -> None:
     A whole model that has none yet gets the adapter's own; one that was injected by its config keeps its own strength.
     A stage without any linear that is adapted stays so.
     """
-    strange = set(adapter.stream_embeddings) - set(model.streams[1:])
-    if strange:
-        raise UserError(
-            f"the adapter was trained for stream {', '.join(sorted(strange))}, the model has "
-            f"{', '.join(model.streams)}: name the streams alike in `streams`"
-        )
     linears = dict(lora_linears(model))
     if not linears and model.embed is not None and model.head is not None:
         inject_adapter(model, adapter)

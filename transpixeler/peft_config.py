@@ -66,7 +66,15 @@ def read(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     return {key.removeprefix("transformer."): value for key, value in stored.items()}
 
 
+def way_out(file: Path) -> str:
+    """For every command: but one of them takes an alpha."""
+    return (
+        "write it anew with the alpha that it was trained with, as in "
+        f"`transpixeler export {file} --format transpixeler --alpha 1 --out NEW.safetensors`, and use that"
+    )
+
+
 def alpha_of(file: Path, config: Mapping[str, Any], rank: int) -> float:
     if config.get("alpha_pattern"):
-        raise UserError(f"{file}: its config gives alphas by pattern, which we do not read; give one with `--alpha`")
+        raise UserError(f"{file}: its config gives alphas by pattern, which we do not read; {way_out(file)}")
     return float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)

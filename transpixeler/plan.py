@@ -30,7 +30,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, fit, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.fit import Estimate, Fit, Load, Machine, Memory
-from transpixeler.trained import make_model
+from transpixeler.trained import first_adapter, first_scopes, make_model
 
 GIB = 2**30
 ASSUMED = "H100"
@@ -123,7 +123,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
 def _model(config: Config, machine: Machine) -> VideoModel:
     """As a rank builds it, on meta."""
     dtype = build.compute_dtype(config, torch.device(machine.kind))
-    return build.shape(config, partial(make_model, config), dtype)
+    scopes = first_scopes(config, first_adapter(config))
+    return build.shape(config, partial(make_model, config), dtype, scopes=scopes)
 
 
 def _estimate(config: Config, model: VideoModel, machine: Machine) -> Estimate:

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from transpixeler import adapters, configfile, export, runs
 from transpixeler.adapters import ADAPTER_FILE, CONFIG_FILE, Adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.base import VideoModel, model_class
+from transpixeler.models.streams import Scope, scope_span
 from transpixeler.models.weights import Readable, WeightSource, resolve
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
@@ -48,6 +51,24 @@ def base_weights(config: Config) -> Readable:
     source = WeightSource(config.model.path)
     fused = export.read_fused(config.model.fuse)
     return export.FusedSource(source, fused) if fused else source
+
+
+def first_adapter(config: Config) -> Adapter | None:
+    """What `lora.init_from` starts training from; one that the model has no place for is refused."""
+    path = config.lora.init_from
+    if not path:
+        return None
+    companion = next(iter([*config.streams][1:]), "seg")  # the published code's files do not name theirs
+    adapter = adapters.read_adapter(path, stream=companion, key="lora.init_from")
+    with torch.device("meta"):
+        _check_fits(adapter, make_model(config), f"lora.init_from: {path}", config.model.path)
+    return adapter
+
+
+def first_scopes(config: Config, adapter: Adapter | None) -> dict[str, Scope]:
+    """By target, what `adapter` has in place of `lora.scope`: with these, training starts as the adapter is."""
+    own = adapter.scopes if adapter is not None else {}
+    return {target: scope for target, scope in own.items() if scope != config.lora.scope}
 
 
 # --- what was trained ------------------------------------------------------------------------------------------------
@@ -235,19 +256,30 @@ def _frozen(config: Config) -> Config:
 
 
 def _check_fits(adapter: Adapter, model: VideoModel, name: str, base: str) -> None:
+    _check_streams(adapter, model.streams, name)
     linears, there = lora.targets(model), dict(model.named_parameters())
     wanted = {t: (adapter.up(t).shape[0], adapter.down(t).shape[1]) for t in adapter.targets}
     found = {t: (linears[t].out_features, linears[t].in_features) for t in adapter.targets if t in linears}
     for stream, embedding in adapter.stream_embeddings.items():
-        parameter = there.get(f"embed.stream_embedding.{stream}")
-        if parameter is None:
-            raise UserError(f"{name}: was trained for the stream {stream}; streams are {', '.join(model.streams)}")
         wanted[f"embed.stream_embedding.{stream}"] = tuple(embedding.shape)
-        found[f"embed.stream_embedding.{stream}"] = tuple(parameter.shape)
+        found[f"embed.stream_embedding.{stream}"] = tuple(there[f"embed.stream_embedding.{stream}"].shape)
     for target, shape in wanted.items():
         if found.get(target) != shape:
             has = "×".join(map(str, found[target])) if target in found else "absent"
             raise UserError(
                 f"{name}: the adapter is for another base: its {target} is {'×'.join(map(str, shape))}, which in "
-                f"{base} is {has}; give the base that it was trained on with --model"
+                f"{base} is {has}; set model.path to the base that it was trained on"
             )
+
+
+def _check_streams(adapter: Adapter, streams: Sequence[str], name: str) -> None:
+    there = f"streams are {', '.join(streams)}: name them in `streams` as they were then"
+    for stream in adapter.stream_embeddings:
+        if stream not in streams[1:]:
+            raise UserError(f"{name}: was trained for the stream {stream}; {there}")
+    for target, scope in adapter.scopes.items():
+        try:
+            scope_span(scope, streams)
+        except UserError:
+            text = scope if isinstance(scope, str) else ", ".join(scope)
+            raise UserError(f"{name}: its {target} has the scope {text}; {there}") from None

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transpixeler import adapters, checkpoint, configfile, ema, export, hub, objective, optim, runs, telemetry
+from transpixeler import checkpoint, configfile, ema, export, hub, objective, optim, runs, telemetry
 from transpixeler.account import Account
+from transpixeler.adapters import Adapter
 from transpixeler.checkpoint import Checkpointer
 from transpixeler.config import Config, Fault, UserError
 from transpixeler.data.buckets import Bucket, micro_batch_for
@@ -29,8 +30,9 @@ from transpixeler.data.order import Order
 from transpixeler.evaluate import Evaluation, due_at
 from transpixeler.facts import Facts, Wishes, agree
 from transpixeler.heldout import Evaluator
+from transpixeler.models import lora
 from transpixeler.models.base import VideoModel, model_class
-from transpixeler.models.streams import StreamLayout
+from transpixeler.models.streams import Scope, StreamLayout
 from transpixeler.objective import Example
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import shard
@@ -38,7 +40,7 @@ from transpixeler.parallel.build import build_engine
 from transpixeler.runs import Requests, Run, Stopped
 from transpixeler.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.saving import Saver
-from transpixeler.trained import base_weights, make_model
+from transpixeler.trained import base_weights, first_adapter, first_scopes, make_model
 
 logger = logging.getLogger("transpixeler")
 
@@ -123,15 +125,18 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, requests: Requests) -> None:
         self.config, self.runtime, self.run, self.requests = config, runtime, run, requests
         self.model_cls: type[VideoModel] = model_class(config.model.family)
+        start, self.scopes = self._beginning()
         self.data = encode_missing(config, self.model_cls, runtime)
         self.order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.total = total_steps(config, self.order)
         self.mesh = meshes.build(layout, runtime)
-        self.engine = build_engine(config, self.mesh, partial(make_model, config), base_weights(config))
+        make, source = partial(make_model, config), base_weights(config)
+        self.engine = build_engine(config, self.mesh, make, source, scopes=self.scopes)
         self.trained = {name: p for name, p in self.engine.named_parameters() if p.requires_grad}
         optim.check_groups([name for names in runtime.gather(list(self.trained)) for name in names], config.optim)
         self.optimizer = optim.build(self.trained, config.optim, self.mesh.data_group)
-        self._start_from_adapter()
+        for model in self.engine.models() if start is not None else ():
+            export.apply_adapter(model, start)
         self.ema = ema.Ema(self.trained, config.optim.ema)
         self.checkpointer = Checkpointer(run.checkpoints, config.checkpoint, runtime)
         self.saver = Saver(config, runtime, self.mesh, self.engine, self.model_cls)
@@ -286,6 +291,7 @@ class Trainer:
             "layout": dataclasses.asdict(self.mesh.layout),
             "config": configfile.plain(self.config),
             "optimizer": self._optimizer_numbers(),
+            "scopes": dict(self.scopes),
         }
 
     def _optimizer_numbers(self) -> dict[str, dict[str, float]]:
@@ -342,11 +348,16 @@ class Trainer:
 
     # -- making
 
-    def _start_from_adapter(self) -> None:
-        if self.config.lora.init_from and self.run.resume_from is None:
-            adapter = adapters.read_adapter(self.config.lora.init_from)
-            for model in self.engine.models():
-                export.apply_adapter(model, adapter)
+    def _beginning(self) -> tuple[Adapter | None, Mapping[str, Scope]]:
+        """The adapter that training starts from, and the scopes that it brought, which stay when it is resumed."""
+        if self.run.resume_from is not None:
+            return None, checkpoint.read_state(self.run.resume_from).get("scopes", {})
+        start = first_adapter(self.config)
+        scopes = first_scopes(self.config, start)
+        if scopes:
+            parts = dict.fromkeys(f"{lora.inside(target)}: {scope}" for target, scope in scopes.items())
+            logger.info("lora.init_from: scopes of the adapter in place of lora.scope: %s", ", ".join(parts))
+        return start, scopes
 
     def _open_loader(self) -> Loader:
         epoch, epoch_step = self.order.locate(self.step)

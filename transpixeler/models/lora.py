@@ -184,8 +184,12 @@ def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor], *, assign: Ass
     wrong += [f"{name} has no place" for name in tensors if name not in ours and _lives_here(model, name)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        downs = {name.removesuffix(".lora_A"): t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")}
+        parts = ", ".join(dict.fromkeys(target.split(".", 2)[-1] for target in downs))
+        ranks = ", ".join(map(str, sorted(set(downs.values()))))
         raise UserError(
-            f"lora.init_from: {'; '.join(wrong[:3])}{more}: make lora.targets and lora.rank fit the adapter"
+            f"lora.init_from: {'; '.join(wrong[:3])}{more}: make lora.targets and lora.rank fit the adapter, which has "
+            f"rank {ranks} on {parts}"
         )
     for name, parameter in ours.items():
         if name in tensors:

@@ -6,13 +6,14 @@ model than its own stages' shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from transpixeler.config import Config
 from transpixeler.models import lora, quantize
 from transpixeler.models.base import VideoModel, apply_dtypes, set_trainable
+from transpixeler.models.streams import Scope
 from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.mesh import Mesh
@@ -25,15 +26,22 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def build_engine(config: Config, mesh: Mesh, make: Callable[[], VideoModel], source: Readable) -> pipeline.Engine:
-    """`make` builds the whole model on the current device; it is called on meta, once a stage."""
+def build_engine(
+    config: Config,
+    mesh: Mesh,
+    make: Callable[[], VideoModel],
+    source: Readable,
+    *,
+    scopes: Mapping[str, Scope] | None = None,
+) -> pipeline.Engine:
+    """`make` builds the whole model on the current device: on meta, once a stage. `scopes`: what `inject` takes."""
     dtype = compute_dtype(config, mesh.device)
-    whole = shape(config, make, dtype)
+    whole = shape(config, make, dtype, scopes=scopes)
     dimensions = whole.dimensions()
     ranges = pipeline.split_blocks(config.parallel, len(whole.blocks))
     stages = []
     for index in pipeline.local_stages(config.parallel, mesh):
-        model = whole if len(ranges) == 1 else shape(config, make, dtype)
+        model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         stage = pipeline.Stage(model)
         shard.wrap(stage, list(model.blocks.values()), config.parallel, mesh)
@@ -43,7 +51,9 @@ def build_engine(config: Config, mesh: Mesh, make: Callable[[], VideoModel], sou
     return pipeline.Engine(stages, config.parallel, mesh, dtype, dimensions)
 
 
-def shape(config: Config, make: Callable[[], VideoModel], dtype: torch.dtype) -> VideoModel:
+def shape(
+    config: Config, make: Callable[[], VideoModel], dtype: torch.dtype, *, scopes: Mapping[str, Scope] | None = None
+) -> VideoModel:
     """The whole model on meta: quantized, adapted, every parameter in its dtype and trainable or not."""
     with torch.device("meta"):
         model = make()
@@ -52,7 +62,7 @@ def shape(config: Config, make: Callable[[], VideoModel], dtype: torch.dtype) ->
         if config.quantized:
             quantize.quantize(model, config.model.quantize)
         if config.lora.enabled:
-            lora.inject(model, config.lora, seed=config.seed)
+            lora.inject(model, config.lora, seed=config.seed, scopes=scopes)
         else:
             set_trainable(model, config.model.trainable)
         apply_dtypes(model, dtype)

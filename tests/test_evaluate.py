@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.ranks import run_ranks
 from transpixeler import checkpoint, cli, configfile, evaluate, heldout, objective, trained, trainer
+from transpixeler.adapters import read_adapter, write_adapter
 from transpixeler.config import Config
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.order import make_order
@@ -324,13 +326,27 @@ def test_a_run_an_adapter_and_the_base_are_evaluated(
     assert list((tmp_path / "run/samples").glob("*/seg.mp4"))
 
 
+def test_an_adapter_is_evaluated_in_the_model_that_it_was_trained_in(run: Path, tmp_path: Path) -> None:
+    adapter = read_adapter(run / "step2")
+    for name, header in (("ours", {"rgb_attends_aux": "false", "fuse": '["style.safetensors"]'}), ("foreign", {})):
+        write_adapter(replace(adapter, metadata=header), tmp_path / name)
+    (tmp_path / "mine.yaml").write_text(f"base: {run / 'config.yaml'}\nmodel: {{fuse: [other.safetensors]}}\n")
+
+    def model(name: str, *overrides: str) -> tuple[bool, list[str]]:
+        found = trained.chosen(str(tmp_path / "mine.yaml"), overrides, adapter=str(tmp_path / name)).config.model
+        return found.rgb_attends_aux, [Path(path).name for path in found.fuse]
+
+    assert model("ours") == (False, ["style.safetensors"])
+    assert model("ours", "model.fuse=[]") == (False, [])
+    assert model("foreign") == (True, ["other.safetensors"])
+
+
 def test_each_thing_that_is_evaluated_has_a_place_of_its_own(run: Path, tmp_path: Path) -> None:
     one, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("one", "other"))
     loose = [tmp_path / name / "mine.safetensors" for name in ("a", "b")]
     for file in loose:
         file.parent.mkdir()
         shutil.copy(one / "step2/adapter_model.safetensors", file)
-    config = configfile.load(one / "config.yaml", [f"output_dir={tmp_path}"])
     places = {
         (one, None): "one/eval/step00000002",
         (one, False): "one/eval/step00000002-raw",
@@ -341,7 +357,7 @@ def test_each_thing_that_is_evaluated_has_a_place_of_its_own(run: Path, tmp_path
         (loose[1], None): "eval/b-mine-safetensors",
     }
     for (source, ema), place in places.items():
-        found = trained.find(str(source), config=config, ema=ema)
+        found = trained.find(str(source), [f"output_dir={tmp_path}"], given=one / "config.yaml", ema=ema)
         assert evaluate._default_folder(found) == tmp_path / place, source
     assert evaluate._default_folder(trained.chosen(str(one), [], bare=True)) == one / "eval/base"
 

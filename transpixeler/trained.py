@@ -112,7 +112,8 @@ def chosen(
     run = _run_folder(path) if path.is_dir() else None
     if path.is_dir() and run is None:
         raise UserError(f"{path}: holds no run; give a run's folder or a config")
-    config = configfile.load(run / CONFIG if run else path, overrides)
+    given = run / CONFIG if run else path
+    config = configfile.load(given, overrides)
     if bare:
         return replace(base(config), run=run)
     run = run or runs.meant(config)
@@ -121,7 +122,7 @@ def chosen(
         if config.run_name:
             missing = f"run_name: {config.output_dir} holds no run {config.run_name}"
         raise UserError(f"{missing}; train first, or add --adapter PATH or --base")
-    return find(adapter or str(run), config=config, ema=ema)
+    return find(adapter or str(run), overrides, given=given, ema=ema)
 
 
 def _run_folder(path: Path) -> Path | None:
@@ -129,23 +130,25 @@ def _run_folder(path: Path) -> Path | None:
     return next((folder.resolve() for folder in (path / LATEST, path) if (folder / CONFIG).is_file()), None)
 
 
-def find(
-    source: str, overrides: Sequence[str] = (), *, config: Config | None = None, ema: bool | None = None
-) -> Trained:
+def find(source: str, overrides: Sequence[str] = (), *, given: Path | None = None, ema: bool | None = None) -> Trained:
     """A run (its newest save), a save, an adapter file or a Hub id; `ema` as in `locate`.
 
-    The config is the given one, or stands beside what was saved; a bare adapter file says itself what it needs.
+    The config stands beside what was saved; a bare adapter file says itself what it needs. Of a given one all holds but
+    what the adapter says of its own model.
     """
     save, run = locate(source, ema=ema)
-    if config is None:
-        config = _config_of(save, overrides)
+    weights = save / MODEL if (save / MODEL).is_dir() else None
+    adapter = adapters.read_adapter(save) if weights is None or (save / ADAPTER_FILE).is_file() else None
     name = str(save) if Path(source).expanduser().exists() else source
     run, folder = run or run_of(save), save if save.is_dir() else save.parent
-    raw = _is_save(folder / EMA)
-    if (save / MODEL).is_dir():
-        embeddings = adapters.read_adapter(save) if (save / ADAPTER_FILE).is_file() else None
-        return Trained(config, name, embeddings, weights=save / MODEL, run=run, raw=raw)
-    return Trained(config, name, adapters.read_adapter(save), run=run, raw=raw)
+    beside = _config_beside(folder)
+    if given is not None:
+        config = configfile.load(given, [*_said(adapter), *overrides])
+    elif adapter is None or beside.is_file():
+        config = configfile.load(beside, overrides)
+    else:
+        config = _config_from(adapter, str(save), overrides)
+    return Trained(config, name, adapter, weights=weights, run=run, raw=_is_save(folder / EMA))
 
 
 def run_of(save: Path) -> Path | None:
@@ -186,12 +189,17 @@ def _choose(save: Path, ema: bool | None) -> Path:
     return save
 
 
-def _config_of(save: Path, overrides: Sequence[str]) -> Config:
-    folder = save if save.is_dir() else save.parent
-    for place in (folder, folder.parent) if folder.name == EMA else (folder,):
-        if (place / CONFIG).is_file():
-            return configfile.load(place / CONFIG, overrides)
-    return _config_from(adapters.read_adapter(save), str(save), overrides)
+def _config_beside(folder: Path) -> Path:
+    own = folder / CONFIG
+    return own if own.is_file() or folder.name != EMA else folder.parent / CONFIG
+
+
+def _said(adapter: Adapter | None) -> list[str]:
+    """What belongs to an adapter as its weights do, in a config's words; other programs' files say nothing of it."""
+    said = adapter.metadata if adapter is not None else {}
+    if "rgb_attends_aux" not in said:
+        return []
+    return [f"model.rgb_attends_aux={said['rgb_attends_aux']}", f"model.fuse={said.get('fuse', '[]')}"]
 
 
 def _config_from(adapter: Adapter, name: str, overrides: Sequence[str]) -> Config:
@@ -199,14 +207,10 @@ def _config_from(adapter: Adapter, name: str, overrides: Sequence[str]) -> Confi
     said = adapter.metadata
     streams = [s for s in said.get("streams", "").split(",") if s] or ["rgb", *adapter.stream_embeddings]
     keys = {"streams": json.dumps({s: f"_{s}" if i else "" for i, s in enumerate(streams)})}
-    if said.get("rgb_attends_aux"):
-        keys["model.rgb_attends_aux"] = said["rgb_attends_aux"]
     if said.get("base_model"):
         keys["model.path"] = said["base_model"]
-    if adapter.fused:
-        keys["model.fuse"] = said["fuse"]
     written = [f"{key}={value}" for key, value in keys.items()]
-    config = configfile.from_overrides(["lora.enabled=false", *written, *overrides])
+    config = configfile.from_overrides(["lora.enabled=false", *written, *_said(adapter), *overrides])
     if not config.model.path:
         raise UserError(f"{name} does not say which base it was trained on; give one with --model")
     return config

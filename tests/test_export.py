@@ -615,6 +615,18 @@ def test_a_runs_newest_adapter_is_exported(tmp_path: Path, base: Path) -> None:
         assert all(key.startswith("lora_unet_") for key in load_file(out))
 
 
+def test_a_runs_newest_whole_model_is_that_of_the_last_step_however_it_was_copied(tmp_path: Path, base: Path) -> None:
+    for step in (1000, 2000):
+        folder = tmp_path / f"step{step}"
+        state = our_model(base).named_parameters()
+        save_model(state, folder, config=WanModel.read_config(base), metadata={"step": str(step)})
+        (folder / "config.yaml").write_text("streams: {rgb: ''}\nlora: {enabled: false}\n")
+        os.utime(folder, (5000 - step, 5000 - step))
+    (tmp_path / "config.yaml").write_text("streams: {rgb: ''}\n")
+    found = find(str(tmp_path))
+    assert (found.name, found.step) == (str(tmp_path / "step2000"), 2000)
+
+
 def test_an_export_has_the_averaged_weights_unless_the_raw_ones_are_asked_for(tmp_path: Path, base: Path) -> None:
     run = tmp_path / "output" / "run"
     for folder, ema in ((run / "step50", "false"), (run / "step50" / "ema", "true")):

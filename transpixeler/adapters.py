@@ -232,6 +232,11 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
     return {"format": "pt", **peft_config.in_header(adapter)} | {_OURS + key: value for key, value in fields.items()}
 
 
+def step_header(metadata: Mapping[str, str]) -> dict[str, str]:
+    """For weights that are no adapter: what `step_of` reads."""
+    return {f"{_OURS}step": metadata["step"]} if "step" in metadata else {}
+
+
 def _ours(header: Mapping[str, str]) -> dict[str, str]:
     return {key.removeprefix(_OURS): value for key, value in header.items() if key.startswith(_OURS)}
 
@@ -270,14 +275,15 @@ def adapter_file(path: Path) -> Path:
     run = path / "latest" if (path / "latest").exists() else path
     saves = [file for pattern in ("epoch*", "step*") for file in run.glob(f"{pattern}/{ADAPTER_FILE}")]
     if saves:
-        return max(saves, key=lambda file: (_step(file), file.stat().st_mtime))
+        return max(saves, key=lambda file: (step_of(file), file.stat().st_mtime))
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"{path} holds {len(files)} .safetensors files and no {ADAPTER_FILE}; name the file itself")
     return files[0]
 
 
-def _step(file: Path) -> int:
+def step_of(file: Path) -> int:
+    """When it was saved, as its header says; -1 where it does not."""
     return int(_open(file)[1].get(f"{_OURS}step", -1))
 
 

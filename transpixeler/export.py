@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transpixeler.adapters import FORMATS, Adapter, read_adapter, with_whole_blocks, write_adapter
+from transpixeler.adapters import FORMATS, Adapter, read_adapter, step_header, with_whole_blocks, write_adapter
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.files import whole
 from transpixeler.models import wan_keys
@@ -189,7 +189,8 @@ def save_model(
     embeddings: dict[str, Tensor] = {}
     with whole(target) as draft:
         draft.mkdir()
-        _write_shards(_without_embeddings(state, embeddings), draft, shard_bytes)
+        header = {"format": "pt"} | step_header(metadata or {})
+        _write_shards(_without_embeddings(state, embeddings), draft, shard_bytes, header)
         (draft / "config.json").write_text(json.dumps(diffusers_config(config), indent=2) + "\n")
         _check_written(draft, config)
         if embeddings:
@@ -213,14 +214,16 @@ def _without_embeddings(
             yield wan_keys.to_diffusers(wan_keys.from_internal(name)), tensor.detach().cpu().contiguous()
 
 
-def _write_shards(state: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+def _write_shards(
+    state: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int, header: Mapping[str, str]
+) -> None:
     """Files of at most `shard_bytes`, named for their number once that is known, and the index that finds them."""
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
     size = total = 0
 
     def flush() -> None:
-        _save(held, folder / f"{len(shards)}.part")
+        _save(held, folder / f"{len(shards)}.part", header)
         shards.append(list(held))
         held.clear()
 
@@ -242,8 +245,8 @@ def _write_shards(state: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes
         (folder / f"{_WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
+def _save(tensors: dict[str, Tensor], file: Path, header: Mapping[str, str]) -> None:
+    save_file(tensors, file, metadata=dict(header))
     with file.open("rb") as written:
         os.fsync(written.fileno())
 

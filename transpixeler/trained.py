@@ -88,7 +88,7 @@ class Trained:
     @property
     def step(self) -> int | None:
         text = self.adapter.metadata.get("step", "") if self.adapter else ""
-        return int(text) if text.isdigit() else None
+        return int(text) if text.isdigit() else _step(self.weights) if self.weights else None
 
 
 def base(config: Config) -> Trained:
@@ -170,12 +170,18 @@ def _is_save(folder: Path) -> bool:
 
 
 def _newest(run: Path) -> Path:
-    full = [folder.parent for name in ("epoch*", "step*") for folder in run.glob(f"{name}/{MODEL}")]
+    full = [folder for name in ("epoch*", "step*") for folder in run.glob(f"{name}/{MODEL}")]
     if full:
-        return max(full, key=lambda folder: folder.stat().st_mtime)
+        return max(full, key=lambda folder: (_step(folder) or 0, folder.stat().st_mtime)).parent
     if not any(run.glob(f"*/{ADAPTER_FILE}")):
         raise UserError(f"{run}: nothing is saved there yet; save.every_steps and save.every_epochs say when")
     return adapters.adapter_file(run).parent
+
+
+def _step(weights: Path) -> int | None:
+    """Of a model that was trained in full, by the header of its first file."""
+    steps = [adapters.step_of(file) for file in sorted(weights.glob("*.safetensors"))[:1]]
+    return steps[0] if steps and steps[0] >= 0 else None
 
 
 def _choose(save: Path, ema: bool | None) -> Path:

@@ -217,9 +217,20 @@ def test_the_card_says_what_is_in_the_base(tmp_path: Path) -> None:
 
 
 def test_a_whole_models_card_says_nothing_of_programs_that_do_not_read_it(tmp_path: Path) -> None:
-    card = hub.pack(str(save_model(tmp_path / "step30", base=tmp_path / "wan")), TERMS).files["README.md"].decode()
-    assert 'WanTransformer3DModel.from_pretrained("me/flames", subfolder="transformer")' in card
-    assert "ComfyUI" not in card
+    for streams in (1, 2):
+        save = save_model(tmp_path / str(streams) / "step30", base=tmp_path / "wan", streams=streams)
+        card = hub.pack(str(save), TERMS).files["README.md"].decode()
+        plain = 'WanTransformer3DModel.from_pretrained("me/flames", subfolder="transformer")' in card
+        assert (plain, "cannot make the companions" in card) == (streams == 1, streams == 2)
+        assert "ComfyUI" not in card and "Step 30." in card
+
+
+def test_the_card_says_the_scopes_that_the_adapter_has(tmp_path: Path) -> None:
+    save = save_adapter(tmp_path / "step30")
+    adapter = adapters.read_adapter(save)
+    odd = {"blocks.0.cross_attn.o": "all"}  # of an adapter that training started from
+    adapters.write_adapter(dataclasses.replace(adapter, scopes={**adapter.scopes, **odd}), save)
+    assert "scope aux and all, on" in hub.pack(str(save), TERMS).files["README.md"].decode()
 
 
 @pytest.mark.parametrize(
@@ -302,12 +313,14 @@ def test_the_token_appears_in_no_file_and_no_log(run: Path, tmp_path: Path) -> N
 # --- and back again --------------------------------------------------------------------------------------------------
 
 
-def save_model(folder: Path, *, base: Path) -> Path:
+def save_model(folder: Path, *, base: Path, streams: int = 2) -> Path:
     """A save of a model that was trained in full, as training leaves it."""
-    metadata = {"base_model": str(base), "streams": "rgb,seg", "fill": "keep", "step": "30", "ema": "false"}
-    export.save_model(tiny(2, seed=7).named_parameters(), folder, config=TINY, metadata=metadata)
+    names = {"rgb": "", "seg": "_seg"} if streams == 2 else {"rgb": ""}
+    metadata = {"base_model": str(base), "streams": ",".join(names), "fill": "keep", "step": "30", "ema": "false"}
+    export.save_model(tiny(streams, seed=7).named_parameters(), folder, config=TINY, metadata=metadata)
     model, lora = ModelConfig(path=str(base), rgb_attends_aux=False), LoraConfig(enabled=False)
-    (folder / "config.yaml").write_text(configfile.dump(dataclasses.replace(Config(), model=model, lora=lora)))
+    config = dataclasses.replace(Config(), model=model, lora=lora, streams=names)
+    (folder / "config.yaml").write_text(configfile.dump(config))
     return folder
 
 

@@ -6,6 +6,7 @@ Everything it says is read from what training left: the adapter's header, the co
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,11 +152,11 @@ def _use(told: Told) -> list[str]:
     sized = f" --size {'x'.join(map(str, size))}" if size else ""
     ours = f'transpixeler sample {told.repo} --model {base}{sized} --prompt "…"'
     lines = ["## Use", *_beside(told), "### transpixeler", f"```sh\n{ours}\n```", "### diffusers"]
-    if told.trained.weights is not None:
-        load = f'WanTransformer3DModel.from_pretrained("{told.repo}", subfolder="transformer")'
-        return [*lines, _python(load, base, full=True)]
+    full = told.trained.weights is not None
     if told.plain:
-        lines.append(_python(f'pipe.load_lora_weights("{told.repo}", weight_name="{WEIGHT}")', base, full=False))
+        whole = f'WanTransformer3DModel.from_pretrained("{told.repo}", subfolder="transformer")'
+        lora = f'pipe.load_lora_weights("{told.repo}", weight_name="{WEIGHT}")'
+        lines.append(_python(whole if full else lora, base, full=full))
         comfy = f"Put `{WEIGHT}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
     else:
         lines.append(
@@ -165,7 +166,7 @@ def _use(told: Told) -> list[str]:
         comfy = (
             f"Put `{WEIGHT}` into `models/loras`; the streams need the custom node of transpixeler's `tools/comfyui`."
         )
-    return [*lines, "### ComfyUI", comfy]
+    return lines if full else [*lines, "### ComfyUI", comfy]
 
 
 def _beside(told: Told) -> list[str]:
@@ -223,7 +224,7 @@ def _scopes(told: Told) -> str:
     """Where training started from an adapter, they may be other than the config's."""
     adapter = told.trained.adapter
     own = adapter.scopes.values() if adapter is not None else ()
-    return " and ".join(dict.fromkeys(map(str, own))) or str(told.config.lora.scope)
+    return " and ".join(scope for scope, _ in Counter(map(str, own)).most_common()) or str(told.config.lora.scope)
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -17,6 +17,7 @@ from transpixeler.data.buckets import (
     assign,
     bucket_groups,
     draw,
+    first_bucket,
     micro_batch_for,
     rate,
 )
@@ -225,3 +226,21 @@ def test_a_microbatch_divides_the_batch_and_keeps_its_limit(
     limit = rule if rule is not None else budget // tokens if budget else micro
     assert batch % size == 0 and (size <= limit or size == 1)
     assert not [other for other in range(size + 1, batch + 1) if batch % other == 0 and other <= limit]
+
+
+@pytest.mark.parametrize(
+    ("data", "patch", "expected"),
+    [
+        ({"resolutions": ((1920, 1080),)}, 2, "1920×1088×81"),
+        ({"resolutions": ((960, 536), 512)}, 2, "960×544×81"),
+        ({"resolutions": ((480, 832),)}, 2, "480×832×81"),
+        ({"resolutions": (500,)}, 2, "496×496×81"),
+        ({"resolutions": ((1280, 720),)}, 4, "1280×704×81"),
+        ({"sizes": ((64, 48, 5), (64, 64, 9))}, 2, "64×48×5"),
+    ],
+)
+def test_a_video_has_by_default_a_size_that_clips_are_trained_at(data: dict, patch: int, expected: str) -> None:
+    geometry = {"vae_stride": STRIDE, "patch": (1, patch, patch)}
+    config = DataConfig(**{"frames": (1, 81, 33)} | data)
+    found = first_bucket(config, **geometry)
+    assert str(found) == expected and found in bucket_groups(SOURCE, config, **geometry)[0]

@@ -267,6 +267,12 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
         assert f"--rgb: {clip}: {said}" in caplog.text
 
 
+def test_a_video_is_by_default_as_large_as_what_was_trained_on(demo: Path) -> None:
+    words = ["sample.size=null", "data.sizes=[]", "data.resolutions=[[76, 60]]", "data.frames=[5]"]
+    config = configfile.load(demo / "config.yaml", words)
+    assert generate.video_size(config) == (80, 64, 5)
+
+
 def test_a_given_clip_comes_out_as_it_went_in(run: Path, demo: Path, tmp_path: Path) -> None:
     clip = next(path for path in sorted((demo / "data/eval").glob("*_seg.mp4")) if video.probe(path).frames > 4)
     facts = sample(tmp_path, str(run), "--alpha", str(clip))

@@ -19,6 +19,7 @@ from torch import Tensor
 from transpixeler import sampling, trained
 from transpixeler.config import Config, SampleConfig, UserError
 from transpixeler.data import video
+from transpixeler.data.buckets import first_bucket
 from transpixeler.data.catalog import patch_of
 from transpixeler.data.media import BadMedia, Clip
 from transpixeler.data.prompts import negative_prompt, prompt_lines, read_prompts
@@ -31,8 +32,6 @@ from transpixeler.sampling import Frames, Request, Sampler
 from transpixeler.trained import Trained
 
 logger = logging.getLogger("transpixeler")
-
-UNIT = 16  # pixels of a default size divide by it, as those of buckets do
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,13 @@ def video_layout(config: Config, model_cls: type[VideoModel]) -> StreamLayout:
 
 
 def video_size(config: Config) -> tuple[int, int, int]:
-    """(width, height, frames): as asked, or the first size that is trained on, at its longest."""
-    if config.sample.size or config.data.sizes:
-        return config.sample.size or config.data.sizes[0]
-    first = config.data.resolutions[0]
-    width, height = (first, first) if isinstance(first, int) else first
-    return width // UNIT * UNIT, height // UNIT * UNIT, max(config.data.frames)
+    """(width, height, frames): as asked, or of the first bucket."""
+    if config.sample.size:
+        return config.sample.size
+    model_cls = model_class(config.model.family)
+    stride, _ = model_cls.vae_geometry(config.model.path)
+    bucket = first_bucket(config.data, vae_stride=stride, patch=patch_of(config, model_cls))
+    return bucket.width, bucket.height, bucket.frames
 
 
 def write_video(
@@ -123,7 +123,7 @@ def write_video(
 def check_background(config: Config) -> None:
     """One that cannot be read is told before there is a video to lay over it."""
     if "composite" in config.sample.formats and len(config.streams) > 1:
-        read_background(config.sample.background, fps=_fps(config), frames=1, height=UNIT, width=UNIT)
+        read_background(config.sample.background, fps=_fps(config), frames=1, height=16, width=16)
 
 
 def _fps(config: Config) -> Fraction:

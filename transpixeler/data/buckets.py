@@ -83,6 +83,16 @@ def bucket_groups(
     return tuple(groups)
 
 
+def first_bucket(data: DataConfig, *, vae_stride: tuple[int, int, int], patch: tuple[int, int, int]) -> Bucket:
+    """The first of `data.sizes`, or the longest in the shape of the first of `data.resolutions`; a number is square."""
+    group = bucket_groups(SourceConfig(""), data, vae_stride=vae_stride, patch=patch)[0]
+    if data.sizes:
+        return group[0]
+    first = data.resolutions[0]
+    ratio = 1.0 if isinstance(first, int) else first[0] / first[1]
+    return min(group, key=lambda bucket: (abs(math.log(bucket.width / bucket.height / ratio)), -bucket.frames))
+
+
 def _explicit(size: tuple[int, int, int], unit: tuple[int, int], stride: int) -> Bucket:
     width, height, frames = size
     if width < 1 or height < 1 or width % unit[1] or height % unit[0]:

@@ -236,6 +236,30 @@ def test_a_block_stays_compiled_for_many_buckets_each_with_its_own_lengths(monke
     assert all(type(n) is int for graph in lengths for n in graph), lengths
 
 
+def _inputs_left(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[int]:
+    """Of the blocks whose inputs are to wait elsewhere, those whose inputs are still here after a forward pass."""
+    config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
+    mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    inputs: list[weakref.ref] = []
+    for block in engine.models()[0].blocks.values():
+        block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    example = tiny.example(config, 1, range(1))
+    engine.stages[0].layout = example.layout
+    gc.disable()  # as training does between its own collections
+    errors = engine.stages[0](example.noisy(), example.timesteps, example.text, velocity=example.velocity())
+    left = [index for index, storage in enumerate(inputs) if storage() is not None]
+    errors.sum().backward()
+    assert len(inputs) == len(engine.models()[0].blocks)
+    return left
+
+
+@pytest.mark.parametrize("kind", [(), ("parallel.offload=true",)])
+def test_inputs_that_wait_in_host_memory_leave_the_device(kind: tuple[str, ...]) -> None:
+    assert run_ranks(_inputs_left, 1, ("parallel.recompute=full", *kind)) == [list(range(6))]  # the twin
+    assert run_ranks(_inputs_left, 1, ("parallel.recompute=offload", *kind)) == [[]]
+
+
 def _gathered(rank: int, world_size: int, overrides: tuple[str, ...]) -> int:
     """The most blocks whose weights are whole on the device at a time in a backward pass."""
     config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))

@@ -84,9 +84,10 @@ def _keep_attention(compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 def _offload(compute: Callable[..., Tensor], hidden: Tensor, *inputs: Any) -> Tensor:
     """Recomputes all, and keeps each block's input in host memory."""
+    address, shape = hidden.data_ptr(), hidden.shape  # not hidden itself, which `pack` would hold
 
     def pack(saved: Tensor) -> tuple[Tensor, torch.device | None]:
-        if saved.data_ptr() != hidden.data_ptr() or saved.shape != hidden.shape:
+        if saved.data_ptr() != address or saved.shape != shape:
             return saved, None  # conditions are shared by all blocks: moving them would multiply them
         host = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.is_cuda)
         return host.copy_(saved, non_blocking=saved.is_cuda), saved.device

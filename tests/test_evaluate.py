@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.ranks import run_ranks
-from transpixeler import checkpoint, cli, configfile, evaluate, heldout, objective, trained, trainer
+from transpixeler import checkpoint, cli, configfile, evaluate, heldout, objective, telemetry, trained, trainer
 from transpixeler.adapters import read_adapter, write_adapter
 from transpixeler.config import Config
 from transpixeler.data.encode import encode_missing
@@ -182,6 +182,25 @@ def test_a_stop_within_an_evaluation_leaves_it_to_the_resumed_run(demo: Path, tm
     train(demo, tmp_path, *EVALUATES, "eval.before_first_step=false", resume="")
     told = [(line["step"], "eval" in line) for line in lines(folder)]
     assert told == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+
+
+def _train_on_a_device_that_remembers(rank: int, world_size: int, path: Path, words: tuple[str, ...]) -> str:
+    """Of 24 GiB, which encoding and evaluations fill; a step takes next to nothing."""
+    peak, measure = [24.0], heldout.Evaluator.losses
+
+    def losses(evaluator: heldout.Evaluator) -> heldout.Losses:
+        peak[0] = 24.0
+        return measure(evaluator)
+
+    heldout.Evaluator.losses = losses
+    telemetry.peak_memory, telemetry.forget_peak = lambda _: peak[0], lambda _: peak.__setitem__(0, 0.0)
+    return _train(rank, world_size, path, words, None)
+
+
+def test_the_memory_of_a_step_is_not_that_of_what_ran_before(demo: Path, tmp_path: Path) -> None:
+    words = (*TRAINS, *EVALUATES, f"output_dir={tmp_path}", "eval.before_first_step=false", "train.max_steps=3")
+    folder = Path(run_ranks(_train_on_a_device_that_remembers, 1, demo / "config.yaml", words)[0])
+    assert [line["memory_gib"] for line in lines(folder) if "loss" in line] == [0.0] * 3
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from transpixeler import generate, report, trained
+from transpixeler import generate, report, telemetry, trained
 from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.order import Order
@@ -28,7 +28,6 @@ from transpixeler.models.base import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.runs import SAMPLES, Stopped, sample_folder
 from transpixeler.runtime import Runtime
-from transpixeler.telemetry import METRICS, Telemetry
 from transpixeler.trained import Trained
 
 logger = logging.getLogger("transpixeler")
@@ -44,12 +43,12 @@ class Evaluation:
     evaluator: Evaluator
     ema: Ema
     run: Path
-    telemetry: Telemetry | None  # on rank 0
+    telemetry: telemetry.Telemetry | None  # on rank 0
     due: Callable[[int], bool]  # of the number of steps that are done
 
     def catch_up(self, step: int) -> None:
         """Before the first step, and after a resume that follows a stop between a step and its evaluation."""
-        told = self.evaluator.runtime.is_main and step in _evaluated(self.run / METRICS)
+        told = self.evaluator.runtime.is_main and step in _evaluated(self.run / telemetry.METRICS)
         if not self.evaluator.runtime.broadcast(told):
             self.if_due(step)
 
@@ -67,6 +66,7 @@ class Evaluation:
         if self.telemetry is not None:
             self._tell(step, found)
         gc.collect()
+        telemetry.forget_peak(device)
         return False
 
     def _evaluate(self, step: int) -> dict[str, dict[str, Any]]:

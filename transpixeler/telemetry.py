@@ -56,7 +56,7 @@ def peak_tflops(config: LogConfig, device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB at most so far; of the process where there is no device of its own."""
+    """GiB at most since `forget_peak`; of the process, since it began, where there is no device of its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -69,6 +69,12 @@ def check(config: LogConfig) -> None:
     """What is needed to tell is missed before clips are encoded and the model is built, not after."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb: needs wandb; pip install 'transpixeler[wandb]', or set log.wandb empty")
+
+
+def forget_peak(device: torch.device) -> None:
+    """What encoders and evaluations took says nothing of a step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 class Telemetry:

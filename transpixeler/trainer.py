@@ -158,6 +158,7 @@ class Trainer:
     def train(self) -> None:
         self.evaluation.catch_up(self.step)
         self.requests.started = True
+        telemetry.forget_peak(self.mesh.device)
         with steady_garbage(self.config.train.gc_every) as collect:
             while self.step < self.total:
                 started = time.perf_counter()

@@ -99,6 +99,8 @@ def test_a_block_keeps_what_the_formula_says(mode: str, dtype: torch.dtype) -> N
         inject(model, LoraConfig(rank=4, scope=mode))
         move(model, seed=1, names="stream")
     apply_dtypes(model, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.float() if parameter.requires_grad else parameter.data  # as a stage is built
     found, lengths = kept(model)
     expected = kept_bytes(model.dimensions(), lengths, size=dtype.itemsize, full=mode == "full")
     assert expected == pytest.approx(found, rel=0.07)

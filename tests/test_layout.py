@@ -132,7 +132,9 @@ def test_ten_steps_are_the_same_whatever_is_recomputed(
     assert difference(train(world_size, *overrides, f"parallel.recompute={mode}"), reference()) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["(1,2,1)", "(2,1,2)", "(2,1,1) interleaved", "(4,1,1)", "(2,1,1) offload"])
+@pytest.mark.parametrize(
+    "name", ["(1,2,1)", "(2,1,2)", "(2,1,1) interleaved", "(2,1,1) zero bubble", "(4,1,1)", "(2,1,1) offload"]
+)
 def test_full_fine_tuning_is_the_same_on_any_layout(reference: Callable[..., dict[str, Any]], name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     assert difference(train(world_size, *overrides, *FULL), reference(*FULL)) < 1e-6

@@ -1,8 +1,8 @@
 """The linear layer of every block: plain, over a quantized weight, or with a low-rank adapter on some tokens.
 
-In: tokens and where each stream's lie. Out: the projection. One autograd function does all that is not plain, so that
-nothing is computed on tokens out of scope, no pass over the output is spent on adding, and a quantized weight is never
-kept in full precision for the backward pass.
+In: tokens and where each stream's lie. Out: the projection. One autograd function does it with a frozen weight, so that
+nothing is computed on tokens out of scope and no pass over the output is spent on adding; another does it with a
+trained one. Neither keeps a weight for the backward pass in another form than it is held in.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ class Linear(nn.Linear):
     ) -> Tensor:
         if self.quantized or not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return project(x, self, gelu=gelu, wanted=wanted)
-        x = activated(x, gelu)  # what of the two is trained is kept in fp32 and multiplied in bf16
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return _Trained.apply(activated(x, gelu), self.weight, self.bias)
 
 
 def activated(x: Tensor, gelu: bool) -> Tensor:
@@ -85,6 +84,34 @@ def project(
     return _Project.apply(x, weight, weight_scale, kind, linear.bias, *adapter, part, gelu, wanted)
 
 
+class _Trained(torch.autograd.Function):
+    """y = x Wᵀ + b, of which what is trained is held in fp32 and multiplied in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = grad @ _full(weight, None, "", grad.dtype) if _asked(ctx, 0) else None
+        grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype) if _asked(ctx, 1) else None
+        return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if _asked(ctx, 2) else None
+
+
+def _asked(ctx, index: int) -> bool:
+    """Whether this pass wants the gradient of a tensor that went in: a schedule may run those of inputs first and those
+    of weights later, through one graph."""
+    if torch.compiler.is_compiling() or not ctx.needs_input_grad[index]:
+        return ctx.needs_input_grad[index]
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:  # where gradients are returned, it refuses to be asked about a leaf that is among them
+        return True
+
+
 class _Project(torch.autograd.Function):
     """y = a Wᵀ + b;  y[:, scope] += s · (a[:, scope] Aᵀ) Bᵀ, added by the matmul itself in both directions.
 
@@ -121,7 +148,7 @@ class _Project(torch.autograd.Function):
             grad_down = torch.bmm(grad_inner.mT, part).sum(0, dtype=down.dtype)
             grad_up = torch.bmm(grad_part.mT, inner).sum(0, dtype=up.dtype) * ctx.scale
             del part  # before the widest tensor of the block is made
-        if ctx.needs_input_grad[0]:
+        if _asked(ctx, 0):
             grad_x = grad @ _full(weight, weight_scale, ctx.kind, dtype)
             if down is not None:
                 grad_x[:, ctx.scope].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
@@ -130,7 +157,7 @@ class _Project(torch.autograd.Function):
 
 
 def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
-    return weight if scale is None else dequantize(weight, scale, kind, dtype)
+    return weight.to(dtype) if scale is None else dequantize(weight, scale, kind, dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

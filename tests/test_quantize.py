@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -219,3 +225,35 @@ def test_a_quantized_block_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(compiled_grads, grads, atol=1e-5, rtol=1e-4)
     assert len(lora_linears(model)) == 16
     assert isinstance(model.blocks["0"].cross_attn.k, Linear)
+
+
+def partition(joint: torch.fx.GraphModule, inputs: Any, **options: Any) -> tuple[torch.fx.GraphModule, ...]:
+    """What a compiled block keeps is decided here, as for a GPU."""
+    return min_cut_rematerialization_partition(joint_graph_passes(joint), inputs, compiler="inductor", **options)
+
+
+def kept_when_compiled(model: WanModel) -> list[Tensor]:
+    decomposed = {"decompositions": select_decomp_table(), "partition_fn": partition}
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=lambda graph, _: graph, **decomposed)
+    torch._dynamo.reset()
+    model.blocks["1"].compile(backend=backend, fullgraph=True, dynamic=False)
+    layout = model.layout((4, 2, 4, 6))
+    nodes, seen, kept = [model(*inputs(layout), layout=layout).grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            kept += node.saved_tensors if "CompiledFunction" in node.name() else []
+            nodes += [following for following, _ in node.next_functions]
+    return kept
+
+
+@pytest.mark.parametrize("kind", ["int8", "trained"])
+def test_a_compiled_block_keeps_no_weight_in_another_form(kind: str) -> None:
+    model = model_of(kind)
+    shapes = {(linear.out_features, linear.in_features) for linear in targets(model).values()}
+    kept = kept_when_compiled(model)
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    others = {tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in held}
+    assert len(others) < len({tuple(t.shape) for t in kept})
+    assert not shapes & (others | {shape[::-1] for shape in others})

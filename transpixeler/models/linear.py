@@ -96,7 +96,7 @@ class _Trained(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_x = grad @ _full(weight, None, "", grad.dtype) if _asked(ctx, 0) else None
+        grad_x = grad @ _again(weight, None, "", grad.dtype) if _asked(ctx, 0) else None
         grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype) if _asked(ctx, 1) else None
         return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if _asked(ctx, 2) else None
 
@@ -149,7 +149,7 @@ class _Project(torch.autograd.Function):
             grad_up = torch.bmm(grad_part.mT, inner).sum(0, dtype=up.dtype) * ctx.scale
             del part  # before the widest tensor of the block is made
         if _asked(ctx, 0):
-            grad_x = grad @ _full(weight, weight_scale, ctx.kind, dtype)
+            grad_x = grad @ _again(weight, weight_scale, ctx.kind, dtype)
             if down is not None:
                 grad_x[:, ctx.scope].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
             grad_x = _through_gelu(grad_x, x) if ctx.gelu else grad_x
@@ -158,6 +158,12 @@ class _Project(torch.autograd.Function):
 
 def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if scale is None else dequantize(weight, scale, kind, dtype)
+
+
+def _again(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+    """In the backward pass, by way of the transpose: a compiler finds that nothing the forward pass made is the same,
+    or it would keep that."""
+    return _full(weight.t(), None if scale is None else scale.t(), kind, dtype).t()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -285,3 +285,12 @@ def test_offload_does_not_go_with_a_backward_pass_in_two_parts() -> None:
     config = configfile.from_overrides([*chosen, "model.path=a", "data.train=[b]", "train.epochs=1"])
     with pytest.raises(UserError, match=r"parallel.offload: .* parallel.schedule=interleaved-zero-bubble"):
         trainer.check(config, Layout(2, 1, 1))
+
+
+@pytest.mark.parametrize("recompute", ["auto", "attention"])
+def test_outputs_of_flex_are_kept_by_compiled_blocks_alone(recompute: str) -> None:
+    chosen = ["model.attention=flex", f"parallel.recompute={recompute}", "model.path=a", "data.train=[b]"]
+    trainer.check(configfile.from_overrides([*chosen, "train.epochs=1"]), Layout(1, 1, 1))
+    config = configfile.from_overrides([*chosen, "train.epochs=1", "parallel.compile=off"])
+    with pytest.raises(UserError, match=r"parallel.recompute: attention cannot keep .* model.attention=flex"):
+        trainer.check(config, Layout(1, 1, 1))

@@ -97,6 +97,13 @@ def check(config: Config, layout: meshes.Layout) -> None:
             f"parallel.offload: true does not go with parallel.schedule={config.parallel.schedule}, which runs the "
             "backward pass in two parts; set interleaved-1f1b or auto"
         )
+    gpu = torch.device("cuda")
+    keeps = shard.recompute_mode(config.parallel, gpu) == "attention"
+    if keeps and config.model.attention == "flex" and not shard.wants_compile(config.parallel, gpu):
+        raise UserError(  # flex is compiled by itself then, and no policy sees into that
+            "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "
+            "set full, or parallel.compile=auto"
+        )
     if config.optim.bf16_parameters and (layout.shard > 1 or config.parallel.offload):
         raise UserError(
             "optim.bf16_parameters: shards and offload need trained weights of one dtype; set it false, or "

@@ -7,6 +7,8 @@ goes are held against the caption's words.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections import Counter
 
 import numpy as np
 
@@ -19,8 +21,16 @@ HELD_OUT = tuple(attributes for attributes in all_attributes() if attributes.hel
 
 
 def held_out_captions(count: int) -> list[Attributes]:
-    """From everywhere among them: two in a row differ in their opacity alone."""
-    return [HELD_OUT[n] for n in np.random.default_rng(0).permutation(len(HELD_OUT))[:count]]
+    """The next is always the one whose words were asked for least, so that a few tell of all."""
+    left = [HELD_OUT[n] for n in np.random.default_rng(0).permutation(len(HELD_OUT))]
+    asked: Counter[str] = Counter()
+    chosen = []
+    for _ in range(count):
+        next_one = min(left, key=lambda one: sum(asked[word] for word in dataclasses.astuple(one)))
+        left.remove(next_one)
+        asked.update(dataclasses.astuple(next_one))
+        chosen.append(next_one)
+    return chosen
 
 
 def add_captions(parser: argparse.ArgumentParser, default: int) -> None:

@@ -29,7 +29,7 @@ from transpixeler.files import write_text
 log = logging.getLogger("transpixeler")
 
 # Raised when the files below change, so that an older demo is not taken for this one.
-RECIPE = 7
+RECIPE = 8
 MARKER = "demo.txt"
 PARTS = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
 RGBA_CLIPS = 3

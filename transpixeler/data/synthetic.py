@@ -29,7 +29,7 @@ COLORS = {
 }
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 # Half transparent stays well above one half, so that a matte cut at 0.5 still holds the shape.
-OPACITIES = {"opaque": 1.0, "half transparent": 0.8}
+OPACITIES = {"opaque": 1.0, "half transparent": 0.7}
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,11 @@ def _spokes(*lengths: float) -> tuple[complex, ...]:
     return tuple(length * complex(math.sin(i * step), -math.cos(i * step)) for i, length in enumerate(lengths))
 
 
+# Each is about as wide and as high as the others.
 SHAPES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "circle": _circle,
     "square": _polygon(*(0.8 * corner for corner in (-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j))),
-    "triangle": _polygon(*_spokes(1, 1, 1)),
+    "triangle": _polygon(-1j, 1 + 1j, -1 + 1j),
     "ring": _ring,
-    "star": _polygon(*_spokes(*(1, 0.6) * 5)),
+    "star": _polygon(*(corner + 0.05j for corner in _spokes(*(1.05, 0.65) * 5))),
 }

@@ -53,6 +53,7 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Pat
     """Caches what is missing, trains, and returns the run's folder. `resume`: "" for the config's run, or a folder."""
     layout = meshes.resolve(config.parallel, runtime.world_size)
     check(config, layout)
+    telemetry.check(config.log)
     run = runs.open_run(config, runtime, resume)
     log = log_to_file(run.folder / "log.txt", runtime.rank) if runtime.is_main else None
     try:
@@ -110,7 +111,6 @@ def check(config: Config, layout: meshes.Layout) -> None:
             "parallel.shard to 1 and parallel.offload to false"
         )
     objective.check_tasks(config.objective, tuple(config.streams))
-    telemetry.check(config.log)
 
 
 def total_steps(config: Config, order: Order) -> int:

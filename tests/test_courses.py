@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 
 from tests import test_trainer
 from tests.ranks import run_ranks
-from transpixeler import adapters, checkpoint, configfile, optim, runs, runtime, trainer
+from transpixeler import adapters, checkpoint, checks, configfile, optim, runs, runtime, trainer
 from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel.mesh import Layout
 from transpixeler.runtime import Runtime
@@ -277,20 +277,20 @@ def test_bf16_parameters_do_not_go_with_offload(demo: Path) -> None:
 
     config = configfile.load(demo / "config.yaml", ["optim.bf16_parameters=true", "parallel.offload=true"])
     with pytest.raises(UserError, match=r"optim.bf16_parameters: shards and offload"):
-        trainer.check(config, Layout(1, 1, 1))
+        checks.check(config, Layout(1, 1, 1))
 
 
 def test_offload_does_not_go_with_a_backward_pass_in_two_parts() -> None:
     chosen = ["parallel.pipeline=2", "parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"]
     config = configfile.from_overrides([*chosen, "model.path=a", "data.train=[b]", "train.epochs=1"])
     with pytest.raises(UserError, match=r"parallel.offload: .* parallel.schedule=interleaved-zero-bubble"):
-        trainer.check(config, Layout(2, 1, 1))
+        checks.check(config, Layout(2, 1, 1))
 
 
 @pytest.mark.parametrize("recompute", ["auto", "attention"])
 def test_outputs_of_flex_are_kept_by_compiled_blocks_alone(recompute: str) -> None:
     chosen = ["model.attention=flex", f"parallel.recompute={recompute}", "model.path=a", "data.train=[b]"]
-    trainer.check(configfile.from_overrides([*chosen, "train.epochs=1"]), Layout(1, 1, 1))
+    checks.check(configfile.from_overrides([*chosen, "train.epochs=1"]), Layout(1, 1, 1))
     config = configfile.from_overrides([*chosen, "train.epochs=1", "parallel.compile=off"])
     with pytest.raises(UserError, match=r"parallel.recompute: attention cannot keep .* model.attention=flex"):
-        trainer.check(config, Layout(1, 1, 1))
+        checks.check(config, Layout(1, 1, 1))

@@ -11,7 +11,7 @@ FLOORS = [
     {"config", "configfile", "files", "runtime", "tooling"},
     {"data", "models", "objective", "metrics", "regions"},
     {"parallel", "optim", "ema", "facts", "telemetry"},
-    {"checkpoint", "export", "adapters", "peft_config", "runs", "saving", "sampling", "trained"},
+    {"checkpoint", "checks", "export", "adapters", "peft_config", "runs", "saving", "sampling", "trained"},
     {
         "trainer",
         "plan",

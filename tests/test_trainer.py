@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.ranks import RanksFailed, run_ranks
-from transpixeler import checkpoint, configfile, export, plan, trainer
+from transpixeler import checkpoint, checks, configfile, export, plan, trainer
 from transpixeler.adapters import Adapter, read_adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
@@ -296,7 +296,7 @@ def test_a_config_that_cannot_train_is_told_before_anything_is_loaded(demo: Path
 
     config = configfile.load(demo / "config.yaml", [override])
     with pytest.raises(UserError, match=message):
-        trainer.check(config, Layout(1, 2, 1))
+        checks.check(config, Layout(1, 2, 1))
 
 
 def test_a_project_of_wandb_without_wandb_is_told_before_anything_is_made(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from transpixeler import telemetry, trainer
+from transpixeler import checks, telemetry, trainer
 from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket, assign
 from transpixeler.data.cache import Cache
@@ -87,7 +87,7 @@ class Plan:
 def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     """`machine` is what layouts are looked for; the config's own layout is judged on it as it stands."""
     layout = meshes.resolve(config.parallel, machine.gpus)
-    trainer.check(config, layout)
+    checks.check(config, layout)
     model = _model(config, machine)
     started = time.perf_counter()
     train, evaluation = (_dataset(config, model, key) for key in ("train", "eval"))

@@ -29,7 +29,7 @@ from transpixeler.files import write_text
 log = logging.getLogger("transpixeler")
 
 # Raised when the files below change, so that an older demo is not taken for this one.
-RECIPE = 8
+RECIPE = 9
 MARKER = "demo.txt"
 PARTS = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
 RGBA_CLIPS = 3
@@ -74,6 +74,8 @@ lora:
   rank: 32
 
 objective:
+  density: uniform
+  shift: 2                            # how transparent a thing is, is decided early, where noise is high
   tasks: {{joint: 0.8, rgb_to_aux: 0.2}}  # the adapter makes pairs from a caption, and mattes of a given video
 
 optim:

@@ -20,8 +20,8 @@ def _heard() -> None:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo folder whose clips are all in the cache: 10 clips of 4 buckets. Nobody writes into it."""
-    from tests.ranks import run_ranks
-    from transpixeler.demo import write_demo
+    from tests.support.ranks import run_ranks
+    from transpixeler.demo.write import write_demo
 
     folder = tmp_path_factory.mktemp("demo") / "demo"
     write_demo(folder, train_clips=10, eval_clips=2)
@@ -32,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps whose adapter can be seen. Nobody writes into it."""
-    from tests.ranks import run_ranks
+    from tests.support.ranks import run_ranks
 
     return Path(run_ranks(_train, 1, demo / "config.yaml", tmp_path_factory.mktemp("runs"))[0])
 
@@ -40,8 +40,9 @@ def run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train(rank: int, world_size: int, path: Path, output: Path) -> str:
     import torch
 
-    from transpixeler import configfile, trainer
-    from transpixeler.runtime import Runtime
+    from transpixeler import configfile
+    from transpixeler.parallel.runtime import Runtime
+    from transpixeler.training import trainer
 
     overrides = [f"output_dir={output}", "train.max_steps=2", "optim.lr=0.1", "optim.warmup_steps=0", "optim.ema=0.9"]
     overrides += ["eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false"]
@@ -54,8 +55,8 @@ def _cache(rank: int, world_size: int, folder: Path) -> None:
 
     from transpixeler import configfile
     from transpixeler.data.encode import encode_missing
-    from transpixeler.models.wan import WanModel
-    from transpixeler.runtime import Runtime
+    from transpixeler.families.wan.model import WanModel
+    from transpixeler.parallel.runtime import Runtime
 
     config = configfile.load(folder / "config.yaml")
     encode_missing(config, WanModel, Runtime(rank, world_size, rank, torch.device("cpu")))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from transpixeler import cli
-from transpixeler.data.write import write_png
+from transpixeler.data.media.write import write_png
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.any_config import TEXT, configs, values
+from tests.support.any_config import TEXT, configs, values
 from transpixeler import cli, configfile
 from transpixeler.config import Config, UserError
 

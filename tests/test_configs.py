@@ -15,8 +15,8 @@ import yaml
 
 from transpixeler import configfile
 from transpixeler.config import Config
+from transpixeler.families.wan.model import WanModel
 from transpixeler.models import lora
-from transpixeler.models.wan import WanModel
 from transpixeler.parallel import mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import tiny
-from transpixeler import ema, runtime, telemetry
+from tests.support import tiny
 from transpixeler.models.attention import attention, available_kernels
 from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel import runtime
 from transpixeler.parallel.build import build_engine
-from transpixeler.runtime import Runtime
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.runs import telemetry
+from transpixeler.training import ema
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -16,18 +16,19 @@ from pathlib import Path
 
 import numpy as np
 from demo_measures import add_captions, follows, held_out_captions, silhouette, silhouette_iou
+from tooling import run
 
-from transpixeler import metrics, trained
 from transpixeler.config import UserError
-from transpixeler.data.synthetic import Attributes, Format, Scene, heights, render, scenes
-from transpixeler.data.write import write_png
-from transpixeler.generate import encode_prompts, video_layout, video_size
-from transpixeler.models.base import model_class
+from transpixeler.data.media.write import write_png
+from transpixeler.demo.scenes import Attributes, Format, Scene, heights, render, scenes
+from transpixeler.evaluation import metrics
+from transpixeler.models.backbone import model_class
 from transpixeler.parallel import mesh as meshes
-from transpixeler.runtime import Runtime, log_to_terminal, quiet_libraries, running
-from transpixeler.sampling import Frames, Request, Sampler
-from transpixeler.tooling import run
-from transpixeler.trained import Trained
+from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
+from transpixeler.sampling import trained
+from transpixeler.sampling.generate import encode_prompts, video_layout, video_size
+from transpixeler.sampling.sampler import Frames, Request, Sampler
+from transpixeler.sampling.trained import Trained
 
 PICTURED = 6  # samples in the picture
 MATTING = "rgb_to_aux"

@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 
-from transpixeler.data.synthetic import COLORS, DIRECTIONS, Attributes, all_attributes
+from transpixeler.demo.scenes import COLORS, DIRECTIONS, Attributes, all_attributes
 
 BRIGHT = 0.5  # share of the shape's own brightness from which a pixel is part of it
 DARK = 60  # a video whose brightest pixels are below this shows nothing

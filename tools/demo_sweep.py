@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo_measures import add_captions
+from tooling import processes, run, torchrun
 
 from transpixeler.config import UserError
-from transpixeler.demo_model import weights_digest
+from transpixeler.demo.model import weights_digest
 from transpixeler.files import write_text
-from transpixeler.runtime import log_to_terminal
-from transpixeler.tooling import processes, run, torchrun
+from transpixeler.parallel.runtime import log_to_terminal
 
 FIGURES = Path(__file__).with_name("demo_figures.py")
 UNWATCHED = ("eval.every_epochs=0", "eval.before_first_step=false", "checkpoint.every_steps=0", "save.every_steps=0")

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from transpixeler.data.synthetic import Format, Scene, render, scenes
-from transpixeler.demo_model import VAE
+from transpixeler.demo.model import VAE
+from transpixeler.demo.scenes import Format, Scene, render, scenes
 from transpixeler.files import whole
 
 if TYPE_CHECKING:

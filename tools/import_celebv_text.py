@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tooling import folder_given, run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.media import VIDEO_ENDINGS, BadMedia, reasons
-from transpixeler.data.video import probe
+from transpixeler.data.media.clip import VIDEO_ENDINGS, BadMedia, reasons
+from transpixeler.data.media.decode import probe
 from transpixeler.files import whole
-from transpixeler.tooling import folder_given, run, summary
 
 
 @dataclass(frozen=True)

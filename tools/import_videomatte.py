@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tooling import folder_given, run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.candidate import BadSample, Candidate
-from transpixeler.data.folder import is_sequence
-from transpixeler.data.media import VIDEO_ENDINGS
-from transpixeler.data.pairs import examined
+from transpixeler.data.media.clip import VIDEO_ENDINGS
+from transpixeler.data.sources.candidate import BadSample, Candidate
+from transpixeler.data.sources.folder import is_sequence
+from transpixeler.data.sources.pairs import examined
 from transpixeler.files import write_text
-from transpixeler.tooling import folder_given, run, summary
 
 NAMES = ("video", "file", "file_name", "filename", "name", "path", "id")
 TEXTS = ("caption", "text", "prompt", "description")

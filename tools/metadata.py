@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from manifests import check_manifest, first_path, moved, rows_into, schema_of
+from tooling import REASONS_SHOWN, run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.manifest import rows
-from transpixeler.data.media import BadMedia
-from transpixeler.data.table import check_manifest, first_path, moved, rows_into, schema_of
-from transpixeler.data.video import probe
+from transpixeler.data.media.clip import BadMedia
+from transpixeler.data.media.decode import probe
+from transpixeler.data.sources.manifest import rows
 from transpixeler.files import whole
-from transpixeler.tooling import REASONS_SHOWN, run, summary
 
 FACTS = {"num_frames": "int64", "height": "int64", "width": "int64", "fps": "float64", "aspect_ratio": "float64"}
 WINDOW = 1024  # rows looked at, and then written down, at a time

@@ -15,11 +15,11 @@ from types import ModuleType
 
 import yaml
 from migrate_keys import BY_CLASS, EXAMPLES, OPTIMIZERS, SAME, UNSAID, Migration, Table, Value
+from tooling import folder_given, run
 
 from transpixeler import configfile
 from transpixeler.config import Config, LoraConfig, OptimConfig, UserError
 from transpixeler.files import whole
-from transpixeler.tooling import folder_given, run
 
 SECTIONS = [field.name for field in dataclasses.fields(Config)]
 

@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from manifests import check_manifest, moved, rows_into
+from tooling import REASONS_SHOWN, run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.manifest import rows
-from transpixeler.data.table import check_manifest, moved, rows_into
+from transpixeler.data.sources.manifest import rows
 from transpixeler.files import write_text
-from transpixeler.tooling import REASONS_SHOWN, run, summary
 
 STATE = ".shards.json"
 MOST_OPEN = 512

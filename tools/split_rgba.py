@@ -17,16 +17,16 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from tooling import run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.fill import Fill, filled, random_color, scaled_straight, unpremultiplied
-from transpixeler.data.folder import MEDIA_ENDINGS, is_sequence
-from transpixeler.data.media import BadMedia, Clip, Media
-from transpixeler.data.video import frame_numbers, is_premultiplied, probe, stream_rgba
-from transpixeler.data.write import write_mp4, write_png
+from transpixeler.data.media.clip import BadMedia, Clip, Media
+from transpixeler.data.media.decode import frame_numbers, is_premultiplied, probe, stream_rgba
+from transpixeler.data.media.fill import Fill, filled, random_color, scaled_straight, unpremultiplied
+from transpixeler.data.media.write import write_mp4, write_png
+from transpixeler.data.sources.folder import MEDIA_ENDINGS, is_sequence
 from transpixeler.files import write_text
-from transpixeler.tooling import run, summary
 
 BLANK, OPAQUE = 3, 252  # as the data set's inspection judges a matte
 STILL, MOVING = 0.5, 1.0  # mean change from frame to frame, in levels

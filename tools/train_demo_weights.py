@@ -30,15 +30,18 @@ from demo_measures import HELD_OUT, add_captions, follows, held_out_captions
 from demo_vae import FORMATS as SIZES
 from demo_vae import fresh_vae, round_trip, train_vae, views
 from safetensors.torch import load_file, save_file
+from tooling import processes, run, torchrun
 from torch import Tensor, nn
 
-from transpixeler import configfile, demo, metrics, trained
+from transpixeler import configfile
 from transpixeler.config import UserError
-from transpixeler.data.synthetic import Attributes, Format, all_attributes, scenes
-from transpixeler.demo_model import ASSETS, SCALES, Parts, measure_latents, random_parts, trained_parts, write_pipeline
+from transpixeler.demo import write as demo_folder
+from transpixeler.demo.model import ASSETS, SCALES, Parts, measure_latents, random_parts, trained_parts, write_pipeline
+from transpixeler.demo.scenes import Attributes, Format, all_attributes, scenes
+from transpixeler.evaluation import metrics
 from transpixeler.files import whole, write_text
-from transpixeler.runtime import log_to_terminal, running
-from transpixeler.tooling import processes, run, torchrun
+from transpixeler.parallel.runtime import log_to_terminal, running
+from transpixeler.sampling import trained
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -47,7 +50,7 @@ log = logging.getLogger("transpixeler")
 
 SQUARE = Format(64, 64, 17, Fraction(16))
 STILL = Format(64, 64, 1, Fraction(16))
-FORMATS = (*(format for other in demo.FORMATS for format in (SQUARE, other)), STILL, STILL)
+FORMATS = (*(format for other in demo_folder.FORMATS for format in (SQUARE, other)), STILL, STILL)
 LIMIT = 8 * 2**20  # bytes of all weights
 
 CARD = """\
@@ -141,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _same_as_begun(out: Path, arguments: argparse.Namespace) -> None:
     """What is there was made with the same numbers, or the card would tell of others."""
-    asked = {name: getattr(arguments, name) for name in ("seed", "clips")} | {"recipe": demo.RECIPE}
+    asked = {name: getattr(arguments, name) for name in ("seed", "clips")} | {"recipe": demo_folder.RECIPE}
     begun = out / "begun.json"
     made = json.loads(begun.read_text()) if begun.is_file() else asked
     for name, value in made.items():
@@ -200,7 +203,7 @@ def _clips(out: Path, arguments: argparse.Namespace) -> None:
             log.info("%s: %d clips", folder, count)
             with whole(folder) as unfinished:
                 drawn = scenes(count, formats=FORMATS, held_out=part == "eval", seed=arguments.seed + 1)
-                demo.write_rgb(unfinished, drawn)
+                demo_folder.write_rgb(unfinished, drawn)
 
 
 def _train(out: Path, arguments: argparse.Namespace) -> None:
@@ -248,7 +251,7 @@ def _figures(out: Path, weights: Path, arguments: argparse.Namespace) -> dict[st
     parts = trained_parts(weights)
     figures = _vae_figures(parts, arguments) | {"text_separation": text_separation(parts)}
     write_pipeline(out / "trained", parts)
-    write_text(out / "demo.yaml", demo.CONFIG)
+    write_text(out / "demo.yaml", demo_folder.CONFIG)
     alone = ["streams.seg=null", "lora.enabled=false", "objective.tasks={joint: 1.0, rgb_to_aux: null}"]
     config = configfile.load(out / "demo.yaml", [f"model.path={(out / 'trained').resolve()}", *alone])
     wanted = held_out_captions(arguments.captions)

@@ -79,10 +79,12 @@ def _explicit_resume(argv: Sequence[str]) -> list[str]:
 def _demo(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from transpixeler import demo
+    from transpixeler.demo import write as demo_folder
 
     with _running():
-        demo.write_demo(Path(arguments.folder), seed=arguments.seed, depth=arguments.depth, force=arguments.force)
+        demo_folder.write_demo(
+            Path(arguments.folder), seed=arguments.seed, depth=arguments.depth, force=arguments.force
+        )
     return 0
 
 
@@ -113,7 +115,7 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from transpixeler import trainer
+    from transpixeler.training import trainer
 
     with _running(config) as runtime:
         folder = trainer.train(config, runtime, resume=arguments.resume)
@@ -126,7 +128,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     import json
 
-    from transpixeler import plan
+    from transpixeler.planning import plan
 
     asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
     made = plan.make_plan(config, *plan.find_machine(config, **asked))
@@ -135,7 +137,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from transpixeler import hub
+    from transpixeler.publishing import hub
 
     terms = hub.Terms(arguments.repo, private=not arguments.public, base=arguments.base, license=arguments.license)
     parcel = hub.pack(arguments.path, terms, ema=arguments.ema)
@@ -144,7 +146,8 @@ def _push(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from transpixeler import evaluate, trained
+    from transpixeler.evaluation import evaluate
+    from transpixeler.sampling import trained
 
     overrides = arguments.overrides
     source = trained.chosen(
@@ -161,7 +164,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     path, overrides = arguments.source, [*arguments.overrides, *_sample_overrides(arguments)]
     if "=" in path and not Path(path).exists():  # no source but an override
         path, overrides = "", [path, *overrides]
-    from transpixeler import generate, trained
+    from transpixeler.sampling import generate, trained
 
     source = trained.find(path, overrides, ema=arguments.ema) if path else trained.base_alone(overrides)
     wish = generate.Wish(
@@ -211,7 +214,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         source = json.dumps(arguments.dataset, ensure_ascii=False)  # which YAML reads as it is
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
-    from transpixeler import inspection
+    from transpixeler.publishing import inspection
 
     sources = (*config.data.train, *config.data.eval)
     if not sources:
@@ -224,7 +227,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from transpixeler import export, trained
+    from transpixeler.adapters import export
+    from transpixeler.sampling import trained
 
     save, _ = trained.locate(arguments.path, ema=arguments.ema)
     made = export.export_command(
@@ -242,7 +246,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from transpixeler import report
+    from transpixeler.publishing import report
 
     print(report.write_report(Path(arguments.run)))
     return 0
@@ -272,7 +276,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _running(config: Config | None = None):
-    from transpixeler import runtime
+    from transpixeler.parallel import runtime
 
     minutes = config.parallel.timeout_minutes if config else 10.0
     return runtime.running(timeout_minutes=minutes)

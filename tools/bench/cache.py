@@ -26,8 +26,8 @@ from harness import alternate, finish, parser
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transpixeler.data import index
-from transpixeler.data.cache import Cache, CacheWriter, Record
+from transpixeler.data.cache import index
+from transpixeler.data.cache.records import Cache, CacheWriter, Record
 
 SHAPE = (16, 9, 60, 104)  # of one stream: 33 frames of 480×832
 STREAMS = 2

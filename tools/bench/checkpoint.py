@@ -22,15 +22,18 @@ import torch
 from harness import Times, alternate, finish, parser, seconds
 from torch import Tensor, nn
 
-from transpixeler import checkpoint, configfile, optim, runtime, telemetry
-from transpixeler.account import Account
+from transpixeler import configfile
 from transpixeler.config import CheckpointConfig, Config
 from transpixeler.data.loader import Batch
-from transpixeler.facts import Facts, Wishes
+from transpixeler.families.wan.model import WanModel
 from transpixeler.models.streams import StreamLayout
-from transpixeler.models.wan import WanModel
 from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel import runtime
 from transpixeler.parallel.build import shape
+from transpixeler.runs import checkpoint, telemetry
+from transpixeler.training import optim
+from transpixeler.training.account import Account
+from transpixeler.training.agreement import Facts, Wishes
 
 WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 LATENTS = (16, 9, 60, 104)  # of the telling's batch: 33 frames of 480×832

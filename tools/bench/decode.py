@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from harness import alternate, finish, parser, ratio
 
-from transpixeler.data.video import Clip, frame_numbers, read_frames
+from transpixeler.data.media.decode import Clip, frame_numbers, read_frames
 
 FPS = Fraction(30)
 HEIGHT, WIDTH = 480, 832

@@ -25,13 +25,13 @@ from harness import Times, alternate, finish, parser, ratio, seconds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transpixeler import objective
 from transpixeler.config import ObjectiveConfig
-from transpixeler.data import index
-from transpixeler.data.cache import Cache, CacheWriter, Record
+from transpixeler.data.cache import index
+from transpixeler.data.cache.records import Cache, CacheWriter, Record
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.data.order import make_order
+from transpixeler.flow import objective
 from transpixeler.models.streams import StreamLayout
 
 STREAMS = ("rgb", "seg")

@@ -25,12 +25,13 @@ from harness import Times, finish, parser
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from transpixeler import configfile, objective, runtime
+from transpixeler import configfile
 from transpixeler.config import Config
+from transpixeler.families.wan.model import WanModel
+from transpixeler.flow import objective
 from transpixeler.models.streams import StreamLayout
-from transpixeler.models.wan import WanModel
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel import pipeline
+from transpixeler.parallel import pipeline, runtime
 
 WAN = {
     "num_attention_heads": 1,

@@ -16,13 +16,14 @@ import harness
 import torch
 from torch import Tensor
 
-from transpixeler import runtime, sampling
 from transpixeler.config import LoraConfig, ParallelConfig
+from transpixeler.families.wan.model import WanModel
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
-from transpixeler.models.wan import WanModel
 from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel import runtime
 from transpixeler.parallel.pipeline import Engine, Stage
+from transpixeler.sampling import sampler as samplers
 
 GUIDANCE = 5.0
 
@@ -51,7 +52,7 @@ class Denoising:
         f, h, w = grid
         self.engine, self.steps, (self.model,) = engine, args.steps, engine.models()
         self.layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
-        self.noise = sampling.start_noise(self.layout, seed=0)
+        self.noise = samplers.start_noise(self.layout, seed=0)
         self.text, self.negative = torch.randn(2, 512, args.text)
 
     def plain(self) -> Tensor:
@@ -64,13 +65,13 @@ class Denoising:
         return self._denoise(self.negative, together=False)
 
     def _denoise(self, negative: Tensor | None, *, together: bool) -> Tensor:
-        limit, sampling.TOGETHER = sampling.TOGETHER, self.layout.tokens if together else 0
+        limit, samplers.TOGETHER = samplers.TOGETHER, self.layout.tokens if together else 0
         try:
-            velocity = sampling.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
+            velocity = samplers.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
         finally:
-            sampling.TOGETHER = limit
-        solver = sampling.make_solver("unipc", steps=self.steps, shift=5.0)
-        return sampling.denoise(velocity, self.noise, self.layout, solver)
+            samplers.TOGETHER = limit
+        solver = samplers.make_solver("unipc", steps=self.steps, shift=5.0)
+        return samplers.denoise(velocity, self.noise, self.layout, solver)
 
     @torch.no_grad()
     def forwards(self, times: int = 1) -> None:

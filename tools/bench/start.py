@@ -26,9 +26,10 @@ def child(spawned: float, argv: list[str]) -> None:
     """Runs the command with a clock around its parts, and prints them once the first step is told."""
     spent = {"interpreter": time.time() - spawned}
     taken(spent, "torch", lambda: __import__("torch"))
-    taken(spent, "imports", lambda: __import__("transpixeler.trainer"))
-    from transpixeler import cli, runtime, trainer
-    from transpixeler.parallel import build
+    taken(spent, "imports", lambda: __import__("transpixeler.training.trainer"))
+    from transpixeler import cli
+    from transpixeler.parallel import build, runtime
+    from transpixeler.training import trainer
 
     for owner, name, part in (
         (runtime, "start", "group"),

@@ -29,11 +29,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from transpixeler.config import LoraConfig
+from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.names import from_diffusers, module_to_diffusers
 from transpixeler.models.linear import Linear
 from transpixeler.models.lora import LoraLinear, inject, lora_linears
 from transpixeler.models.streams import StreamLayout
-from transpixeler.models.wan import WanModel
-from transpixeler.models.wan_keys import from_diffusers, module_to_diffusers
 from transpixeler.parallel.shard import set_recompute
 
 TEXT = 512

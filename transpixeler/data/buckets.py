@@ -14,8 +14,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from transpixeler.config import BucketRule, DataConfig, Resolution, SourceConfig, TrainConfig, UserError
-from transpixeler.data.media import Clip, Media
-from transpixeler.data.pairs import Sample
+from transpixeler.data.media.clip import Clip, Media
+from transpixeler.data.sources.pairs import Sample
 
 
 class Bucket(NamedTuple):

@@ -17,13 +17,13 @@ import torch
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket, assign
 from transpixeler.data.dataset import Item
-from transpixeler.data.fill import Fill
 from transpixeler.data.fingerprint import FileHashes
-from transpixeler.data.media import IMAGE_ENDINGS, Clip, files_of
-from transpixeler.data.pairs import Sample, scan, source_names
-from transpixeler.data.probes import Probes
+from transpixeler.data.media.clip import IMAGE_ENDINGS, Clip, files_of
+from transpixeler.data.media.fill import Fill
+from transpixeler.data.media.probe import Probes
 from transpixeler.data.prompts import sampled_texts
-from transpixeler.models.base import VideoModel
+from transpixeler.data.sources.pairs import Sample, scan, source_names
+from transpixeler.models.backbone import VideoModel
 
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
 SETS = ("train", "eval")

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transpixeler.config import UserError
-from transpixeler.data.cache import Cache
-from transpixeler.data.media import Clip
+from transpixeler.data.cache.records import Cache
+from transpixeler.data.media.clip import Clip
 from transpixeler.data.order import Order, make_order
-from transpixeler.data.pairs import Sample
+from transpixeler.data.sources.pairs import Sample
 
 
 @dataclass(frozen=True)

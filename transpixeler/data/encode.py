@@ -27,15 +27,15 @@ import torch
 import torch.distributed as dist
 
 from transpixeler.config import Config, UserError
-from transpixeler.data.cache import Cache, CacheWriter, Record
+from transpixeler.data.cache.records import Cache, CacheWriter, Record
 from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog, latent_shape
 from transpixeler.data.dataset import Dataset, Datasets
-from transpixeler.data.fill import Fill
-from transpixeler.data.media import BadMedia
-from transpixeler.data.pairs import decode_pair
+from transpixeler.data.media.clip import BadMedia
+from transpixeler.data.media.fill import Fill
 from transpixeler.data.progress import Progress
-from transpixeler.models.base import VideoModel
-from transpixeler.runtime import Runtime
+from transpixeler.data.sources.pairs import decode_pair
+from transpixeler.models.backbone import VideoModel
+from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 DECODERS = 4  # clips decoded at a time on a rank

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transpixeler.files import write_text
-from transpixeler.models.base import file_digest
+from transpixeler.models.backbone import file_digest
 
 logger = logging.getLogger("transpixeler")
 NAME = "hashes.tsv"

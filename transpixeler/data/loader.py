@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from transpixeler.config import UserError
-from transpixeler.data.cache import CacheDamaged
+from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.models.streams import StreamLayout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transpixeler.config import Config, SampleConfig, UserError
-from transpixeler.models.base import VideoModel
+from transpixeler.models.backbone import VideoModel
 
 
 def prompt_lines(path: str, *, key: str) -> list[str]:

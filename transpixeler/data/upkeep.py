@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from transpixeler.config import Config
-from transpixeler.data import index
-from transpixeler.data.cache import (
+from transpixeler.data.cache import index
+from transpixeler.data.cache.index import IndexFile
+from transpixeler.data.cache.records import (
     Cache,
     CacheDamaged,
     CacheWriter,
@@ -31,10 +32,9 @@ from transpixeler.data.cache import (
 from transpixeler.data.catalog import cache_folders, catalog, latent_shape
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
-from transpixeler.data.index import IndexFile
 from transpixeler.files import whole
-from transpixeler.models.base import VideoModel, model_class
-from transpixeler.runtime import Runtime
+from transpixeler.models.backbone import VideoModel, model_class
+from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 COPIED_AT_ONCE = 32

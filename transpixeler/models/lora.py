@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transpixeler.config import LoraConfig, UserError
-from transpixeler.models.base import VideoModel
+from transpixeler.models.backbone import VideoModel
 from transpixeler.models.linear import Linear, activated, project
 from transpixeler.models.streams import Scope, scope_span, span_slice
 

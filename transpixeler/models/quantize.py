@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transpixeler.models.base import VideoModel
+from transpixeler.models.backbone import VideoModel
 from transpixeler.models.linear import INT8
 from transpixeler.models.lora import targets
 

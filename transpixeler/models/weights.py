@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from transpixeler.config import UserError
-from transpixeler.models import wan_keys
+from transpixeler.families.wan import names as wan_names
 from transpixeler.models.lora import is_adapter
 from transpixeler.models.quantize import quantize_weight
 
@@ -121,7 +121,7 @@ class WeightSource:
     """Tensors by internal name, read when asked for and counted in `bytes_read`."""
 
     def __init__(
-        self, path: str | Path, *, names: Callable[[Iterable[str]], Mapping[str, str]] = wan_keys.internal_names
+        self, path: str | Path, *, names: Callable[[Iterable[str]], Mapping[str, str]] = wan_names.internal_names
     ) -> None:
         self.path = resolve(path, only=("config.json", "transformer/*", _INDEX, _SHARDS, _PICKLED))
         self.bytes_read = 0
@@ -132,7 +132,7 @@ class WeightSource:
             for name, shape in file.shapes().items():
                 self._file_of[name] = file
                 self._stored_shape[name] = shape
-        plain = {name.removeprefix(wan_keys.COMFYUI_PREFIX): name for name in self._file_of}
+        plain = {name.removeprefix(wan_names.COMFYUI_PREFIX): name for name in self._file_of}
         self._scaled = _MARKER in plain
         weights = [name for name in plain if name != _MARKER and not name.endswith(_HELPER_SUFFIXES)]
         self._stored = {internal: plain[name] for internal, name in names(weights).items()}

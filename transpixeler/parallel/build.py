@@ -12,7 +12,7 @@ import torch
 
 from transpixeler.config import Config
 from transpixeler.models import lora, quantize
-from transpixeler.models.base import VideoModel, apply_dtypes, set_trainable
+from transpixeler.models.backbone import VideoModel, apply_dtypes, set_trainable
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard

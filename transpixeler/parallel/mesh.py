@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from transpixeler.config import ParallelConfig, UserError
-from transpixeler.runtime import Runtime
+from transpixeler.parallel.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from transpixeler.config import ParallelConfig, UserError
-from transpixeler.models.base import Conditions, VideoModel
+from transpixeler.flow.objective import Example, mean_squared_errors
+from transpixeler.models.backbone import Conditions, VideoModel
 from transpixeler.models.costs import Dimensions
 from transpixeler.models.streams import StreamLayout
-from transpixeler.objective import Example, mean_squared_errors
 from transpixeler.parallel import shard
 from transpixeler.parallel.mesh import Mesh
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from transpixeler.config import ParallelConfig, UserError
 from transpixeler.models.attention import SAVED_OPS
-from transpixeler.models.base import Block
+from transpixeler.models.backbone import Block
 from transpixeler.parallel.mesh import Mesh
 
 REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB

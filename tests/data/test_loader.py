@@ -1,0 +1,208 @@
+"""The order is a pure function of (seed, epoch), and the loader reads it from any point on any number of ranks."""
+
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transpixeler.config import UserError
+from transpixeler.data.cache.records import Cache, CacheDamaged, CacheWriter, Record
+from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.loader import Assembler, Batch, Loader
+from transpixeler.data.order import Order, make_order, permutation
+
+Folders = pytest.TempPathFactory
+BUCKETS = {(1, 16, 16): (4, 1, 2, 2), (5, 16, 32): (4, 2, 2, 4), (9, 32, 16): (4, 3, 4, 2)}
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    sizes = draw(st.lists(st.integers(1, 23), min_size=1, max_size=4))
+    buckets = [(number, 8, 8) for number, size in enumerate(sizes) for _ in range(size)]
+    repeats = draw(st.lists(st.integers(1, 3), min_size=len(buckets), max_size=len(buckets)))
+    batch = draw(st.integers(1, min(16, sum(repeats))))
+    return make_order(buckets=buckets, repeats=repeats, seed=draw(st.integers(0, 2**40)), global_batch=batch)
+
+
+@settings(deadline=None)
+@given(order=orders(), epochs=st.integers(1, 6))
+def test_each_item_appears_once_an_epoch_give_or_take_what_the_batch_cuts(order: Order, epochs: int) -> None:
+    seen = Counter(int(item) for epoch in range(epochs) for batch in order.batches(epoch) for item in batch)
+    for row in order.rows:
+        total = epochs * len(row.items)
+        assert sum(seen[int(item)] for item in np.unique(row.items)) == total - total % order.global_batch
+        left = total % order.global_batch
+        for item, times in zip(*np.unique(row.items, return_counts=True)):
+            missing = epochs * times - seen[int(item)]
+            assert 0 <= missing <= -(-left // len(row.items)) * times  # 1 where the rest is shorter than an epoch
+
+
+@settings(deadline=None)
+@given(order=orders(), epoch=st.integers(0, 5))
+def test_a_batch_is_of_one_bucket_and_no_epoch_is_like_another(order: Order, epoch: int) -> None:
+    batches = list(order.batches(epoch))
+    assert len(batches) == order.steps(epoch)
+    for batch in batches:
+        assert len(batch) == order.global_batch
+        assert sum(bool(np.isin(batch, row.items).any()) for row in order.rows) == 1
+    assert all(np.array_equal(one, two) for one, two in zip(batches, order.batches(epoch)))
+
+
+@settings(deadline=None)
+@given(order=orders(), epoch=st.integers(0, 4), data=st.data())
+def test_any_point_can_be_resumed(order: Order, epoch: int, data: st.DataObject) -> None:
+    whole = list(order.batches(epoch))
+    start = data.draw(st.integers(0, len(whole)))
+    rest = list(order.batches(epoch, start))
+    assert len(rest) == len(whole) - start
+    assert all(np.array_equal(one, two) for one, two in zip(rest, whole[start:]))
+    for number in range(len(whole)):
+        assert order.locate(order.first_step(epoch) + number) == (epoch, number)
+
+
+def test_epochs_and_seeds_differ_and_the_hash_is_the_same_for_ever() -> None:
+    drawn = {tuple(permutation(50, seed, epoch, "a")) for seed in range(5) for epoch in range(20)}
+    assert len(drawn) == 100
+    assert permutation(8, 1, 2, "a").tolist() == [1, 0, 2, 6, 4, 7, 3, 5]
+
+
+def test_permutations_are_even() -> None:
+    """Every item lands in every place about equally often: chi-square with 81 degrees of freedom."""
+    counts = np.zeros((10, 10))
+    for epoch in range(4000):
+        counts[np.arange(10), permutation(10, 3, epoch, "a")] += 1
+    assert ((counts - 400) ** 2 / 400).sum() < 130
+
+
+def test_too_few_clips_for_a_step_is_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match=r"3 clips.*train\.global_batch 4"):
+        make_order(buckets=[(1, 8, 8)] * 3, repeats=[1, 1, 1], seed=0, global_batch=4)
+    make_order(buckets=[(1, 8, 8)] * 3, repeats=[1, 2, 1], seed=0, global_batch=4)
+
+
+# --- the loader ------------------------------------------------------------------------------------------------------
+
+
+def make_dataset(folder: Path, count: int = 26, streams: tuple[str, ...] = ("rgb", "seg")) -> Dataset:
+    items, generator = [], torch.Generator().manual_seed(0)
+    with CacheWriter(folder) as writer:
+        writer.put([Record("text", b"empty".ljust(16), torch.full((1, 6), 0.5))])
+        for number in range(count):
+            bucket = list(BUCKETS)[number % 3]
+            keys = tuple(f"{number}{stream}".encode().ljust(16) for stream in streams)
+            latents = [torch.randn(BUCKETS[bucket], generator=generator).bfloat16() for _ in keys]
+            writer.put([Record("latent", key, value) for key, value in zip(keys, latents)])
+            text = f"text{number}".encode().ljust(16)
+            writer.put([Record("text", text, torch.full((1 + number % 5, 6), float(number + 1)))])
+            items.append(Item(f"c{number}", f"s{number}", "", bucket, keys, text))
+    return Dataset(tuple(items), streams, b"empty".ljust(16), Cache(folder))
+
+
+def take(dataset: Dataset, steps: int, **where: int) -> list[Batch]:
+    order = dataset.order(seed=7, global_batch=4)
+    with Loader(Assembler(dataset, patch=(1, 2, 2), text_len=8), order, **where) as loader:
+        return [next(loader) for _ in range(steps)]
+
+
+def same(one: Batch, two: Batch) -> bool:
+    tensors = all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("latents", "text", "empty_text"))
+    return tensors and (one.step, one.epoch, one.ids, one.layout) == (two.step, two.epoch, two.ids, two.layout)
+
+
+def test_a_batch_holds_the_records_of_its_ids(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    by_id = {item.id: item for item in dataset.items}
+    for batch in take(dataset, 20):
+        assert batch.latents.dtype == batch.text.dtype == torch.float32
+        assert batch.latents.shape == (4, batch.layout.elements) and batch.text.shape == (4, 8, 6)
+        assert batch.empty_text.eq(torch.tensor([0.5] + [0.0] * 7)[:, None]).all()
+        for place, name in enumerate(batch.ids):
+            item = by_id[name]
+            for stream, key in enumerate(item.latent_keys):
+                found = batch.layout.unpack(batch.latents)[stream][place]
+                assert torch.equal(found, dataset.cache.latent(key).float())
+            text = dataset.cache.text(item.text_key)
+            assert torch.equal(batch.text[place, : len(text)], text) and not batch.text[place, len(text) :].any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(skip=st.integers(0, 25))
+def test_a_loader_resumed_anywhere_gives_the_rest_of_the_stream(tmp_path_factory: Folders, skip: int) -> None:
+    dataset = make_dataset(tmp_path_factory.mktemp("cache"))
+    whole = take(dataset, 28)
+    epoch, step = dataset.order(seed=7, global_batch=4).locate(skip)
+    assert all(same(one, two) for one, two in zip(take(dataset, 3, epoch=epoch, step=step), whole[skip:]))
+    assert [batch.step for batch in whole] == list(range(28))
+    assert {batch.epoch for batch in whole} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_shares_tile_the_global_batch(tmp_path: Path, ranks: int) -> None:
+    dataset = make_dataset(tmp_path)
+    whole = take(dataset, 10)
+    shares = [take(dataset, 10, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert [slot for part in parts for slot in part.slots] == [0, 1, 2, 3]
+        assert torch.equal(torch.cat([part.latents for part in parts]), batch.latents)
+        assert torch.equal(torch.cat([part.text for part in parts]), batch.text)
+        assert all(part.ids == batch.ids and part.layout == batch.layout for part in parts)
+
+
+def test_a_damaged_record_stops_training_and_names_the_clip(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    (path,) = tmp_path.glob("*latent-bfloat16-4x2x2x4*")
+    data = bytearray(path.read_bytes())
+    data[150] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheDamaged, match=r"c1, stream seg: .*is damaged.*--verify"):
+        take(dataset, 28)
+    assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def test_prepare_runs_in_the_background_and_its_error_reaches_the_caller(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+
+    def prepare(batch: Batch) -> str:
+        if batch.step == 2:
+            raise ValueError("no noise")
+        return threading.current_thread().name
+
+    order = dataset.order(seed=0, global_batch=4)
+    with Loader(Assembler(dataset, patch=(1, 2, 2)), order, prepare=prepare) as loader:
+        assert [next(loader), next(loader)] == ["loader", "loader"]
+        with pytest.raises(ValueError, match="no noise"):
+            next(loader)
+
+
+def test_waiting_is_measured_and_closing_never_hangs(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+
+    def slow(batch: Batch) -> Batch:
+        time.sleep(0.05)
+        return batch
+
+    order = dataset.order(seed=0, global_batch=4)
+    loader = Loader(Assembler(dataset, patch=(1, 2, 2)), order, prepare=slow)
+    next(loader)
+    assert loader.wait_seconds > 0.03
+    time.sleep(0.4)  # the thread now waits for room
+    next(loader)
+    assert loader.wait_seconds < 0.03
+    loader.close()
+    assert not loader._thread.is_alive()
+
+
+def test_an_empty_set_says_why(tmp_path: Path) -> None:
+    bare = make_dataset(tmp_path, count=0)
+    with pytest.raises(UserError, match=r"data\.train holds no usable clip: it is empty"):
+        bare.order(seed=0, global_batch=1)
+    skipped = Dataset((), ("rgb",), bare.empty_text_key, bare.cache, "train", (("a", "it has no caption"),))
+    with pytest.raises(UserError, match=r"1 were skipped, the first, a, because it has no caption"):
+        skipped.order(seed=0, global_batch=1)

@@ -1,0 +1,100 @@
+import dataclasses
+
+import pytest
+import torch
+
+from transpixeler.config import ObjectiveConfig, UserError
+from transpixeler.flow import objective
+from transpixeler.models.streams import StreamLayout
+
+LAYOUT = StreamLayout(("rgb", "seg"), ((2, 3, 4, 6), (2, 3, 2, 4)), (1, 2, 2))
+IDS = ["a", "b", "c", "d", "e", "f"]
+
+
+def example(config: ObjectiveConfig, slots: list[int], *, step: int = 3) -> objective.Example:
+    latents = torch.stack([objective.draw_noise(LAYOUT.elements, "latents", IDS[slot]) for slot in slots])
+    text = torch.ones(len(slots), 4, 5)
+    return objective.prepare(
+        config,
+        seed=1,
+        step=step,
+        layout=LAYOUT,
+        latents=latents,
+        text=text,
+        empty_text=torch.zeros(4, 5),
+        ids=[IDS[slot] for slot in slots],
+        slots=slots,
+        batch=len(IDS),
+    )
+
+
+MIXED = ObjectiveConfig(tasks={"joint": 1, "rgb_to_aux": 1, "aux_to_rgb": 1}, caption_dropout=0.5)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2], [3, 4, 5]], [[0], [1], [2], [3, 4, 5]]])
+def test_any_division_of_a_batch_draws_the_same(parts: list[list[int]]) -> None:
+    whole = example(MIXED, list(range(6)))
+    divided = [example(MIXED, part) for part in parts]
+    for field in ("noise", "timesteps", "text", "weights"):
+        assert torch.equal(torch.cat([getattr(part, field) for part in divided]), getattr(whole, field))
+    assert not torch.equal(whole.noise, example(MIXED, list(range(6)), step=4).noise)
+
+
+def test_the_loss_is_the_mean_over_samples_whatever_the_tasks() -> None:
+    weights = example(MIXED, list(range(6))).weights
+    torch.testing.assert_close(weights.sum(1), torch.full((6,), 1 / 6))
+
+
+def test_a_given_stream_is_clean_and_costs_nothing() -> None:
+    config = ObjectiveConfig(tasks={"rgb_to_aux": 1.0})
+    it = example(config, [0, 1])
+    rgb = LAYOUT.element_slice(0)
+    assert torch.equal(it.noisy()[:, rgb], it.latents[:, rgb])
+    assert (it.weights[:, 0] == 0).all() and (it.timesteps[:, 1] > 0).all()
+    assert not torch.equal(it.noisy()[:, LAYOUT.element_slice(1)], it.latents[:, LAYOUT.element_slice(1)])
+
+
+def test_noisy_and_velocity_follow_the_straight_line() -> None:
+    it = example(ObjectiveConfig(), [0, 1, 2])
+    t = LAYOUT.spread(it.timesteps)
+    torch.testing.assert_close(it.noisy() - t * it.velocity(), it.latents)
+
+
+def test_errors_are_means_over_each_streams_elements() -> None:
+    predicted, velocity = torch.randn(2, 3, LAYOUT.elements)
+    errors = objective.mean_squared_errors(predicted, velocity, LAYOUT)
+    for s in range(2):
+        part = LAYOUT.element_slice(s)
+        expected = ((predicted[:, part] - velocity[:, part]) ** 2).mean(1)
+        torch.testing.assert_close(errors[:, s], expected)
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_the_quantile_inverts_the_distribution(density: str, shift: float) -> None:
+    config = ObjectiveConfig(density=density, shift=shift, logit_mean=0.3, logit_std=0.8)
+    u = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    back = [objective._distribution(config, float(t)) for t in objective.quantile(config, u)]
+    torch.testing.assert_close(torch.tensor(back, dtype=torch.float64), u)
+
+
+def test_a_cut_range_is_a_cut_density_not_a_pile_at_its_ends() -> None:
+    config = ObjectiveConfig(t_min=0.875, shift=12.0)
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    t = objective.quantile(config, u)
+    assert t.min() >= 0.875 and (t == 0.875).float().mean() < 0.001
+    free = objective.quantile(dataclasses.replace(config, t_min=0.0), torch.linspace(0.0005, 0.9995, 20000))
+    torch.testing.assert_close(t.mean(), free[free >= 0.875].mean(), atol=3e-3, rtol=0)
+
+
+def test_stratified_times_fill_every_stratum() -> None:
+    config = ObjectiveConfig(density="uniform")
+    times = objective.draw_times(config, seed=0, step=9, slots=range(8), batch=8)
+    assert sorted((times * 8).long().tolist()) == list(range(8))
+
+
+def test_tasks_of_three_streams() -> None:
+    known = objective.tasks(("rgb", "seg", "depth"))
+    assert known["aux_to_rgb"] == {1, 2} and known["depth_to_rest"] == {2} and known["joint"] == frozenset()
+    with pytest.raises(UserError, match=r"objective.tasks.rgb_to_alpha.*rgb_to_aux"):
+        objective.check_tasks(ObjectiveConfig(tasks={"rgb_to_alpha": 1.0}), ("rgb", "seg"))

@@ -1,0 +1,371 @@
+"""What `plan` says beforehand is what a real run does: steps and drops exactly, memory nearly, in a blink."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import tiny
+from tests.support.bytes_held import BytesHeld
+from tests.support.ranks import run_ranks
+from transpixeler import cli, configfile
+from transpixeler.config import Config, UserError
+from transpixeler.data.fingerprint import memory_lines, write_memory
+from transpixeler.data.media.clip import Media
+from transpixeler.data.media.probe import Probes
+from transpixeler.data.media.write import write_png
+from transpixeler.data.sources.candidate import BadSample
+from transpixeler.data.sources.pairs import Sample, Scan, scan
+from transpixeler.families.wan import model as wan
+from transpixeler.parallel import mesh
+from transpixeler.parallel.build import build_engine
+from transpixeler.parallel.mesh import Layout
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.planning import estimates, plan
+from transpixeler.runs import folder as run_folder
+from transpixeler.training import trainer
+
+WAN_1_3B = {"model_type": "t2v", "dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_dim": 16,
+            "out_dim": 16, "freq_dim": 256, "text_len": 512, "eps": 1e-6}  # fmt: skip
+QUIET = (
+    "train.max_steps=2",
+    "train.epochs=0",
+    "checkpoint.every_steps=0",
+    "save.every_steps=0",
+    "save.every_epochs=0",
+    "log.tensorboard=false",
+    "eval.before_first_step=false",
+    "eval.every_epochs=0",
+)
+
+
+def planned(config: Config, **options: Any) -> plan.Plan:
+    asked = {"gpus": 0, "memory": 0.0, "device": "cpu", "peak": 0.0} | options
+    return plan.make_plan(config, *plan.find_machine(config, **asked))
+
+
+# --- against real runs -----------------------------------------------------------------------------------------------
+
+
+def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A run's own numbers, and the most bytes that its tensors held at a time while it trained."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch.set_num_threads(1)
+    config = configfile.load(path, overrides)
+    runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
+    run = run_folder.open_run(config, runtime, None)
+    with run_folder.listening(run, runtime) as requests:
+        made = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), run, requests)
+        made._finish = lambda: None  # a checkpoint holds copies, which on a GPU lie in host memory
+        gc.collect()
+        whole_text = mock.patch.object(wan, "fold_padding", lambda rows: (rows, None))  # as a GPU computes it
+        with BytesHeld() as held, whole_text:
+            made.train()
+        facts = {
+            "peak": held.peak,
+            "trained": sum(p.numel() for p in made.trained.values()),
+            "weights": sum(p.numel() * p.element_size() for _, p in made.engine.named_parameters()),
+            "steps": [made.order.steps(0), made.total],
+            "dropped": {"train": made.data.train.skipped, "eval": made.data.eval.skipped},
+            "buckets": {tuple(key): n for key, n in made.data.train.buckets().items()},
+        }
+        made.close()
+    return facts
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("parallel.recompute=attention", "optim.ema=0.9"),
+        ("parallel.recompute=full", "train.micro_batch=4"),
+        ("lora.enabled=false", "parallel.recompute=full"),
+    ],
+)
+def test_a_run_does_what_was_planned(demo: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """The demo's images and short clips fit no bucket, so some are dropped."""
+    overrides = (f"output_dir={tmp_path}", *QUIET, "data.frames=[17]", "train.global_batch=4", *overrides)
+    (run,) = run_ranks(_measured, 1, demo / "config.yaml", overrides)
+    made = planned(configfile.load(demo / "config.yaml", overrides))
+    assert made.trained == run["trained"]
+    assert [made.steps_first_epoch, made.steps] == run["steps"]
+    assert dict(made.dropped) == run["dropped"] and made.dropped["train"]
+    assert {tuple(row.bucket): row.clips for row in made.rows} == run["buckets"]
+    memory = made.memory[str(made.recompute)]
+    assert memory.weights == run["weights"]
+    assert memory.total == pytest.approx(run["peak"], rel=0.15)
+
+
+def test_the_count_of_bytes_sees_what_is_alive_and_forgets_what_is_freed() -> None:
+    kept = torch.zeros(1000)
+    with BytesHeld() as held:
+        twice = kept + 1
+        for _ in range(3):
+            torch.zeros(5000).add_(1)
+    assert (held.peak, held.held) == (4 * 7000, 4 * 2000) and twice.shape == (1000,)
+
+
+def test_epochs_give_the_steps_that_training_takes(demo: Path) -> None:
+    config = configfile.load(demo / "config.yaml", ["train.epochs=3", "train.max_steps=0", "train.global_batch=4"])
+    made = planned(config)
+    assert made.steps == sum(row.seen * 3 // 4 for row in made.rows)
+    assert made.steps_epoch == sum(row.seen for row in made.rows) / 4
+
+
+def test_what_training_would_refuse_is_refused(demo: Path) -> None:
+    for override in ("train.global_batch=1000", "data.train=[]", "objective.tasks={dance: 1}"):
+        with pytest.raises(UserError):
+            planned(configfile.load(demo / "config.yaml", [override]))
+
+
+# --- large models, from a config alone -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Wan 1.3B, of which there is no weight here, on clips taken to be large."""
+    folder = tmp_path_factory.mktemp("wan")
+    (folder / "config.json").write_text(json.dumps(WAN_1_3B))
+    keys = ["data.sizes=[[832, 480, 17]]", "data.upscale=true", f"model.path={folder}", "lora.rank=128"]
+    return configfile.load(demo / "config.yaml", [*keys, "train.global_batch=8", "train.micro_batch=1"])
+
+
+def test_a_published_models_figures_need_no_weights(large: Config) -> None:
+    made = planned(large, device="h100")
+    assert made.parameters - made.trained == pytest.approx(1.419e9, rel=0.001)
+    assert made.trained == pytest.approx(128 * 1.18e6, rel=0.01)
+    assert made.memory["none"].total > made.memory["attention"].total > made.memory["full"].total
+    assert made.flop_step / made.seconds_step == pytest.approx(estimates.UTILISATION * 989e12, rel=1e-6)
+
+
+def test_the_best_layout_of_a_machine_with_room_recomputes_and_shards_nothing(large: Config) -> None:
+    best, *_ = planned(large, device="h100", gpus=8).fits
+    assert best.settings == (
+        "parallel.pipeline=1", "parallel.replicate=8", "parallel.shard=1", "parallel.recompute=none",
+    )  # fmt: skip
+
+
+def test_a_layout_is_named_only_where_it_fits_and_is_what_the_config_would_be(large: Config) -> None:
+    made = planned(large, device="4090", gpus=2)
+    assert made.fits
+    for way in made.fits:
+        config = _with(large, way.settings)
+        again = planned(config, device="4090", gpus=2)
+        assert again.memory[str(again.recompute)] == way.memory
+        assert way.memory.total <= estimates.USABLE * 24 * plan.GIB
+        assert again.seconds_step == pytest.approx(way.seconds)
+    assert [way.seconds for way in made.fits] == sorted(way.seconds for way in made.fits)
+
+
+def _with(config: Config, settings: Sequence[str]) -> Config:
+    values = dict(setting.removeprefix("parallel.").split("=") for setting in settings)
+    numbers = {name: int(value) if value.isdigit() else value for name, value in values.items()}
+    return replace(config, parallel=replace(config.parallel, **numbers))
+
+
+def test_a_small_card_gets_ways_to_make_room(large: Config) -> None:
+    made = planned(large, device="4090", memory=5)
+    assert made.fits and all({"model.quantize=int8", "parallel.offload=true"} & set(w.settings) for w in made.fits)
+    nothing = planned(large, device="4090", memory=1)
+    assert not nothing.fits and "no layout fits" in plan.text(nothing)
+
+
+def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:
+    whole, cut, staged = (
+        planned(_with(large, s), device="h100", gpus=4).memory["full"]
+        for s in (
+            ("parallel.replicate=4",),
+            ("parallel.replicate=1", "parallel.shard=4"),
+            ("parallel.replicate=1", "parallel.pipeline=4"),
+        )
+    )
+    assert cut.optimizer == pytest.approx(whole.optimizer / 4, rel=0.01)
+    assert cut.weights < 0.45 * whole.weights
+    assert staged.optimizer == pytest.approx(whole.optimizer * 7 / 30, rel=0.01), "the first rank, of 30 blocks over 4"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "pipeline", "offload", "kept", "waiting"),
+    [
+        (True, 1, False, 1 / 4, 1),  # of what is trained; an adapter's gradients wait for the last microbatch
+        (False, 1, False, 1 / 4, 1 / 30),
+        (False, 2, False, 1 / 8, 1 / 2),  # a schedule lets all of a stage's wait
+        (False, 2, True, 0, 1 / 30),
+        (True, 1, True, 0, 1),
+    ],
+)
+def test_gradients_are_held_whole_until_they_are_reduced(
+    large: Config, adapter: bool, pipeline: int, offload: bool, kept: float, waiting: float
+) -> None:
+    config = replace(large, lora=replace(large.lora, enabled=adapter))
+    config = replace(config, parallel=replace(config.parallel, pipeline=pipeline, shard=4, offload=offload))
+    made = planned(config, device="h100", gpus=4 * pipeline)
+    assert made.memory["full"].gradients == pytest.approx(4 * made.trained * (kept + waiting), rel=0.04)
+
+
+def test_the_first_rank_of_a_pipeline_holds_the_most_microbatches() -> None:
+    config = Config().parallel
+    assert [estimates.in_flight(config, 4, rank, 8) for rank in range(4)] == [4, 3, 2, 1]
+    assert estimates.in_flight(replace(config, schedule="gpipe"), 4, 0, 8) == 8
+    assert estimates.in_flight(config, 1, 0, 8) == 1
+
+
+def _received(rank: int, world_size: int, schedule: str) -> float:
+    """Hidden states of each microbatch that a rank's schedule makes room for."""
+    count = 2 * world_size
+    config = tiny.config(f"train.global_batch={count}", f"parallel.pipeline={world_size}", schedule)
+    here = Runtime(rank, world_size, rank, torch.device("cpu"))
+    joined = mesh.build(mesh.resolve(config.parallel, world_size), here)
+    engine = build_engine(config, joined, lambda: tiny.make(config), tiny.SeededSource(config))
+    example = tiny.example(config, 1, range(count))
+    with mock.patch.object(torch, "empty_strided", wraps=torch.empty_strided) as made:
+        engine.forward_backward(example, 1)
+    hidden = (1, example.layout.tokens, engine.dimensions.width)
+    return sum(tuple(call.kwargs.get("size", ())) == hidden for call in made.call_args_list) / count
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved-1f1b"])
+def test_a_schedule_has_room_for_every_microbatch_from_either_side(schedule: str) -> None:
+    override = f"parallel.schedule={schedule}"
+    parallel = tiny.config(override).parallel
+    assert run_ranks(_received, 3, override) == [estimates.receive_buffers(parallel, 3, rank) for rank in range(3)]
+    assert estimates.receive_buffers(parallel, 1, 0) == 0
+
+
+def test_room_for_what_stages_receive_is_planned(large: Config) -> None:
+    """Twice the microbatches compute no more at a time on the first of four ranks, but are all received."""
+    staged = _with(large, ("parallel.replicate=1", "parallel.pipeline=4"))
+    more, less = (
+        planned(replace(staged, train=replace(staged.train, global_batch=batch)), device="h100", gpus=4).memory["full"]
+        for batch in (8, 4)
+    )
+    hidden = 2 * 2 * (5 * 30 * 52) * 1536  # 16 bits of two streams
+    assert more.activations - less.activations >= 4 * hidden
+
+
+def test_no_layout_is_told_that_training_refuses() -> None:
+    config = configfile.from_overrides(["parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"])
+    assert {layout.pipeline for layout in estimates.layouts(config, 30, 4)} == {1}
+
+
+def test_every_layout_of_some_gpus_divides_the_batch() -> None:
+    config = configfile.from_overrides(["train.global_batch=6"])
+    found = list(estimates.layouts(config, 30, 12))
+    assert Layout(2, 6, 1) in found and Layout(1, 12, 1) not in found
+    assert all(6 % layout.data == 0 and layout.pipeline * layout.data == 12 for layout in found)
+
+
+# --- many clips ------------------------------------------------------------------------------------------------------
+
+
+def test_ten_thousand_clips_that_were_looked_at_take_seconds(large: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    media = Media(81, 720, 1280, Fraction(24), Fraction(81, 24), False)
+    samples = tuple(
+        Sample(f"s/{n:05}", (("rgb", Path(f"{n}.mp4")), ("seg", Path(f"{n}_seg.mp4"))), f"caption {n}", 0, False, media)
+        for n in range(10_000)
+    )
+    monkeypatch.setattr(plan, "scan", lambda *_, **__: Scan(samples, (BadSample("s/x", "x.mp4", "is missing"),)))
+    started = time.process_time()  # of this process, however busy the machine is
+    made = planned(large, device="h100", gpus=8)
+    assert time.process_time() - started < 4.0
+    assert sum(row.clips for row in made.rows) == 10_000 and ("s/x", "is missing") in made.dropped["train"]
+
+
+def test_a_file_is_opened_once_until_it_changes(demo: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo / "data" / "train", tmp_path / "train", ignore=shutil.ignore_patterns("cache"))
+    config = configfile.from_overrides([f"data.train={tmp_path / 'train'}"])
+    files = sorted(tmp_path.glob("train/*.mp4"))
+    for file in (tmp_path / "train").iterdir():
+        os.utime(file, (1e9, 1e9))
+
+    def look() -> tuple[Scan, int]:
+        probes = Probes(tmp_path / "cache")
+        found = scan(config.data.train, config.streams, config.data, probe=probes)
+        probes.save()
+        return found, probes.opened
+
+    first, opened = look()
+    assert first == scan(config.data.train, config.streams, config.data) and opened >= len(files)
+    assert look() == (first, 0)
+    os.utime(files[0], (1.1e9, 1.1e9))
+    assert look() == (first, 1)
+
+
+def test_a_memory_of_another_version_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "probes.tsv").write_text("0\nnonsense\n")
+    assert Probes(tmp_path)._known == {}
+
+
+@pytest.mark.parametrize("text", ["", "\n", "{whole}\nnonsense\n\0\t\t\n", "{whole}\n{line}\n1\t2\t3", "{whole}"])
+def test_a_broken_memory_is_read_as_far_as_it_goes(text: str, tmp_path: Path) -> None:
+    image, memory = tmp_path / "a.png", tmp_path / "cache" / "probes.tsv"
+    write_png(image, np.zeros((16, 16, 3), np.uint8))
+    os.utime(image, (1e9, 1e9))
+    probes = Probes(memory.parent)
+    found = probes(image)
+    probes.save()
+    whole, garbled = memory.read_text().rstrip("\n"), "1\t2\t1\t16\t16\t1/0\t0\t0\tb.png"
+    memory.write_text(text.format(whole=whole, line=garbled))
+    again = Probes(memory.parent)
+    assert again(image) == found and again.opened == (0 if "{whole}\n" in text else 1)
+    again.save()
+    assert [path.name for path in memory.parent.iterdir()] == ["probes.tsv"]
+
+
+def test_two_machines_may_remember_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one saves while this one does, under the same process id."""
+    replace = Path.replace
+
+    def late(part: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        write_memory(target, "theirs\n")
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    assert write_memory(tmp_path / "memory.tsv", "ours\n")
+    assert memory_lines(tmp_path / "memory.tsv") == ["ours"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_tables_and_the_same_as_json(demo: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["plan", str(demo / "config.yaml"), "data.frames=[17]", "train.global_batch=2", "--gpus", "2"]
+    assert cli.main([*command, "--device", "a100"]) == 0
+    shown = capsys.readouterr().out
+    assert "replicate 2" in shown and "64×64×17" in shown and "(this config)" in shown and "an assumption" in shown
+    assert cli.main([*command, "--device", "a100", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["memory"][str(value["recompute"])]["total"] == sum(
+        part for name, part in value["memory"][str(value["recompute"])].items() if name != "total"
+    )
+    assert all(reason in shown for _, reason in value["dropped"]["train"]) and value["layouts"]
+
+
+def test_a_device_that_is_not_known_needs_its_numbers(demo: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["plan", str(demo / "config.yaml"), "train.global_batch=2", "--device", "tpu"]
+    assert cli.main(command) == 2
+    assert "--peak" in capsys.readouterr().err
+    assert cli.main([*command, "--peak", "100", "--memory", "16"]) == 0
+
+
+def test_a_device_that_comes_in_several_sizes_has_the_one_that_its_name_tells() -> None:
+    def gib(device: str, memory: float = 0.0, peak: float = 0.0) -> float:
+        _, machine = plan.find_machine(Config(), gpus=1, memory=memory, device=device, peak=peak)
+        return machine.memory / plan.GIB
+
+    assert [gib(name) for name in ("a100", "A100-40GB", "NVIDIA A100-SXM4-40GB", "H100 80GB HBM3")] == [80, 40, 40, 80]
+    assert gib("A100-40GB", memory=20) == 20 and gib("gpu-96gb", peak=300) == 96

@@ -1,0 +1,92 @@
+"""The tiny Wan and a data set in memory, for tests of what trains: no files, no encoders, milliseconds a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transpixeler import configfile
+from transpixeler.config import Config
+from transpixeler.families.wan.model import WanModel
+from transpixeler.flow import objective
+from transpixeler.models.streams import StreamLayout
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 96,
+    "num_layers": 6,
+}
+SHAPES = ((4, 1, 4, 4), (4, 2, 4, 6))  # of two buckets
+
+
+def config(*overrides: str) -> Config:
+    return configfile.from_overrides(
+        ["lora.rank=4", "optim.name=sgd", "optim.lr=0.5", "optim.warmup_steps=0", *overrides]
+    )
+
+
+def make(config: Config) -> WanModel:
+    return WanModel.from_config(
+        WAN,
+        streams=tuple(config.streams),
+        rgb_attends_aux=config.model.rgb_attends_aux,
+        attention=config.model.attention,
+    )
+
+
+class SeededSource:
+    """Base weights that are a pure function of their name, so that every rank reads the same model."""
+
+    path = Path("seeded")
+
+    def __init__(self, config: Config) -> None:
+        with torch.device("meta"):
+            parameters = dict(make(config).named_parameters())
+        self._shapes = {n: tuple(p.shape) for n, p in parameters.items() if "stream_embedding" not in n}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read_slice(self, name: str, slices: Sequence[slice]) -> Tensor:
+        shape = self._shapes[name]
+        value = torch.randn(shape, generator=objective.generator(name)) / max(shape[-1], 1) ** 0.5
+        return (1 + 0.1 * value if "norm" in name and name.endswith("weight") else value)[tuple(slices)]
+
+
+def example(config: Config, step: int, slots: range) -> objective.Example:
+    """The share at `slots` of a step's global batch; buckets alternate."""
+    layout = StreamLayout.equal(tuple(config.streams), SHAPES[step % 2], (1, 2, 2))
+    ids = [f"sample{step}-{slot}" for slot in range(config.train.global_batch)]
+    mine = [ids[slot] for slot in slots]
+    latents = torch.stack([objective.draw_noise(layout.elements, "latents", name) for name in mine])
+    text = torch.stack([torch.randn(512, 16, generator=objective.generator("text", name)) for name in mine])
+    return objective.prepare(
+        config.objective,
+        seed=config.seed,
+        step=step,
+        layout=layout,
+        latents=latents,
+        text=text,
+        empty_text=torch.zeros(512, 16),
+        ids=mine,
+        slots=slots,
+        batch=config.train.global_batch,
+    )
+
+
+def replace(config: Config, **sections: dict[str, Any]) -> Config:
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)

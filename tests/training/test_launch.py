@@ -1,0 +1,163 @@
+"""Real torchrun: four ranks on one machine, asked to stop, losing one, and killed while they save."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.ranks import run_ranks
+from transpixeler.config import CheckpointConfig
+from transpixeler.files import write_text
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.runs import checkpoint
+
+ROOT = Path(__file__).parents[2]
+FAST = ("save.every_epochs=0", "eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+
+@contextmanager
+def launched(demo: Path, output: Path, ranks: int, *overrides: str) -> Iterator[subprocess.Popen]:
+    words = ["-m", "transpixeler", "train", str(demo / "config.yaml"), f"output_dir={output}", *FAST, *overrides]
+    process = subprocess.Popen(
+        [*TORCHRUN, "--nproc-per-node", str(ranks), *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def steps(output: Path) -> int:
+    lines = list(output.glob("latest/metrics.jsonl"))
+    return lines[0].read_text().count("\n") if lines else 0
+
+
+def wait_for(process: subprocess.Popen, output: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while steps(output) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranked = []
+    for child in map(int, children):
+        for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"RANK="):
+                ranked.append((int(entry[5:]), child))
+    return [child for _, child in sorted(ranked)]
+
+
+def newest(output: Path) -> Path:
+    return checkpoint.candidates((output / "latest").resolve() / "checkpoints")[0]
+
+
+@pytest.mark.parametrize("asked", ["one rank", "torchrun"])
+def test_sigterm_saves_and_ends_four_ranks_within_seconds(demo: Path, tmp_path: Path, asked: str) -> None:
+    overrides = ("train.max_steps=1000", "parallel.pipeline=2", "parallel.shard=2")
+    with launched(demo, tmp_path, 4, *overrides) as process:
+        wait_for(process, tmp_path, 3)
+        start = time.monotonic()
+        os.kill(workers(process)[2] if asked == "one rank" else process.pid, signal.SIGTERM)
+        code = process.wait(45)
+        seconds = time.monotonic() - start
+    checkpoint.check(newest(tmp_path))
+    assert checkpoint.step_of(newest(tmp_path)) == steps(tmp_path)
+    assert seconds < 25
+    if asked == "one rank":  # torchrun itself reports a signal that it was sent as a failure
+        assert code == 0, process.stderr.read()
+
+
+def test_a_lost_rank_ends_the_job_with_the_reason(demo: Path, tmp_path: Path) -> None:
+    with launched(demo, tmp_path, 2, "train.max_steps=1000", "checkpoint.every_steps=2") as process:
+        wait_for(process, tmp_path, 3)
+        while not (saved := checkpoint.candidates((tmp_path / "latest").resolve() / "checkpoints")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)  # the first one is written beside training
+        start = time.monotonic()
+        os.kill(workers(process)[1], signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - start < 60
+    assert "Signal 9 (SIGKILL)" in said
+    checkpoint.check(newest(tmp_path))
+    assert checkpoint.step_of(newest(tmp_path)) >= checkpoint.step_of(saved[0])
+
+
+def test_two_real_ranks_train_what_one_process_trains(demo: Path, tmp_path: Path) -> None:
+    for name, ranks, overrides in (("one", 1, ()), ("two", 2, ("parallel.pipeline=2",))):
+        with launched(demo, tmp_path / name, ranks, "train.max_steps=3", *overrides) as process:
+            assert process.wait(120) == 0, process.stderr.read()
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "latest" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["samples"] for line in one] == [line["samples"] for line in two]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-5
+
+
+# --- killed while saving ---------------------------------------------------------------------------------------------
+
+
+def _save_for_ever(rank: int, world_size: int, folder: Path, begin: int) -> None:
+    """Saves a state that names its step, over and over, until it is killed."""
+    runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
+    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(keep=2), runtime)
+    for step in range(begin, begin + 10_000):
+        keeper.save(step, {f"model.{rank}": torch.full((200_000,), float(step))}, {"step": step})
+        write_text(folder / f"begun_{rank}", str(step))
+
+
+def _load_latest(rank: int, world_size: int, folder: Path) -> int | None:
+    runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
+    found = checkpoint.latest(folder, runtime)
+    if found is None:
+        return None
+    values = {f"model.{r}": torch.zeros(200_000) for r in range(2)}
+    checkpoint.load(found, values, same_layout=False)
+    step = checkpoint.step_of(found)
+    assert all(bool((value == step).all()) for value in values.values()), "a torn checkpoint was taken for whole"
+    assert checkpoint.read_state(found)["step"] == step
+    return step
+
+
+def kill_during_saves(folder: Path, times: int) -> list[int]:
+    """Step resumed from after each kill of both ranks at a random moment."""
+    from tests.support import ranks
+
+    draw, resumed = random.Random(0), [0]
+    for _ in range(times):
+        killer = draw.uniform(0.4, 0.9)
+        with pytest.raises(ranks.RanksFailed, match="no answer"):
+            run_ranks(_save_for_ever, 2, folder, resumed[-1] + 1, timeout=killer, grace=0.0)
+        found = run_ranks(_load_latest, 2, folder)
+        assert found[0] == found[1]
+        if found[0] is not None:
+            begun = min(int((folder / f"begun_{rank}").read_text()) for rank in range(2))
+            assert found[0] >= begun - 2, "more than the saves in flight was lost"
+            resumed.append(found[0])
+    return resumed
+
+
+def test_a_kill_during_saves_always_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    resumed = kill_during_saves(tmp_path, 30)
+    assert resumed == sorted(resumed) and len(set(resumed)) > 5

@@ -1,0 +1,81 @@
+"""An adapter in PEFT's terms: the config that lies beside a file, and the one that diffusers reads in its header."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transpixeler.config import UserError
+from transpixeler.families.wan import names as wan_names
+
+if TYPE_CHECKING:
+    from transpixeler.adapters.files import Adapter
+
+CONFIG_FILE = "adapter_config.json"
+IN_HEADER = "lora_adapter_metadata"
+
+
+def most(values: Iterable[Any], default: Any) -> Any:
+    return next((value for value, _ in Counter(values).most_common(1)), default)
+
+
+# -- out
+
+
+def beside(adapter: Adapter, ours: Mapping[str, str]) -> str:
+    """The config of an adapter's folder, with our header in it, for whoever looks there."""
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.metadata.get("base_model", ""),
+        "r": int(ours["rank"]),
+        "lora_alpha": float(ours["alpha"]),
+        "target_modules": sorted({target.split(".", 2)[-1] for target in adapter.targets}),
+    }
+    return json.dumps(config | {"transpixeler": dict(ours)}, indent=2) + "\n"
+
+
+def in_header(adapter: Adapter) -> dict[str, str]:
+    """Ranks that differ, said to diffusers, which before its fix guesses one strength for all from the first.
+
+    It folds every scale into the weights before, so that each alpha is its rank.
+    """
+    ranks = {
+        wan_names.module_to_diffusers(wan_names.from_internal(target)): adapter.rank(target)
+        for target in adapter.targets
+    }
+    if not adapter.is_plain or len(set(ranks.values())) < 2:
+        return {}
+    rank = most(ranks.values(), 0)
+    odd = {module: own for module, own in ranks.items() if own != rank}
+    config = {"r": rank, "lora_alpha": rank, "rank_pattern": odd, "alpha_pattern": odd, "target_modules": list(ranks)}
+    return {IN_HEADER: json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+
+
+# -- in
+
+
+def read(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """The config that PEFT leaves beside a file, or diffusers in its header."""
+    config = file.with_name(CONFIG_FILE)
+    if config.exists():
+        return json.loads(config.read_text())
+    stored = json.loads(header.get(IN_HEADER, "{}"))
+    return {key.removeprefix("transformer."): value for key, value in stored.items()}
+
+
+def way_out(file: Path) -> str:
+    """For every command: but one of them takes an alpha."""
+    return (
+        "write it anew with the alpha that it was trained with, as in "
+        f"`transpixeler export {file} --format transpixeler --alpha 1 --out NEW.safetensors`, and use that"
+    )
+
+
+def alpha_of(file: Path, config: Mapping[str, Any], rank: int) -> float:
+    if config.get("alpha_pattern"):
+        raise UserError(f"{file}: its config gives alphas by pattern, which we do not read; {way_out(file)}")
+    return float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)

@@ -1,0 +1,126 @@
+"""A manifest goes in (csv, jsonl, parquet), candidates come out row by row: it may be larger than memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from transpixeler.config import UserError
+from transpixeler.data.sources.candidate import BadSample, Candidate, normal
+
+MANIFEST_ENDINGS = (".csv", ".jsonl", ".parquet")
+CLAIMS = ("num_frames", "height", "width", "fps")
+PRIMARY_ALIASES = ("video", "path")  # what other tools call the column of the first stream
+
+Row = Mapping[str, Any] | str  # a row, or the reason why it is none
+
+
+def manifest_candidates(
+    path: Path, name: str, streams: Iterable[str], *, rgba: bool
+) -> Iterator[Candidate | BadSample]:
+    """A candidate a row; a row that cannot be one is named by its number."""
+    streams = tuple(streams)
+    for number, row in rows(path):
+        where = f"{path}:{number}"
+        found = row if isinstance(row, str) else _candidate(row, path.parent, name, streams, rgba=rgba)
+        yield BadSample(f"{name}/row {number}", where, found) if isinstance(found, str) else found
+
+
+def _candidate(
+    row: Mapping[str, Any], folder: Path, name: str, streams: tuple[str, ...], *, rgba: bool
+) -> Candidate | str:
+    paths = []
+    for stream in streams[:1] if rgba else streams:
+        names = (stream, *PRIMARY_ALIASES) if stream == streams[0] else (stream,)
+        value = next((row[name] for name in names if row.get(name) is not None), None)
+        if not isinstance(value, str) or not value.strip():
+            return f"no path in column {' or '.join(map(repr, names))}"
+        paths.append((stream, folder / value.strip()))
+    if rgba:
+        paths = [(stream, paths[0][1]) for stream in streams]
+    text = row.get("text")
+    if not isinstance(text, str):
+        return "no caption in column 'text'"
+    claims = {key: _number(row[key]) for key in CLAIMS if row.get(key) not in (None, "")}
+    for key, number in claims.items():
+        if number is None:
+            return f"column {key!r} is {str(row[key])[:40]!r}, not a number above 0"
+    first = Path(_relative(paths[0][1], folder))
+    if not first.name:
+        return f"its {streams[0]} path names no file"
+    stem = normal(str(first.with_suffix("")))
+    return Candidate(f"{name}/{stem}", tuple(paths), text, claims)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix().lstrip("/")
+
+
+def _number(value: Any) -> Fraction | None:
+    """Rates are read as `24`, `23.976` or `24000/1001`."""
+    try:
+        number = Fraction(str(value).strip())
+    except (ValueError, ZeroDivisionError):
+        return None
+    return number if number > 0 else None
+
+
+def rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(number, row), or why it is none, one at a time."""
+    ending = path.suffix.lower()
+    return {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[ending](path)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            if "text" not in (reader.fieldnames or ()):
+                names = ", ".join(map(str, reader.fieldnames or ())) or "none"
+                raise UserError(f"{path}: the first line names no column 'text' (columns: {names[:200]})")
+            for row in reader:
+                yield reader.line_num, "the row has more cells than columns" if None in row else _decoded(row)
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not csv: {error}") from error
+
+
+def _decoded(row: dict[str, Any]) -> Row:
+    broken = any("�" in value for value in row.values() if isinstance(value, str))
+    return "the row is not UTF-8" if broken else row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, f"not JSON: {error}"
+                continue
+            yield number, _decoded(row) if isinstance(row, dict) else "not a JSON object"
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UserError(f"{path}: parquet manifests need pyarrow; pip install 'transpixeler[parquet]'") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a parquet file that can be read: {text}") from error

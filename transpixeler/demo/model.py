@@ -1,0 +1,145 @@
+"""The demo's tiny Wan pipeline: the real classes in diffusers' layout, with weights that really learned.
+
+`tools/train_demo_weights.py` made the weights; `assets/README.md` says how, and how good they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import string
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from transpixeler.demo.scenes import Format, all_attributes, render, scenes
+from transpixeler.files import whole
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import T5TokenizerFast, UMT5EncoderModel
+
+ASSETS = Path(__file__).parent / "assets"
+TEXT_DIM = 64
+TRANSFORMER = {
+    "num_attention_heads": 8,  # wide enough to hold a companion's noise and, beside it, what it reads off the RGB
+    "attention_head_dim": 24,  # splits over time, height and width as 8/8/8
+    "num_layers": 4,  # enough to be cut into pipeline stages
+    "ffn_dim": 384,
+    "text_dim": TEXT_DIM,
+}
+VAE = {"base_dim": 8, "num_res_blocks": 1}
+TEXT_ENCODER = {"d_model": TEXT_DIM, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
+SCALES = ("latents_mean", "latents_std")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a pipeline is made of."""
+
+    tokenizer: T5TokenizerFast
+    text_encoder: UMT5EncoderModel
+    vae: AutoencoderKLWan
+    transformer: WanTransformer3DModel
+
+
+def write_model(folder: Path, *, seed: int | None = None) -> None:
+    """The trained pipeline; with a seed one of random weights, for whoever needs another model of the same shape."""
+    if seed is not None:
+        parts = random_parts(seed)
+        measure_latents(parts.vae, seed)
+    else:
+        parts = trained_parts(ASSETS)
+    write_pipeline(folder, parts)
+
+
+def random_parts(seed: int) -> Parts:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel(**TRANSFORMER)
+        vae = AutoencoderKLWan(**VAE)
+        text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **TEXT_ENCODER))
+    return Parts(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval())
+
+
+def trained_parts(folder: Path) -> Parts:
+    """From the files that `tools/train_demo_weights.py` leaves."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    parts = random_parts(0)
+    for name in ("text_encoder", "vae", "transformer"):
+        state = {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()}
+        missing, unknown = getattr(parts, name).load_state_dict(state, strict=False)
+        assert not unknown and set(missing) <= {"encoder.embed_tokens.weight"}, (missing, unknown)  # tied to `shared`
+    with safe_open(folder / "vae.safetensors", "pt") as file:
+        parts.vae.register_to_config(**json.loads(file.metadata()["scales"]))
+    return parts
+
+
+def weights_digest() -> str:
+    """Which weights these are, in eight letters."""
+    digest = hashlib.blake2b(digest_size=4)
+    for file in sorted(ASSETS.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def write_pipeline(folder: Path, parts: Parts) -> None:
+    """In diffusers' layout, in place of what is there; the folder appears when it is whole."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipeline = WanPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=parts.vae,
+        transformer=parts.transformer,
+        scheduler=scheduler,
+    )
+    with whole(folder) as unfinished:
+        pipeline.save_pretrained(unfinished)
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, seed: int) -> None:
+    """Puts the latents' mean and deviation into the VAE's config, so that what the transformer sees has unit scale."""
+    size = Format(64, 64, 9, Fraction(16))
+    clips = [np.stack(list(render(scene))) for scene in scenes(32, formats=[size], held_out=False, seed=seed)]
+    pictures = [view for clip in clips for view in (clip[..., :3], np.repeat(clip[..., 3:], 3, axis=3))]
+    videos = torch.from_numpy(np.stack(pictures)).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in videos.split(8)])
+    latents = latents.transpose(0, 1).flatten(1)
+    values = (latents.mean(1), latents.std(1))
+    vae.register_to_config(**{n: [round(v, 4) for v in value.tolist()] for n, value in zip(SCALES, values)})
+
+
+def _tokenizer() -> T5TokenizerFast:
+    """Each word of the caption grammar is a token, and every printable character, for words from outside; scores are
+    counted, as the library's own trainer gives other pieces at each run."""
+    from transformers import T5TokenizerFast
+
+    words: Counter[str] = Counter()
+    for attributes in all_attributes():
+        words.update(re.findall(r"▁?\w+|[^\w▁]", "▁" + attributes.caption.replace(" ", "▁")))
+    total = sum(words.values())
+    pieces = [(word, math.log(count / total)) for word, count in sorted(words.items())]
+    rare = -2.0 * math.log(total)
+    letters = [letter for letter in ("▁", *string.printable[:94]) if letter not in words]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5TokenizerFast(
+        vocab=[*special, *pieces, *((letter, rare) for letter in letters)], extra_ids=0, model_max_length=512
+    )

@@ -1,0 +1,209 @@
+"""A folder in, a small world in it: a tiny Wan pipeline, synthetic RGBA pairs, and a config that trains on them.
+
+It lets everyone see every command work in minutes, on a CPU and without a network. The same seed and the same library
+versions give byte-identical files; another ffmpeg build may encode the same pictures to other bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from transpixeler.config import UserError
+from transpixeler.data.media.write import write_mp4, write_png, write_png_sequence, write_prores4444, write_webm_alpha
+from transpixeler.demo.model import weights_digest, write_model
+from transpixeler.demo.scenes import Format, Scene, heights, render, scenes
+from transpixeler.files import write_text
+
+log = logging.getLogger("transpixeler")
+
+# Raised when the files below change, so that an older demo is not taken for this one.
+RECIPE = 9
+MARKER = "demo.txt"
+PARTS = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
+RGBA_CLIPS = 3
+FORMATS = tuple(
+    Format(width, height, frames, Fraction(fps))
+    for width, height, frames, fps in (
+        (64, 64, 17, "16"),
+        (96, 64, 27, "24"),
+        (64, 64, 21, "16"),
+        (64, 112, 33, "30000/1001"),
+        (128, 72, 33, "30"),
+        (64, 64, 1, "16"),
+        (64, 80, 65, "60"),
+        (80, 80, 11, "16"),
+    )
+)
+
+PAIR = 'streams: {rgb: "", seg: _seg}         # NAME.mp4 and NAME_seg.mp4, with their caption in NAME.txt'
+TRIPLE = (
+    'streams: {rgb: "", seg: _seg, depth: _depth}   # NAME.mp4, NAME_seg.mp4 and NAME_depth.mp4, caption in NAME.txt'
+)
+CONFIG = f"""\
+# Trains the demo's tiny model on the demo's clips: `transpixeler train config.yaml`; small enough for a CPU.
+# Paths are relative to this file.
+output_dir: output
+
+model:
+  family: wan
+  path: model
+
+{PAIR}
+
+data:
+  train: data/train
+  eval: data/eval                     # attribute combinations that no training clip has
+  cache_dir: data/cache
+  fps: 16
+  resolutions: [64]                   # the side of a square of the same area
+  frames: [1, 9, 17]
+
+lora:
+  rank: 32
+
+objective:
+  density: uniform
+  shift: 2                            # how transparent a thing is, is decided early, where noise is high
+  tasks: {{joint: 0.8, rgb_to_aux: 0.2}}  # the adapter makes pairs from a caption, and mattes of a given video
+
+optim:
+  lr: 6.0e-3
+  warmup_steps: 20
+  schedule: cosine
+  ema: 0.98
+
+train:
+  max_steps: 1000
+  global_batch: 8
+  micro_batch: 4
+
+checkpoint:
+  every_steps: 500
+
+save:
+  every_epochs: 0
+  every_steps: 500
+
+eval:
+  every_epochs: 50                    # more than there are: before the first step, and at the end
+  times: [0.2, 0.5, 0.8]
+  samples: 2                          # held-out captions made into videos at each evaluation
+
+sample:
+  prompts: ["a red circle drifts left, half transparent"]
+  size: [64, 64, 17]                  # width, height, frames
+  steps: 12
+  guidance: 2
+  shift: 3
+  negative_prompt: ""                 # this model has never read the stock one
+"""
+
+
+def write_demo(
+    folder: Path,
+    *,
+    seed: int = 0,
+    train_clips: int = 192,
+    eval_clips: int = 8,
+    depth: bool = False,
+    force: bool = False,
+) -> None:
+    """Writes the whole demo; one that is already there with the same seed and sizes stays as it is."""
+    recipe = f"recipe {RECIPE}, weights {weights_digest()}, seed {seed}, {train_clips} training clips"
+    recipe += f", {eval_clips} eval clips{', with depth' if depth else ''}"
+    started, finished = f"unfinished: {recipe}\n", f"{recipe}\n"
+    found = _found(folder)
+    if found == finished and all((folder / part).exists() for part in PARTS) and not force:
+        log.info("%s: the demo of seed %d is already there", folder, seed)
+        return
+    if found not in (None, started, finished) and not force:
+        what = "is another demo or an older one" if found else "is not empty"
+        raise UserError(
+            f"{folder}: {what}; choose another folder, or `transpixeler demo {folder} --force` to replace its "
+            f"{', '.join(PARTS)}"
+        )
+    write_text(folder / MARKER, started)
+    _clear(folder)
+    log.info("%s: a tiny Wan pipeline", folder / "model")
+    write_model(folder / "model")
+    train = scenes(train_clips, formats=FORMATS, held_out=False, seed=seed)
+    held_out = scenes(eval_clips, formats=FORMATS, held_out=True, seed=seed)
+    for name, clips in (("train", train), ("eval", held_out)):
+        log.info("%s: %d pairs", folder / "data" / name, len(clips))
+        write_pairs(folder / "data" / name, clips, depth=depth)
+    log.info("%s: some of them with alpha, as ProRes 4444, VP9 and PNG sequences", folder / "data/rgba")
+    write_rgba(folder / "data/rgba", [scene for scene in train if scene.format.frames > 1][:RGBA_CLIPS])
+    write_text(folder / "config.yaml", CONFIG.replace(PAIR, TRIPLE) if depth else CONFIG)
+    write_text(folder / MARKER, finished)
+    log.info("%s: trains on it", folder / "config.yaml")
+
+
+def write_pairs(folder: Path, clips: Sequence[Scene], *, depth: bool = False) -> None:
+    """NAME.mp4, NAME_seg.mp4 and NAME.txt for each clip, as .png where it is one frame; the caption last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, scene in zip(_names(clips), clips):
+        _write_grey(folder, f"{name}_seg", (frame[..., 3:] for frame in render(scene)), scene.format)
+        if depth:
+            _write_grey(folder, f"{name}_depth", heights(scene), scene.format)
+        _write_rgb(folder, name, scene)
+
+
+def write_rgb(folder: Path, clips: Sequence[Scene]) -> None:
+    """The same without the mattes: what a text-to-video model learns from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, scene in zip(_names(clips), clips):
+        _write_rgb(folder, name, scene)
+
+
+def write_rgba(folder: Path, clips: Sequence[Scene]) -> None:
+    """Each clip with its alpha inside, in every form that the import tools read."""
+    for name, scene in zip(_names(clips), clips):
+        write_prores4444(folder / f"{name}.mov", render(scene), fps=scene.format.fps)
+        write_webm_alpha(folder / f"{name}.webm", render(scene), fps=scene.format.fps)
+        write_png_sequence(folder / name, render(scene))
+        write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
+
+
+def _write_rgb(folder: Path, name: str, scene: Scene) -> None:
+    _write_video(folder, name, (frame[..., :3] for frame in render(scene)), scene.format)
+    write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
+
+
+def _write_grey(folder: Path, stem: str, frames: Iterable[np.ndarray], format: Format) -> None:
+    _write_video(folder, stem, (np.repeat(frame, 3, axis=2) for frame in frames), format)
+
+
+def _write_video(folder: Path, stem: str, frames: Iterable[np.ndarray], format: Format) -> None:
+    if format.frames == 1:
+        write_png(folder / f"{stem}.png", *frames)
+    else:
+        write_mp4(folder / f"{stem}.mp4", frames, fps=format.fps)
+
+
+def _names(clips: Sequence[Scene]) -> Iterable[str]:
+    return (f"{number:03d}" for number in range(1, len(clips) + 1))
+
+
+def _found(folder: Path) -> str | None:
+    """What the folder's marker says: None for a new or empty folder, nothing where other files stand."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, where the demo needs a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    marker = folder / MARKER
+    return marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else ""
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier demo wrote, and nothing else."""
+    for part in PARTS:
+        if (folder / part).is_dir():
+            shutil.rmtree(folder / part)
+        else:
+            (folder / part).unlink(missing_ok=True)

@@ -1,0 +1,227 @@
+"""Wan's VAE and UMT5 text encoder: videos and captions in, normalised latents and embeddings out.
+
+The networks are diffusers' and transformers', imported when one is loaded and never before: training needs neither once
+everything is cached. Each video and caption is encoded by itself, so that no record depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from transpixeler.config import UserError
+from transpixeler.families.wan.model import TEXT_LEN
+from transpixeler.families.wan.original import (
+    T5_FILE,
+    TOKENIZER_FOLDER,
+    VAE_FILE,
+    original_t5_config,
+    original_t5_state,
+    original_vae_config,
+    original_vae_state,
+)
+from transpixeler.models.backbone import Digest, file_digest
+from transpixeler.models.weights import resolve
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+_VAE_CONFIG = "vae/config.json"
+_TEXT_CONFIG = "text_encoder/config.json"
+_VAE_FILES = ("vae/*", VAE_FILE)
+_TEXT_FILES = ("text_encoder/*", "tokenizer/*", T5_FILE, f"{TOKENIZER_FOLDER}/*")
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".json", ".model")
+
+# Latents of one frame beyond which decoding goes tile by tile, blended at the seams: above 480×832 a whole frame's
+# activations no longer fit beside a model on a small GPU.
+TILED_LATENTS = 60 * 104
+
+
+class WanVae:
+    """`AutoencoderKLWan` with its latents scaled to what the transformer was trained on."""
+
+    def __init__(self, network: AutoencoderKLWan, folder: Path, *, device: torch.device) -> None:
+        self.folder = folder
+        self.network = network.eval().requires_grad_(False)
+        self._scale = torch.tensor([network.config.latents_mean, network.config.latents_std])[:, :, None, None, None]
+        self.to(device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return vae_fingerprint(self.folder)
+
+    def to(self, device: torch.device) -> WanVae:
+        self.device = device
+        self.network.to(device)
+        self._scale = self._scale.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """uint8 [B,F,H,W,3] or float in [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w], the posterior's mean."""
+        mean, deviation = self._scale
+        with _same_bits_every_time():
+            latents = [self.network.encode(self._pixels(one)).latent_dist.mode().float() for one in video.split(1)]
+        return (torch.cat(latents) - mean) / deviation
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B,C,f,h,w] → fp32 [B,3,F,H,W] in [-1,1]."""
+        mean, deviation = self._scale
+        latents = (latents.to(self.device).float() * deviation + mean).to(self.network.dtype)
+        large = latents.shape[-1] * latents.shape[-2] > TILED_LATENTS
+        self.network.enable_tiling() if large else self.network.disable_tiling()
+        with _same_bits_every_time():
+            videos = [self.network.decode(one, return_dict=False)[0].float() for one in latents.split(1)]
+        return torch.cat(videos).clamp(-1, 1)
+
+    def _pixels(self, video: Tensor) -> Tensor:
+        video = video.to(self.device, non_blocking=True)
+        if video.dtype == torch.uint8:
+            video = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        return video.to(self.network.dtype)
+
+
+class WanTextEncoder:
+    """UMT5's encoder with Wan's cleaning; embeddings keep their true length."""
+
+    def __init__(
+        self,
+        network: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        device: torch.device,
+    ) -> None:
+        self.folder = folder
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.to(device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return text_fingerprint(self.folder)
+
+    def to(self, device: torch.device) -> WanTextEncoder:
+        self.device = device
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """[length, width] each, length ≤ 512; without padding no mask is needed and short captions are quick."""
+        return [self._encode(clean_caption(text)) for text in texts]
+
+    def _encode(self, text: str) -> Tensor:
+        tokens = self.tokenizer(
+            text, truncation=True, max_length=TEXT_LEN, add_special_tokens=True, return_tensors="pt"
+        )
+        return self.network(input_ids=tokens.input_ids.to(self.device)).last_hidden_state[0]
+
+
+def clean_caption(text: str) -> str:
+    """As Wan was trained: encodings mended where ftfy is installed, entities resolved twice, blanks collapsed."""
+    mended = _mender()(text)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
+
+
+@cache
+def _mender() -> Callable[[str], str]:
+    if importlib.util.find_spec("ftfy") is None:
+        return str
+    import ftfy
+
+    return ftfy.fix_text
+
+
+def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanVae:
+    from diffusers import AutoencoderKLWan
+
+    folder = _vae_folder(path)
+    if (folder / _VAE_CONFIG).exists():
+        network = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True)
+    else:
+        network = AutoencoderKLWan(**original_vae_config(folder))
+        network.load_state_dict(original_vae_state(folder))
+        network.to(dtype)
+    return WanVae(network, folder, device=device)
+
+
+def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanTextEncoder:
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it would break the caller's own
+    folder = _text_folder(path)
+    if (folder / _TEXT_CONFIG).exists():
+        network = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype, local_files_only=True)
+        tokenizer = folder / "tokenizer"
+    else:
+        with torch.device("meta"):
+            network = UMT5EncoderModel(UMT5Config(**original_t5_config(folder)))
+        network.load_state_dict(original_t5_state(folder), assign=True)
+        network.to(dtype)
+        tokenizer = folder / TOKENIZER_FOLDER
+    tokenize = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    return WanTextEncoder(network, tokenize, folder, device=device)
+
+
+def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
+    """What cached latents depend on, known without loading a weight."""
+    return _fingerprint(_vae_folder(path), _VAE_FILES, digest)
+
+
+def text_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
+    """What cached texts depend on, known without loading a weight."""
+    return _fingerprint(_text_folder(path), _TEXT_FILES, digest)
+
+
+def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
+    """(stride in frames, height and width; latent channels), read off the config's levels."""
+    folder = _vae_folder(path)
+    if (folder / _VAE_CONFIG).exists():
+        config = json.loads((folder / _VAE_CONFIG).read_text())
+    else:
+        config = original_vae_config(folder)
+    levels = config.get("dim_mult", [1, 2, 4, 4])
+    side = 2 ** (len(levels) - 1) * (config.get("patch_size") or 1)
+    return (2 ** sum(config.get("temperal_downsample", [False, True, True])), side, side), config.get("z_dim", 16)
+
+
+def _fingerprint(folder: Path, patterns: Sequence[str], digest: Digest) -> str:
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.suffix in _WEIGHTS)
+    lines = [f"{path.relative_to(folder)} {digest(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _vae_folder(path: str | Path) -> Path:
+    return _holding(resolve(path, only=_VAE_FILES), "VAE", (_VAE_CONFIG, VAE_FILE))
+
+
+def _text_folder(path: str | Path) -> Path:
+    return _holding(resolve(path, only=_TEXT_FILES), "text encoder", (_TEXT_CONFIG, T5_FILE))
+
+
+def _holding(folder: Path, what: str, either: tuple[str, str]) -> Path:
+    if not any((folder / name).exists() for name in either):
+        raise UserError(f"model.path: {folder} holds no {what}: neither {either[0]} nor {either[1]} is there")
+    return folder
+
+
+@contextmanager
+def _same_bits_every_time() -> Iterator[None]:
+    """Convolution kernels are not picked by timing, else two runs would cache different latents."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        yield

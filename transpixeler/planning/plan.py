@@ -1,0 +1,366 @@
+"""`transpixeler plan`: what a config will do, before anything is loaded or encoded.
+
+In: a config, and the media that it names, looked at but not decoded. Out: its buckets, what is dropped and why, steps,
+parameters, FLOPs, time and memory, and the layouts that fit a machine. No weights are read: config.json will do.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from transpixeler.config import Config, UserError
+from transpixeler.data.buckets import Bucket, assign
+from transpixeler.data.cache.records import Cache
+from transpixeler.data.catalog import cache_folders, latent_shape
+from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.media.probe import Probes
+from transpixeler.data.order import Order
+from transpixeler.data.sources.pairs import scan
+from transpixeler.models.backbone import VideoModel
+from transpixeler.models.costs import step_flops
+from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel import build, shard
+from transpixeler.parallel import mesh as meshes
+from transpixeler.planning import estimates
+from transpixeler.planning.estimates import Estimate, Fit, Load, Machine, Memory
+from transpixeler.runs import telemetry
+from transpixeler.sampling.trained import first_adapter, first_scopes, make_model
+from transpixeler.training import preflight, trainer
+
+GIB = 2**30
+ASSUMED = "H100"
+# GiB of the devices whose peak telemetry knows
+DEVICE_MEMORY = {
+    "B200": 180, "H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "A100": 80, "A800": 80, "L40S": 48,
+    "RTX PRO 6000": 96, "5090": 32, "4090": 24, "3090": 24, "A6000": 48,
+}  # fmt: skip
+LETTERS_A_TOKEN = 4
+BF16 = 2
+LISTED = 40  # dropped clips that the text names
+
+
+class Row(NamedTuple):
+    """One bucket of the training set."""
+
+    bucket: Bucket
+    clips: int
+    seen: int  # an epoch, with repeats
+    micro_batch: int
+    steps: float  # a mean epoch
+    tokens: int  # of a sample in all streams
+    tflop: float  # of a sample's step, what is recomputed counted in
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known beforehand."""
+
+    config: Config
+    device: str
+    machine: Machine
+    layout: meshes.Layout
+    trained: int
+    parameters: int
+    rows: tuple[Row, ...]
+    dropped: Mapping[str, tuple[tuple[str, str], ...]]  # by set: (sample, reason)
+    steps_first_epoch: int
+    steps_epoch: float
+    steps: int
+    flop_step: float  # of all ranks, what is recomputed counted in
+    seconds_step: float
+    recompute: str | int  # of the config, `auto` resolved
+    memory: Mapping[str, Memory]  # by what is recomputed
+    cache_latents: int
+    cache_texts: int
+    fits: tuple[Fit, ...]
+    scan_seconds: float
+
+
+# --- from a config ---------------------------------------------------------------------------------------------------
+
+
+def make_plan(config: Config, device: str, machine: Machine) -> Plan:
+    """`machine` is what layouts are looked for; the config's own layout is judged on it as it stands."""
+    layout = meshes.resolve(config.parallel, machine.gpus)
+    preflight.check(config, layout)
+    model = _model(config, machine)
+    started = time.perf_counter()
+    train, evaluation = (_dataset(config, model, key) for key in ("train", "eval"))
+    scan_seconds = time.perf_counter() - started
+    order = train.order(seed=config.seed, global_batch=config.train.global_batch)
+    loads = _loads(model, order, train)
+    estimate = _estimate(config, model, machine)
+    mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
+    parameters = list(model.parameters())
+    return Plan(
+        config=config,
+        device=device,
+        machine=machine,
+        layout=layout,
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        parameters=sum(p.numel() for p in parameters),
+        rows=tuple(_row(load, train, estimate, layout, mode) for load in loads),
+        dropped={"train": train.skipped, "eval": evaluation.skipped},
+        steps_first_epoch=order.steps(0),
+        steps_epoch=sum(load.steps for load in loads),
+        steps=trainer.total_steps(config, order),
+        flop_step=estimate.flops(loads, mode),
+        seconds_step=estimate.seconds(loads, layout, mode, machine),
+        recompute=mode,
+        memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *estimates.MODES])},
+        cache_latents=sum(_latent_bytes(model, data) for data in (train, evaluation)),
+        cache_texts=_text_bytes(model, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
+        fits=tuple(_fits(config, estimate, loads, machine)),
+        scan_seconds=scan_seconds,
+    )
+
+
+def _model(config: Config, machine: Machine) -> VideoModel:
+    """As a rank builds it, on meta."""
+    dtype = build.compute_dtype(config, torch.device(machine.kind))
+    scopes = first_scopes(config, first_adapter(config))
+    return build.shape(config, partial(make_model, config), dtype, scopes=scopes)
+
+
+def _estimate(config: Config, model: VideoModel, machine: Machine) -> Estimate:
+    device = torch.device(machine.kind)
+    compiled = shard.wants_compile(config.parallel, device)
+    return Estimate.of(model, config, dtype=build.compute_dtype(config, device), compiled=compiled)
+
+
+def _dataset(config: Config, model: VideoModel, key: str) -> Dataset:
+    """Its clips without their records."""
+    sources = getattr(config.data, key)
+    if not sources:
+        return Dataset((), model.streams, b"", Cache(), key)
+    probes = Probes(cache_folders(config)[0])
+    found = scan(sources, config.streams, config.data, probe=probes)
+    probes.save()
+    assigned = assign(
+        found.samples, sources, config.data, vae_stride=model.vae_stride, patch=model.patch, seed=config.seed
+    )
+    samples = {sample.id: sample for sample in found.samples}
+    items = []
+    for bucket, clip in assigned.clips:
+        sample = samples[clip.sample_id]
+        repeats = sources[sample.source].repeats
+        items.append(Item(clip.id, sample.id, sample.caption, bucket, (), b"", repeats))
+    bad = tuple((sample.id, sample.reason) for sample in found.bad)
+    return Dataset(tuple(items), model.streams, b"", Cache(), key, (*bad, *assigned.dropped))
+
+
+def _loads(model: VideoModel, order: Order, train: Dataset) -> list[Load]:
+    """The buckets in their order, each with its share of the steps."""
+    loads = []
+    for row in order.rows:
+        bucket = Bucket(*train.items[row.items[0]].bucket)
+        loads.append(Load(bucket, _layout(model, bucket), len(row.items) / order.global_batch))
+    return loads
+
+
+def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
+    full = not estimate.config.lora.enabled
+    flop = step_flops(estimate.dimensions, load.layout.lengths, recompute=mode, full=full)
+    items = [item for item in train.items if item.bucket == load.bucket]
+    seen = sum(item.repeats for item in items)
+    micro_batch = estimate.micro_batch(load, layout)
+    return Row(load.bucket, len(items), seen, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
+
+
+def _latent_bytes(model: VideoModel, data: Dataset) -> int:
+    layouts = {bucket: _layout(model, Bucket(*bucket)) for bucket in data.buckets()}
+    return BF16 * sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
+
+
+def _layout(model: VideoModel, bucket: Bucket) -> StreamLayout:
+    return model.layout(latent_shape(bucket, model.vae_stride, model.latent_channels))
+
+
+def _text_bytes(model: VideoModel, captions: set[str]) -> int:
+    tokens = sum(min(model.text_len, 1 + len(caption) // LETTERS_A_TOKEN) for caption in captions)
+    return BF16 * tokens * model.text_dim
+
+
+def _fits(config: Config, estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
+    """Ways that fit; where there are none, with the base in eight bits, then with all that can wait in host memory."""
+    if found := estimates.fits(estimate, loads, machine):
+        return found
+    for key, changed in _savers(config):
+        model = _model(changed, machine)
+        if found := estimates.fits(_estimate(changed, model, machine), loads, machine):
+            return [replace(way, settings=(*way.settings, *key.split())) for way in found]
+    return []
+
+
+def _savers(config: Config) -> list[tuple[str, Config]]:
+    eight = replace(config, model=replace(config.model, quantize="int8"))
+    found = [("model.quantize=int8", eight)] if config.lora.enabled and not config.quantized else []
+    for keys, changed in [("", config), *found]:
+        if not config.parallel.offload:
+            offloaded = replace(changed, parallel=replace(changed.parallel, offload=True))
+            found.append((f"{keys} parallel.offload=true".strip(), offloaded))
+    return found
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def find_machine(config: Config, *, gpus: int, memory: float, device: str, peak: float) -> tuple[str, Machine]:
+    """What is asked for, else the GPU that is here, else one that many have. 0 and "" leave things open."""
+    parallel = config.parallel
+    gpus = gpus or parallel.pipeline * max(1, parallel.replicate) * max(1, parallel.shard)
+    if device.lower() == "cpu":
+        return "cpu", Machine(gpus, memory * GIB, 1e12 * (peak or config.log.peak_tflops), "cpu")
+    here = torch.cuda.is_available() and not device
+    asked = device or (torch.cuda.get_device_name() if here else ASSUMED)
+    known = dict(telemetry.PEAKS)
+    memory = memory or _memory(asked, here=here)
+    exact = [name for name in known if name.lower() == asked.lower()]
+    name = next(iter([*exact, *(name for name in known if name.lower() in asked.lower())]), "")
+    if not name and not (peak and memory):
+        raise UserError(f"--device: {asked!r} is not known; give --peak TFLOPS and --memory GB, or one of {_listed()}")
+    peak = peak or config.log.peak_tflops or known[name]
+    return name or asked, Machine(gpus, (memory or DEVICE_MEMORY[name]) * GIB, 1e12 * peak)
+
+
+def _memory(asked: str, *, here: bool) -> float:
+    """GiB of the GPU that is here, or that a name such as A100-SXM4-40GB tells, as some come in several sizes; or 0."""
+    if here:
+        return torch.cuda.get_device_properties(0).total_memory / GIB
+    said = re.search(r"(\d+) ?GB", asked, re.IGNORECASE)
+    return float(said[1]) if said else 0.0
+
+
+def _listed() -> str:
+    return ", ".join(name.lower() for name in DEVICE_MEMORY)
+
+
+# --- as values and as text -------------------------------------------------------------------------------------------
+
+
+def plain(plan: Plan) -> dict[str, Any]:
+    """For other programs: bytes, seconds, FLOP."""
+    return {
+        "parameters": {"trained": plan.trained, "all": plan.parameters},
+        "device": {"name": plan.device, "gpus": plan.machine.gpus, "memory": plan.machine.memory,
+                   "peak": plan.machine.flops, "utilisation": estimates.UTILISATION},
+        "layout": str(plan.layout),
+        "buckets": [row._asdict() | {"bucket": list(row.bucket)} for row in plan.rows],
+        "dropped": {key: [list(pair) for pair in pairs] for key, pairs in plan.dropped.items()},
+        "steps": {"first_epoch": plan.steps_first_epoch, "epoch": plan.steps_epoch, "all": plan.steps},
+        "flop_step": plan.flop_step,
+        "seconds": {"step": plan.seconds_step or None, "all": plan.seconds_step * plan.steps or None,
+                    "scan": plan.scan_seconds},
+        "recompute": plan.recompute,
+        "memory": {mode: memory._asdict() | {"total": memory.total} for mode, memory in plan.memory.items()},
+        "cache": {"latents": plan.cache_latents, "texts": plan.cache_texts},
+        "layouts": [
+            {"settings": list(way.settings), "memory": way.memory.total, "seconds_step": way.seconds, "why": way.why}
+            for way in plan.fits
+        ],
+    }  # fmt: skip
+
+
+def text(plan: Plan) -> str:
+    return "\n\n".join(
+        ["\n".join(part) for part in (_head(plan), _buckets(plan), _dropped(plan), _held(plan), _ways(plan))]
+    )
+
+
+def _head(plan: Plan) -> list[str]:
+    config, batch = plan.config, plan.config.train.global_batch
+    kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
+    epochs = plan.steps / plan.steps_epoch
+    lines = {
+        "trains": f"{plan.trained:,} parameters ({kind}) of {plan.parameters:,}",
+        "layout": f"{plan.layout}, {batch} samples a step, {batch // plan.layout.data} a data rank",
+        "steps": f"{plan.steps:,} in all, {plan.steps_epoch:.4g} an epoch; {epochs:.3g} epochs",
+        "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",
+        "time": _time(plan),
+        "cache": f"{_bytes(plan.cache_latents)} of latents, about {_bytes(plan.cache_texts)} of texts",
+        "scan": f"{plan.scan_seconds:.2g} s to look at the files",
+    }
+    return [f"{name:8} {said}" for name, said in lines.items()]
+
+
+def _time(plan: Plan) -> str:
+    peak, gpus = plan.machine.flops, plan.machine.gpus
+    if not peak:
+        return "not known; give --peak TFLOPS"
+    hours = plan.seconds_step * plan.steps / 3600
+    assumed = f"at {estimates.UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s on {gpus} × {plan.device} (an assumption)"
+    return f"{plan.seconds_step:.3g} s a step, {hours:.3g} h in all, {assumed}"
+
+
+def _buckets(plan: Plan) -> list[str]:
+    names = ("bucket", "clips", "an epoch", "micro batch", "steps", "tokens", "TFLOP a sample")
+    rows = [
+        (
+            str(r.bucket),
+            f"{r.clips:,}",
+            f"{r.seen:,}",
+            r.micro_batch,
+            f"{r.steps:.4g}",
+            f"{r.tokens:,}",
+            f"{r.tflop:.4g}",
+        )
+        for r in plan.rows
+    ]
+    return _table(names, rows)
+
+
+def _dropped(plan: Plan) -> list[str]:
+    if not any(plan.dropped.values()):
+        return ["dropped  nothing"]
+    lines = []
+    for key, pairs in plan.dropped.items():
+        if pairs:
+            lines.append(f"dropped from data.{key}: {len(pairs):,}")
+            lines += [f"  {name}: {reason}" for name, reason in pairs[:LISTED]]
+            lines += [f"  … and {len(pairs) - LISTED:,} more, which --json names"] if len(pairs) > LISTED else []
+    return lines
+
+
+def _held(plan: Plan) -> list[str]:
+    names = ("memory of a rank", *Memory._fields, "total")
+    rows = [
+        (f"{mode}{' (this config)' if mode == str(plan.recompute) else ''}", *map(_bytes, (*memory, memory.total)))
+        for mode, memory in plan.memory.items()
+    ]
+    return _table(names, rows)
+
+
+def _ways(plan: Plan) -> list[str]:
+    machine = plan.machine
+    what = (
+        f"{machine.gpus} × {plan.device}, {machine.memory / GIB:g} GiB each ({estimates.USABLE:.0%} of it used at most)"
+    )
+    if not machine.memory:
+        return ["layouts  give --memory GB to find those that fit"]
+    if not plan.fits:
+        return [f"no layout fits {what}; take smaller or shorter clips, a smaller train.micro_batch, or more GPUs"]
+    lines = [f"layouts that fit {what}, the fastest first"]
+    for way in plan.fits:
+        lines.append(f"  {_bytes(way.memory.total):>9}  {way.seconds:8.3g} s a step  {' '.join(way.settings)}")
+        lines.append(f"             {way.why}")
+    return lines
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    cells = [tuple(map(str, row)) for row in (names, *rows)]
+    first, *widths = (max(map(len, column)) for column in zip(*cells))
+    return ["  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths))]) for row in cells]
+
+
+def _bytes(number: float) -> str:
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if number >= unit / 10:
+            return f"{number / unit:,.1f} {name}"
+    return f"{number / 1024:,.1f} KiB"

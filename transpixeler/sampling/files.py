@@ -1,0 +1,201 @@
+"""A generated sample goes in as one array a stream, and comes out as files that players, editors and browsers open.
+
+Always: an mp4 a stream, a still grid and sample.json, which says what it was made with. By choice: the same with its
+alpha inside, or laid over something. The folder appears under its name only when all of it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transpixeler.config import UserError
+from transpixeler.data.media import decode
+from transpixeler.data.media.clip import BadMedia, Clip
+from transpixeler.data.media.write import (
+    write_browser_mp4,
+    write_png,
+    write_png_sequence,
+    write_prores4444,
+    write_webm_alpha,
+)
+from transpixeler.files import whole
+
+FACTS = "sample.json"
+STILL = "still.png"
+SQUARE = 8  # pixels of a checkerboard's side
+LIGHT, DARK = 204, 153
+GAP = 4  # white pixels between the pictures of a grid
+
+
+def write_sample(
+    folder: Path,
+    streams: Mapping[str, np.ndarray],
+    *,
+    fps: Fraction,
+    formats: Sequence[str],
+    alpha_mode: str,
+    background: str = "",
+    facts: Mapping[str, Any],
+) -> dict[str, Path]:
+    """Writes uint8 [F,H,W,3] streams, the first RGB and the second its alpha, and replaces a sample that was there;
+    without a second stream there is no alpha, and no format that would show it. Paths by stream or format."""
+    sample = _Sample(streams, fps, alpha_mode, background)
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
+        files = {name: f"{name}.mp4" for name in streams}
+        for name, frames in streams.items():
+            write_browser_mp4(unfinished / files[name], frames, fps=fps, exact=True, facts={"stream": name})
+        write_png(unfinished / STILL, sample.still())
+        for name in formats if sample.alpha is not None else ():
+            file, write = _FORMATS[name]
+            write(sample, unfinished / file)
+            files[name] = file
+        files["still"] = STILL
+        told = {**facts, **sample.facts(), "files": files}
+        (unfinished / FACTS).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    return {name: folder / file for name, file in files.items()} | {"facts": folder / FACTS}
+
+
+def alpha_of(aux: np.ndarray) -> np.ndarray:
+    """uint8 [F,H,W]: the mean of an aux stream's channels, which are one value where the model has learned a matte."""
+    return np.rint(aux.mean(-1, dtype=np.float32)).astype(np.uint8)
+
+
+def over(rgb: np.ndarray, alpha: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """uint8 [...,H,W,3]: straight colour laid over a ground."""
+    share = alpha[..., None].astype(np.float32) / 255
+    return np.rint(rgb * share + ground * (1 - share)).astype(np.uint8)
+
+
+def checkerboard(height: int, width: int) -> np.ndarray:
+    """uint8 [H,W,3], the ground that says `transparent` to everyone."""
+    y, x = np.mgrid[0:height, 0:width] // SQUARE
+    return np.where((x + y) % 2, DARK, LIGHT).astype(np.uint8)[..., None].repeat(3, axis=2)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """All that the formats are made from."""
+
+    streams: Mapping[str, np.ndarray]
+    fps: Fraction
+    alpha_mode: str
+    background: str
+
+    @property
+    def rgb(self) -> np.ndarray:
+        return next(iter(self.streams.values()))
+
+    @property
+    def aux(self) -> np.ndarray | None:
+        return next(iter([*self.streams.values()][1:]), None)
+
+    @property
+    def alpha(self) -> np.ndarray | None:
+        return None if self.aux is None else alpha_of(self.aux)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Formats have no field for it that readers agree on, so it stands as a tag: what the RGB is multiplied by."""
+        return {"alpha": self.alpha_mode}
+
+    def facts(self) -> dict[str, Any]:
+        frames, height, width, _ = self.rgb.shape
+        size = {"width": width, "height": height, "frames": frames, "fps": str(self.fps)}
+        return {"streams": list(self.streams), **size, "alpha_mode": None if self.aux is None else self.alpha_mode}
+
+    def frames(self, *, deep: bool = False) -> Iterator[np.ndarray]:
+        """[H,W,4] in the alpha mode, uint8 or, `deep`, uint16."""
+        kind, top = (np.uint16, 65535) if deep else (np.uint8, 255)
+        for rgb, aux in zip(self.rgb, self.aux, strict=True):
+            alpha = aux.mean(-1, dtype=np.float32) if deep else alpha_of(aux)
+            share = alpha[..., None] / 255 if self.alpha_mode == "premultiplied" else 1.0
+            color = rgb * np.asarray(share, np.float32)
+            yield np.rint(np.concatenate([color, alpha[..., None]], axis=2) * (top / 255)).astype(kind)
+
+    def laid_over(self, grounds: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        return (over(rgb, alpha_of(aux), ground) for rgb, aux, ground in zip(self.rgb, self.aux, grounds))
+
+    def still(self) -> np.ndarray:
+        """First, middle and last frame: a row for each stream, and one over a checkerboard."""
+        count, height, width, _ = self.rgb.shape
+        picked = sorted({0, count // 2, count - 1})
+        rows = [frames[picked] for frames in self.streams.values()]
+        if self.alpha is not None:
+            rows.append(over(self.rgb[picked], self.alpha[picked], checkerboard(height, width)))
+        return _grid(rows)
+
+
+def _grid(rows: Sequence[np.ndarray]) -> np.ndarray:
+    columns, height, width, _ = rows[0].shape
+    tall, wide = height + GAP, width + GAP
+    grid = np.full((len(rows) * tall - GAP, columns * wide - GAP, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            grid[y * tall : y * tall + height, x * wide : x * wide + width] = picture
+    return grid
+
+
+# --- the formats by choice -------------------------------------------------------------------------------------------
+
+
+def _write_mov(sample: _Sample, path: Path) -> None:
+    write_prores4444(path, sample.frames(), fps=sample.fps, facts=sample.tags)
+
+
+def _write_webm(sample: _Sample, path: Path) -> None:
+    write_webm_alpha(path, sample.frames(), fps=sample.fps, facts=sample.tags)
+
+
+def _write_png(sample: _Sample, path: Path) -> None:
+    write_png_sequence(path, sample.frames(), facts=sample.tags)
+
+
+def _write_png16(sample: _Sample, path: Path) -> None:
+    write_png_sequence(path, sample.frames(deep=True), facts=sample.tags)
+
+
+def _write_checkerboard(sample: _Sample, path: Path) -> None:
+    count, height, width, _ = sample.rgb.shape
+    grounds = iter([checkerboard(height, width)] * count)
+    write_browser_mp4(path, sample.laid_over(grounds), fps=sample.fps, exact=False, facts={"ground": "checkerboard"})
+
+
+def _write_composite(sample: _Sample, path: Path) -> None:
+    ground = Path(sample.background).name
+    write_browser_mp4(path, sample.laid_over(_plate(sample)), fps=sample.fps, exact=False, facts={"ground": ground})
+
+
+_FORMATS: dict[str, tuple[str, Callable[[_Sample, Path], None]]] = {
+    "mov": ("rgba.mov", _write_mov),
+    "webm": ("rgba.webm", _write_webm),
+    "png": ("png", _write_png),
+    "png16": ("png16", _write_png16),
+    "checkerboard": ("checkerboard.mp4", _write_checkerboard),
+    "composite": ("composite.mp4", _write_composite),
+}
+
+
+def _plate(sample: _Sample) -> Iterator[np.ndarray]:
+    """The background at the sample's size and rate; a short one goes round."""
+    count, height, width, _ = sample.rgb.shape
+    plate = read_background(sample.background, fps=sample.fps, frames=count, height=height, width=width)
+    return (plate[number % len(plate)] for number in range(count))
+
+
+def read_background(background: str, *, fps: Fraction, frames: int, height: int, width: int) -> np.ndarray:
+    """uint8 [n,H,W,3]: its beginning, at most so many frames."""
+    path = Path(background)
+    try:
+        length = min(frames, decode.probe(path).frames_at(fps))
+        clip = Clip(path.name, Fraction(0), length, fps, height, width)
+        return decode.read_frames(path, decode.frame_numbers(path, clip), height=height, width=width)
+    except BadMedia as fault:
+        raise UserError(f"sample.background: {path} {fault}; give a picture or video that can be read") from None

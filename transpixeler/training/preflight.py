@@ -1,0 +1,52 @@
+"""A config and a layout in; out nothing, or the first thing that will not do, before anything is loaded.
+
+Each key by itself is checked where configs are read; here stands what several of them, or the layout, do not allow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from transpixeler.config import Config, UserError
+from transpixeler.flow import objective
+from transpixeler.parallel import shard
+from transpixeler.parallel.mesh import Layout
+
+
+def check(config: Config, layout: Layout) -> None:
+    """Of a training."""
+    if not config.model.path:
+        raise UserError("model.path: set it to a Wan folder or Hub id, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    if not config.data.train:
+        raise UserError("data.train: set it to a folder of pairs or a manifest")
+    if not config.train.epochs and not config.train.max_steps:
+        raise UserError("train.epochs: set it or train.max_steps, so that training ends")
+    if config.train.global_batch % layout.data:
+        batch, ranks = config.train.global_batch, layout.data
+        near = ranks * max(1, round(batch / ranks))
+        fewer = next(n for n in range(min(ranks, batch), 0, -1) if batch % n == 0)
+        raise UserError(
+            f"train.global_batch: {batch} samples do not divide over {ranks} data ranks (replicate {layout.replicate} "
+            f"× shard {layout.shard}); {near} would, but then a step learns from {near}; {batch} divide over {fewer}: "
+            "launch fewer processes, or raise parallel.pipeline"
+        )
+    if config.optim.name.lower() == "muon" and config.parallel.offload:
+        raise UserError("optim.name: muon orthogonalises whole matrices on the device; set parallel.offload=false")
+    if config.parallel.offload and shard.splits_backward(config.parallel):
+        raise UserError(
+            f"parallel.offload: true does not go with parallel.schedule={config.parallel.schedule}, which runs the "
+            "backward pass in two parts; set interleaved-1f1b or auto"
+        )
+    gpu = torch.device("cuda")
+    keeps = shard.recompute_mode(config.parallel, gpu) == "attention"
+    if keeps and config.model.attention == "flex" and not shard.wants_compile(config.parallel, gpu):
+        raise UserError(  # flex is compiled by itself then, and no policy sees into that
+            "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "
+            "set full, or parallel.compile=auto"
+        )
+    if config.optim.bf16_parameters and (layout.shard > 1 or config.parallel.offload):
+        raise UserError(
+            "optim.bf16_parameters: shards and offload need trained weights of one dtype; set it false, or "
+            "parallel.shard to 1 and parallel.offload to false"
+        )
+    objective.check_tasks(config.objective, tuple(config.streams))

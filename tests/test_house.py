@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "transpixeler"
 # From the ground up. A package imports from those before it; the top floor's modules count as packages of one.
 ORDER = (
-    "config files configfile models flow families parallel data adapters runs sampling evaluation publishing training "
-    "planning demo arguments cli __main__"
-).split()
+    *("config", "files", "configfile", "models", "flow", "families", "parallel", "data", "adapters", "runs"),
+    *("sampling", "evaluation", "publishing", "training", "planning", "demo", "arguments", "cli", "__main__"),
+)
 TOP_FLOOR = {"__init__", "__main__", "arguments", "cli", "config", "configfile", "files"}
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}
 LIGHT = ("config", "configfile", "cli", "arguments")  # what `--help` and a misspelt key load
@@ -34,8 +34,7 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
     later = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):

@@ -146,7 +146,7 @@ def _push(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from transpixeler.evaluation import evaluate
+    from transpixeler.evaluation.command import eval_command
     from transpixeler.sampling import trained
 
     overrides = arguments.overrides
@@ -154,7 +154,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         arguments.config, overrides, adapter=arguments.adapter, bare=arguments.base, ema=arguments.ema
     )
     with _running(source.config) as runtime:
-        evaluate.eval_command(source, runtime, out=arguments.out, asked_layout=_asks_layout(overrides))
+        eval_command(source, runtime, out=arguments.out, asked_layout=_asks_layout(overrides))
     return 0
 
 

@@ -19,8 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.support.models import wan_source
 from tests.support.ranks import run_ranks
 from transpixeler import cli, configfile
+from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.export import (
     FusedSource,
     adapter_of,
@@ -30,14 +32,14 @@ from transpixeler.adapters.export import (
     merge_adapter,
     save_model,
 )
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, FORMATS, Adapter, join, read_adapter, write_adapter
+from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, FORMATS, join, read_adapter, write_adapter
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.families.wan import names as wan_names
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
-from transpixeler.models.weights import WeightSource, load_weights, local_slices
+from transpixeler.models.weights import load_weights, local_slices
 from transpixeler.sampling.trained import base_weights, find, first_adapter
 from transpixeler.training import saving
 
@@ -76,7 +78,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def our_model(base: Path, *streams: str) -> WanModel:
     model = WanModel.from_config(WanModel.read_config(base), streams=("rgb", *streams))
-    load_weights(model, WeightSource(base))
+    load_weights(model, wan_source(base))
     return model.eval().requires_grad_(False)
 
 
@@ -453,7 +455,7 @@ def _through_stages_and_shards(rank: int, world: int, base: str, file: str, kind
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().zero_()
-    source = WeightSource(base)
+    source = wan_source(base)
     load_weights(model, source)
     apply_adapter(model, adapter)
     state = {name: (local_slices(p), p.to_local().view(torch.uint8)) for name, p in model.named_parameters()}
@@ -496,13 +498,13 @@ def test_a_merged_model_gives_our_output_in_diffusers(tmp_path: Path, base: Path
 
 def test_fusing_while_reading_gives_each_slice_of_the_merged_weight(base: Path) -> None:
     adapter = adapter_of(trained(base, alpha=1.0), {})
-    fused = FusedSource(WeightSource(base), [adapter, adapter])
+    fused = FusedSource(wan_source(base), [adapter, adapter])
     name = "blocks.1.ffn.2.weight"
     whole = fused.read(name)
     assert torch.allclose(fused.read_slice(name, (slice(3, 9), slice(2, 30))), whole[3:9, 2:30], atol=1e-6)
-    twice = WeightSource(base).read(name) + 2 * adapter.up(name[:-7]) @ adapter.down(name[:-7]) / 4
+    twice = wan_source(base).read(name) + 2 * adapter.up(name[:-7]) @ adapter.down(name[:-7]) / 4
     assert torch.allclose(whole, twice, atol=1e-6)
-    assert torch.equal(fused.read("blocks.1.ffn.2.bias"), WeightSource(base).read("blocks.1.ffn.2.bias"))
+    assert torch.equal(fused.read("blocks.1.ffn.2.bias"), wan_source(base).read("blocks.1.ffn.2.bias"))
 
 
 def test_a_small_change_survives_in_an_fp8_base(tmp_path: Path, base: Path) -> None:
@@ -513,12 +515,12 @@ def test_a_small_change_survives_in_an_fp8_base(tmp_path: Path, base: Path) -> N
     (tmp_path / "transformer" / "config.json").write_bytes((base / "transformer" / "config.json").read_bytes())
     adapter = adapter_of(trained(base), {})
     small = Adapter(**vars(adapter) | {"alphas": dict.fromkeys(adapter.targets, 0.2)})
-    merged = WeightSource(merge_adapter(tmp_path, [small], tmp_path / "m"))
+    merged = wan_source(merge_adapter(tmp_path, [small], tmp_path / "m"))
     for name in ("blocks.0.self_attn.q", "blocks.1.ffn.2"):
-        before = WeightSource(tmp_path).read(f"{name}.weight").float()
+        before = wan_source(tmp_path).read(f"{name}.weight").float()
         delta = small.up(name) @ small.down(name) * small.scale(name)
         assert delta.norm() < 0.05 * before.norm()
-        for source in (merged, FusedSource(WeightSource(tmp_path), [small])):
+        for source in (merged, FusedSource(wan_source(tmp_path), [small])):
             found = source.read_slice(f"{name}.weight", ()).float() - before
             assert (found - delta).norm() < 0.1 * delta.norm()
 

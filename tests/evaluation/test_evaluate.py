@@ -24,7 +24,7 @@ from transpixeler.config import Config
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.write import write_png
 from transpixeler.data.order import make_order
-from transpixeler.evaluation import evaluate, heldout
+from transpixeler.evaluation import command, heldout
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
 from transpixeler.parallel import mesh as meshes
@@ -32,6 +32,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint, telemetry
 from transpixeler.sampling import trained
 from transpixeler.training import trainer
+from transpixeler.training.evaluation import due_at
 
 
 def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ def test_clips_are_taken_from_everywhere() -> None:
 def due_steps(total: int, **keys: Any) -> list[int]:
     config = configfile.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
     order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, seed=0, global_batch=2)  # 3 steps an epoch
-    due = evaluate.due_at(config, order, total)
+    due = due_at(config, order, total)
     return [step for step in range(total + 1) if due(step)]
 
 
@@ -382,8 +383,8 @@ def test_each_thing_that_is_evaluated_has_a_place_of_its_own(run: Path, tmp_path
     }
     for (source, ema), place in places.items():
         found = trained.find(str(source), [f"output_dir={tmp_path}"], given=one / "config.yaml", ema=ema)
-        assert evaluate._default_folder(found) == tmp_path / place, source
-    assert evaluate._default_folder(trained.chosen(str(one), [], bare=True)) == one / "eval/base"
+        assert command._default_folder(found) == tmp_path / place, source
+    assert command._default_folder(trained.chosen(str(one), [], bare=True)) == one / "eval/base"
 
 
 def test_a_config_is_about_the_run_that_it_names_or_else_the_latest(run: Path, demo: Path, tmp_path: Path) -> None:

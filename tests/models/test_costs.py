@@ -10,15 +10,8 @@ from tests.support.models import inputs, move, tiny
 from transpixeler.config import LoraConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.backbone import apply_dtypes
-from transpixeler.models.costs import (
-    AdapterShape,
-    Dimensions,
-    activation_bytes,
-    forward_flops,
-    kept_bytes,
-    step_flops,
-    unwanted_flops,
-)
+from transpixeler.models.costs import activation_bytes, forward_flops, kept_bytes, step_flops, unwanted_flops
+from transpixeler.models.dimensions import AdapterShape, Dimensions
 from transpixeler.models.lora import inject
 
 UNIT = 32_760  # tokens of 81 frames at 480×832

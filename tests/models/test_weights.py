@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.support.models import wan_source
 from tests.support.ranks import run_ranks
 from transpixeler.config import UserError
 from transpixeler.families.wan import names as wan_names
@@ -27,7 +28,7 @@ from transpixeler.families.wan.original import (
     original_vae_config,
     original_vae_state,
 )
-from transpixeler.models.weights import WeightSource, load_weights, resolve
+from transpixeler.models.weights import PACKED_PREFIX, load_weights, resolve
 
 GOLDEN = Path(__file__).parents[1] / "families/wan/golden"
 WIDTH, FFN, LAYERS = 24, 40, 3
@@ -149,7 +150,7 @@ def write_pickled(folder: Path, original: dict[str, Tensor]) -> Path:
     return folder
 
 
-def write_comfyui(file: Path, original: dict[str, Tensor], prefix: str = wan_names.COMFYUI_PREFIX) -> Path:
+def write_comfyui(file: Path, original: dict[str, Tensor], prefix: str = PACKED_PREFIX) -> Path:
     save_file({prefix + name: tensor.contiguous() for name, tensor in original.items()}, file)
     return file
 
@@ -168,7 +169,7 @@ LAYOUTS: dict[str, Callable[[Path, dict[str, Tensor]], Path]] = {
 def test_every_layout_gives_the_same_weights(
     layout: str, tmp_path: Path, original: dict[str, Tensor], internal: dict[str, Tensor]
 ) -> None:
-    source = WeightSource(LAYOUTS[layout](tmp_path, original))
+    source = wan_source(LAYOUTS[layout](tmp_path, original))
     model = holder(internal)
     load_weights(model, source)
     assert set(source.names()) == set(internal)
@@ -181,15 +182,15 @@ def test_weights_are_cast_to_the_dtype_that_the_model_keeps(
     tmp_path: Path, original: dict[str, Tensor], internal: dict[str, Tensor]
 ) -> None:
     model = holder(internal, dtype=torch.bfloat16)
-    load_weights(model, WeightSource(write_comfyui(tmp_path / "c.safetensors", original)))
+    load_weights(model, wan_source(write_comfyui(tmp_path / "c.safetensors", original)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, internal[name].bfloat16())
 
 
 def test_only_a_slice_is_read_when_only_a_slice_is_asked(tmp_path: Path, original: dict[str, Tensor]) -> None:
     for source in (
-        WeightSource(write_comfyui(tmp_path / "c.safetensors", original)),
-        WeightSource(write_pickled(tmp_path / "p", original)),
+        wan_source(write_comfyui(tmp_path / "c.safetensors", original)),
+        wan_source(write_pickled(tmp_path / "p", original)),
     ):
         name = "blocks.0.self_attn.q.weight"
         piece = source.read_slice(name, (slice(3, 7), slice(0, 24)))
@@ -204,7 +205,7 @@ def test_a_stage_reads_its_own_parts_alone(
     model.embed, model.head = None, None
     for index in ("0", "2"):
         del model.blocks[index]
-    source = WeightSource(write_comfyui(tmp_path / "c.safetensors", original))
+    source = wan_source(write_comfyui(tmp_path / "c.safetensors", original))
     load_weights(model, source)
     assert source.bytes_read == sum(p.nbytes for p in model.parameters())
     assert {name.split(".")[1] for name, _ in model.named_parameters()} == {"1"}
@@ -219,7 +220,7 @@ def test_adapter_parameters_are_not_asked_of_the_base(
         "embed.stream_embedding.seg": torch.zeros(WIDTH),
     }
     model = holder(internal | own)
-    load_weights(model, WeightSource(write_comfyui(tmp_path / "c.safetensors", original)))
+    load_weights(model, wan_source(write_comfyui(tmp_path / "c.safetensors", original)))
     assert {name for name, p in model.named_parameters() if p.isnan().all()} == set(own)
 
 
@@ -240,7 +241,7 @@ def _load_shard(rank: int, world: int, path: str, shapes: dict[str, tuple[int, .
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().fill_(torch.nan)
-    source = WeightSource(path)
+    source = wan_source(path)
     load_weights(model, source)
     share = sum(p.to_local().nbytes for p in model.parameters())
     return source.bytes_read, share, {name: p.full_tensor().detach() for name, p in model.named_parameters()}
@@ -279,7 +280,7 @@ def quantize(original: dict[str, Tensor], *, per_row: bool) -> tuple[dict[str, T
 @pytest.mark.parametrize("per_row", [False, True])
 def test_a_scaled_fp8_file_is_dequantized(tmp_path: Path, original: dict[str, Tensor], per_row: bool) -> None:
     stored, meant = quantize({name: 0.01 * tensor for name, tensor in original.items()}, per_row=per_row)
-    source = WeightSource(write_comfyui(tmp_path / "c.safetensors", stored))
+    source = wan_source(write_comfyui(tmp_path / "c.safetensors", stored))
     model = holder({wan_names.to_internal(name): tensor for name, tensor in meant.items()})
     load_weights(model, source)
     for name, parameter in model.named_parameters():
@@ -291,7 +292,7 @@ def test_a_scaled_fp8_file_is_dequantized(tmp_path: Path, original: dict[str, Te
 def test_a_plain_fp8_file_is_cast(tmp_path: Path, original: dict[str, Tensor]) -> None:
     low = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in original.items()}
     model = holder({wan_names.to_internal(name): tensor for name, tensor in original.items()})
-    load_weights(model, WeightSource(write_comfyui(tmp_path / "c.safetensors", low)))
+    load_weights(model, wan_source(write_comfyui(tmp_path / "c.safetensors", low)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, low[wan_names.from_internal(name)].float())
 
@@ -303,10 +304,10 @@ def test_newer_quantized_files_are_dequantized_or_refused(tmp_path: Path, origin
         f"{name}.weight_scale": torch.tensor(0.5),
         f"{name}.comfy_quant": torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8),
     }
-    source = WeightSource(write_comfyui(tmp_path / "good.safetensors", stored))
+    source = wan_source(write_comfyui(tmp_path / "good.safetensors", stored))
     assert torch.equal(source.read(f"{name}.weight"), torch.full((WIDTH, WIDTH), 0.5))
     stored[f"{name}.comfy_quant"] = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
-    source = WeightSource(write_comfyui(tmp_path / "bad.safetensors", stored))
+    source = wan_source(write_comfyui(tmp_path / "bad.safetensors", stored))
     with pytest.raises(UserError, match="mxfp8"):
         source.read(f"{name}.weight")
 
@@ -319,7 +320,7 @@ def test_a_quantized_weight_without_its_scale_is_refused(
     del stored["blocks.1.ffn.2.scale_weight"]
     stored["blocks.1.ffn.2.weight"] = torch.ones(WIDTH, FFN).to(dtype)
     with pytest.raises(UserError, match=r"blocks\.1\.ffn\.2\.weight is quantized"):
-        WeightSource(write_comfyui(tmp_path / "c.safetensors", stored)).read("blocks.1.ffn.2.weight")
+        wan_source(write_comfyui(tmp_path / "c.safetensors", stored)).read("blocks.1.ffn.2.weight")
 
 
 # -- what a user can do wrong
@@ -336,7 +337,7 @@ def test_missing_unexpected_and_misshapen_weights_are_listed(
     wrong["vace.proj.weight"] = torch.zeros(2)
     wrong["head.head.bias"] = torch.zeros(5)
     with pytest.raises(UserError) as caught:
-        load_weights(holder(internal), WeightSource(write_comfyui(tmp_path / "c.safetensors", wrong)))
+        load_weights(holder(internal), wan_source(write_comfyui(tmp_path / "c.safetensors", wrong)))
     text = str(caught.value)
     assert "12 missing: blocks.0.self_attn.q.bias" in text
     assert text.count("self_attn") == 11
@@ -351,13 +352,13 @@ def test_a_missing_shard_a_torn_file_and_an_empty_folder_are_named(tmp_path: Pat
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=f"{shard.name} is not a whole"):
-        WeightSource(folder)
+        wan_source(folder)
     shard.unlink()
     with pytest.raises(UserError, match=shard.name):
-        WeightSource(folder)
+        wan_source(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no"):
-        WeightSource(tmp_path / "empty")
+        wan_source(tmp_path / "empty")
 
 
 class Bomb:
@@ -370,7 +371,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, zipped: bool) -
     file = tmp_path / "diffusion_pytorch_model.pth"
     torch.save({"x": Bomb()}, file, _use_new_zipfile_serialization=zipped, pickle_module=pickle)
     with pytest.raises(UserError, match="does not hold plain weights"):
-        WeightSource(tmp_path)
+        wan_source(tmp_path)
 
 
 def test_an_unknown_path_and_an_unreachable_hub_give_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

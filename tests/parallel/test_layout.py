@@ -16,7 +16,8 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from transpixeler.config import UserError
 from transpixeler.flow import objective
-from transpixeler.models.backbone import Block, Conditions, Tokens
+from transpixeler.models.backbone import Block, Conditions
+from transpixeler.models.streams import Tokens
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import pipeline, runtime, shard
 from transpixeler.parallel.build import build_engine

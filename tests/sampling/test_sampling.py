@@ -19,7 +19,8 @@ from tests.support.models import TINY, base_of, inputs, without_embeddings
 from tests.support.models import tiny as tiny_model
 from tests.support.ranks import run_ranks
 from transpixeler import cli, configfile
-from transpixeler.adapters.files import Adapter, write_adapter
+from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.files import write_adapter
 from transpixeler.config import SampleConfig
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4

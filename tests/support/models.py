@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.streams import StreamLayout
+from transpixeler.models.weights import WeightSource
 
 NAMES = ("rgb", "seg", "depth")
 TINY: dict[str, Any] = {
@@ -67,3 +69,8 @@ def base_of(joint: WanModel) -> WanModel:
     state = joint.state_dict()
     single.load_state_dict({name: state[name] for name in single.state_dict()})
     return single
+
+
+def wan_source(path: str | Path) -> WeightSource:
+    """Read a model's weights by internal name, whatever spelling its files have."""
+    return WeightSource(path, WanModel.stored_names)

@@ -21,7 +21,7 @@ import av  # noqa: F401
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler  # noqa: F401
 from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
 
-import transpixeler.evaluation.evaluate
+import transpixeler.evaluation.command
 import transpixeler.sampling.generate
 import transpixeler.training.trainer  # noqa: F401
 

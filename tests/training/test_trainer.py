@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.support.ranks import RanksFailed, run_ranks
 from transpixeler import configfile
 from transpixeler.adapters import export
-from transpixeler.adapters.files import Adapter, read_adapter
+from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.files import read_adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.weights import load_weights

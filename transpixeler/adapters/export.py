@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transpixeler.adapters.files import FORMATS, Adapter, read_adapter, step_header, with_whole_blocks, write_adapter
+from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.files import FORMATS, read_adapter, step_header, with_whole_blocks, write_adapter
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.families.wan import names as wan_names
 from transpixeler.families.wan.model import WanConfig, WanModel
@@ -162,7 +163,7 @@ def read_fused(paths: Sequence[str]) -> list[Adapter]:
 
 def merge_adapter(base: str | Path, adapters: Sequence[Adapter], folder: str | Path) -> Path:
     """Write the base with plain adapters merged into it, tensor by tensor; returns the transformer's folder."""
-    source = FusedSource(WeightSource(base), adapters)
+    source = FusedSource(WeightSource(base, wan_names.internal_names), adapters)
     state = ((name, source.read(name)) for name in source.names())
     return save_model(state, folder, config=WanModel.read_config(base))
 
@@ -255,7 +256,7 @@ def _check_written(folder: Path, config: Mapping[str, Any]) -> None:
     """What was written is a whole model of this config, by its own header."""
     with torch.device("meta"):
         wanted: nn.Module = WanModel.from_config(dict(config), streams=("rgb",))
-    source = WeightSource(folder)
+    source = WeightSource(folder, wan_names.internal_names)
     found = {name: source.shape(name) for name in source.names()}
     expected = {name: tuple(parameter.shape) for name, parameter in wanted.named_parameters()}
     odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transpixeler.adapters import peft_config
+from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
 from transpixeler.config import UserError
 from transpixeler.families.wan import names as wan_names
@@ -77,61 +77,6 @@ FORMATS = {
     "diffusers": Spelling(_diffusers, ".lora_A.weight", ".lora_B.weight", None),
     "kohya": Spelling(_kohya, ".lora_down.weight", ".lora_up.weight", ".alpha", whole_blocks=True),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """Trained weights by internal name; a target is the name of the linear that they adapt."""
-
-    tensors: Mapping[str, Tensor]  # "blocks.0.self_attn.q.lora_A" [r, in], "….lora_B" [out, r]
-    alphas: Mapping[str, float]  # by target; scale = alpha / rank
-    scopes: Mapping[str, Scope]  # by target
-    stream_embeddings: Mapping[str, Tensor]  # by stream, [D]
-    metadata: Mapping[str, str]  # base_model, fuse, streams, fill, step, ema
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(self.alphas)
-
-    @property
-    def fused(self) -> list[str]:
-        """The adapters that were added to its base before it was trained."""
-        return json.loads(self.metadata.get("fuse", "[]"))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether any program may apply it to every token: a plain LoRA."""
-        return not self.stream_embeddings and all(scope == "all" for scope in self.scopes.values())
-
-    def down(self, target: str) -> Tensor:
-        return self.tensors[f"{target}.lora_A"]
-
-    def up(self, target: str) -> Tensor:
-        return self.tensors[f"{target}.lora_B"]
-
-    def rank(self, target: str) -> int:
-        return self.down(target).shape[0]
-
-    def scale(self, target: str) -> float:
-        return self.alphas[target] / self.rank(target)
-
-    def matches(self, other: Adapter) -> bool:
-        """Equal but for the last bit that folding a scale may cost."""
-        return (
-            set(self.alphas) == set(other.alphas)
-            and all(math.isclose(alpha, other.alphas[t], rel_tol=1e-6) for t, alpha in self.alphas.items())
-            and dict(self.scopes) == dict(other.scopes)
-            and dict(self.metadata) == dict(other.metadata)
-            and _same_tensors(self.tensors, other.tensors)
-            and _same_tensors(self.stream_embeddings, other.stream_embeddings)
-        )
-
-
-def _same_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-    return set(ours) == set(theirs) and all(
-        tensor.shape == theirs[name].shape and torch.allclose(tensor, theirs[name], rtol=1e-6, atol=0, equal_nan=True)
-        for name, tensor in ours.items()
-    )
 
 
 def join(parts: Iterable[Adapter]) -> Adapter:

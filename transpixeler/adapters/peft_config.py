@@ -13,7 +13,7 @@ from transpixeler.config import UserError
 from transpixeler.families.wan import names as wan_names
 
 if TYPE_CHECKING:
-    from transpixeler.adapters.files import Adapter
+    from transpixeler.adapters.adapter import Adapter
 
 CONFIG_FILE = "adapter_config.json"
 IN_HEADER = "lora_adapter_metadata"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from transpixeler.config import UserError
-from transpixeler.models.streams import Grid, StreamLayout
+from transpixeler.models.streams import Grid, StreamLayout, Tokens
 
 Digest = Callable[[Path], str]
 if TYPE_CHECKING:
-    from transpixeler.models.costs import Dimensions
+    from transpixeler.models.dimensions import Dimensions
 
 FAMILIES = {"wan": "transpixeler.families.wan.model:WanModel"}
 
@@ -54,16 +54,6 @@ class Conditions(NamedTuple):
 # hidden [B, T, D], modulation [B, S, 6, D], context [B, text_len, D], temb [B, S, D]. A plain tuple:
 # pipelining wants no other.
 State = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-class Tokens(NamedTuple):
-    """What a block must know of the sequence; plain ints, so that a compiled block specialises on them."""
-
-    rope: Tensor  # [T, head_dim / 2, 2], cosine and sine
-    lengths: tuple[int, ...]  # tokens of each stream
-    kernel: str  # attention kernel
-    lean: bool = True  # copy what an adapter keeps for the backward pass, where that frees more than it takes
-    again: bool = False  # computed once more for what the backward pass keeps, and not for the result
 
 
 @dataclass(frozen=True)
@@ -156,6 +146,11 @@ class VideoModel(nn.Module, ABC):
     @abstractmethod
     def read_config(cls, path: str | Path) -> dict[str, Any]:
         """The published config in a model folder."""
+
+    @classmethod
+    @abstractmethod
+    def stored_names(cls, stored: Iterable[str]) -> Mapping[str, str]:
+        """Map the internal name of each weight of a file, in any published spelling, to the name it is stored under."""
 
     @abstractmethod
     def positions(self, layout: StreamLayout, device: torch.device) -> Tokens: ...

@@ -9,46 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
+from transpixeler.models.dimensions import AdapterShape, Dimensions
 from transpixeler.models.lora import TEXT_TARGETS, inside, lora_linears
-from transpixeler.models.streams import span_slice
 
 FLASH_BACKWARD = 2.5  # times its forward: five matmuls instead of two
 Recompute = str | int  # as in `parallel.recompute`: "none", "full", "attention", "offload", or n for every n-th block
-
-
-class AdapterShape(NamedTuple):
-    inputs: int
-    outputs: int
-    rank: int
-    span: tuple[int, int] | None
-    on_text: bool
-
-    def tokens(self, lengths: Sequence[int], text_len: int) -> int:
-        if self.on_text:
-            return text_len
-        scope = span_slice(lengths, self.span or (0, len(lengths)))
-        return scope.stop - scope.start
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """All that the formulas need to know of a transformer whose blocks are self-attention, cross-attention and ffn."""
-
-    width: int
-    ffn: int
-    heads: int
-    blocks: int
-    text_len: int
-    text_dim: int
-    patch_in: int  # numbers in one patch
-    patch_out: int
-    first_attends_all: bool = True
-    adapters: tuple[AdapterShape, ...] = ()
 
 
 class Flops(NamedTuple):

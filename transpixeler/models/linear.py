@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transpixeler.models.backbone import Tokens
-from transpixeler.models.streams import span_slice
+from transpixeler.models.streams import Tokens, span_slice
 
 INT8 = "int8"
 

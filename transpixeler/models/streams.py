@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,16 @@ from transpixeler.config import UserError
 Shape = tuple[int, int, int, int]
 Grid = tuple[int, int, int]
 Scope = str | tuple[str, ...]  # "aux", "all" or names of streams
+
+
+class Tokens(NamedTuple):
+    """What a block must know of the sequence; plain ints, so that a compiled block specialises on them."""
+
+    rope: Tensor  # [T, head_dim / 2, 2], cosine and sine
+    lengths: tuple[int, ...]  # tokens of each stream
+    kernel: str  # attention kernel
+    lean: bool = True  # copy what an adapter keeps for the backward pass, where that frees more than it takes
+    again: bool = False  # computed once more for what the backward pass keeps, and not for the result
 
 
 def scope_span(scope: Scope, names: Sequence[str]) -> tuple[int, int]:

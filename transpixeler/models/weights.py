@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from transpixeler.config import UserError
-from transpixeler.families.wan import names as wan_names
 from transpixeler.models.lora import is_adapter
 from transpixeler.models.quantize import quantize_weight
 
 Slices = tuple[slice, ...]
+Names = Callable[[Iterable[str]], Mapping[str, str]]  # stored names of a file → {internal name: stored name}
+
+PACKED_PREFIX = "model.diffusion_model."  # of a transformer's weights in a file that may hold other parts too
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -120,9 +122,7 @@ def _weight_files(path: Path) -> list[Path]:
 class WeightSource:
     """Tensors by internal name, read when asked for and counted in `bytes_read`."""
 
-    def __init__(
-        self, path: str | Path, *, names: Callable[[Iterable[str]], Mapping[str, str]] = wan_names.internal_names
-    ) -> None:
+    def __init__(self, path: str | Path, names: Names) -> None:
         self.path = resolve(path, only=("config.json", "transformer/*", _INDEX, _SHARDS, _PICKLED))
         self.bytes_read = 0
         self._file_of: dict[str, _File] = {}
@@ -132,7 +132,7 @@ class WeightSource:
             for name, shape in file.shapes().items():
                 self._file_of[name] = file
                 self._stored_shape[name] = shape
-        plain = {name.removeprefix(wan_names.COMFYUI_PREFIX): name for name in self._file_of}
+        plain = {name.removeprefix(PACKED_PREFIX): name for name in self._file_of}
         self._scaled = _MARKER in plain
         weights = [name for name in plain if name != _MARKER and not name.endswith(_HELPER_SUFFIXES)]
         self._stored = {internal: plain[name] for internal, name in names(weights).items()}

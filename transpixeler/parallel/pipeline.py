@@ -21,7 +21,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from transpixeler.config import ParallelConfig, UserError
 from transpixeler.flow.objective import Example, mean_squared_errors
 from transpixeler.models.backbone import Conditions, VideoModel
-from transpixeler.models.costs import Dimensions
+from transpixeler.models.dimensions import Dimensions
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import shard
 from transpixeler.parallel.mesh import Mesh

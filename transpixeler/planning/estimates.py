@@ -18,7 +18,7 @@ from transpixeler.config import Config, OptimConfig, ParallelConfig
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.models import costs
 from transpixeler.models.backbone import VideoModel
-from transpixeler.models.costs import Dimensions
+from transpixeler.models.dimensions import Dimensions
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count

@@ -16,7 +16,8 @@ import torch
 from transpixeler import configfile
 from transpixeler.adapters import export
 from transpixeler.adapters import files as adapter_files
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, Adapter
+from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.backbone import VideoModel, model_class
@@ -51,7 +52,7 @@ def make_model(config: Config) -> VideoModel:
 
 def base_weights(config: Config) -> Readable:
     """Where base weights are read from, with `model.fuse`'s adapters added on the way."""
-    source = WeightSource(config.model.path)
+    source = WeightSource(config.model.path, model_class(config.model.family).stored_names)
     fused = export.read_fused(config.model.fuse)
     return export.FusedSource(source, fused) if fused else source
 
@@ -239,7 +240,8 @@ def open_engine(trained: Trained, mesh: meshes.Mesh) -> Engine:
             export.inject_adapter(model, adapter)
         return model
 
-    source = WeightSource(trained.weights) if trained.weights else base_weights(config)
+    names = model_class(config.model.family).stored_names
+    source = WeightSource(trained.weights, names) if trained.weights else base_weights(config)
     engine = build_engine(config, mesh, make, source)
     for model in engine.models() if adapter is not None else ():
         export.apply_adapter(model, adapter)

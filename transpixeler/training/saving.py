@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transpixeler import configfile
 from transpixeler.adapters import export
 from transpixeler.adapters import files as adapter_files
+from transpixeler.adapters.adapter import Adapter
 from transpixeler.config import Config
 from transpixeler.files import write_text
 from transpixeler.models.backbone import VideoModel
@@ -93,7 +94,7 @@ class Saver:
             return ""
         return _attempt(lambda: adapter_files.write_adapter(adapter_files.join(parts), folder))
 
-    def _gather_stages(self, own: adapter_files.Adapter) -> list[adapter_files.Adapter]:
+    def _gather_stages(self, own: Adapter) -> list[Adapter]:
         """One of each pipeline rank, on rank 0; data ranks hold the same."""
         if self.mesh.data_rank or self.mesh.layout.pipeline == 1:
             return [own]

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from transpixeler import configfile
 from transpixeler.adapters import export
-from transpixeler.adapters.files import Adapter
+from transpixeler.adapters.adapter import Adapter
 from transpixeler.config import Config, Fault, UserError
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.data.order import Order
-from transpixeler.evaluation.evaluate import Evaluation, due_at
 from transpixeler.evaluation.heldout import Evaluator
 from transpixeler.flow import objective
 from transpixeler.flow.objective import Example
@@ -45,6 +44,7 @@ from transpixeler.sampling.trained import base_weights, first_adapter, first_sco
 from transpixeler.training import ema, optim, preflight
 from transpixeler.training.account import Account
 from transpixeler.training.agreement import Facts, Wishes, agree
+from transpixeler.training.evaluation import Evaluation, due_at
 from transpixeler.training.saving import Saver
 
 logger = logging.getLogger("transpixeler")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from transpixeler.config import UserError
 from transpixeler.families.wan.config import TEXT_LEN, WanConfig
-from transpixeler.families.wan.names import config_from_shapes
+from transpixeler.families.wan.names import config_from_shapes, internal_names
 from transpixeler.models.attention import attention, fold_padding, pick_kernel, unfold_padding
 from transpixeler.models.backbone import (
     Block,
@@ -28,15 +28,15 @@ from transpixeler.models.backbone import (
     SamplingDefaults,
     State,
     TextEncoder,
-    Tokens,
     Vae,
     VideoModel,
     file_digest,
 )
-from transpixeler.models.costs import Dimensions, adapter_shapes
+from transpixeler.models.costs import adapter_shapes
+from transpixeler.models.dimensions import Dimensions
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import Linear, scope_copy
-from transpixeler.models.streams import Grid, StreamLayout, stream_embeddings
+from transpixeler.models.streams import Grid, StreamLayout, Tokens, stream_embeddings
 from transpixeler.models.weights import WeightSource, resolve
 
 NEGATIVE_PROMPT = (
@@ -278,11 +278,15 @@ class WanModel(VideoModel):
         return cls(WanConfig.read(config), streams=streams, rgb_attends_aux=rgb_attends_aux, kernel=attention)
 
     @classmethod
+    def stored_names(cls, stored: Iterable[str]) -> dict[str, str]:
+        return internal_names(stored)
+
+    @classmethod
     def read_config(cls, path: str | Path) -> dict[str, Any]:
         """From a diffusers pipeline, its transformer folder, an original folder, or a single file's shapes."""
         folder = resolve(path, only=("config.json", "transformer/config.json", PIPELINE))
         if folder.is_file():
-            source = WeightSource(folder)
+            source = WeightSource(folder, internal_names)
             try:
                 return config_from_shapes({name: source.shape(name) for name in source.names()})
             except KeyError as fault:

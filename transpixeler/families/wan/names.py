@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-COMFYUI_PREFIX = "model.diffusion_model."
-
 _BLOCK = (
     ("self_attn.q", "attn1.to_q"),
     ("self_attn.k", "attn1.to_k"),

@@ -27,12 +27,13 @@ from transpixeler.data.order import make_order
 from transpixeler.evaluation import command, heldout
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
+from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint, telemetry
+from transpixeler.runs import checkpoint
 from transpixeler.sampling import trained
 from transpixeler.training import trainer
-from transpixeler.training.evaluation import due_at
+from transpixeler.training.schedule import Schedule
 
 
 def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ def test_clips_are_taken_from_everywhere() -> None:
 def due_steps(total: int, **keys: Any) -> list[int]:
     config = configfile.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
     order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, seed=0, global_batch=2)  # 3 steps an epoch
-    due = due_at(config, order, total)
+    due = Schedule(config, order, total).evaluation_due
     return [step for step in range(total + 1) if due(step)]
 
 
@@ -199,7 +200,7 @@ def _train_on_a_device_that_remembers(rank: int, world_size: int, path: Path, wo
         return measure(evaluator)
 
     heldout.Evaluator.losses = losses
-    telemetry.peak_memory, telemetry.forget_peak = lambda _: peak[0], lambda _: peak.__setitem__(0, 0.0)
+    devices.peak_memory, devices.forget_peak = lambda _: peak[0], lambda _: peak.__setitem__(0, 0.0)
     return _train(rank, world_size, path, words, None)
 
 

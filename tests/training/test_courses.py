@@ -23,7 +23,7 @@ from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel import runtime
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint
+from transpixeler.runs import checkpoint, controls, opening
 from transpixeler.runs import folder as run_folder
 from transpixeler.training import optim, preflight, trainer
 
@@ -103,7 +103,7 @@ class Counting(torch.optim.SGD):
 
 def test_an_optimizer_of_another_library_resumes_with_all_that_it_knows(demo: Path, tmp_path: Path) -> None:
     short = (
-        "optim.name=tests.test_courses.Counting",
+        "optim.name=tests.training.test_courses.Counting",
         "optim.args={d0: 0.5}",
         "train.max_steps=4",
         "checkpoint.every_steps=2",
@@ -177,7 +177,7 @@ def _open_damaged(rank: int, world_size: int, chosen: Path) -> tuple[list[str], 
     checkpoint._digest = lambda file: hashed.append(file.name) or digest(file)
     config = configfile.from_overrides([f"output_dir={chosen.parents[2]}"])
     with pytest.raises(UserError) as told:
-        run_folder.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), str(chosen))
+        opening.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), str(chosen))
     return hashed, str(told.value)
 
 
@@ -219,17 +219,17 @@ def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newes
 )
 def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tuple, then: tuple, told: str) -> None:
     plain = configfile.plain(configfile.from_overrides(first))
-    (tmp_path / checkpoint.STATE).write_text(json.dumps({"config": plain}))
-    assert run_folder._changes(configfile.from_overrides(first), tmp_path) == ()
+    restored = checkpoint.Restored(tmp_path, {"config": plain}, frozenset())
+    assert opening.changes(configfile.from_overrides(first), restored) == ()
     with pytest.raises(UserError, match=told):
-        run_folder._changes(configfile.from_overrides([*first, *then]), tmp_path)
+        opening.changes(configfile.from_overrides([*first, *then]), restored)
 
 
 def test_requests_of_a_job_that_was_killed_are_not_those_of_the_next(tmp_path: Path) -> None:
     config = configfile.from_overrides([f"output_dir={tmp_path}", "run_name=mine"])
-    made = run_folder.open_run(config, ONE, None)
+    made = opening.open_run(config, ONE, None)
     (made.folder / "save_quit").touch()
-    again = run_folder.open_run(config, ONE, str(made.folder))
+    again = opening.open_run(config, ONE, str(made.folder))
     assert not (again.folder / "save_quit").exists()
 
 
@@ -238,23 +238,23 @@ def test_resume_alone_means_the_run_that_the_config_names_or_else_the_latest(tmp
         configfile.from_overrides([f"output_dir={tmp_path}", *words])
         for words in ((), ("run_name=mine",), ("run_name=absent",))
     )
-    run_folder.open_run(mine, ONE, None)  # stopped before its first step, so that it never was the latest
-    latest = run_folder.open_run(unnamed, ONE, None)
-    run_folder.begin(latest, unnamed)
-    assert run_folder.open_run(unnamed, ONE, "").folder == latest.folder
-    assert run_folder.open_run(mine, ONE, "").folder == tmp_path / "mine"
+    opening.open_run(mine, ONE, None)  # stopped before its first step, so that it never was the latest
+    latest = opening.open_run(unnamed, ONE, None)
+    opening.begin(latest, unnamed)
+    assert opening.open_run(unnamed, ONE, "").folder == latest.folder
+    assert opening.open_run(mine, ONE, "").folder == tmp_path / "mine"
     with pytest.raises(UserError, match=r"absent is no folder; leave --resume out"):
-        run_folder.open_run(absent, ONE, "")
+        opening.open_run(absent, ONE, "")
 
 
 def test_sigterm_ends_a_run_that_has_not_begun_and_saves_one_that_has(tmp_path: Path) -> None:
-    with run_folder.listening(run_folder.Run(tmp_path), ONE) as requests:
+    with controls.listening(run_folder.Run(tmp_path), ONE) as asked:
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert left.value.code == 143 and requests.poll() == (False, False)
-        requests.started = True
+        assert left.value.code == 143 and asked.poll() == (False, False)
+        asked.started = True
         os.kill(os.getpid(), signal.SIGTERM)
-        assert requests.poll() == (True, True)
+        assert asked.poll() == (True, True)
 
 
 def _fails_inside(rank: int, world_size: int) -> bool:

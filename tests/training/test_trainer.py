@@ -257,7 +257,7 @@ def test_what_was_there_before_a_run_is_never_removed(demo: Path, tmp_path: Path
     (tmp_path / "clips" / "a.mp4").touch()
     made = run(demo, tmp_path, "run_name=mine", "train.max_steps=1")
     for words, resume, message in (
-        (("run_name=clips",), None, "clips: holds something that is no run"),
+        (("run_name=clips",), None, "clips: holds files that are not a run"),
         ((), str(tmp_path), "is no run, as it has no config.yaml"),
         ((), str(tmp_path / "clips"), "is no run"),
         (("data.train=[nowhere]",), str(made), "the source does not exist"),
@@ -272,7 +272,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_anew(demo: Path, t
     for found in checkpoint.candidates(folder / "checkpoints"):
         (found / checkpoint.MANIFEST).unlink()
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(RanksFailed, match=r"none of the checkpoints in .* is whole"):
+    with pytest.raises(RanksFailed, match=r"none of the checkpoints in .* is valid"):
         run(demo, tmp_path, "train.max_steps=2", resume="")
     assert (folder / "metrics.jsonl").read_bytes() == before and (folder / "step1").is_dir()
 
@@ -320,13 +320,13 @@ def test_a_project_of_wandb_without_wandb_is_told_before_anything_is_made(
 
 def _frozen_before_and_after(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> tuple[int, int]:
     from transpixeler.parallel import mesh
-    from transpixeler.runs import folder as run_folder
+    from transpixeler.runs import controls, opening
 
     config = configfile.load(path, overrides)
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    place = run_folder.open_run(config, runtime, None)
-    with run_folder.listening(place, runtime) as requests:
-        it = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), place, requests)
+    place = opening.open_run(config, runtime, None)
+    with controls.listening(place, runtime) as asked:
+        it = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), place, asked)
         frozen = {n: p.clone() for n, p in it.engine.named_parameters() if not p.requires_grad}
         it.train()
         it.close()

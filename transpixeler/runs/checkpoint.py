@@ -44,6 +44,28 @@ class CheckpointFault(Exception):
     """Why a folder is no valid checkpoint, or a save did not come about."""
 
 
+@dataclass(frozen=True)
+class Restored:
+    """A valid checkpoint that training goes on from: its folder, and what its small files say, read once."""
+
+    folder: Path
+    state: Mapping[str, Any]
+    stored: frozenset[str]  # names of all tensors
+
+    @classmethod
+    def read(cls, folder: Path) -> Restored:
+        return cls(folder, read_state(folder), frozenset(_stored(folder)))
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    @property
+    def holds_means(self) -> bool:
+        """Return whether `optim.ema` was on when the checkpoint was written."""
+        return any(name.startswith("ema.") for name in self.stored)
+
+
 # --- what is saved ---------------------------------------------------------------------------------------------------
 
 
@@ -75,17 +97,17 @@ def materialize(optimizer: Optimizer | None) -> None:
         group["lr"], group["weight_decay"] = lr, decay
 
 
-def forget_unsaved(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
-    """Leaves a parameter without state where the checkpoint has none: it was saved before the first update."""
-    known = {name.rpartition(".")[0] for name in _stored(folder) if name.startswith("optimizer.")}
-    for name, parameter in parameters.items() if optimizer is not None else ():
+def forget_unsaved(
+    restored: Restored | Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
+) -> None:
+    """Leave a parameter without state where the checkpoint has none: it was saved before the first update."""
+    if optimizer is None:
+        return
+    stored = restored.stored if isinstance(restored, Restored) else _stored(restored)
+    known = {name.rpartition(".")[0] for name in stored if name.startswith("optimizer.")}
+    for name, parameter in parameters.items():
         if f"optimizer.{name}" not in known:
             optimizer.state.pop(parameter, None)
-
-
-def holds_means(folder: Path) -> bool:
-    """Whether `optim.ema` was on when it was written."""
-    return any(name.startswith("ema.") for name in _stored(folder))
 
 
 def _quantized(tensor: Tensor) -> Tensor | None:
@@ -360,11 +382,12 @@ def _reason(error: BaseException, folder: Path) -> str:
 
 
 @torch.no_grad()
-def load(folder: Path, tensors: Mapping[str, Tensor], *, same_layout: bool) -> None:
-    """Fills the tensors in place from a checkpoint of any layout. A collective call."""
+def load(restored: Restored | Path, tensors: Mapping[str, Tensor], *, same_layout: bool) -> None:
+    """Fill the tensors in place from a checkpoint of any layout. A collective call."""
+    folder = restored.folder if isinstance(restored, Restored) else restored
+    stored = restored.stored if isinstance(restored, Restored) else _stored(folder)
     plain = {name: _plain(tensor) for name, tensor in tensors.items()}
     codes = _codes(tensors) if same_layout else {}
-    stored = _stored(folder)
     missing = sorted({*plain, *codes} - stored)
     if missing:
         raise UserError(

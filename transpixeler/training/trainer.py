@@ -36,9 +36,9 @@ from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.publishing import hub
-from transpixeler.runs import checkpoint, telemetry
+from transpixeler.runs import checkpoint, restore, telemetry, training_state
 from transpixeler.runs import folder as run_folder
-from transpixeler.runs.checkpoint import Checkpointer
+from transpixeler.runs.checkpointer import Checkpointer
 from transpixeler.runs.folder import Requests, Run, Stopped
 from transpixeler.sampling.trained import base_weights, first_adapter, first_scopes, make_model
 from transpixeler.training import ema, optim, preflight
@@ -245,14 +245,14 @@ class Trainer:
 
     def _checkpoint(self, *, wait: bool = False) -> str:
         """Why it could not be written, where that is known already."""
-        tensors = checkpoint.own_part(self._tensors(), self.mesh)
+        tensors = training_state.own_part(self._tensors(), self.mesh)
         fault = self.checkpointer.save(self.step, tensors, self._state(), wait=wait)
         self.checkpointed_at = time.monotonic()
         return fault
 
     def _tensors(self) -> dict[str, Tensor]:
         """All of training's state that is made of numbers, under names that no layout changes."""
-        moments = checkpoint.optimizer_tensors(self.trained, self.optimizer)
+        moments = training_state.optimizer_tensors(self.trained, self.optimizer)
         parameters = {f"model.{name}": p.detach() for name, p in self.trained.items()}
         return parameters | moments | {f"ema.{name}": mean for name, mean in self.ema.shadow.items()}
 
@@ -290,11 +290,11 @@ class Trainer:
         return step
 
     def _load(self, folder: Path, state: Mapping[str, Any]) -> None:
-        checkpoint.materialize(self.optimizer)
-        checkpoint.forget_unsaved(folder, self.trained, self.optimizer)
-        tensors, means = self._tensors(), checkpoint.holds_means(folder)
+        training_state.materialize(self.optimizer)
+        restore.forget_unsaved(folder, self.trained, self.optimizer)
+        tensors, means = self._tensors(), restore.holds_means(folder)
         wanted = {name: tensor for name, tensor in tensors.items() if means or not name.startswith("ema.")}
-        checkpoint.load(folder, wanted, same_layout=state["layout"] == dataclasses.asdict(self.mesh.layout))
+        restore.load(folder, wanted, same_layout=state["layout"] == dataclasses.asdict(self.mesh.layout))
         optim.set_numbers(self.trained, self.optimizer, state.get("optimizer", {}))
         if not means:  # they begin where they are turned on
             self.ema = ema.Ema(self.trained, self.config.optim.ema)

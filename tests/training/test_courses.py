@@ -23,7 +23,7 @@ from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel import runtime
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint, controls, opening
+from transpixeler.runs import checkpoint, checkpointer, controls, opening, restore, training_state
 from transpixeler.runs import folder as run_folder
 from transpixeler.training import optim, preflight, trainer
 
@@ -124,13 +124,13 @@ def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[i
     if made:
         made["early"].grad = torch.ones(4)
         optimizer.step()
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
-    keeper.save(1, checkpoint.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
+    keeper.save(1, training_state.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
     found = checkpoint.latest(folder, here)
     fresh = torch.optim.AdamW(list(made.items())) if made else None
-    checkpoint.materialize(fresh)
-    checkpoint.forget_unsaved(found, made, fresh)
-    checkpoint.load(found, checkpoint.optimizer_tensors(made, fresh), same_layout=True)
+    training_state.materialize(fresh)
+    restore.forget_unsaved(checkpoint.Restored.read(found), made, fresh)
+    restore.load(checkpoint.Restored.read(found), training_state.optimizer_tensors(made, fresh), same_layout=True)
     return [len(fresh.state[p]) for p in made.values()]
 
 
@@ -145,11 +145,11 @@ def _eight_bits_on_one_rank(rank: int, world_size: int, folder: Path) -> bool:
     here = Runtime(rank, world_size, rank, torch.device("cpu"))
     made = {"wide": torch.nn.Parameter(torch.ones(64, 128))} if rank == 0 else {}
     optimizer = optim.build(made, tiny.config("optim.name=adamw8bit").optim)
-    checkpoint.materialize(optimizer)
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
-    keeper.save(1, checkpoint.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
+    training_state.materialize(optimizer)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
+    keeper.save(1, training_state.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
     found = checkpoint.latest(folder, here)
-    checkpoint.load(found, checkpoint.optimizer_tensors(made, optimizer), same_layout=True)
+    restore.load(checkpoint.Restored.read(found), training_state.optimizer_tensors(made, optimizer), same_layout=True)
     return True
 
 
@@ -159,7 +159,7 @@ def test_a_rank_without_quantized_moments_does_not_leave_the_others_waiting(tmp_
 
 def _blocked_save(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
     here = Runtime(rank, world_size, rank, torch.device("cpu"))
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
     if rank == 0:
         (folder / f"{checkpoint.folder_name(1)}.tmp").touch()  # a file where the folder should be made
     here.barrier()
@@ -173,8 +173,8 @@ def test_a_checkpoint_whose_folder_cannot_be_made_is_told_on_all_ranks(tmp_path:
 
 
 def _open_damaged(rank: int, world_size: int, chosen: Path) -> tuple[list[str], str]:
-    hashed, digest = [], checkpoint._digest
-    checkpoint._digest = lambda file: hashed.append(file.name) or digest(file)
+    hashed, digest = [], checkpoint.digest
+    checkpoint.digest = lambda file: hashed.append(file.name) or digest(file)
     config = configfile.from_overrides([f"output_dir={chosen.parents[2]}"])
     with pytest.raises(UserError) as told:
         opening.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), str(chosen))
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_
     names = [f"__{n}_0.distcp" for n in range(6)]
     for name in names:
         (chosen / name).write_text("whole")
-    listed = {name: {"size": 5, "blake2b": checkpoint._digest(chosen / name)} for name in names}
+    listed = {name: {"size": 5, "blake2b": checkpoint.digest(chosen / name)} for name in names}
     (chosen / checkpoint.MANIFEST).write_text(json.dumps({"format": 1, "files": listed}))
     (chosen / names[-1]).write_text("whale")
     hashed, told = zip(*run_ranks(_open_damaged, 2, chosen), strict=True)

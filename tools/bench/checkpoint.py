@@ -30,7 +30,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.build import shape
-from transpixeler.runs import checkpoint, telemetry
+from transpixeler.runs import checkpointer, telemetry, training_state
 from transpixeler.training import optim
 from transpixeler.training.agreement import Due, Facts
 from transpixeler.training.step_record import Recorder, StepTimes
@@ -46,16 +46,16 @@ def make(config: Config, blocks: int) -> WanModel:
     return WanModel.from_config(WAN | {"num_layers": blocks}, streams=tuple(config.streams))
 
 
-def training_state(config: Config, blocks: int) -> dict[str, Tensor]:
-    """Parameters and optimizer state after a first step, in the trainer's names."""
+def adapter_state(config: Config, blocks: int) -> dict[str, Tensor]:
+    """Return parameters and optimizer state after a first step, in the trainer's names."""
     model = shape(config, partial(make, config, blocks), torch.float32)
     trained = {
         name: nn.Parameter(torch.randn(p.shape) / 100) for name, p in model.named_parameters() if p.requires_grad
     }
     optimizer = optim.build(trained, config.optim)
-    checkpoint.materialize(optimizer)
+    training_state.materialize(optimizer)
     parameters = {f"model.{name}": p.detach() for name, p in trained.items()}
-    return parameters | checkpoint.optimizer_tensors(trained, optimizer)
+    return parameters | training_state.optimizer_tensors(trained, optimizer)
 
 
 class Saves:
@@ -63,7 +63,7 @@ class Saves:
 
     def __init__(self, folder: Path, here: runtime.Runtime, state: dict[str, Tensor]) -> None:
         self.folder, self.state, self.step = folder, state, 0
-        self.ours = checkpoint.Checkpointer(folder / "checkpoints", CheckpointConfig(keep=1), here)
+        self.ours = checkpointer.Checkpointer(folder / "checkpoints", CheckpointConfig(keep=1), here)
         self.stalls: list[float] = []
         self._small, self._count = torch.ones(16), 0
         self.written = seconds(self.asynchronous)
@@ -88,7 +88,7 @@ class Saves:
 
 def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repeats: int) -> dict[str, Any]:
     config = configfile.from_overrides([f"lora.rank={rank}"])
-    state = training_state(config, blocks)
+    state = adapter_state(config, blocks)
     size = sum(tensor.nbytes for tensor in state.values())
     parameters = sum(tensor.numel() for name, tensor in state.items() if name.startswith("model."))
     print(f"adapter of rank {rank}: {parameters / 1e6:.1f} M parameters, {size / 1e6:.0f} MB of state", flush=True)

@@ -14,10 +14,10 @@ from transpixeler.config import Fault
 from transpixeler.data.loader import Batch
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.publishing import hub
-from transpixeler.runs import checkpoint
-from transpixeler.runs.checkpoint import Checkpointer
+from transpixeler.runs.checkpointer import Checkpointer
 from transpixeler.runs.controls import Controls
 from transpixeler.runs.folder import Run
+from transpixeler.runs.training_state import own_part
 from transpixeler.training.agreement import Due
 from transpixeler.training.saving import Saver
 from transpixeler.training.schedule import Schedule
@@ -80,7 +80,7 @@ class Keeper:
 
     def checkpoint(self, *, wait: bool = False) -> str:
         """Write a checkpoint beside training; return why it failed where that is known at once, or ""."""
-        tensors = checkpoint.own_part(self.state.tensors(), self.state.mesh)
+        tensors = own_part(self.state.tensors(), self.state.mesh)
         fault = self.checkpointer.save(self.state.step, tensors, self.state.facts(self.schedule.order), wait=wait)
         self.checkpointed_at = time.monotonic()
         return fault

@@ -24,7 +24,7 @@ from transpixeler.models import lora
 from transpixeler.models.streams import Scope
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint
+from transpixeler.runs import restore, training_state
 from transpixeler.runs.checkpoint import Restored
 from transpixeler.runs.folder import Run
 from transpixeler.sampling.trained import first_adapter, first_scopes
@@ -90,7 +90,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the state, under names that no layout changes."""
-        moments = checkpoint.optimizer_tensors(self.parameters, self.optimizer)
+        moments = training_state.optimizer_tensors(self.parameters, self.optimizer)
         parameters = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
         return parameters | moments | {f"ema.{name}": mean for name, mean in self.ema.shadow.items()}
 
@@ -119,12 +119,12 @@ class TrainingState:
         restored = run.restored
         if restored is None:
             return
-        checkpoint.materialize(self.optimizer)
-        checkpoint.forget_unsaved(restored, self.parameters, self.optimizer)
-        means = restored.holds_means
+        training_state.materialize(self.optimizer)
+        restore.forget_unsaved(restored, self.parameters, self.optimizer)
+        means = restored.holds_averages
         wanted = {name: tensor for name, tensor in self.tensors().items() if means or not name.startswith("ema.")}
         same_layout = restored.state["layout"] == dataclasses.asdict(self.mesh.layout)
-        checkpoint.load(restored, wanted, same_layout=same_layout)
+        restore.load(restored, wanted, same_layout=same_layout)
         optim.set_numbers(self.parameters, self.optimizer, restored.state.get("optimizer", {}))
         if not means:  # averages begin where they are turned on
             self.ema = Ema(self.parameters, self.config.optim.ema)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from tests.support.ranks import run_ranks
-from tests.training import test_trainer
+from tests.training import trainings
 from transpixeler import configfile
 from transpixeler.adapters import files as adapter_files
 from transpixeler.config import CheckpointConfig, UserError
@@ -36,21 +36,21 @@ def steps(folder: Path) -> list[int]:
 
 def test_what_torch_draws_by_itself_is_drawn_again_after_a_resume(demo: Path, tmp_path: Path) -> None:
     short = ("lora.dropout=0.3", "train.max_steps=4", "checkpoint.every_steps=2")
-    whole = test_trainer.run(demo, tmp_path / "whole", *short)
-    test_trainer.run(demo, tmp_path / "part", *short, "train.max_steps=2")
-    part = test_trainer.run(demo, tmp_path / "part", *short, resume="")
-    assert test_trainer.exact(part) == test_trainer.exact(whole)
+    whole = trainings.run(demo, tmp_path / "whole", *short)
+    trainings.run(demo, tmp_path / "part", *short, "train.max_steps=2")
+    part = trainings.run(demo, tmp_path / "part", *short, resume="")
+    assert trainings.exact(part) == trainings.exact(whole)
 
 
 def test_another_course_from_an_older_checkpoint_replaces_the_first(demo: Path, tmp_path: Path) -> None:
     short = ("train.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep=1", "optim.ema=0")
     kept = ("checkpoint.keep=2",)
-    folder = test_trainer.run(demo, tmp_path, *short, *kept)
+    folder = trainings.run(demo, tmp_path, *short, *kept)
     first = load_file(folder / "step4" / "adapter_model.safetensors")
     older = folder / "checkpoints" / checkpoint.folder_name(2)
-    test_trainer.run(demo, tmp_path, *short, "optim.force_lr=0.1", "optim.ema=0.5", resume=str(older))
+    trainings.run(demo, tmp_path, *short, "optim.force_lr=0.1", "optim.ema=0.5", resume=str(older))
     second = load_file(folder / "step4" / "adapter_model.safetensors")
-    assert test_trainer.difference(first, second) > 1e-3, "the last save is the first course's"
+    assert trainings.difference(first, second) > 1e-3, "the last save is the first course's"
     state = checkpoint.read_state(folder / "checkpoints" / checkpoint.folder_name(4))
     assert state["config"]["optim"]["force_lr"] == 0.1, "the checkpoint of step 4 is the first course's"
     assert steps(folder) == [4] and steps(folder / "aside") == [4]
@@ -73,14 +73,14 @@ def _train_and_tell_what_is_copied(rank: int, world_size: int, path: Path, overr
 def test_replicas_share_the_copying_of_what_all_of_them_hold(demo: Path, tmp_path: Path) -> None:
     short = ("train.max_steps=3", "checkpoint.every_steps=2", "optim.lr=1e-3", "run_name=shared")
     layout = ("parallel.replicate=2", "parallel.shard=2")
-    overrides = (f"output_dir={tmp_path}", *test_trainer.FAST, *short, *layout)
+    overrides = (f"output_dir={tmp_path}", *trainings.FAST, *short, *layout)
     copied = [set(names) for names in run_ranks(_train_and_tell_what_is_copied, 4, demo / "config.yaml", overrides)]
     assert copied[0] == copied[1] and copied[2] == copied[3] and not copied[0] & copied[2]
     assert min(map(len, copied)) > 0.4 * len(copied[0] | copied[2])
-    whole = test_trainer.tensors(tmp_path / "shared", 2, tmp_path)
+    whole = trainings.tensors(tmp_path / "shared", 2, tmp_path)
     assert set(whole) == copied[0] | copied[2]
-    alone = test_trainer.run(demo, tmp_path / "alone", *short)
-    assert test_trainer.difference(whole, test_trainer.tensors(alone, 2, tmp_path)) < 1e-4
+    alone = trainings.run(demo, tmp_path / "alone", *short)
+    assert trainings.difference(whole, trainings.tensors(alone, 2, tmp_path)) < 1e-4
 
 
 class Counting(torch.optim.SGD):
@@ -108,12 +108,12 @@ def test_an_optimizer_of_another_library_resumes_with_all_that_it_knows(demo: Pa
         "train.max_steps=4",
         "checkpoint.every_steps=2",
     )
-    whole = test_trainer.run(demo, tmp_path / "whole", *short)
-    test_trainer.run(demo, tmp_path / "part", *short, "train.max_steps=2")
-    part = test_trainer.run(demo, tmp_path / "part", *short, resume="")
-    assert test_trainer.exact(part) == test_trainer.exact(whole)
-    one, other = (test_trainer.tensors(folder, 4, tmp_path) for folder in (part, whole))
-    assert test_trainer.difference(one, other) == 0
+    whole = trainings.run(demo, tmp_path / "whole", *short)
+    trainings.run(demo, tmp_path / "part", *short, "train.max_steps=2")
+    part = trainings.run(demo, tmp_path / "part", *short, resume="")
+    assert trainings.exact(part) == trainings.exact(whole)
+    one, other = (trainings.tensors(folder, 4, tmp_path) for folder in (part, whole))
+    assert trainings.difference(one, other) == 0
 
 
 def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[int]:
@@ -198,15 +198,15 @@ def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_
 
 def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newest(demo: Path, tmp_path: Path) -> None:
     short = ("save.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep=3", "train.max_steps=4")
-    folder = test_trainer.run(demo, tmp_path, *short)
+    folder = trainings.run(demo, tmp_path, *short)
     (folder / "samples" / "step00000004" / "0-a").mkdir(parents=True)
     (folder / ".step9.tmp").mkdir()
     older = folder / "checkpoints" / checkpoint.folder_name(2)
-    test_trainer.run(demo, tmp_path, *short, "train.max_steps=3", resume=str(older))
+    trainings.run(demo, tmp_path, *short, "train.max_steps=3", resume=str(older))
     assert adapter_files.adapter_file(folder).parent.name == "step3"
     assert {f.name for f in folder.glob("step*")} == {"step2", "step3"} and not (folder / ".step9.tmp").exists()
     assert (folder / "aside/step4").is_dir() and (folder / "aside/samples/step00000004/0-a").is_dir()
-    test_trainer.run(demo, tmp_path, *short, resume="")
+    trainings.run(demo, tmp_path, *short, resume="")
     assert (folder / "step4").is_dir() and not (folder / "aside/step4").exists()
 
 

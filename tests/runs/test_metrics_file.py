@@ -1,4 +1,4 @@
-"""metrics.jsonl is read in one way: good lines come, a damaged one is named, one that is still written is waited for."""
+"""metrics.jsonl is read in one way: a damaged line is named and left out, an unfinished one is left out."""
 
 from __future__ import annotations
 

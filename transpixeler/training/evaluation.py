@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from transpixeler.data.dataset import Dataset
-from transpixeler.evaluation.heldout import Evaluator, read_video
+from transpixeler.evaluation.heldout import Evaluator
+from transpixeler.evaluation.measures import read_video
 from transpixeler.evaluation.results import scalars, summary
 from transpixeler.parallel import devices
 from transpixeler.parallel.pipeline import Engine
@@ -114,5 +115,5 @@ def open_evaluation(
     pause: Callable[[], object],
 ) -> Evaluation:
     """Build what evaluates the state on `data`. pause: as `Evaluator` takes it."""
-    evaluator = Evaluator(state.config, state.runtime, engine.mesh, engine, data, pause=pause)
+    evaluator = Evaluator(state.config, state.runtime, engine, data, pause=pause)
     return Evaluation(evaluator, state, run.folder, telemetry, schedule.evaluation_due)

@@ -185,7 +185,7 @@ def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_
     chosen = tmp_path / "mine" / "checkpoints" / checkpoint.folder_name(1)
     chosen.mkdir(parents=True)
     (tmp_path / "mine" / run_folder.CONFIG).touch()
-    names = [f"__{n}_0.distcp" for n in range(6)]
+    names = [".metadata", *(f"__{n}_0.distcp" for n in range(4)), "state.json"]
     for name in names:
         (chosen / name).write_text("whole")
     listed = {name: {"size": 5, "blake2b": checkpoint.digest(chosen / name)} for name in names}

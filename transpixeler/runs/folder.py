@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transpixeler.config import Config
-from transpixeler.runs.checkpoint import Restored
+from transpixeler.runs.restore import Restored
 
 LATEST = "latest"
 CONFIG = "config.yaml"

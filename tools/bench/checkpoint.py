@@ -19,7 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from harness import Times, alternate, finish, parser, seconds
+from harness import alternate, finish, parser, seconds
+from rounds import COARSE, Times, ratio
 from torch import Tensor, nn
 
 from transpixeler import configfile
@@ -95,7 +96,8 @@ def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repea
     saves = Saves(folder / f"rank{rank}", here, state)
     ways = {"work": saves.work, "work, saving": saves.asynchronous, "torch.save": saves.rival}
     taken = alternate(ways, repeats=repeats)
-    stall, rival = Times(tuple(saves.stalls[-repeats:])), taken["torch.save"]
+    stall = Times(tuple(saves.stalls[-repeats:]))
+    rival = Times(tuple(each["torch.save"].wall for each in taken.readings))
     cost = taken["work, saving"].median - taken["work"].median
     shutil.rmtree(saves.folder)
     print(f"stall {stall}, with what the writing slows down {cost:.4g} s", flush=True)
@@ -107,7 +109,7 @@ def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repea
         "cost_ms": round(1e3 * cost, 1),
         "written_ms": round(1e3 * saves.written, 1),
         "rival_ms": round(1e3 * rival.median, 1),
-        "x_rival": round(rival.median / stall.median, 2),
+        "x_rival": ratio(rival.seconds, stall.seconds, rounds=repeats, precision=COARSE).figure,
     }
 
 
@@ -181,7 +183,7 @@ def figures(options: Any, folder: Path, here: runtime.Runtime) -> dict[str, Any]
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--ranks", type=int, nargs="+", default=(8, 32, 128), help="of the adapter, one a size")
     given.add_argument("--blocks", type=int, default=WAN["num_layers"])
     given.add_argument("--step", type=float, default=1.0, help="seconds, for the shares")

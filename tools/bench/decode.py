@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import alternate, finish, parser, ratio
+from harness import alternate, finish, parser
+from rounds import COARSE
 
 from transpixeler.data.media.decode import Clip, frame_numbers, read_frames
 
@@ -96,16 +97,16 @@ def peak_rss_mb(path: Path) -> float:
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--frames", type=int, nargs=2, default=(300, 1200), help="of the short and the long video")
     options = given.parse_args()
     short, long = (cached_clip(count) for count in options.frames)
-    figures: dict[str, float] = {}
+    figures: dict[str, float | str] = {}
     for name, first in (("", 0), ("_middle", 63)):
         print(f"frames {first}…{first + 32} at 16 fps")
         ways = {"whole file": partial(whole_file, short, first), "ours": partial(ours, short, first)}
         times = alternate(ways, repeats=options.repeats)
-        figures[f"x_whole_file{name}"] = ratio(times, "whole file", "ours")
+        figures[f"x_whole_file{name}"] = times.ratio("whole file", "ours", precision=COARSE).figure
         figures[f"frames_per_s{name}"] = round(33 / times["ours"].median, 1)
     off = np.abs(ours(short, 0).astype(int) - whole_file(short, 0)).mean()
     figures["mean_difference"] = round(float(off), 3)

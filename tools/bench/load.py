@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Times, alternate, finish, parser, ratio, seconds
+from harness import alternate, finish, parser, seconds
+from rounds import COARSE, Times, ratio
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -190,8 +191,8 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         "wait_share": round(found["loader"].median / (options.step + found["loader"].median), 6),
         "wait_ms": round(1e3 * found["loader"].median, 3),
         "step_seconds": options.step,
-        "x_safetensors": ratio(found, "safetensors", "loader"),
-        "x_pickle": ratio(found, "pickle", "loader"),
+        "x_safetensors": _over_the_loader(found, "safetensors"),
+        "x_pickle": _over_the_loader(found, "pickle"),
         **{f"{name}_wait_ms": round(1e3 * found[name].median, 2) for name in rivals},
         "x_busy_step": round(beside, 3),
         "batch_ms": round(1e3 * made.median, 1),
@@ -201,6 +202,11 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         "look_up_all_seconds": round(looked, 3),
         **{f"{name}_seconds": round(value, 3) for name, value in ordered.items()},
     }
+
+
+def _over_the_loader(waits: dict[str, Times], rival: str) -> float | str:
+    theirs, ours = waits[rival].seconds, waits["loader"].seconds
+    return ratio(theirs, ours, rounds=len(ours), precision=COARSE).figure
 
 
 def drained(loader: Loader) -> float:
@@ -214,7 +220,7 @@ def drained(loader: Loader) -> float:
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--records", type=int, default=1_000_000)
     given.add_argument("--files", type=int, default=48, help="samples whose bytes differ")
     given.add_argument("--grid", type=int, nargs=2, default=(60, 104), help="latent rows and columns")

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import Times, finish, parser
+from harness import finish, parser
+from rounds import Times
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -174,7 +175,7 @@ def bubbles(found: list[dict[str, list[tuple[float, float]]]], name: str) -> Tim
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--ranks", type=int, default=4)
     given.add_argument("--microbatches", type=int, default=8)
     given.add_argument("--blocks", type=int, default=8)

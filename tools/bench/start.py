@@ -86,9 +86,11 @@ def write(folder: Path) -> Path:
 
 
 def main() -> None:
-    import harness  # not above: the child's clock would find torch loaded
+    # not above: the child's clock would find torch loaded
+    import harness
+    from rounds import Times
 
-    parser = harness.parser(__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--cached", type=Path, help="config of a demo whose clips are encoded: no cold start then")
     options = parser.parse_args()
     cold: dict[str, float] = {}
@@ -99,7 +101,7 @@ def main() -> None:
             cold = run(config, output)
         runs = [run(config, output) for _ in range(options.repeats)]
     warm = {part: statistics.median(found[part] for found in runs) for part in (*PARTS, "whole")}
-    whole = harness.Times(tuple(found["whole"] for found in runs))
+    whole = Times(tuple(found["whole"] for found in runs))
     print(f"{'':12} {'cold s':>8} {'second s':>9}")
     for part in (*PARTS, "whole"):
         print(f"{part:12} {cold.get(part, float('nan')):8.2f} {warm[part]:9.2f}")

@@ -7,9 +7,12 @@ outputs (all projections but the last, whose result no gradient needs). The riva
 diffusers' blocks, a peft LoRA whose output is masked, every block checkpointed whole.
 
 All ratios are ours over theirs, so smaller is better: `x_limit` (time), `x_rival_time`, `x_rival_memory`, and
-`x_rival_memory_full`, where ours keeps as little between blocks as the rival. Both sides hold the same weights, start
-from the same hidden states, which want a gradient as between two blocks, and must agree on every gradient of the
-adapter before anything is timed. Memory is the peak of live tensor bytes within a step, counted operator by operator.
+`x_rival_memory_full`, where ours keeps as little between blocks as the rival. On CPUs time is one thread's CPU time.
+`--against PATH` compares ours with ours of another checkout; `limit`, the same in both, shows how far to trust it.
+
+Both sides hold the same weights, start from the same hidden states, which want a gradient as between two blocks, and
+must agree on every gradient of the adapter before anything is timed. Memory is the peak of live tensor bytes within a
+step, counted operator by operator.
 """
 
 from __future__ import annotations
@@ -259,7 +262,7 @@ def profile(model: nn.Module, inputs: Inputs, rows: int) -> None:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = harness.parser(__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, repeats=12, comparable=True)
     harness.wan_arguments(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile our blocks, as on a GPU")
@@ -267,26 +270,44 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def limit_of(ours: Ours, inputs: Inputs, args: argparse.Namespace) -> Limit:
+    """Return the limit of our blocks, which are compiled if that is asked for."""
+    if args.compile:
+        for block in ours.blocks.values():
+            block.compile()
+    return Limit(list(ours.blocks.values()), tokens=inputs[0].shape[1], batch=args.batch)
+
+
+def actions(argv: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """Return what `--against` compares with another checkout's."""
     args = arguments(argv)
+    torch.set_num_threads(1)
+    ours, _, inputs = both(args)
+    return {"limit": limit_of(ours, inputs, args), "ours": partial(step, ours, inputs)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare in this process, or with another checkout in two processes."""
+    args = arguments(argv)
+    if args.against:
+        harness.compare("step", args, argv)
+        return
+    torch.set_num_threads(1)
     ours, rival, inputs = both(args)
     if args.profile:
         profile(ours, inputs, args.profile)
         return
     mine, mine_full, other = peaks(ours, rival, inputs)
-    if args.compile:
-        for block in ours.blocks.values():
-            block.compile()
-    limit = Limit(list(ours.blocks.values()), tokens=inputs[0].shape[1], batch=args.batch)
-    actions = {"limit": limit, "ours": partial(step, ours, inputs), "rival": partial(step, rival, inputs)}
-    times = harness.alternate(actions, repeats=args.repeats)
+    limit = limit_of(ours, inputs, args)
+    sides = {"limit": limit, "ours": partial(step, ours, inputs), "rival": partial(step, rival, inputs)}
+    times = harness.alternate(sides, repeats=args.repeats, clock=harness.step_clock())
     figures = {
         "seconds": round(times["ours"].median, 4),
         "limit_seconds": round(times["limit"].median, 4),
         "rival_seconds": round(times["rival"].median, 4),
         "spread": round(max(t.spread for t in times.values()), 3),
-        "x_limit": harness.ratio(times, "ours", "limit"),
-        "x_rival_time": harness.ratio(times, "ours", "rival"),
+        "x_limit": times.ratio("ours", "limit").figure,
+        "x_rival_time": times.ratio("ours", "rival").figure,
         "x_rival_memory": round(mine / other, 3),
         "x_rival_memory_full": round(mine_full / other, 3),
         "mib": round(mine / 2**20, 1),

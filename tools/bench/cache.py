@@ -1,4 +1,4 @@
-"""Random reads of one pair's latents: the cache against a safetensors file a sample and against pickled shards.
+"""Time random reads of a pair's latents: the cache against a safetensors file a sample and against pickled shards.
 
 All hold the same bf16 numbers on the same disk, are read in the same random order by one thread with the page cache
 warm, and end in the same preallocated tensor. The pickled shards are what shard-wise tools leave: one `torch.save` of a
@@ -79,7 +79,7 @@ def run(ways: dict[str, Callable[[int], object]], order: list[int], repeats: int
 
 
 def million(folder: Path, count: int) -> tuple[float, float]:
-    """Seconds and resident megabytes of a fresh process that opens an index of so many rows, a million by default."""
+    """Return seconds and resident megabytes of a fresh process that opens an index of so many rows."""
     spec = index.Spec("latent", "bfloat16", (2, 1, 4, 4))
     data = np.random.default_rng(0).bytes(64 * count)
     keys = [data[64 * n : 64 * n + 16] for n in range(count)]
@@ -127,7 +127,7 @@ def ways_to_read(folder: Path, count: int, out: Tensor) -> dict[str, Callable[[i
 
 
 def check(ways: dict[str, Callable[[int], object]], out: Tensor) -> None:
-    """All of them read the same numbers."""
+    """Check that all ways read the same numbers."""
     for number in (0, 7):
         reads = []
         for name, read in ways.items():

@@ -1,4 +1,4 @@
-"""How fast the 33 frames of a clip come out of a 300-frame 1080p video, against decoding the whole file.
+"""Time reading a clip's 33 frames from a 300-frame 1080p video, against decoding the whole file.
 
 The other way is the common one: every frame to an RGB array, then Pillow resizes those that are wanted. Both run by
 turns in this process. A second part shows that memory does not grow with the length of a video.
@@ -26,7 +26,7 @@ SOURCE = (1080, 1920)
 
 
 def pictures(count: int) -> Iterator[np.ndarray]:
-    """A textured picture that moves, so that the encoder has motion and detail to code."""
+    """Yield a textured picture that moves, so that the encoder has motion and detail to code."""
     from PIL import Image
 
     random = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def pictures(count: int) -> Iterator[np.ndarray]:
 
 
 def write_clip(path: Path, count: int) -> None:
-    """H.264 as cameras and platforms make it: a bit rate of some Mbit/s, key frames far apart."""
+    """Write H.264 as cameras and platforms make it: a bit rate of some Mbit/s, key frames far apart."""
     import av
 
     with av.open(path, "w") as out:
@@ -70,7 +70,7 @@ def ours(path: Path, first: int) -> np.ndarray:
 
 
 def whole_file(path: Path, first: int) -> np.ndarray:
-    """Every frame to an array, the wanted ones through Pillow's antialiased bicubic, then the centre crop."""
+    """Decode every frame, resize the wanted ones with Pillow's antialiased bicubic, then crop the centre."""
     import av
     from PIL import Image
 
@@ -86,7 +86,7 @@ def whole_file(path: Path, first: int) -> np.ndarray:
 
 
 def peak_rss_mb(path: Path) -> float:
-    """Of a child process that reads the clip from the middle of a video."""
+    """Return the peak memory of a child process that reads the clip from the middle of a video."""
     code = (
         "import sys; from pathlib import Path; from decode import ours; ours(Path(sys.argv[1]), 16);"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"

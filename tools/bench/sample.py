@@ -1,4 +1,4 @@
-"""A denoising step against the model's forward alone, and guidance in one batch of two against two forwards.
+"""Time a denoising step against the model's forward alone, and guidance in one batch of two against two forwards.
 
 In each measure a whole video is denoised by `sampling.denoise` with UniPC, asking the engine as the sampler does; the
 bar is the same number of the model's own forwards on the same inputs. All ratios are ours over theirs, so smaller is
@@ -38,7 +38,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_engine(args: argparse.Namespace, here: runtime.Runtime) -> Engine:
-    """One stage with an adapter on its companion, in place, as `sample` runs it."""
+    """Return an engine of one stage with an adapter on its companion, in place, as `sample` runs it."""
     torch.manual_seed(0)
     model = WanModel.from_config(harness.wan_config(args, text_dim=args.text), streams=("rgb", "seg"))
     inject(model, LoraConfig(rank=args.rank))
@@ -76,7 +76,7 @@ class Denoising:
 
     @torch.no_grad()
     def forwards(self, times: int = 1) -> None:
-        """The model alone, as often as it is asked without guidance, times `times`."""
+        """Run the model alone, as often as denoising without guidance does, times `times`."""
         steps = torch.ones(1, 2)
         for _ in range(self.steps * times):
             self.model(self.noise, steps, self.text[None], layout=self.layout)

@@ -1,4 +1,4 @@
-"""One training step of joint blocks against its own arithmetic, and against diffusers' blocks with a peft LoRA.
+"""Time a training step of joint blocks against its own arithmetic, and against diffusers' blocks with a peft LoRA.
 
 `limit` is what any such step must multiply, and nothing else, on tensors that are there already: every projection
 forward and for its input's gradient, the adapter's products on its scope with both weight gradients, both attentions
@@ -39,10 +39,10 @@ from transpixeler.models.lora import LoraLinear, inject, lora_linears
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.shard import set_recompute
 
-TEXT = 512
-LAST = "ffn.2"  # of a block's projections: its result is only added
+TEXT_TOKENS = 512
+LAST_PROJECTION = "ffn.2"  # of a block; no gradient needs its result, which is only added
 
-Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6, D], context [B, TEXT, D]
+Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6, D], context [B, TEXT_TOKENS, D]
 
 
 # -- the limit
@@ -59,7 +59,7 @@ class Limit:
             for name, linear in block.named_modules():
                 if isinstance(linear, Linear):
                     self._projection(name, linear, again=recompute)
-            for keys in (tokens, TEXT):
+            for keys in (tokens, TEXT_TOKENS):
                 self._attention(block.self_attn.heads, keys, linear.out_features)
 
     def __call__(self) -> None:
@@ -67,11 +67,11 @@ class Limit:
             product()
 
     def _projection(self, name: str, linear: Linear, *, again: bool) -> None:
-        """Forward, again, and backward."""
+        """Add a projection's products: forward, once more if recomputed, and backward."""
         on_text, (wide, narrow) = name in ("cross_attn.k", "cross_attn.v"), linear.weight.shape
-        rows = self.batch * (TEXT if on_text else self.tokens)
+        rows = self.batch * (TEXT_TOKENS if on_text else self.tokens)
         x, y, weight = self.tensor("x", rows, narrow), self.tensor("y", rows, wide), linear.weight.detach()
-        for _ in range(1 + (again and name != LAST)):
+        for _ in range(1 + (again and name != LAST_PROJECTION)):
             self._multiply(x, weight.t(), y)
         if not on_text:  # the text wants no gradient
             self._multiply(y, weight, self.tensor("gx", rows, narrow))
@@ -84,7 +84,7 @@ class Limit:
         inner, grad = self.tensor("inner", rows, len(down)), self.tensor("gx", 2 * rows, down.shape[1])[:rows]
         for _ in range(1 + again):
             self._multiply(x, down.t(), inner)
-        for _ in range(1 + (again and name != LAST)):
+        for _ in range(1 + (again and name != LAST_PROJECTION)):
             self._multiply(inner, up.t(), y, add=True)
         grad_inner = self.tensor("ginner", rows, len(down))
         self._multiply(y, up, grad_inner)
@@ -161,7 +161,7 @@ class Ours(nn.Module):
 
 
 def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """The rival's weights and adapter into ours; returns the pairs of adapter parameters."""
+    """Copy the rival's weights and adapter into ours; return the pairs of adapter parameters."""
     theirs = {name.replace(".base_layer", ""): p for name, p in rival.named_parameters()}
     mine = dict(ours.named_parameters())
     with torch.no_grad():
@@ -178,23 +178,38 @@ def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.
     return pairs
 
 
-def both(args: argparse.Namespace) -> tuple[Ours, Rival, Inputs]:
-    """The two with the same weights, what they start from, and the proof that they compute the same."""
-    torch.manual_seed(0)
-    config = harness.wan_config(args, text_dim=64)
+def layout_of(args: argparse.Namespace) -> StreamLayout:
+    """Return the layout of two streams of the asked grid."""
     f, h, w = args.grid
-    layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
-    lora = LoraConfig(rank=args.rank)
-    rival, ours = Rival(config, lora, (f, h, w)), Ours(config, lora, layout)
+    return StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
+
+
+def make_ours(args: argparse.Namespace) -> Ours:
+    """Return our blocks with their adapter."""
+    return Ours(harness.wan_config(args, text_dim=64), LoraConfig(rank=args.rank), layout_of(args))
+
+
+def make_inputs(args: argparse.Namespace) -> Inputs:
+    """Return what enters the first block; hidden states want a gradient, as between two blocks."""
+    tokens, width = layout_of(args).tokens, args.width
+    hidden, context = torch.randn(args.batch, tokens, width), torch.randn(args.batch, TEXT_TOKENS, width)
+    modulation = torch.randn(args.batch, 1, 6, width).expand(-1, 2, -1, -1) / 4
+    return hidden.requires_grad_(), modulation, context
+
+
+def both(args: argparse.Namespace) -> tuple[Ours, Rival, Inputs]:
+    """Return both sides with the same weights and what they start from, once they are seen to compute the same."""
+    torch.manual_seed(0)
+    rival = Rival(harness.wan_config(args, text_dim=64), LoraConfig(rank=args.rank), args.grid)
+    ours = make_ours(args)
     pairs = share_weights(ours, rival)
-    hidden, context = torch.randn(args.batch, layout.tokens, args.width), torch.randn(args.batch, TEXT, args.width)
-    modulation = torch.randn(args.batch, 1, 6, args.width).expand(-1, 2, -1, -1) / 4
-    inputs = hidden.requires_grad_(), modulation, context
+    inputs = make_inputs(args)
     entering = []
     for model in (ours, rival):
         step(model, inputs)
-        entering.append(hidden.grad)
+        entering.append(inputs[0].grad)
     for name, (mine, other) in {**{n: (m.grad, o.grad) for n, (m, o) in pairs.items()}, "hidden": entering}.items():
+        assert mine is not None and other is not None, name
         torch.testing.assert_close(mine, other, atol=1e-4 * float(other.abs().max()), rtol=1e-3, msg=name)
     return ours, rival, inputs
 
@@ -243,7 +258,7 @@ def peak_bytes(model: nn.Module, inputs: Inputs) -> int:
 
 
 def peaks(ours: Ours, rival: Rival, inputs: Inputs) -> Iterator[int]:
-    """Of ours, of ours when it keeps nothing but what enters a block, and of the rival."""
+    """Yield the peaks of ours, of ours when it keeps only what enters a block, and of the rival."""
     yield peak_bytes(ours, inputs)
     ours.keep("full")
     yield peak_bytes(ours, inputs)
@@ -255,7 +270,7 @@ def peaks(ours: Ours, rival: Rival, inputs: Inputs) -> Iterator[int]:
 
 
 def profile(model: nn.Module, inputs: Inputs, rows: int) -> None:
-    """Where a step's time goes, by operator and shapes."""
+    """Print the time of a step by operator and shapes."""
     with torch.profiler.profile(record_shapes=True) as profiler:
         step(model, inputs)
     print(profiler.key_averages(group_by_input_shape=True).table("self_cpu_time_total", row_limit=rows))
@@ -282,7 +297,8 @@ def actions(argv: Sequence[str]) -> dict[str, Callable[[], object]]:
     """Return what `--against` compares with another checkout's."""
     args = arguments(argv)
     torch.set_num_threads(1)
-    ours, _, inputs = both(args)
+    torch.manual_seed(0)
+    ours, inputs = make_ours(args), make_inputs(args)
     return {"limit": limit_of(ours, inputs, args), "ours": partial(step, ours, inputs)}
 
 

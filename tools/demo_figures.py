@@ -1,4 +1,4 @@
-"""What the demo's training has taught: the same held-out captions sampled with the adapter and without it, measured.
+"""Measure what the demo's training has taught: sample held-out captions with the adapter and without it.
 
 Prints a table, writes a picture of the first samples, and ends with one line of JSON. Under torchrun the captions are
 shared out.
@@ -30,14 +30,15 @@ from transpixeler.sampling.generate import encode_prompts, video_layout, video_s
 from transpixeler.sampling.sampler import Frames, Request, Sampler
 from transpixeler.sampling.trained import Trained
 
-PICTURED = 6  # samples in the picture
-MATTING = "rgb_to_aux"
+SHEET_ROWS = 6  # samples in the picture
+MATTING_TASK = "rgb_to_aux"
 STREAMS = ("rgb", "seg", "depth")
 
 Videos = dict[int, dict[str, np.ndarray]]  # number of the sample: stream: uint8 [F, H, W, 3]
 
 
 def main(argv: Sequence[str]) -> None:
+    """Sample, measure, and print a table and a line of JSON."""
     arguments = _parser().parse_intermixed_args(argv)
     started = arguments.since or time.time()
     quiet_libraries()
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(source: Trained, asked: Path) -> None:
-    """What can be measured is known before minutes of sampling."""
+    """Refuse a run that cannot be measured, before minutes of sampling."""
     streams = tuple(source.config.streams)
     if len(streams) < 2:
         raise UserError(f"{asked}: was trained with one stream; there is no companion to measure")
@@ -66,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="a run's folder, or a save")
     add("overrides", nargs="*", help="config keys, such as sample.steps=10")
     add_captions(parser, default=20)
-    add("--raw", action="store_true", help="the weights themselves, where a running mean of them is saved too")
+    add("--raw", action="store_true", help="measure the weights themselves, not their running mean")
     add("--picture", type=Path, help="a PNG of the first samples")
-    add("--since", type=float, help="when the work that is timed began, in seconds since 1970; default: now")
+    add("--since", type=float, help="start of the timed work, in seconds since 1970 (default: now)")
     return parser
 
 
@@ -76,7 +77,7 @@ Figures = dict[str, dict[str, float]]  # what was sampled: measure: value
 
 
 def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | None = None) -> Figures:
-    """Means over the captions, with the adapter and for the base; and of mattes where those were trained."""
+    """Return means over the captions, with the adapter and for the base; mattes too if those were trained."""
     wanted = held_out_captions(count)
     captions = [attributes.caption for attributes in wanted]
     made, base = (sample(one, runtime, captions) for one in (source, trained.base(source.config)))
@@ -87,8 +88,8 @@ def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | No
     drifts = [metrics.rgb_drift(made[n]["rgb"] / np.float32(255), base[n]["rgb"] / np.float32(255)) for n in made]
     figures["adapter"]["rgb_drift"] = float(np.mean(drifts))
     if picture and runtime.is_main:
-        write_sheet(picture, [made[number] for number in range(min(count, PICTURED))])
-    if source.config.objective.tasks.get(MATTING, 0) > 0:
+        write_sheet(picture, [made[number] for number in range(min(count, SHEET_ROWS))])
+    if source.config.objective.tasks.get(MATTING_TASK, 0) > 0:
         clips = _clips(source, count)
         given, captions = [true_streams(clip)["rgb"] for clip in clips], [clip.attributes.caption for clip in clips]
         for one, measures in ((source, figures["adapter"]), (trained.base(source.config), figures["base"])):
@@ -100,7 +101,7 @@ def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | No
 def sample(
     source: Trained, runtime: Runtime, captions: Sequence[str], *, given: Sequence[np.ndarray] | None = None
 ) -> Videos:
-    """A video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
+    """Sample a video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
     config, layout = trained.arranged(source.config, runtime, asked=False)
     source = dataclasses.replace(source, config=config)
     model_cls = model_class(config.model.family)
@@ -124,7 +125,7 @@ def _latents(given: Sequence[np.ndarray] | None, number: int, frames: Frames) ->
 
 
 def _measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str, float]:
-    """Of one sampled pair. Alpha itself is taken where the RGB shows the shape."""
+    """Measure one sampled pair; opacity is the mean alpha inside the shape that the RGB shows."""
     rgb, aux, *_ = streams.values()
     alpha, shape = aux.mean(-1) / 255, silhouette(rgb)
     found = {
@@ -138,7 +139,7 @@ def _measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str
 
 
 def _against(streams: Mapping[str, np.ndarray], scene: Scene) -> dict[str, float]:
-    """Of mattes of a given RGB, and of whatever else was made of it, with the truth."""
+    """Compare every companion that was made of a given RGB with the truth."""
     true, found = true_streams(scene), {}
     for name in [*streams][1:]:
         ours, theirs = (video[name].mean(-1) / 255 for video in (streams, true))
@@ -158,7 +159,7 @@ def _clips(source: Trained, count: int) -> Sequence[Scene]:
 
 
 def true_streams(scene: Scene) -> dict[str, np.ndarray]:
-    """uint8 [F, H, W, 3] by the names that the demo's config gives them."""
+    """Render a scene's streams, uint8 [F, H, W, 3], by the names that the demo's config gives them."""
     frames, depth = np.stack(list(render(scene))), np.stack(list(heights(scene)))
     return dict(zip(STREAMS, (frames[..., :3], frames[..., 3:].repeat(3, -1), depth.repeat(3, -1)), strict=True))
 
@@ -195,13 +196,13 @@ def _cell(values: Mapping[str, float], name: str) -> str:
 
 
 def plain(figures: Figures) -> dict[str, float]:
-    """One level: the adapter's by their names, the base's with `_base` behind."""
+    """Flatten the figures: the adapter's under their names, the base's with `_base` appended."""
     flat = dict(figures["adapter"]) | {f"{name}_base": value for name, value in figures["base"].items()}
     return {name: round(value, 4) for name, value in flat.items()}
 
 
 def write_sheet(path: Path, videos: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """A row a sample: RGB, companion, and both over a checkerboard, of the first, middle and last frame."""
+    """Draw a row for each sample: RGB, companion, and both over a checkerboard, at three times."""
     rows = []
     for streams in videos:
         rgb, aux, *_ = streams.values()

@@ -127,8 +127,10 @@ def _span(scope: str, streams: tuple[str, ...]) -> Span:
 
 
 class LowRank:
-    """Run a linear's own forward, then add the adapter's update to the tokens of its streams. This is not a module, so
-    that the model's parameters keep the names that ComfyUI knows."""
+    """Run a linear's own forward, then add the adapter's update to the tokens of its streams.
+
+    This is not a module, so that the model's parameters keep the names that ComfyUI knows.
+    """
 
     def __init__(self, original: Callable[..., Tensor], target: Target, joint: Joint, strength: float) -> None:
         self.original, self.target, self.joint, self.strength = original, target, joint, strength

@@ -6,7 +6,8 @@ In: a config or a run's path. Out: paths. Everything that writes or reads a run 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transpixeler.config import Config
@@ -17,6 +18,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 LOG = "log.txt"
+JOB = ".job"  # names the job that trains a run, so that its restarts find it
 SAMPLES = "samples"
 ASIDE = "aside"  # where saves, samples and checkpoints go that a resumed run left behind
 
@@ -27,7 +29,7 @@ class Run:
 
     folder: Path
     restored: Restored | None = None
-    changed: tuple[str, ...] = ()  # keys whose value differs from the checkpoint's config, as text for the log
+    changed: Mapping[str, str] = field(default_factory=dict)  # by key, how its value differs from the checkpoint's
     made: bool = False  # by this process: before, the folder was empty or absent
 
     @property

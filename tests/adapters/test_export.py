@@ -669,7 +669,7 @@ def test_an_adapter_of_a_fused_base_brings_what_is_fused_along(
     load_weights(model, base_weights(config))
     inject(model.eval(), config.lora)
     move_adapter(model)
-    metadata = saving.Saver(config, *[None] * 4)._metadata(7, averaged=False)
+    metadata = saving.Saver(config, *[None] * 2)._metadata(7, averaged=False)
     file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
     assert find(str(file)).config.model == config.model
     for format in ("merged", "kohya"):

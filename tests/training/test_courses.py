@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from tests.support.ranks import run_ranks
@@ -129,8 +130,8 @@ def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[i
     found = checkpoint.latest(folder, here)
     fresh = torch.optim.AdamW(list(made.items())) if made else None
     training_state.materialize(fresh)
-    restore.forget_unsaved(checkpoint.Restored.read(found), made, fresh)
-    restore.load(checkpoint.Restored.read(found), training_state.optimizer_tensors(made, fresh), same_layout=True)
+    restore.forget_unsaved(restore.Restored.read(found), made, fresh)
+    restore.load(restore.Restored.read(found), training_state.optimizer_tensors(made, fresh), same_layout=True)
     return [len(fresh.state[p]) for p in made.values()]
 
 
@@ -149,7 +150,7 @@ def _eight_bits_on_one_rank(rank: int, world_size: int, folder: Path) -> bool:
     keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
     keeper.save(1, training_state.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
     found = checkpoint.latest(folder, here)
-    restore.load(checkpoint.Restored.read(found), training_state.optimizer_tensors(made, optimizer), same_layout=True)
+    restore.load(restore.Restored.read(found), training_state.optimizer_tensors(made, optimizer), same_layout=True)
     return True
 
 
@@ -185,7 +186,7 @@ def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_
     chosen = tmp_path / "mine" / "checkpoints" / checkpoint.folder_name(1)
     chosen.mkdir(parents=True)
     (tmp_path / "mine" / run_folder.CONFIG).touch()
-    names = [f"__{n}_0.distcp" for n in range(6)]
+    names = [".metadata", *(f"__{n}_0.distcp" for n in range(4)), "state.json"]
     for name in names:
         (chosen / name).write_text("whole")
     listed = {name: {"size": 5, "blake2b": checkpoint.digest(chosen / name)} for name in names}
@@ -219,7 +220,7 @@ def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newes
 )
 def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tuple, then: tuple, told: str) -> None:
     plain = configfile.plain(configfile.from_overrides(first))
-    restored = checkpoint.Restored(tmp_path, {"config": plain}, frozenset())
+    restored = restore.Restored(tmp_path, {"config": plain}, Metadata({}))
     assert opening.changes(configfile.from_overrides(first), restored) == {}
     with pytest.raises(UserError, match=told):
         opening.changes(configfile.from_overrides([*first, *then]), restored)

@@ -135,7 +135,7 @@ def _load_latest(rank: int, world_size: int, folder: Path) -> int | None:
     if found is None:
         return None
     values = {f"model.{r}": torch.zeros(200_000) for r in range(2)}
-    restore.load(checkpoint.Restored.read(found), values, same_layout=False)
+    restore.load(restore.Restored.read(found), values, same_layout=False)
     step = checkpoint.step_of(found)
     assert all(bool((value == step).all()) for value in values.values()), "a torn checkpoint was taken for whole"
     assert checkpoint.read_state(found)["step"] == step

@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-
+from transpixeler.config import UserError
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
@@ -22,7 +21,9 @@ logger = logging.getLogger("transpixeler")
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+METADATA = ".metadata"  # torch's list of tensors and where they are
 PREFIX = "global_step"
+_STATE = (("step", int), ("config", dict), ("layout", dict), ("optimizer", dict), ("scopes", dict))
 
 
 class CheckpointFault(Exception):
@@ -30,26 +31,11 @@ class CheckpointFault(Exception):
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A valid checkpoint that training goes on from: its folder, and what its small files say, read once."""
+class ListedFile:
+    """A file as the manifest lists it."""
 
-    folder: Path
-    state: Mapping[str, Any]
-    stored: frozenset[str]  # the names of all tensors
-
-    @classmethod
-    def read(cls, folder: Path) -> Restored:
-        """Read the state and the names of the tensors; `restore` reads the tensors themselves."""
-        return cls(folder, read_state(folder), frozenset(FileSystemReader(folder).read_metadata().state_dict_metadata))
-
-    @property
-    def step(self) -> int:
-        return self.state["step"]
-
-    @property
-    def holds_averages(self) -> bool:
-        """Return whether the checkpoint was written with `optim.ema` on."""
-        return any(name.startswith("ema.") for name in self.stored)
+    size: int
+    blake2b: str
 
 
 def folder_name(step: int) -> str:
@@ -66,26 +52,48 @@ def candidates(checkpoints: Path) -> list[Path]:
     """List finished folders, newest first; what is still being written has another name."""
     if not checkpoints.is_dir():
         return []
-    found = [f for f in checkpoints.iterdir() if f.name.removeprefix(PREFIX).isdigit() and f.name.startswith(PREFIX)]
+    found = [folder for folder in checkpoints.iterdir() if re.fullmatch(f"{PREFIX}[0-9]+", folder.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def check(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Raise `CheckpointFault` unless every file has its listed size; hash every `parts`-th file, from `part` on."""
+    files = read_manifest(folder)
+    for i, (name, listed) in enumerate(sorted(files.items())):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != listed.size:
+            raise CheckpointFault(f"{name} is missing or has another size")
+        if i % parts == part and digest(path) != listed.blake2b:
+            raise CheckpointFault(f"{name} has changed since it was written")
+    for name in (STATE, METADATA):
+        if name not in files:
+            raise CheckpointFault(f"{MANIFEST} does not list {name}")
+
+
+def read_manifest(folder: Path) -> dict[str, ListedFile]:
+    """Return the files that the manifest lists, by name; raise `CheckpointFault` for anything but a manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointFault(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointFault(f"{MANIFEST} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
+        raise CheckpointFault(f"{MANIFEST} names no format")
     if manifest["format"] > FORMAT:
         raise CheckpointFault(f"written by a newer transpixeler (format {manifest['format']}); update this one")
-    for i, (name, entry) in enumerate(sorted(manifest["files"].items())):
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            raise CheckpointFault(f"{name} is missing or has another size")
-        if i % parts == part and digest(path) != entry["blake2b"]:
-            raise CheckpointFault(f"{name} has changed since it was written")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointFault(f"{MANIFEST} lists no files")
+    return {name: _listed(name, entry) for name, entry in files.items()}
+
+
+def _listed(name: str, entry: object) -> ListedFile:
+    if Path(name).name != name or name == ".." or "\0" in name:
+        raise CheckpointFault(f"{MANIFEST} lists {name!r}, which is not a plain file name")
+    if not isinstance(entry, dict) or type(entry.get("size")) is not int or not isinstance(entry.get("blake2b"), str):
+        raise CheckpointFault(f"{MANIFEST} lists no size and hash of {name}")
+    return ListedFile(entry["size"], entry["blake2b"])
 
 
 def fault_of(folder: Path, runtime: Runtime) -> str:
@@ -111,7 +119,13 @@ def latest(checkpoints: Path, runtime: Runtime) -> Path | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what the checkpoint holds besides tensors: its step, config and layout."""
-    return json.loads((folder / STATE).read_text())
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / STATE}: cannot be read: {error}") from None
+    if not isinstance(state, dict) or any(name in state and type(state[name]) is not kind for name, kind in _STATE):
+        raise UserError(f"{folder / STATE}: is not the state of a training run; resume from another checkpoint")
+    return state
 
 
 def digest(path: Path) -> str:

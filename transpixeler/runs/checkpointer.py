@@ -29,6 +29,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.checkpoint import (
     FORMAT,
     MANIFEST,
+    METADATA,
     PREFIX,
     STATE,
     CheckpointFault,
@@ -159,7 +160,7 @@ class Checkpointer:
     def _list_own_files(self, partial: Path) -> None:
         own = [f for f in partial.iterdir() if f.name.startswith(f"__{self.runtime.rank}_")]
         if self.runtime.is_main:
-            own.append(partial / ".metadata")
+            own.append(partial / METADATA)
         listed = {f.name: {"size": f.stat().st_size, "blake2b": digest(f)} for f in own}
         write_text(partial / f"files_{self.runtime.rank}.json", json.dumps(listed))
 
@@ -181,8 +182,17 @@ class Checkpointer:
         sync(partial)
         partial.replace(final)
         sync(self.folder)
+        self._remove_surplus()
+
+    def _remove_surplus(self) -> None:
+        """Remove old checkpoints; a kill in the middle leaves only folders that do not look like one."""
         for old in self._surplus():
-            shutil.rmtree(old)
+            emptied = old.with_name(f"{old.name}.old.tmp")
+            try:
+                old.replace(emptied)
+                shutil.rmtree(emptied)
+            except OSError as error:  # the new checkpoint is whole all the same
+                logger.warning("%s is not needed any more and cannot be removed: %s", old, error)
 
     def _surplus(self) -> Iterator[Path]:
         """Yield the checkpoints that neither `checkpoint.keep` nor `keep_every` keeps."""

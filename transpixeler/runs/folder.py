@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transpixeler.config import Config
-from transpixeler.runs.checkpoint import Restored
+from transpixeler.runs.restore import Restored
 
 LATEST = "latest"
 CONFIG = "config.yaml"

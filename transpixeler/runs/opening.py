@@ -22,9 +22,9 @@ from transpixeler.files import write_text
 from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime, run_stamp
 from transpixeler.runs import checkpoint
-from transpixeler.runs.checkpoint import Restored
 from transpixeler.runs.controls import CONTROL_FILES
 from transpixeler.runs.folder import ASIDE, CONFIG, JOB, LATEST, METRICS, Run, configured_run
+from transpixeler.runs.restore import Restored
 
 logger = logging.getLogger("transpixeler")
 

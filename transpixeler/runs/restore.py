@@ -1,20 +1,58 @@
-"""Read a checkpoint's tensors back, on any layout.
+"""Read a checkpoint back, on any layout.
 
-In: a valid checkpoint and the tensors of a built trainer. Out: the same tensors, filled in place.
+In: a valid checkpoint and the tensors of a built trainer. Out: what its small files say, as one value, and the same
+tensors, filled in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.optim import Optimizer
 
 from transpixeler.config import UserError
-from transpixeler.runs.checkpoint import Restored
+from transpixeler.runs.checkpoint import CheckpointFault, read_state
+from transpixeler.runs.metadata import CheckedReader, read_metadata
 from transpixeler.runs.training_state import codes, dequantized, quantize_into
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A valid checkpoint that training goes on from: its folder, and what its small files say, read once."""
+
+    folder: Path
+    state: Mapping[str, Any]
+    metadata: Metadata  # of all tensors, checked
+
+    @classmethod
+    def read(cls, folder: Path) -> Restored:
+        """Read the state and the list of tensors; `load` reads the tensors themselves."""
+        try:
+            return cls(folder, read_state(folder), read_metadata(folder))
+        except CheckpointFault as fault:
+            raise UserError(f"{folder}: {fault}; use another checkpoint") from fault
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """Return the names of all tensors."""
+        return frozenset(self.metadata.state_dict_metadata)
+
+    @property
+    def holds_averages(self) -> bool:
+        """Return whether the checkpoint was written with `optim.ema` on."""
+        return any(name.startswith("ema.") for name in self.stored)
 
 
 @torch.no_grad()
@@ -25,17 +63,12 @@ def load(restored: Restored, tensors: Mapping[str, Tensor], *, same_layout: bool
     """
     plain = {name: dequantized(tensor) for name, tensor in tensors.items()}
     own_codes = codes(tensors) if same_layout else {}
-    folder, stored = restored.folder, restored.stored
-    missing = sorted({*plain, *own_codes} - stored)
-    if missing:
-        raise UserError(
-            f"{folder}: holds no {missing[0]} ({len(missing)} tensors are missing); it was written under another config"
-        )
-    read_tensors(plain, checkpoint_id=folder)
+    _check_fits(restored, plain | own_codes)
+    _read(restored, plain)
     for name, tensor in tensors.items():
         quantize_into(tensor, plain[name])
-    if same_layout and any(".codes." in name for name in stored):  # a rank that has none still takes part
-        read_tensors(own_codes, checkpoint_id=folder)
+    if same_layout and any(".codes." in name for name in restored.stored):  # a rank that has none still takes part
+        _read(restored, own_codes)
 
 
 def forget_unsaved(restored: Restored, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
@@ -46,3 +79,28 @@ def forget_unsaved(restored: Restored, parameters: Mapping[str, nn.Parameter], o
     for name, parameter in parameters.items():
         if f"optimizer.{name}" not in known:
             optimizer.state.pop(parameter, None)
+
+
+def _check_fits(restored: Restored, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` unless the checkpoint holds every tensor, in its shape."""
+    folder, stored = restored.folder, restored.metadata.state_dict_metadata
+    missing = sorted(tensors.keys() - stored.keys())
+    if missing:
+        raise UserError(
+            f"{folder}: holds no {missing[0]} ({len(missing)} tensors are missing); it was written under another config"
+        )
+    for name, tensor in tensors.items():
+        entry = stored[name]
+        assert isinstance(entry, TensorStorageMetadata), "read_metadata lets nothing else pass"
+        if entry.size != tensor.shape:
+            there, here = list(entry.size), list(tensor.shape)
+            raise UserError(f"{folder}: {name} has shape {there}, not {here}; it was written under another config")
+
+
+def _read(restored: Restored, tensors: dict[str, Tensor]) -> None:
+    try:
+        read_tensors(tensors, storage_reader=CheckedReader(restored.folder, restored.metadata))
+    except CheckpointException as error:
+        # without torch's text, which may advise to load with weights_only=False
+        kind = type(next(iter(error.failures.values()))[0]).__name__
+        raise UserError(f"{restored.folder}: its tensors cannot be read ({kind}); use another checkpoint") from error

@@ -25,8 +25,8 @@ from transpixeler.models.streams import Scope
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import restore, training_state
-from transpixeler.runs.checkpoint import Restored
 from transpixeler.runs.folder import Run
+from transpixeler.runs.restore import Restored
 from transpixeler.sampling.trained import first_adapter, first_scopes
 from transpixeler.training import optim
 from transpixeler.training.ema import Ema

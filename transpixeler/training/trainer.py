@@ -24,7 +24,7 @@ from transpixeler.runs.controls import Controls, Stopped, listening
 from transpixeler.runs.folder import LOG, Run
 from transpixeler.runs.manifest import write_manifest
 from transpixeler.sampling.trained import base_weights, make_model
-from transpixeler.training import identity, overview, preflight
+from transpixeler.training import identity, optim, overview, preflight
 from transpixeler.training.agreement import Facts, agree
 from transpixeler.training.batches import micro_batch, open_loader
 from transpixeler.training.evaluation import open_evaluation
@@ -43,6 +43,7 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Pat
     """
     layout = meshes.resolve(config.parallel, runtime.world_size)
     preflight.check(config, layout)
+    optim.check(config.optim)
     telemetry.check(config.log)
     run = opening.open_run(config, runtime, resume)
     log = log_to_file(run.folder / LOG, runtime.rank) if runtime.is_main else None

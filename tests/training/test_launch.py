@@ -21,6 +21,7 @@ from transpixeler.config import CheckpointConfig
 from transpixeler.files import write_text
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint, checkpointer, restore
+from transpixeler.runs.restore import Restored
 
 ROOT = Path(__file__).parents[2]
 FAST = ("save.every_epochs=0", "eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false")
@@ -135,7 +136,7 @@ def _load_latest(rank: int, world_size: int, folder: Path) -> int | None:
     if found is None:
         return None
     values = {f"model.{r}": torch.zeros(200_000) for r in range(2)}
-    restore.load(restore.Restored.read(found), values, same_layout=False)
+    restore.load(Restored.read(found), values, same_layout=False)
     step = checkpoint.step_of(found)
     assert all(bool((value == step).all()) for value in values.values()), "a torn checkpoint was taken for whole"
     assert checkpoint.read_state(found)["step"] == step

@@ -5,13 +5,18 @@ In: a config or a run's path. Out: paths. Everything that writes or reads a run 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transpixeler.config import Config
+from transpixeler.config import Config, UserError
+from transpixeler.files import read_json
 from transpixeler.runs.restore import Restored
+
+logger = logging.getLogger("transpixeler")
 
 LATEST = "latest"
 CONFIG = "config.yaml"
@@ -44,6 +49,17 @@ class Run:
 def configured_run(config: Config) -> Path:
     """Return the folder of the run that `run_name` names, or of the latest run."""
     return Path(config.output_dir) / (config.run_name or LATEST)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return a JSON file of a run; nothing where it is missing or, with a warning, where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except UserError as fault:
+        logger.warning("%s; it is left out", fault)
+        return {}
 
 
 def sample_folder(step: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fault as fault:
         _say(str(fault))
         return 1
-    except KeyboardInterrupt:
-        print("transpixeler: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        _say_stopped(stop, arguments)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,6 +64,16 @@ def _say(message: str) -> None:
     if rank != "0":
         time.sleep(2.0)  # when rank 0 has met the same error, torchrun ends this process before it prints
     print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
+
+
+def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:
+    """Print that Ctrl-C ended the command and, for a training that was saved, the command that goes on with it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(f"transpixeler: {str(stop) or 'stopped'}", file=sys.stderr)
+    if run := getattr(stop, "run", None):
+        words = ["train", arguments.config, *arguments.overrides, "--resume", str(run)]
+        print(f"transpixeler: to go on: transpixeler {shlex.join(words)}", file=sys.stderr)
 
 
 def _explicit_resume(argv: Sequence[str]) -> list[str]:
@@ -117,8 +128,9 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from transpixeler.training import trainer
+    from transpixeler.training import preflight, trainer
 
+    preflight.check_import(config, arguments.config, arguments.overrides)
     with _running(config) as runtime:
         folder = trainer.train(config, runtime, resume=arguments.resume)
         if runtime.is_main:

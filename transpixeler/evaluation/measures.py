@@ -5,7 +5,6 @@ In: a video's frames, and the clip that it was made for, if any. Out: numbers by
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.sources.pairs import Sample, decode_pair
 from transpixeler.evaluation import metrics
 from transpixeler.evaluation.clips import HeldOut, Piece
+from transpixeler.runs.folder import read_facts
 from transpixeler.sampling import generate
 from transpixeler.sampling.files import FACTS
 from transpixeler.sampling.sampler import Frames, Request
@@ -81,7 +81,7 @@ class Measures:
         ours, theirs = (place / request.name / f"{rgb}.mp4" for place in (folder, base))
         if not ours.is_file() or not theirs.is_file():
             return {}
-        told = json.loads((base / request.name / FACTS).read_text(encoding="utf-8"))
+        told = read_facts(base / request.name / FACTS)
         if not generate.settings(request, self.config.sample).items() <= told.items():
             return {}
         one, other = (read_video(file) / np.float32(255) for file in (ours, theirs))

@@ -5,7 +5,6 @@ Everything it says is read from what training left: the adapter's header, the co
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 from transpixeler.config import Config
-from transpixeler.runs.folder import MANIFEST, METRICS, SAMPLES, sampled
+from transpixeler.runs.folder import MANIFEST, METRICS, SAMPLES, read_facts, sampled
 from transpixeler.runs.metrics_file import read_records
 from transpixeler.sampling.files import FACTS, STILL
 from transpixeler.sampling.trained import Trained
@@ -68,14 +67,10 @@ def gather(trained: Trained, run: Path | None, *, repo: str, base: str, fused: S
     records = read_records(run / METRICS) if run else []
     lines = [line for line in records if step is None or line["step"] <= step]
     evals = [line["eval"] for line in lines if "eval" in line]
-    manifest = _json(run / MANIFEST) if run else {}
+    manifest = read_facts(run / MANIFEST) if run else {}
     steps = [line for line in lines if "loss" in line]
     samples, measured = tuple(_samples(run, step)) if run else (), evals[-1] if evals else {}
     return Told(repo, base, fused, license, trained.config, trained, steps, measured, manifest, samples)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _samples(run: Path, step: int | None) -> Iterator[Shown]:
@@ -83,7 +78,7 @@ def _samples(run: Path, step: int | None) -> Iterator[Shown]:
     steps = sampled(run)
     newest = max((number for number in steps if step is None or number <= step), default=None)
     for folder in sorted(steps[newest].iterdir())[:SHOWN] if newest is not None else ():
-        facts = _json(folder / FACTS)
+        facts = read_facts(folder / FACTS)
         named = [folder / name for name in facts.get("files", {}).values()]
         files = {f"{SAMPLES}/{folder.name}/{file.name}": file for file in named if file.is_file()}
         if files:

@@ -20,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 from transpixeler import configfile
 from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
 from transpixeler.config import REPO, Config, Fault, PathKind, UserError
+from transpixeler.files import read_json
 from transpixeler.publishing import card
 from transpixeler.runs.folder import CONFIG
 from transpixeler.sampling import trained
@@ -156,7 +157,7 @@ def _weights(found: Trained, save: Path, base: str) -> dict[str, Path | bytes]:
     if adapter.is_file():
         files[ADAPTER_FILE] = _adapter(adapter, base)
     if config and config.is_file():
-        told = json.loads(config.read_text(encoding="utf-8"))
+        told = read_json(config)
         files[CONFIG_FILE] = (json.dumps(_told(told, base), indent=2) + "\n").encode()
     return files
 

@@ -20,7 +20,7 @@ import yaml
 from transpixeler import configfile
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.files import write_text
-from transpixeler.runs.folder import CONFIG, MANIFEST, METRICS, sampled
+from transpixeler.runs.folder import CONFIG, MANIFEST, METRICS, read_facts, sampled
 from transpixeler.runs.metrics_file import read_records
 from transpixeler.sampling.files import FACTS
 
@@ -43,8 +43,8 @@ def write_report(run: Path) -> Path:
 
 def gather(run: Path) -> dict[str, Any]:
     """All that the page shows, as one JSON value."""
-    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    manifest = _json(run / MANIFEST)
+    config = _config(run / CONFIG)
+    manifest = read_facts(run / MANIFEST)
     lines = read_records(run / METRICS)
     steps = [line for line in lines if "loss" in line]
     return {
@@ -133,8 +133,15 @@ def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _config(path: Path) -> dict[str, Any]:
+    """Return a run's config as it was written, perhaps by another version, whose keys may be others."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, *configfile.BAD_YAML) as error:
+        raise UserError(f"{path}: damaged, cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged, holds no `key: value` lines")
+    return content
 
 
 def _samples(run: Path) -> Iterator[dict[str, Any]]:
@@ -142,11 +149,11 @@ def _samples(run: Path) -> Iterator[dict[str, Any]]:
     left = EMBED_ALL
     made = [(step, folder) for step, place in sampled(run).items() for folder in sorted(place.glob("*/"), reverse=True)]
     for step, folder in made:
-        facts = _json(folder / FACTS)
+        facts = read_facts(folder / FACTS)
         if not facts or folder.name.startswith("."):
             continue
         videos = {}
-        for name, file in facts["files"].items():
+        for name, file in facts.get("files", {}).items():
             if file.endswith(".mp4") and (folder / file).is_file():
                 videos[name], used = _source(folder / file, run, left)
                 left -= used

@@ -48,7 +48,7 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
 def own(imported: str) -> str:
     """Return the module of this package that an import leads to, or nothing."""
     parts = imported.split(".")
-    if parts[0] != "transpixeler":
+    if parts[0] != "transpixeler" or imported == "transpixeler.__version__":
         return ""
     for end in range(len(parts), 1, -1):
         if (name := ".".join(parts[1:end])) in MODULES:

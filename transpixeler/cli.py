@@ -1,7 +1,6 @@
-"""Command line in, one function a command, exit code out: 0 done, 1 a fault, 2 the user's input is wrong.
+"""Run one command: the command line in, an exit code out (0 done, 1 a fault, 2 the user's input is wrong).
 
-Argv and YAML enter here and nowhere else. Each command imports what it needs when it runs, so that `--help`
-and a misspelt key answer in a blink.
+Each command imports what it needs when it runs, so that `--help` and a misspelt key answer without loading torch.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from transpixeler.arguments import make_parser
@@ -19,11 +19,13 @@ from transpixeler.config import Config, Fault, UserError
 
 if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
+    from transpixeler.parallel.runtime import Runtime
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that argv names and return its exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return COMMANDS[arguments.command](arguments)
@@ -38,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("transpixeler: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Overrides may stand anywhere after the command, between options too."""
+    """Parse argv; `key=value` may stand anywhere after the command, also between options."""
     parser = make_parser()
     arguments, left = parser.parse_known_args(_explicit_resume(argv))
     overrides = [word for word in left if "=" in word and not word.startswith("-")]
@@ -56,15 +58,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _say(message: str) -> None:
-    """One line for all ranks: another one speaks only where the first has met no mistake."""
+    """Print one line for all ranks: other ranks leave rank 0 the time to print it first."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(2.0)  # torchrun ends this process first when rank 0 has said it
+        time.sleep(2.0)  # when rank 0 has met the same error, torchrun ends this process before it prints
     print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
 
 
 def _explicit_resume(argv: Sequence[str]) -> list[str]:
-    """`--resume` may stand alone before the config or an override, without taking it for a run."""
+    """Write `--resume` before a config or an override as `--resume=`, so that argparse takes neither for the run."""
     words = list(argv)
     for i, word in enumerate(words[:-1]):
         following = words[i + 1]
@@ -162,7 +164,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     path, overrides = arguments.source, [*arguments.overrides, *_sample_overrides(arguments)]
-    if "=" in path and not Path(path).exists():  # no source but an override
+    if "=" in path and not Path(path).exists():  # an override in the place of the source
         path, overrides = "", [path, *overrides]
     from transpixeler.sampling import generate, trained
 
@@ -184,7 +186,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Options that are keys of a config by another name."""
+    """Return the overrides that options such as --steps stand for."""
     keys = ("steps", "guidance", "shift", "seed", "scheduler", "alpha_mode", "background")
     found = [f"sample.{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
     if arguments.model:
@@ -194,7 +196,7 @@ def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.size:
         numbers = arguments.size.lower().split("x")
         if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
-            raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, such as 832x480x33")
+            raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, for example 832x480x33")
         found.append(f"sample.size=[{', '.join(numbers)}]")
     return found
 
@@ -212,7 +214,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.dataset.endswith((".yaml", ".yml")):
         config = configfile.load(arguments.dataset, arguments.overrides)
     else:
-        source = json.dumps(arguments.dataset, ensure_ascii=False)  # which YAML reads as it is
+        source = json.dumps(arguments.dataset, ensure_ascii=False)  # YAML reads a JSON text as it is
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
     from transpixeler.publishing import inspection
 
@@ -275,7 +277,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     return configfile.load(arguments.config, arguments.overrides)
 
 
-def _running(config: Config | None = None):
+def _running(config: Config | None = None) -> AbstractContextManager[Runtime]:
     from transpixeler.parallel import runtime
 
     minutes = config.parallel.timeout_minutes if config else 10.0

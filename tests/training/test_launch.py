@@ -20,7 +20,8 @@ from tests.support.ranks import run_ranks
 from transpixeler.config import CheckpointConfig
 from transpixeler.files import write_text
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint
+from transpixeler.runs import checkpoint, checkpointer, restore
+from transpixeler.runs.restore import Restored
 
 ROOT = Path(__file__).parents[2]
 FAST = ("save.every_epochs=0", "eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false")
@@ -121,7 +122,7 @@ def test_two_real_ranks_train_what_one_process_trains(demo: Path, tmp_path: Path
 def _save_for_ever(rank: int, world_size: int, folder: Path, begin: int) -> None:
     """Saves a state that names its step, over and over, until it is killed."""
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(keep=2), runtime)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(keep=2), runtime)
     for step in range(begin, begin + 10_000):
         keeper.save(step, {f"model.{rank}": torch.full((200_000,), float(step))}, {"step": step})
         write_text(folder / f"begun_{rank}", str(step))
@@ -133,7 +134,7 @@ def _load_latest(rank: int, world_size: int, folder: Path) -> int | None:
     if found is None:
         return None
     values = {f"model.{r}": torch.zeros(200_000) for r in range(2)}
-    checkpoint.load(found, values, same_layout=False)
+    restore.load(Restored.read(found), values, same_layout=False)
     step = checkpoint.step_of(found)
     assert all(bool((value == step).all()) for value in values.values()), "a torn checkpoint was taken for whole"
     assert checkpoint.read_state(found)["step"] == step

@@ -30,10 +30,10 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.build import shape
-from transpixeler.runs import checkpoint, telemetry
+from transpixeler.runs import checkpointer, telemetry, training_state
 from transpixeler.training import optim
-from transpixeler.training.account import Account
-from transpixeler.training.agreement import Facts, Wishes
+from transpixeler.training.agreement import Due, Facts
+from transpixeler.training.step_record import Recorder, StepTimes
 
 WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 LATENTS = (16, 9, 60, 104)  # of the telling's batch: 33 frames of 480×832
@@ -46,16 +46,16 @@ def make(config: Config, blocks: int) -> WanModel:
     return WanModel.from_config(WAN | {"num_layers": blocks}, streams=tuple(config.streams))
 
 
-def training_state(config: Config, blocks: int) -> dict[str, Tensor]:
-    """Parameters and optimizer state after a first step, in the trainer's names."""
+def adapter_state(config: Config, blocks: int) -> dict[str, Tensor]:
+    """Return parameters and optimizer state after a first step, in the trainer's names."""
     model = shape(config, partial(make, config, blocks), torch.float32)
     trained = {
         name: nn.Parameter(torch.randn(p.shape) / 100) for name, p in model.named_parameters() if p.requires_grad
     }
     optimizer = optim.build(trained, config.optim)
-    checkpoint.materialize(optimizer)
+    training_state.materialize(optimizer)
     parameters = {f"model.{name}": p.detach() for name, p in trained.items()}
-    return parameters | checkpoint.optimizer_tensors(trained, optimizer)
+    return parameters | training_state.optimizer_tensors(trained, optimizer)
 
 
 class Saves:
@@ -63,7 +63,7 @@ class Saves:
 
     def __init__(self, folder: Path, here: runtime.Runtime, state: dict[str, Tensor]) -> None:
         self.folder, self.state, self.step = folder, state, 0
-        self.ours = checkpoint.Checkpointer(folder / "checkpoints", CheckpointConfig(keep=1), here)
+        self.ours = checkpointer.Checkpointer(folder / "checkpoints", CheckpointConfig(keep=1), here)
         self.stalls: list[float] = []
         self._small, self._count = torch.ones(16), 0
         self.written = seconds(self.asynchronous)
@@ -88,7 +88,7 @@ class Saves:
 
 def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repeats: int) -> dict[str, Any]:
     config = configfile.from_overrides([f"lora.rank={rank}"])
-    state = training_state(config, blocks)
+    state = adapter_state(config, blocks)
     size = sum(tensor.nbytes for tensor in state.values())
     parameters = sum(tensor.numel() for name, tensor in state.items() if name.startswith("model."))
     print(f"adapter of rank {rank}: {parameters / 1e6:.1f} M parameters, {size / 1e6:.0f} MB of state", flush=True)
@@ -117,7 +117,7 @@ def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repea
 def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, Times]:
     """Milliseconds of a step's line, with TensorBoard and without, through what the trainer calls."""
     config = configfile.from_overrides(["train.global_batch=8"])
-    batch, facts, account = told_things(config, here, folder)
+    batch, facts, recorder = told_things(config, here)
     writers = {
         name: telemetry.Telemetry(_folder(folder / name), told.log, step=0, total=10**9, name=name)
         for name, told in (
@@ -130,8 +130,8 @@ def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, T
     def tell(name: str) -> None:
         for _ in range(TOLD):
             steps[name] += 1
-            record = account.record(batch, facts, lr=1e-4, seconds=1.0, micro_batch=1)
-            writers[name].step(record | {"step": steps[name], "data_wait": 0.0, "checkpoint_stall": 0.0})
+            record = recorder.record(batch, facts, StepTimes(1.0, 0.0, 0.0), lr=1e-4, micro_batch=1)
+            writers[name].step(record | {"step": steps[name]})
 
     found = alternate({name: partial(tell, name) for name in writers}, repeats=repeats)
     for writer in writers.values():
@@ -139,19 +139,18 @@ def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, T
     return {name: Times(tuple(seconds / TOLD for seconds in times.seconds)) for name, times in found.items()}
 
 
-def told_things(config: Config, here: runtime.Runtime, folder: Path) -> tuple[Batch, Facts, Account]:
-    """What a step of a joint run has to tell; of the engine only what the account asks of it."""
+def told_things(config: Config, here: runtime.Runtime) -> tuple[Batch, Facts, Recorder]:
+    """What a step of a joint run has to tell; of the engine only what the recorder asks of it."""
     names, nothing = tuple(config.streams), torch.empty(0)
     layout = StreamLayout.equal(names, LATENTS, (1, 2, 2))
     ids = tuple(f"clip{n:05d}" for n in range(config.train.global_batch))
     batch = Batch(0, 0, 0, layout, nothing, nothing, nothing, ids, range(len(ids)))
-    facts = Facts(0.1, 0.2, dict.fromkeys(names, 0.05), (0.1,) * 5, True, Wishes())
+    facts = Facts(0.1, 0.2, dict.fromkeys(names, 0.05), (0.1,) * 5, True, Due())
     with torch.device("meta"):
         dimensions = make(config, WAN["num_layers"]).dimensions()
     mesh = meshes.Mesh(meshes.Layout(1, 1, 1), here.device, 0, 0, None, None, None)
     engine: Any = SimpleNamespace(mesh=mesh, dimensions=dimensions)
-    run: Any = SimpleNamespace(folder=folder)
-    return batch, facts, Account(config, here, run, engine, None, None, 10**9)
+    return batch, facts, Recorder(config, engine, here.world_size)
 
 
 def _folder(path: Path) -> Path:

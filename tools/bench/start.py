@@ -51,7 +51,7 @@ def child(spawned: float, argv: list[str]) -> None:
         print(json.dumps(spent | {"whole": whole, "other": whole - sum(spent.values())}), flush=True)
         os._exit(0)
 
-    trainer.Trainer.train, trainer.Trainer._tell = train_once, told
+    trainer.Trainer.train, trainer.Trainer._record = train_once, told
     cli.main(argv)
 
 

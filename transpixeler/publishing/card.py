@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from transpixeler.config import Config
-from transpixeler.runs.folder import SAMPLES, sampled
-from transpixeler.runs.telemetry import METRICS
+from transpixeler.runs.folder import MANIFEST, METRICS, SAMPLES, sampled
+from transpixeler.runs.metrics_file import read_records
 from transpixeler.sampling.files import FACTS, STILL
 from transpixeler.sampling.trained import Trained
 
@@ -65,18 +65,13 @@ class Told:
 
 def gather(trained: Trained, run: Path | None, *, repo: str, base: str, fused: Sequence[str], license: str) -> Told:
     step = trained.step
-    lines = [line for line in _lines(run) if step is None or line["step"] <= step]
+    records = read_records(run / METRICS) if run else []
+    lines = [line for line in records if step is None or line["step"] <= step]
     evals = [line["eval"] for line in lines if "eval" in line]
-    manifest = _json(run / "manifest.json") if run else {}
+    manifest = _json(run / MANIFEST) if run else {}
     steps = [line for line in lines if "loss" in line]
     samples, measured = tuple(_samples(run, step)) if run else (), evals[-1] if evals else {}
     return Told(repo, base, fused, license, trained.config, trained, steps, measured, manifest, samples)
-
-
-def _lines(run: Path | None) -> Iterator[dict[str, Any]]:
-    """Whole lines; training may be writing the last."""
-    text = (run / METRICS).read_text(encoding="utf-8") if run else ""
-    return (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -20,12 +20,11 @@ import yaml
 from transpixeler import configfile
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.files import write_text
-from transpixeler.runs.folder import CONFIG, sampled
-from transpixeler.runs.telemetry import METRICS
+from transpixeler.runs.folder import CONFIG, MANIFEST, METRICS, sampled
+from transpixeler.runs.metrics_file import read_records
 from transpixeler.sampling.files import FACTS
 
 PAGE = "report.html"
-MANIFEST = "manifest.json"
 POINTS = 1200  # of a curve; more are averaged in groups, as no screen shows them
 EMBED_FILE, EMBED_ALL = 1 << 20, 12 << 20  # bytes of videos that the page holds itself
 ASSETS = Path(__file__).parent / "assets"
@@ -46,7 +45,7 @@ def gather(run: Path) -> dict[str, Any]:
     """All that the page shows, as one JSON value."""
     config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
     manifest = _json(run / MANIFEST)
-    lines = list(_lines(run / METRICS))
+    lines = read_records(run / METRICS)
     steps = [line for line in lines if "loss" in line]
     return {
         "name": run.resolve().name,
@@ -136,12 +135,6 @@ def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines; the last may still be in the making."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
 
 
 def _samples(run: Path) -> Iterator[dict[str, Any]]:

@@ -27,9 +27,7 @@ from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import folder as run_folder
-from transpixeler.runs.folder import CONFIG, LATEST
-from transpixeler.runs.telemetry import METRICS
+from transpixeler.runs.folder import CONFIG, LATEST, METRICS, configured_run
 
 MODEL = "transformer"  # folder of a model that was trained in full
 EMA = "ema"
@@ -120,7 +118,7 @@ def chosen(
     config = configfile.load(given, overrides)
     if bare:
         return replace(base(config), run=run)
-    run = run or run_folder.meant(config)
+    run = run or configured_run(config)
     if not adapter and not (run / CONFIG).is_file():
         missing = f"output_dir: {config.output_dir} holds no run yet"
         if config.run_name:

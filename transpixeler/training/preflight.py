@@ -1,6 +1,6 @@
-"""A config and a layout in; out nothing, or the first thing that will not do, before anything is loaded.
+"""Check a config before anything is loaded: what several keys, or the layout, do not allow together.
 
-Each key by itself is checked where configs are read; here stands what several of them, or the layout, do not allow.
+In: a config and a layout. Out: nothing, or a `UserError`. Each key by itself is checked where configs are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transpixeler.parallel.mesh import Layout
 
 
 def check(config: Config, layout: Layout) -> None:
-    """Of a training."""
+    """Refuse what cannot be trained."""
     if not config.model.path:
         raise UserError("model.path: set it to a Wan folder or Hub id, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     if not config.data.train:
@@ -40,7 +40,7 @@ def check(config: Config, layout: Layout) -> None:
     gpu = torch.device("cuda")
     keeps = shard.recompute_mode(config.parallel, gpu) == "attention"
     if keeps and config.model.attention == "flex" and not shard.wants_compile(config.parallel, gpu):
-        raise UserError(  # flex is compiled by itself then, and no policy sees into that
+        raise UserError(  # flex then compiles itself, and what it keeps cannot be chosen
             "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "
             "set full, or parallel.compile=auto"
         )

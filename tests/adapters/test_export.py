@@ -40,7 +40,8 @@ from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
 from transpixeler.models.weights import load_weights, local_slices
-from transpixeler.sampling.trained import base_weights, find, first_adapter
+from transpixeler.sampling.model import base_weights, initial_adapter
+from transpixeler.sampling.saves import load_saved
 from transpixeler.training import saving
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -423,7 +424,7 @@ def test_an_adapter_for_other_streams_or_ranks_is_refused(tmp_path: Path, base: 
         write_adapter(kept, tmp_path / name)
         keys = [f"model.path={base}", f"streams={streams}", "lora.scope=all", f"lora.init_from={tmp_path / name}"]
         with pytest.raises(UserError, match=rf"^lora\.init_from: .*{message}"):
-            first_adapter(configfile.from_overrides(keys))
+            initial_adapter(configfile.from_overrides(keys))
 
 
 def test_averages_are_saved_in_place_of_the_values(base: Path) -> None:
@@ -626,7 +627,7 @@ def test_a_runs_newest_whole_model_is_that_of_the_last_step_however_it_was_copie
         (folder / "config.yaml").write_text("streams: {rgb: ''}\nlora: {enabled: false}\n")
         os.utime(folder, (5000 - step, 5000 - step))
     (tmp_path / "config.yaml").write_text("streams: {rgb: ''}\n")
-    found = find(str(tmp_path))
+    found = load_saved(str(tmp_path))
     assert (found.name, found.step) == (str(tmp_path / "step2000"), 2000)
 
 
@@ -671,7 +672,7 @@ def test_an_adapter_of_a_fused_base_brings_what_is_fused_along(
     move_adapter(model)
     metadata = saving.Saver(config, *[None] * 4)._metadata(7, averaged=False)
     file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
-    assert find(str(file)).config.model == config.model
+    assert load_saved(str(file)).config.model == config.model
     for format in ("merged", "kohya"):
         assert cli.main(["export", str(file), "--format", format, "--out", str(tmp_path / format)]) == 0
     assert torch.allclose(output(our_model(tmp_path / "merged")), output(model), atol=1e-5)

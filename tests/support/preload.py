@@ -22,7 +22,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler  # noqa: F401
 from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
 
 import transpixeler.evaluation.command
-import transpixeler.sampling.generate
+import transpixeler.sampling.command
 import transpixeler.training.trainer  # noqa: F401
 
 torch.set_num_threads(1)

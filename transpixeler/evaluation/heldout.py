@@ -26,7 +26,7 @@ from transpixeler.data.loader import Assembler, Batch
 from transpixeler.data.media import decode
 from transpixeler.data.media.clip import BadMedia, Clip
 from transpixeler.data.media.fill import Fill
-from transpixeler.data.prompts import negative_prompt, read_prompts
+from transpixeler.data.prompts import read_prompts
 from transpixeler.data.sources.pairs import Sample, decode_pair
 from transpixeler.evaluation import metrics
 from transpixeler.flow import objective
@@ -35,10 +35,11 @@ from transpixeler.models.backbone import Conditions, VideoModel, model_class
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling import generate
-from transpixeler.sampling import sampler as samplers
 from transpixeler.sampling.files import FACTS
-from transpixeler.sampling.sampler import Frames, Request, Sampler
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.sampler import Sampler, turns
+from transpixeler.sampling.texts import cached_prompts
+from transpixeler.sampling.video import Video, check_background, name_part, settings, video_shape, write_video
 
 logger = logging.getLogger("transpixeler")
 
@@ -74,24 +75,17 @@ class Evaluator:
         self.pause = pause
         self.model_cls: type[VideoModel] = model_class(config.model.family)
         self.prompts = read_prompts(config.sample)  # once: the file may be edited while a run goes on
-        self.texts = self._prompt_texts()
-        self.sampler = Sampler(
-            engine, mesh, config.sample, self.texts.get(negative_prompt(config.sample, self.model_cls))
-        )
+        # before the first step, so that a wrong size is told now
+        self.prompt_layout = video_shape(config, self.model_cls).layout if self.prompts else None
+        self.texts = cached_prompts(config, data, self.model_cls)
+        self.sampler = Sampler(engine, mesh, config.sample, self.texts.negative)
         self.frames = Frames(self.model_cls, config.model.path, mesh.device)
         patch = engine.models()[0].patch
         self.assembler = Assembler(data, patch=patch, text_len=self.model_cls.text_len) if data.items else None
         self.pieces = pieces(data, config)
         if self.prompts or spread(self.pieces, config.eval.samples):  # as videos are made
-            generate.check_background(config)
+            check_background(config)
         self._floors: dict[int, dict[str, float]] = {}  # by clip; it does not change as the model learns
-
-    def _prompt_texts(self) -> dict[str | None, Tensor]:
-        """[text_len, text_dim] of each prompt, as the cache holds it."""
-        if self.prompts:
-            generate.video_layout(self.config, self.model_cls)  # a wrong size is told now
-        texts = {prompt: self.data.cache.text(key) for prompt, key in self.data.prompts.items()}
-        return {prompt: samplers.padded(text, self.model_cls.text_len) for prompt, text in texts.items()}
 
     @property
     def has_work(self) -> bool:
@@ -103,7 +97,7 @@ class Evaluator:
         """Each stream's error at each time, mean over the clips. A collective call."""
         mine: dict[int, list[list[float]]] = {}
         with self.engine.evaluating():
-            for number, counts in samplers.turns(len(self.pieces), self.mesh):
+            for number, counts in turns(len(self.pieces), self.mesh):
                 self.pause()
                 errors = self._errors(self.pieces[number])
                 if counts and self.mesh.is_first_stage:
@@ -141,7 +135,7 @@ class Evaluator:
         """
         plan = self._requests()
         mine: dict[int, dict[str, float]] = {}
-        for number, latents in self.sampler.each([request for request, _ in plan], pause=self.pause):
+        for number, latents in self.sampler.each([request for request, _ in plan], after_step=self.pause):
             if self.mesh.is_first_stage:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
@@ -155,7 +149,7 @@ class Evaluator:
             name: _mean_of(everyone[n] for n in sorted(everyone) if names[n] == name) for name in dict.fromkeys(names)
         }
 
-    def _requests(self) -> list[tuple[Request, Piece | None]]:
+    def _requests(self) -> list[tuple[Video, Piece | None]]:
         """Held-out captions at their clips' sizes, then prompts at `sample.size`; seeds count up and never change."""
         seed, plan = self.config.sample.seed, []
         for piece in spread(self.pieces, self.config.eval.samples):
@@ -163,12 +157,12 @@ class Evaluator:
             batch = self.assembler.batch(np.array([piece.item]), slots=range(1))
             streams = batch.layout.unpack(batch.latents)
             given = {stream: streams[stream][0] for stream in piece.given}
-            name = f"{len(plan)}-{generate.named(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
-            plan.append((Request(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
+            name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
+            plan.append((Video(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
         for prompt in self.prompts:
-            layout = generate.video_layout(self.config, self.model_cls)
-            name = f"{len(plan)}-{generate.named(prompt)}"
-            plan.append((Request(name, prompt, self.texts[prompt], seed + len(plan), layout), None))
+            assert self.prompt_layout is not None
+            name = f"{len(plan)}-{name_part(prompt)}"
+            plan.append((Video(name, prompt, self.texts.by_prompt[prompt], seed + len(plan), self.prompt_layout), None))
         return plan
 
     def _measures(self, piece: Piece | None, streams: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -196,7 +190,7 @@ class Evaluator:
             return {}
         return {"vae_psnr": metrics.psnr(rgb / np.float32(255), self._given_back(piece)[0])}
 
-    def _drift(self, request: Request, folder: Path, base: Path | None) -> dict[str, float]:
+    def _drift(self, request: Video, folder: Path, base: Path | None) -> dict[str, float]:
         """Of generated RGB from the base's; both as they were written, so that what the file costs is in neither.
 
         A resumed run may have other settings than it began with; then the two have nothing to do with each other.
@@ -205,7 +199,7 @@ class Evaluator:
         if 0 in request.given or len(files) < 2 or not all(file.is_file() for file in files):
             return {}
         told = json.loads((base / request.name / FACTS).read_text(encoding="utf-8"))
-        if not generate.settings(request, self.config.sample).items() <= told.items():
+        if not settings(request, self.config.sample).items() <= told.items():
             return {}
         ours, theirs = (read_video(file) / np.float32(255) for file in files)
         return {"rgb_drift": metrics.rgb_drift(ours, theirs)} if ours.shape == theirs.shape else {}
@@ -220,9 +214,9 @@ class Evaluator:
         batch = self.assembler.batch(np.array([piece.item]), slots=range(1))
         return [frames / np.float32(255) for frames in self.frames.decode(batch.latents[0], batch.layout).values()]
 
-    def _write(self, folder: Path, request: Request, streams: Mapping[str, np.ndarray], facts: Mapping) -> None:
+    def _write(self, folder: Path, request: Video, streams: Mapping[str, np.ndarray], facts: Mapping) -> None:
         try:
-            generate.write_video(folder, request, streams, self.config, facts)
+            write_video(folder, request, streams, self.config, facts)
         except (OSError, UserError) as fault:  # the numbers stand; training waits for no disk and no lost background
             logger.error("%s was not written: %s", folder / request.name, fault)
 

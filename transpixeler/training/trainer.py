@@ -40,7 +40,7 @@ from transpixeler.runs import checkpoint, telemetry
 from transpixeler.runs import folder as run_folder
 from transpixeler.runs.checkpoint import Checkpointer
 from transpixeler.runs.folder import Requests, Run, Stopped
-from transpixeler.sampling.trained import base_weights, first_adapter, first_scopes, make_model
+from transpixeler.sampling.model import base_weights, initial_adapter, initial_scopes, make_model
 from transpixeler.training import ema, optim, preflight
 from transpixeler.training.account import Account
 from transpixeler.training.agreement import Facts, Wishes, agree
@@ -326,8 +326,8 @@ class Trainer:
         """The adapter that training starts from, and the scopes that it brought, which stay when it is resumed."""
         if self.run.resume_from is not None:
             return None, checkpoint.read_state(self.run.resume_from).get("scopes", {})
-        start = first_adapter(self.config)
-        scopes = first_scopes(self.config, start)
+        start = initial_adapter(self.config)
+        scopes = initial_scopes(self.config, start)
         if scopes:
             parts = dict.fromkeys(f"{lora.inside(target)}: {scope}" for target, scope in scopes.items())
             logger.info("lora.init_from: scopes of the adapter in place of lora.scope: %s", ", ".join(parts))

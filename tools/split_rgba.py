@@ -8,6 +8,7 @@ blank, opaque, standing still) is left out with its reason. The same command goe
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from transpixeler.config import UserError
 from transpixeler.data.media.clip import BadMedia, Clip, Media
 from transpixeler.data.media.decode import frame_numbers, is_premultiplied, probe, stream_rgba
-from transpixeler.data.media.fill import Fill, filled, random_color, scaled_straight, unpremultiplied
+from transpixeler.data.media.fill import Fill, filled, scaled_straight
 from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.sources.folder import MEDIA_ENDINGS, is_sequence
 from transpixeler.files import write_text
@@ -240,6 +241,19 @@ def _fill(job: Job, options: Options) -> Fill:
     if options.fill == "random":
         return Fill("color", random_color(job.name.as_posix()))
     return Fill(options.fill, options.color if options.fill == "color" else (0, 0, 0))
+
+
+def random_color(name: str) -> tuple[int, int, int]:
+    """Return a colour for a clip, the same on every machine."""
+    red, green, blue = hashlib.sha256(name.encode()).digest()[:3]
+    return red, green, blue
+
+
+def unpremultiplied(rgba: np.ndarray) -> np.ndarray:
+    """Return uint8 [H,W,4] in straight colour, of colour times alpha; what has no alpha has no colour."""
+    alpha = rgba[..., 3:].astype(np.float32)
+    color = np.where(alpha > 0, rgba[..., :3] * (255 / np.maximum(alpha, 1)), 0)
+    return np.concatenate([color.round().clip(0, 255).astype(np.uint8), rgba[..., 3:]], axis=2)
 
 
 def _check_alpha(cut: Cut) -> None:

@@ -329,7 +329,7 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datase
         keys = [key for item in kept for key in (*item.latent_keys, item.text_key)]
         if absent := cache.missing([*keys, found.empty_text_key]):
             raise UserError(
-                f"{found.folders[0]}: {len(absent)} records are not there on {platform.node()}. Hosts must share the cache "
+                f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
                 "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
             )
         skipped = (*found.skipped[name], *reasons.items())

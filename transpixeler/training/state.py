@@ -27,7 +27,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import restore, training_state
 from transpixeler.runs.folder import Run
 from transpixeler.runs.restore import Restored
-from transpixeler.sampling.trained import first_adapter, first_scopes
+from transpixeler.sampling.model import initial_adapter, initial_scopes
 from transpixeler.training import optim
 from transpixeler.training.ema import Ema
 from transpixeler.training.identity import Identity
@@ -47,8 +47,8 @@ def find_beginning(config: Config, restored: Restored | None) -> Beginning:
     """Read `lora.init_from`. A resumed run keeps the scopes and takes its weights from the checkpoint."""
     if restored is not None:
         return Beginning(None, restored.state.get("scopes", {}))
-    adapter = first_adapter(config)
-    scopes = first_scopes(config, adapter)
+    adapter = initial_adapter(config)
+    scopes = initial_scopes(config, adapter)
     if scopes:
         parts = dict.fromkeys(f"{lora.inside(target)}: {scope}" for target, scope in scopes.items())
         logger.info("lora.init_from: the adapter's scopes replace lora.scope: %s", ", ".join(parts))

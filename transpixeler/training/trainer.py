@@ -23,7 +23,7 @@ from transpixeler.runs import opening, telemetry
 from transpixeler.runs.controls import Controls, Stopped, listening
 from transpixeler.runs.folder import LOG, Run
 from transpixeler.runs.manifest import write_manifest
-from transpixeler.sampling.trained import base_weights, make_model
+from transpixeler.sampling.model import base_weights, make_model
 from transpixeler.training import identity, optim, overview, preflight
 from transpixeler.training.agreement import Facts, agree
 from transpixeler.training.batches import micro_batch, open_loader

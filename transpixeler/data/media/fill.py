@@ -5,7 +5,6 @@ Colours are scaled times alpha whenever they are filled: what was invisible must
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -43,12 +42,6 @@ OVER, SHARE = 4, 0.02  # so much brighter than its alpha, in so many of the soft
 FADED, FEW = 0.75, 16  # the softer half of them is so much darker, where there are enough to say
 
 
-def random_color(name: str) -> tuple[int, int, int]:
-    """A colour for a clip, the same on every machine."""
-    red, green, blue = hashlib.sha256(name.encode()).digest()[:3]
-    return red, green, blue
-
-
 def looks_premultiplied(frames: Iterable[np.ndarray]) -> bool:
     """Whether uint8 [H,W,4] frames hold colour times alpha: then no soft pixel is brighter than its alpha, and the
     softer are the darker, which tells them from what is dark by itself.
@@ -66,13 +59,6 @@ def looks_premultiplied(frames: Iterable[np.ndarray]) -> bool:
     if over >= SHARE * counts.sum():
         return False
     return bool(counts.min() < FEW or sums[0] / counts[0] < FADED * sums[1] / counts[1])
-
-
-def unpremultiplied(rgba: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,4] colour times alpha as straight colour; what has no alpha has no colour."""
-    alpha = rgba[..., 3:].astype(np.float32)
-    color = np.where(alpha > 0, rgba[..., :3] * (255 / np.maximum(alpha, 1)), 0)
-    return np.concatenate([color.round().clip(0, 255).astype(np.uint8), rgba[..., 3:]], axis=2)
 
 
 def scaled_straight(rgba: np.ndarray, *, height: int, width: int, premultiplied: bool = False) -> np.ndarray:

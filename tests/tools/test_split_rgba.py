@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from split_rgba import random_color, unpremultiplied
 
 from tests.support.toolbox import FPS, PAIR, SCENES, all_frames, multiplied, scanned, stack, tool
 from transpixeler.config import DataConfig, SourceConfig
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
-from transpixeler.data.media.fill import Fill, looks_premultiplied, random_color, unpremultiplied
+from transpixeler.data.media.fill import Fill, looks_premultiplied
 from transpixeler.data.media.write import write_png_sequence, write_prores4444, write_webm_alpha
 from transpixeler.data.sources.pairs import decode_pair, scan
 from transpixeler.demo.scenes import FILL, Attributes, Format, Scene, scenes

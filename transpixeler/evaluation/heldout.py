@@ -24,7 +24,8 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.data.media import decode
-from transpixeler.data.media.clip import BadMedia, Clip
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.prompts import negative_prompt, read_prompts
 from transpixeler.data.sources.pairs import Sample, decode_pair
@@ -90,7 +91,7 @@ class Evaluator:
         """[text_len, text_dim] of each prompt, as the cache holds it."""
         if self.prompts:
             generate.video_layout(self.config, self.model_cls)  # a wrong size is told now
-        texts = {prompt: self.data.cache.text(key) for prompt, key in self.data.prompts.items()}
+        texts = {prompt: self.data.cache.get(key) for prompt, key in self.data.prompts.items()}
         return {prompt: samplers.padded(text, self.model_cls.text_len) for prompt, text in texts.items()}
 
     @property

@@ -20,7 +20,8 @@ from transpixeler.config import Config, SampleConfig, UserError
 from transpixeler.data.buckets import first_bucket
 from transpixeler.data.catalog import patch_of
 from transpixeler.data.media import decode
-from transpixeler.data.media.clip import BadMedia, Clip
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.prompts import negative_prompt, prompt_lines, read_prompts
 from transpixeler.models.backbone import VideoModel, model_class
 from transpixeler.models.streams import StreamLayout

@@ -138,7 +138,7 @@ def test_a_page_goes_into_a_folder_and_a_place_that_takes_none_is_told_before_th
     assert (tmp_path / "inspect.html").stat().st_size > 1000
     assert cli.main([*words, str(tmp_path / "new/folder/page.html")]) == 0
     assert (tmp_path / "new/folder/page.html").is_file()
-    monkeypatch.setattr(dataset, "scan", None)
+    monkeypatch.setattr(dataset, "survey", None)
     for place in (tmp_path / "inspect.html/page.html", tmp_path / ("x" * 300), Path("/proc/page.html")):
         assert cli.main([*words, str(place)]) == 2
         assert f"--out: {place} cannot be written" in capsys.readouterr().err

@@ -96,15 +96,15 @@ def million(folder: Path, count: int) -> tuple[float, float]:
 
 def ways_to_read(folder: Path, count: int, out: Tensor) -> dict[str, Callable[[int], object]]:
     cache = Cache(folder / "cache")
-    numbers = torch.stack([cache.latent(key(n, stream)) for n in range(count) for stream in range(STREAMS)])
+    numbers = torch.stack([cache.get(key(n, stream)) for n in range(count) for stream in range(STREAMS)])
     numbers = numbers.view(count, *out.shape)
 
     def view(number: int) -> list[Tensor | None]:
-        return [cache.latent(key(number, stream)) for stream in range(STREAMS)]
+        return [cache.get(key(number, stream)) for stream in range(STREAMS)]
 
     def copied(number: int) -> None:
         for stream in range(STREAMS):
-            out[stream].copy_(cache.latent(key(number, stream)))
+            out[stream].copy_(cache.get(key(number, stream)))
 
     def verified(number: int) -> None:
         for stream in range(STREAMS):

@@ -13,7 +13,8 @@ import numpy as np
 
 from transpixeler.config import Config
 from transpixeler.data.media import decode
-from transpixeler.data.media.clip import BadMedia, Clip
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.sources.pairs import Sample, decode_pair
 from transpixeler.evaluation import metrics

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from transpixeler.config import Config, UserError
-from transpixeler.data.buckets import Bucket, assign
+from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import cache_folders, latent_shape
 from transpixeler.data.dataset import Dataset, Item
-from transpixeler.data.media.probe import Probes
 from transpixeler.data.order import Order
-from transpixeler.data.sources.pairs import scan
+from transpixeler.data.survey import Survey, survey
 from transpixeler.models.backbone import VideoModel
 from transpixeler.models.costs import step_flops
 from transpixeler.models.streams import StreamLayout
@@ -134,23 +133,22 @@ def _estimate(config: Config, model: VideoModel, machine: Machine) -> Estimate:
 
 def _dataset(config: Config, model: VideoModel, key: str) -> Dataset:
     """Return the clips of `data.KEY`, without cache records."""
-    sources = getattr(config.data, key)
-    if not sources:
-        return Dataset((), model.streams, b"", Cache(), key)
-    probes = Probes(cache_folders(config)[0])
-    found = scan(sources, config.streams, config.data, probe=probes)
-    probes.save()
-    assigned = assign(
-        found.samples, sources, config.data, vae_stride=model.vae_stride, patch=model.patch, seed=config.seed
+    sources, found = getattr(config.data, key), Survey()
+    if sources:
+        found = survey(
+            sources,
+            config.streams,
+            config.data,
+            vae_stride=model.vae_stride,
+            patch=model.patch,
+            seed=config.seed,
+            memory=cache_folders(config)[0],
+        )
+    items = tuple(
+        Item(clip.id, sample.id, sample.caption, bucket, (), b"", sources[sample.source].repeats)
+        for sample, clip, bucket in found.clips
     )
-    samples = {sample.id: sample for sample in found.samples}
-    items = []
-    for bucket, clip in assigned.clips:
-        sample = samples[clip.sample_id]
-        repeats = sources[sample.source].repeats
-        items.append(Item(clip.id, sample.id, sample.caption, bucket, (), b"", repeats))
-    bad = tuple((sample.id, sample.reason) for sample in found.bad)
-    return Dataset(tuple(items), model.streams, b"", Cache(), key, (*bad, *assigned.dropped))
+    return Dataset(items, model.streams, b"", Cache(), key, found.skipped)
 
 
 def _loads(model: VideoModel, order: Order, train: Dataset) -> list[Load]:

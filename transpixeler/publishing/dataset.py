@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
-from transpixeler.data.buckets import Bucket, assign
-from transpixeler.data.media.clip import BadMedia
+from transpixeler.data.buckets import Bucket
 from transpixeler.data.media.decode import read_frames, read_rgba
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.sources.candidate import BadSample
-from transpixeler.data.sources.pairs import Sample, scan
+from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.survey import survey
 
 PAGE = "inspect.html"
 FLAGS = {
@@ -96,17 +97,18 @@ def inspect_dataset(
 ) -> Inspection:
     """Open and judge every sample, and write the page, into `out` if it is a folder; no bad sample stops it."""
     page = _page_at(out)
-    found = scan(sources, streams, replace(data, on_bad="skip"))
+    found = survey(sources, streams, replace(data, on_bad="skip"), vae_stride=vae_stride, patch=patch, seed=seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         judged = list(pool.map(lambda sample: _card(sample, data), found.samples))
     cards = [card for card in judged if isinstance(card, Card)]
     bad = (*found.bad, *(card for card in judged if isinstance(card, BadSample)))
-    usable = [card.sample for card in cards]
-    assigned = assign(usable, sources, data, vae_stride=vae_stride, patch=patch, seed=seed)
-    buckets = sorted(Counter(bucket for bucket, _ in assigned.clips).items(), key=lambda item: item[0], reverse=True)
+    usable = {card.sample.id for card in cards}
+    clips = Counter(bucket for sample, _, bucket in found.clips if sample.id in usable)
+    buckets = sorted(clips.items(), key=lambda item: item[0], reverse=True)
+    dropped = tuple((name, reason) for name, reason in found.dropped if name in usable)
     counts = Counter(flag for card in cards for flag in card.flags)
     flags = tuple((flag, counts[flag]) for flag in FLAGS)
-    report = Inspection(len(cards), bad, assigned.dropped, tuple(buckets), flags, page, _expected(streams))
+    report = Inspection(len(cards), bad, dropped, tuple(buckets), flags, page, _expected(streams))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(_page(report, cards, sources), encoding="utf-8")
     return report

@@ -16,8 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from transpixeler.config import Config, SampleConfig, UserError
-from transpixeler.data.media.clip import BadMedia, Clip
+from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.prompts import prompt_lines, read_prompts
 from transpixeler.models.backbone import model_class
 from transpixeler.parallel import mesh as meshes

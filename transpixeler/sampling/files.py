@@ -17,7 +17,8 @@ import numpy as np
 
 from transpixeler.config import UserError
 from transpixeler.data.media import decode
-from transpixeler.data.media.clip import BadMedia, Clip
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.write import (
     write_browser_mp4,
     write_png,

@@ -52,7 +52,7 @@ def cached_prompts(config: Config, data: Dataset, model_cls: type[VideoModel]) -
     """Return the embeddings of the prompts that a data set's cache holds, and of the negative prompt among them."""
     found: dict[str, Tensor] = {}
     for prompt, key in data.prompts.items():
-        text = data.cache.text(key)
+        text = data.cache.get(key)
         assert text is not None, f"the cache was filled without the prompt {prompt!r}"
         found[prompt] = text
     return _padded(found, negative_prompt(config.sample, model_cls), model_cls.text_len)

@@ -67,7 +67,7 @@ def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) 
     run = opening.open_run(config, runtime, None)
     with controls.listening(run, runtime) as asked:
         made = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), run, asked)
-        made.keeper.finish = lambda: None  # a checkpoint holds copies, which on a GPU lie in host memory
+        made.keeper.finish = lambda controls: None  # a checkpoint holds copies, which on a GPU lie in host memory
         gc.collect()
         whole_text = mock.patch.object(wan, "fold_padding", lambda rows: (rows, None))  # as a GPU computes it
         with BytesHeld() as held, whole_text:

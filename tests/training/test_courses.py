@@ -86,7 +86,7 @@ def test_replicas_share_the_copying_of_what_all_of_them_hold(demo: Path, tmp_pat
 
 
 class Counting(torch.optim.SGD):
-    """As some of other libraries: it finds its rate itself, keeps it in its groups, and counts without tensors."""
+    """Works as some of other libraries do: finds its rate itself, keeps it in its groups, counts without tensors."""
 
     def __init__(self, params: Any, lr: float = 0.1, d0: float = 1.0) -> None:
         super().__init__(params, lr=lr)
@@ -260,7 +260,7 @@ def test_sigterm_ends_a_run_that_has_not_begun_and_saves_one_that_has(tmp_path: 
 
 
 def _fails_inside(rank: int, world_size: int) -> bool:
-    """Whether a group is left alone by a rank that fails, and taken apart by one that does not."""
+    """Check that a group is left alone by a rank that fails, and taken apart by one that does not."""
     os.environ["MASTER_ADDR"] = "localhost"
     for error in (ValueError, None):
         try:

@@ -122,7 +122,7 @@ def test_two_real_ranks_train_what_one_process_trains(demo: Path, tmp_path: Path
 
 
 def _save_for_ever(rank: int, world_size: int, folder: Path, begin: int) -> None:
-    """Saves a state that names its step, over and over, until it is killed."""
+    """Save a state that names its step, over and over, until it is killed."""
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
     keeper = checkpointer.Checkpointer(folder, CheckpointConfig(keep=2), runtime)
     for step in range(begin, begin + 10_000):
@@ -186,7 +186,7 @@ def test_ctrl_c_under_torchrun_saves_on_all_ranks(demo: Path, tmp_path: Path) ->
     with launched(demo, tmp_path, 2, "train.max_steps=1000", "checkpoint.every_steps=0") as process:
         wait_for(process, tmp_path, 2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to torchrun, and to ranks in its group
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     checkpoint.check(newest(tmp_path))
     assert checkpoint.step_of(newest(tmp_path)) == steps(tmp_path)

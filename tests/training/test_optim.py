@@ -71,7 +71,7 @@ def test_every_optimizer_lowers_a_simple_loss_and_resumes_from_its_tensors(
 
 
 def test_compiled_updates_of_one_family_are_not_kept_for_another() -> None:
-    """In a process of its own, as a user's: the tests' others turn that cache off before torch is loaded."""
+    """Runs in a process of its own, as a user's: the tests' others turn that cache off before torch is loaded."""
     program = (
         "import torch; from tests import tiny; from transpixeler import optim, trainer\n"
         "from torch._functorch import config\n"
@@ -157,7 +157,7 @@ def test_orthogonalized_singular_values_are_near_one() -> None:
 
 
 def _shared_steps(rank: int, world_size: int) -> tuple[bool, list[int]]:
-    """Whether parameters that steps share are those that each rank steps alone, and how many matrices each made."""
+    """Check that parameters that steps share are those that each rank steps alone, and how many matrices each made."""
     made: list[int] = []
     orthogonalize = optim.orthogonalize
 

@@ -68,7 +68,7 @@ def test_a_stage_that_trains_nothing_saves_means_and_starts_from_an_adapter(demo
 
 
 def published(config: Config, file: Path) -> Path:
-    """As the published code writes its adapters: on ten linears of each block, some of them on all streams."""
+    """Write an adapter as the published code does: on ten linears of each block, some of them on all streams."""
     torch.manual_seed(3)
     model, stored = make_model(config), {}
     for name, linear in lora.targets(model).items():
@@ -245,7 +245,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(demo: Path, tmp_path:
 
 
 def _nonfinite(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> str:
-    """Trains with a base that overflows."""
+    """Train with a base that overflows."""
     from transpixeler.parallel import pipeline
 
     original = pipeline.mean_squared_errors

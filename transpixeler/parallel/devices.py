@@ -1,4 +1,7 @@
-"""What is known of a device: its peak speed and its memory by its name, and how much memory this process used of it."""
+"""Look up a GPU's peak speed and memory by its name, and measure how much memory this process used.
+
+In: a device or its name. Out: TFLOP/s and GiB, for plans and for the records of steps.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Controls:
-    """What this rank was asked since the last checkpoint: by signal on any rank, by file on rank 0."""
+    """Everything that this rank was asked since the last checkpoint: by signal on any rank, by file on rank 0."""
 
     folder: Path
     is_main: bool

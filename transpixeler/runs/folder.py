@@ -1,4 +1,4 @@
-"""The folder of one run: the names of what stands in it, and where a config's runs are.
+"""Name what stands in a run's folder, and find the folders of a config's runs.
 
 In: a config or a run's path. Out: paths. Everything that writes or reads a run asks here for its names.
 """

@@ -106,8 +106,14 @@ def _new(config: Config, runtime: Runtime) -> Run:
         write_text(folder / JOB, launch().job)
         write_text(folder / CONFIG, configfile.dump(config))
     runtime.barrier()
-    _check_shared(folder, runtime)
-    return Run(folder, made=True)
+    run = Run(folder, made=True)
+    try:
+        _check_shared(folder, runtime)
+    except UserError:
+        if runtime.is_main:
+            discard(run)
+        raise
+    return run
 
 
 def _check_shared(folder: Path, runtime: Runtime) -> None:

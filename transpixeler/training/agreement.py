@@ -20,7 +20,7 @@ T_BINS = 5  # equal parts of [0, 1], by which losses are told
 
 @dataclass(frozen=True)
 class Due:
-    """What is due at a step boundary; what is due on one rank is due on all."""
+    """Saves that are due at a step boundary, and reasons to stop; what is due on one rank is due on all."""
 
     save: bool = False  # a checkpoint, by file or signal
     quit: bool = False  # likewise, with the end of training
@@ -31,7 +31,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a step came to; the same on every rank."""
+    """Results of a step; the same on every rank."""
 
     loss: float
     grad_norm: float

@@ -31,7 +31,7 @@ WEIGHTS_AND_SHAPES = {".safetensors", ".pth", ".pt", ".bin", ".json"}
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run trains, in short hashes."""
+    """Code, base and clips of a run, in short hashes."""
 
     code: str
     base: str
@@ -54,7 +54,7 @@ def check(config: Config, runtime: Runtime, run: Run, base: Path, data: Datasets
 
 
 class Rank(NamedTuple):
-    """What one rank runs, and where."""
+    """Code and base of one rank, and the host that it runs on."""
 
     host: str
     code: str

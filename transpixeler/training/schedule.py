@@ -16,7 +16,7 @@ from transpixeler.training import optim
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen in one training."""
+    """Steps and epochs of one training, and what is due at each."""
 
     config: Config
     order: Order

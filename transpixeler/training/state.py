@@ -56,7 +56,7 @@ def find_beginning(config: Config, restored: Restored | None) -> Beginning:
 
 
 class TrainingState:
-    """What training changes, on this rank."""
+    """Everything that training changes on this rank."""
 
     def __init__(
         self, config: Config, runtime: Runtime, engine: Engine, beginning: Beginning, identity: Identity

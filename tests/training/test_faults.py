@@ -79,7 +79,8 @@ def test_drafts_of_a_killed_run_are_removed_when_it_goes_on(demo: Path, tmp_path
     for name in (".metrics.jsonl.0123456789ab.tmp", ".manifest.json.0123456789ab.new"):
         (tmp_path / "mine" / name).touch()
     assert train(demo, tmp_path, "train.max_steps=2", "--resume") == 0
-    assert not [path.name for path in (tmp_path / "mine").iterdir() if path.name.startswith(".")]
+    hidden = {path.name for path in (tmp_path / "mine").iterdir() if path.name.startswith(".")}
+    assert hidden == {folder.JOB}
 
 
 # --- optimizers by name ----------------------------------------------------------------------------------------------

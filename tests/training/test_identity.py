@@ -124,6 +124,29 @@ def test_a_host_with_another_base_is_named(demo: Path, tmp_path: Path) -> None:
         run_ranks(_with_another_base, 2, demo / "config.yaml", words, other)
 
 
+def _with_other_clips(rank: int, world_size: int, folders: list[Path]) -> str:
+    config = configfile.from_overrides([f"data.train=[{{path: {folders[rank]}}}]"])
+    try:
+        identity.check_sources(config, Runtime(rank, world_size, rank, torch.device("cpu")))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_hosts_that_see_other_clips_are_told_so(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    for folder, names in ((one, "ab"), (same, "ab"), (other, "a")):
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.mp4").write_bytes(b"frames")
+    assert run_ranks(_with_other_clips, 2, [one, same]) == ["", ""]
+    for said in run_ranks(_with_other_clips, 2, [one, other]):
+        assert said.startswith((f"data.train: {one}", f"data.train: {other}"))
+        assert "holds other files for rank 1" in said
+    (same / "b.mp4").write_bytes(b"longer frames")
+    assert "holds other files" in run_ranks(_with_other_clips, 2, [one, same])[0]
+
+
 def _with_own_folder(rank: int, world_size: int, folders: list[Path]) -> str:
     opening.SHOWN_SECONDS = 0.5
     config = configfile.from_overrides([f"output_dir={folders[rank]}", "run_name=mine"])

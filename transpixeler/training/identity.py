@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ logger = logging.getLogger("transpixeler")
 SMALL_FILE = 64 << 20  # bytes up to which a file is read whole
 BLOCK = 4096  # bytes read of each tensor of a larger file, or of each part of one that is no safetensors
 PARTS = 1024  # of a larger file that is no safetensors
+SIZES_READ = 256  # of a data set's files: asking a network disk for each of a million would take minutes
 WEIGHTS_AND_SHAPES = {".safetensors", ".pth", ".pt", ".bin", ".json"}
 
 
@@ -51,6 +53,21 @@ def check(config: Config, runtime: Runtime, run: Run, base: Path, data: Datasets
         for line in compare(run.restored.state.get("identity"), found, config, run.changed):
             logger.warning("%s", line)
     return found
+
+
+def check_sources(config: Config, runtime: Runtime) -> None:
+    """Refuse hosts that see other files in the data sets than rank 0, whose list of clips all ranks encode from."""
+    if runtime.world_size == 1:
+        return
+    for key, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        for source in sources:
+            seen = runtime.gather((platform.node(), source_fingerprint(Path(source.path).expanduser())))
+            for number, (host, files) in enumerate(seen):
+                if files != seen[0][1]:
+                    raise UserError(
+                        f"data.{key}: {source.path} holds other files for rank {number} on {host} than for rank 0 on "
+                        f"{seen[0][0]}; all hosts must see the same data"
+                    )
 
 
 class Rank(NamedTuple):
@@ -138,6 +155,20 @@ def data_fingerprint(data: Dataset) -> dict[str, Any]:
         names.update(f"{item.id}\0{item.bucket}\0{item.repeats}\n".encode("utf-8", "surrogateescape"))
         records.update(b"".join([*item.latent_keys, item.text_key]))
     return {"clips": len(data.items), "names": names.hexdigest(), "records": records.hexdigest()}
+
+
+def source_fingerprint(source: Path) -> str:
+    """Return a hash of a manifest's size, or of the names of a folder's files and the sizes of some of them."""
+    digest = _hash()
+    files = [source]
+    if source.is_dir():
+        with os.scandir(source) as entries:
+            names = sorted(entry.name for entry in entries if not entry.is_dir())
+        digest.update("\0".join(names).encode("utf-8", "surrogateescape"))
+        files = [source / name for name in names[:: -(-len(names) // SIZES_READ) or 1]]
+    for file in files:
+        digest.update(f"{file.stat().st_size if file.is_file() else 'absent'}\0".encode())
+    return digest.hexdigest()
 
 
 def base_fingerprint(base: Path, fused: Sequence[str] = ()) -> str:

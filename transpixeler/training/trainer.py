@@ -71,6 +71,7 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, controls: Controls) -> None:
         self.config, self.controls = config, controls
         beginning = find_beginning(config, run.restored)
+        identity.check_sources(config, runtime)
         self.data = encode_missing(config, model_class(config.model.family), runtime)
         order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.schedule = make_schedule(config, order)

@@ -20,8 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from transpixeler.config import UserError
+from transpixeler.parallel.launch import launch
 
 logger = logging.getLogger("transpixeler")
 T = TypeVar("T")
@@ -97,6 +100,10 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
         if "MASTER_ADDR" not in os.environ:  # no torchrun: a group of one needs no rendezvous
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  public, but torch's stubs omit it
             options |= {"store": store, "rank": 0, "world_size": 1}
+        elif restarts := launch().restarts:
+            # torch 2.13 leaves the addresses of the failed attempt in the store, and ranks would try to reach them
+            shared, _, _ = next(rendezvous("env://", timeout=timeout))
+            options |= {"store": PrefixStore(f"restart{restarts}", shared), "rank": rank, "world_size": world_size}
         dist.init_process_group(backend, timeout=timeout, **options)
     log_to_terminal(rank)
     quiet_libraries()

@@ -25,10 +25,12 @@ from transpixeler.evaluation import metrics
 from transpixeler.models.backbone import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
-from transpixeler.sampling import trained
-from transpixeler.sampling.generate import encode_prompts, video_layout, video_size
-from transpixeler.sampling.sampler import Frames, Request, Sampler
-from transpixeler.sampling.trained import Trained
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.model import fit_layout, open_engine
+from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.saves import SavedModel, base_model, load_saved
+from transpixeler.sampling.texts import encode_prompts
+from transpixeler.sampling.video import Video, video_shape
 
 SHEET_ROWS = 6  # samples in the picture
 MATTING_TASK = "rgb_to_aux"
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_intermixed_args(argv)
     started = arguments.since or time.time()
     quiet_libraries()
-    source = trained.find(str(arguments.run), arguments.overrides, ema=False if arguments.raw else None)
+    source = load_saved(str(arguments.run), arguments.overrides, ema=False if arguments.raw else None)
     _check(source, arguments.run)
     with running() as runtime:
         log_to_terminal(runtime.rank)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
             print(json.dumps(plain(figures) | {"seconds": round(time.time() - started)}))
 
 
-def _check(source: Trained, asked: Path) -> None:
+def _check(source: SavedModel, asked: Path) -> None:
     """Refuse a run that cannot be measured, before minutes of sampling."""
     streams = tuple(source.config.streams)
     if len(streams) < 2:
@@ -76,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
 Figures = dict[str, dict[str, float]]  # what was sampled: measure: value
 
 
-def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | None = None) -> Figures:
+def measure(source: SavedModel, runtime: Runtime, *, count: int, picture: Path | None = None) -> Figures:
     """Return means over the captions, with the adapter and for the base; mattes too if those were trained."""
     wanted = held_out_captions(count)
     captions = [attributes.caption for attributes in wanted]
-    made, base = (sample(one, runtime, captions) for one in (source, trained.base(source.config)))
+    made, base = (sample(one, runtime, captions) for one in (source, base_model(source.config)))
     figures = {
         name: _means([_measured(videos[number], attributes) for number, attributes in enumerate(wanted)])
         for name, videos in (("adapter", made), ("base", base))
@@ -92,28 +94,28 @@ def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | No
     if source.config.objective.tasks.get(MATTING_TASK, 0) > 0:
         clips = _clips(source, count)
         given, captions = [true_streams(clip)["rgb"] for clip in clips], [clip.attributes.caption for clip in clips]
-        for one, measures in ((source, figures["adapter"]), (trained.base(source.config), figures["base"])):
+        for one, measures in ((source, figures["adapter"]), (base_model(source.config), figures["base"])):
             mattes = sample(one, runtime, captions, given=given)
             measures |= _means([_against(mattes[number], clip) for number, clip in enumerate(clips)])
     return figures
 
 
 def sample(
-    source: Trained, runtime: Runtime, captions: Sequence[str], *, given: Sequence[np.ndarray] | None = None
+    source: SavedModel, runtime: Runtime, captions: Sequence[str], *, given: Sequence[np.ndarray] | None = None
 ) -> Videos:
     """Sample a video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
-    config, layout = trained.arranged(source.config, runtime, asked=False)
+    config, layout = fit_layout(source.config, runtime, asked=False)
     source = dataclasses.replace(source, config=config)
     model_cls = model_class(config.model.family)
-    shape, mesh = video_layout(config, model_cls), meshes.build(layout, runtime)
+    shape, mesh = video_shape(config, model_cls).layout, meshes.build(layout, runtime)
     frames = Frames(model_cls, config.model.path, runtime.device)
-    texts, negative = encode_prompts(config, captions, model_cls, runtime)
-    requests = [
-        Request(f"{n}", caption, texts[caption], config.sample.seed + n, shape, _latents(given, n, frames))
+    texts = encode_prompts(config, captions, model_cls, runtime)
+    videos = [
+        Video(f"{n}", caption, texts.by_prompt[caption], config.sample.seed + n, shape, _latents(given, n, frames))
         for n, caption in enumerate(captions)
     ]
-    sampler = Sampler(trained.open_engine(source, mesh), mesh, config.sample, negative)
-    own = {n: frames.decode(latents, shape) for n, latents in sampler.each(requests) if mesh.is_first_stage}
+    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative)
+    own = {n: frames.decode(latents, shape) for n, latents in sampler.each(videos) if mesh.is_first_stage}
     return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
 
 
@@ -152,9 +154,9 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def _clips(source: Trained, count: int) -> Sequence[Scene]:
-    width, height, frames = video_size(source.config)
-    format = Format(width, height, frames, Fraction(source.config.data.fps))
+def _clips(source: SavedModel, count: int) -> Sequence[Scene]:
+    shape = video_shape(source.config, model_class(source.config.model.family))
+    format = Format(shape.width, shape.height, shape.frames, Fraction(source.config.data.fps))
     return scenes(count, formats=[format], held_out=True, seed=source.config.sample.seed + 1)
 
 

@@ -35,13 +35,23 @@ from torch import Tensor, nn
 
 from transpixeler import configfile
 from transpixeler.config import UserError
-from transpixeler.demo import write as demo_folder
-from transpixeler.demo.model import ASSETS, SCALES, Parts, measure_latents, random_parts, trained_parts, write_pipeline
+from transpixeler.demo.model import (
+    ASSETS,
+    LATENT_SCALES,
+    Parts,
+    measure_latents,
+    random_parts,
+    trained_parts,
+    write_pipeline,
+)
 from transpixeler.demo.scenes import Attributes, Format, all_attributes, scenes
+from transpixeler.demo.write import CONFIG as DEMO_CONFIG
+from transpixeler.demo.write import FORMATS as DEMO_FORMATS
+from transpixeler.demo.write import RECIPE, clip_names, write_rgb_clip
 from transpixeler.evaluation import metrics
 from transpixeler.files import whole, write_text
 from transpixeler.parallel.runtime import log_to_terminal, running
-from transpixeler.sampling import trained
+from transpixeler.sampling.saves import base_model
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -50,7 +60,7 @@ log = logging.getLogger("transpixeler")
 
 SQUARE = Format(64, 64, 17, Fraction(16))
 STILL = Format(64, 64, 1, Fraction(16))
-FORMATS = (*(format for other in demo_folder.FORMATS for format in (SQUARE, other)), STILL, STILL)
+FORMATS = (*(format for other in DEMO_FORMATS for format in (SQUARE, other)), STILL, STILL)
 MAX_BYTES = 8 * 2**20  # of all weights
 
 CARD = """\
@@ -145,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _same_as_begun(out: Path, arguments: argparse.Namespace) -> None:
     """Refuse a folder that was begun with other numbers than these, which the card would tell."""
-    asked = {name: getattr(arguments, name) for name in ("seed", "clips")} | {"recipe": demo_folder.RECIPE}
+    asked = {name: getattr(arguments, name) for name in ("seed", "clips")} | {"recipe": RECIPE}
     begun = out / "begun.json"
     made = json.loads(begun.read_text()) if begun.is_file() else asked
     for name, value in made.items():
@@ -209,7 +219,9 @@ def _clips(out: Path, arguments: argparse.Namespace) -> None:
             log.info("%s: %d clips", folder, count)
             with whole(folder) as unfinished:
                 drawn = scenes(count, formats=FORMATS, held_out=part == "eval", seed=arguments.seed + 1)
-                demo_folder.write_rgb(unfinished, drawn)
+                unfinished.mkdir()
+                for name, scene in zip(clip_names(drawn), drawn):
+                    write_rgb_clip(unfinished, name, scene)
 
 
 def _train(out: Path, arguments: argparse.Namespace) -> None:
@@ -237,7 +249,9 @@ def _deliver(out: Path, arguments: argparse.Namespace) -> None:
     weights.mkdir(exist_ok=True)
     model = WanPipeline.from_pretrained(out / "model")
     trained_transformer = type(model.transformer).from_pretrained(_save(out, arguments.steps) / "ema/transformer")
-    scales = json.dumps({name: list(model.vae.config[name]) for name in SCALES})  # one entry: several have no order
+    scales = json.dumps(
+        {name: list(model.vae.config[name]) for name in LATENT_SCALES}
+    )  # one entry: several have no order
     save_file(_halved(model.vae), weights / "vae.safetensors", metadata={"scales": scales})
     save_file(_halved(model.text_encoder), weights / "text_encoder.safetensors")
     save_file(_halved(trained_transformer), weights / "transformer.safetensors")
@@ -257,12 +271,12 @@ def _figures(out: Path, weights: Path, arguments: argparse.Namespace) -> dict[st
     parts = trained_parts(weights)
     figures = _vae_figures(parts, arguments) | {"text_separation": text_separation(parts)}
     write_pipeline(out / "trained", parts)
-    write_text(out / "demo.yaml", demo_folder.CONFIG)
+    write_text(out / "demo.yaml", DEMO_CONFIG)
     alone = ["streams.seg=null", "lora.enabled=false", "objective.tasks={joint: 1.0, rgb_to_aux: null}"]
     config = configfile.load(out / "demo.yaml", [f"model.path={(out / 'trained').resolve()}", *alone])
     wanted = held_out_captions(arguments.captions)
     with running() as runtime:
-        videos = sample(trained.base(config), runtime, [attributes.caption for attributes in wanted])
+        videos = sample(base_model(config), runtime, [attributes.caption for attributes in wanted])
     rows = [follows(videos[n]["rgb"], attributes) for n, attributes in enumerate(wanted)]
     right = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return figures | right | {"color_and_direction": float(np.mean([all(row.values()) for row in rows]))}

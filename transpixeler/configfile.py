@@ -53,9 +53,19 @@ class Tree:
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Return the config of a file, its bases and the overrides."""
+    return build(read(path), overrides)
+
+
+def read(path: str | Path) -> Tree:
+    """Read a file and its bases, for one or more configs to be built from."""
     tree = Tree()
     _merge_file(tree, Path(path), ())
-    return _build(tree, overrides)
+    return tree
+
+
+def build(tree: Tree, overrides: Iterable[str] = ()) -> Config:
+    """Build the config that a tree and overrides make together; the tree stays as it is."""
+    return _build(Tree(copy.deepcopy(tree.values), dict(tree.origins)), overrides)
 
 
 def from_overrides(overrides: Iterable[str]) -> Config:

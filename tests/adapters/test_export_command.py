@@ -19,7 +19,8 @@ from transpixeler.config import UserError
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.lora import inject
 from transpixeler.models.weights import load_weights
-from transpixeler.sampling.trained import base_weights, find
+from transpixeler.sampling.model import base_weights
+from transpixeler.sampling.saves import load_saved
 from transpixeler.training import saving
 
 
@@ -42,7 +43,7 @@ def test_a_runs_newest_whole_model_is_that_of_the_last_step_however_it_was_copie
         (folder / "config.yaml").write_text("streams: {rgb: ''}\nlora: {enabled: false}\n")
         os.utime(folder, (5000 - step, 5000 - step))
     (tmp_path / "config.yaml").write_text("streams: {rgb: ''}\n")
-    found = find(str(tmp_path))
+    found = load_saved(str(tmp_path))
     assert (found.name, found.step) == (str(tmp_path / "step2000"), 2000)
 
 
@@ -87,7 +88,7 @@ def test_an_adapter_of_a_fused_base_brings_what_is_fused_along(
     move_adapter(model)
     metadata = saving.Saver(config, *[None] * 2)._metadata(7, averaged=False)
     file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
-    assert find(str(file)).config.model == config.model
+    assert load_saved(str(file)).config.model == config.model
     for format in ("merged", "kohya"):
         assert cli.main(["export", str(file), "--format", format, "--out", str(tmp_path / format)]) == 0
     assert torch.allclose(output(our_model(tmp_path / "merged")), output(model), atol=1e-5)

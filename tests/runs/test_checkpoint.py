@@ -78,7 +78,7 @@ def test_a_checkpoint_is_read_as_it_was_written(honest: Path, here: Runtime) -> 
     optimizer = torch.optim.AdamW([weight])
     training_state.materialize(optimizer)
     filled = tensors(weight, optimizer)
-    restore.load(honest, filled, same_layout=True)
+    restore.load(restore.Restored.read(honest), filled, same_layout=True)
     assert float(filled["optimizer.weight.step"]) == 2 and bool((filled["model.weight"] < 1).all())
 
 
@@ -129,7 +129,7 @@ def test_nothing_that_metadata_names_is_run(folder: Path, here: Runtime, module:
     marker = folder.parent / "ran"
     forge(folder, named(module, name, f"touch {marker}"))
     with pytest.raises(UserError, match=r"\.metadata names .*which no checkpoint of ours does"):
-        restore.load(folder, {"model.weight": torch.zeros(8, 4)}, same_layout=True)
+        restore.load(restore.Restored.read(folder), {"model.weight": torch.zeros(8, 4)}, same_layout=True)
     assert not marker.exists()
 
 
@@ -138,7 +138,7 @@ def test_a_call_among_honest_values_is_not_run(folder: Path, here: Runtime) -> N
     forged.planner_data = {"model.weight": Call(os.system, f"touch {marker}")}
     forge(folder, pickle.dumps(forged))
     with pytest.raises(UserError, match="system"):
-        restore.load(folder, {"model.weight": torch.zeros(8, 4)}, same_layout=True)
+        restore.load(restore.Restored.read(folder), {"model.weight": torch.zeros(8, 4)}, same_layout=True)
     assert not marker.exists()
 
 
@@ -152,7 +152,7 @@ def test_an_entry_of_bytes_is_not_unpickled(folder: Path, here: Runtime) -> None
     forged.storage_data = {index: _StorageInfo("__0_0.distcp", 0, len(content.getvalue()))}
     forge(folder, pickle.dumps(forged))
     with pytest.raises(UserError, match="BytesStorageMetadata"):
-        restore.load(folder, {"model.weight": torch.zeros(8, 4)}, same_layout=True)
+        restore.load(restore.Restored.read(folder), {"model.weight": torch.zeros(8, 4)}, same_layout=True)
     assert not marker.exists()
 
 
@@ -163,7 +163,7 @@ def test_no_file_is_read_that_the_manifest_does_not_list(folder: Path, here: Run
     forged.storage_data = {index: _StorageInfo(path, p.offset, p.length) for index, p in forged.storage_data.items()}
     forge(folder, pickle.dumps(forged))
     with pytest.raises(UserError, match="which the manifest does not list"):
-        restore.load(folder, {"model.weight": torch.zeros(8, 4)}, same_layout=True)
+        restore.load(restore.Restored.read(folder), {"model.weight": torch.zeros(8, 4)}, same_layout=True)
 
 
 def test_what_a_pickle_does_to_a_class_it_names_harms_nobody(folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_metadata_that_is_cut_or_garbled_is_a_fault(folder: Path) -> None:
 
 def test_tensors_of_another_shape_are_refused(honest: Path, here: Runtime) -> None:
     with pytest.raises(UserError, match=r"model\.weight has shape \[8, 4\], not \[8, 5\]"):
-        restore.load(honest, {"model.weight": torch.zeros(8, 5)}, same_layout=True)
+        restore.load(restore.Restored.read(honest), {"model.weight": torch.zeros(8, 5)}, same_layout=True)
 
 
 def test_a_damaged_tensor_file_is_one_line(folder: Path, here: Runtime) -> None:
@@ -199,7 +199,7 @@ def test_a_damaged_tensor_file_is_one_line(folder: Path, here: Runtime) -> None:
     file.write_bytes(b"\0" * file.stat().st_size)
     listed(folder)
     with pytest.raises(UserError, match=r"tensors cannot be read \(UnpicklingError\); use another checkpoint$"):
-        restore.load(folder, {"model.weight": torch.zeros(8, 4)}, same_layout=True)
+        restore.load(restore.Restored.read(folder), {"model.weight": torch.zeros(8, 4)}, same_layout=True)
 
 
 # --- damaged manifests -----------------------------------------------------------------------------------------------

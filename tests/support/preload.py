@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 import tests.support.tiny
 import transpixeler.evaluation.command
-import transpixeler.sampling.generate
+import transpixeler.sampling.command
 import transpixeler.training.trainer
 
 torch.set_num_threads(1)

@@ -222,7 +222,7 @@ def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newes
 def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tuple, then: tuple, told: str) -> None:
     plain = configfile.plain(configfile.from_overrides(first))
     restored = Restored(tmp_path, {"config": plain}, Metadata({}))
-    assert opening.changes(configfile.from_overrides(first), restored) == ()
+    assert opening.changes(configfile.from_overrides(first), restored) == {}
     with pytest.raises(UserError, match=told):
         opening.changes(configfile.from_overrides([*first, *then]), restored)
 

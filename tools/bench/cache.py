@@ -98,7 +98,7 @@ def ways_to_read(folder: Path, count: int, out: Tensor) -> dict[str, Callable[[i
     cache = Cache(folder / "cache")
 
     def latent(number: int, stream: int) -> Tensor:
-        found = cache.latent(key(number, stream))
+        found = cache.get(key(number, stream))
         assert found is not None
         return found
 

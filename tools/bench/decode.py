@@ -18,7 +18,8 @@ import numpy as np
 from harness import alternate, finish, parser
 from rounds import COARSE
 
-from transpixeler.data.media.decode import Clip, frame_numbers, read_frames
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.decode import frame_numbers, read_frames
 
 FPS = Fraction(30)
 HEIGHT, WIDTH = 480, 832

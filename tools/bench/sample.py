@@ -1,8 +1,8 @@
 """Time a denoising step against the model's forward alone, and guidance in one batch of two against two forwards.
 
-In each measure a whole video is denoised by `sampling.denoise` with UniPC, asking the engine as the sampler does; the
-bar is the same number of the model's own forwards on the same inputs. All ratios are ours over theirs, so smaller is
-better: `x_forward` without guidance, `x_forward_guided` with it (against twice as many forwards), and `x_one_batch`,
+In each measure a whole video is denoised by `flow.solver.denoise` with UniPC, asking the engine as the sampler does;
+the bar is the same number of the model's own forwards on the same inputs. All ratios are ours over theirs, so smaller
+is better: `x_forward` without guidance, `x_forward_guided` with it (against twice as many forwards), and `x_one_batch`,
 what one batch of both halves takes of two forwards one after the other; `…_short` is that on a sequence of an eighth,
 where it matters more. Both ways must agree on the latents before anything is timed.
 """
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from transpixeler.config import LoraConfig, ParallelConfig
 from transpixeler.families.wan.model import WanModel
+from transpixeler.flow.solver import denoise, make_solver, start_noise
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.pipeline import Engine, Stage
-from transpixeler.sampling import sampler as samplers
+from transpixeler.sampling import sampler
 
 GUIDANCE = 5.0
 
@@ -53,7 +54,7 @@ class Denoising:
         f, h, w = grid
         self.engine, self.steps, (self.model,) = engine, args.steps, engine.models()
         self.layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
-        self.noise = samplers.start_noise(self.layout, seed=0)
+        self.noise = start_noise(self.layout, seed=0)
         self.text, self.negative = torch.randn(2, 512, args.text)
 
     def plain(self) -> Tensor:
@@ -66,13 +67,13 @@ class Denoising:
         return self._denoise(self.negative, together=False)
 
     def _denoise(self, negative: Tensor | None, *, together: bool) -> Tensor:
-        limit, samplers.TOGETHER = samplers.TOGETHER, self.layout.tokens if together else 0
+        limit, sampler.GUIDANCE_BATCH_TOKENS = sampler.GUIDANCE_BATCH_TOKENS, self.layout.tokens if together else 0
         try:
-            velocity = samplers.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
+            velocity = sampler.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
         finally:
-            samplers.TOGETHER = limit
-        solver = samplers.make_solver("unipc", steps=self.steps, shift=5.0)
-        return samplers.denoise(velocity, self.noise, self.layout, solver)
+            sampler.GUIDANCE_BATCH_TOKENS = limit
+        solver = make_solver("unipc", steps=self.steps, shift=5.0)
+        return denoise(velocity, self.noise, self.layout, solver)
 
     @torch.no_grad()
     def forwards(self, times: int = 1) -> None:

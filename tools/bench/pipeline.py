@@ -170,7 +170,7 @@ def run(options: Any) -> list[dict[str, list[tuple[float, float]]]]:
 
 
 def bubbles(found: list[dict[str, list[tuple[float, float]]]], name: str) -> Times:
-    """Of each step, the mean over the ranks."""
+    """Return the bubble of each step, the mean over the ranks."""
     steps = zip(*(rank[name] for rank in found))
     return Times(tuple(mean(1 - busy / seconds for seconds, busy in step) for step in steps))
 

@@ -89,7 +89,7 @@ def run(config: Path, *overrides: str) -> dict[str, float]:
 
 def write(folder: Path) -> Path:
     """Write a demo without its cache, in a process of its own, since this one loads no encoders."""
-    code = "import sys, pathlib; from transpixeler.demo import write_demo as w; w(pathlib.Path(sys.argv[1]), "
+    code = "import sys, pathlib; from transpixeler.demo.write import write_demo as w; w(pathlib.Path(sys.argv[1]), "
     made = [sys.executable, "-c", code + "train_clips=10, eval_clips=2)", str(folder)]
     subprocess.run(made, check=True, capture_output=True)
     return folder / "config.yaml"

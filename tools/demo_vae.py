@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from transpixeler.demo.scenes import Format, Scene, render, scenes
 from transpixeler.files import whole
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 log = logging.getLogger("transpixeler")
 
@@ -62,11 +62,12 @@ PHASES = (
 
 def fresh_vae(seed: int) -> AutoencoderKLWan:
     """Return an untrained VAE that starts as a linear code."""
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKLWan(**VAE)
+        settings: dict[str, Any] = VAE
+        vae = AutoencoderKLWan(**settings)
         start_structured(vae)
     return vae
 
@@ -101,24 +102,38 @@ def start_structured(vae: AutoencoderKLWan) -> None:
 
     for module in vae.modules():
         if isinstance(module, WanResidualBlock):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
+            _zero(module.conv2)
             if isinstance(module.conv_shortcut, nn.Conv3d):
                 nn.init.orthogonal_(module.conv_shortcut.weight)
         elif isinstance(module, WanAttentionBlock):
-            nn.init.zeros_(module.proj.weight)
-            nn.init.zeros_(module.proj.bias)
-    latent_dim = vae.config.z_dim
+            _zero(module.proj)
+    latent_dim, bias = vae.config["z_dim"], vae.quant_conv.bias
+    assert bias is not None
     with torch.no_grad():
         vae.quant_conv.weight[latent_dim:] = 0
-        vae.quant_conv.bias[latent_dim:] = 2 * math.log(POSTERIOR_STD)
+        bias[latent_dim:] = 2 * math.log(POSTERIOR_STD)
+
+
+def _zero(layer: nn.Conv2d | nn.Conv3d) -> None:
+    assert layer.bias is not None
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKLWan, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Encode and decode each video; uint8 in and out."""
-    decoded = (vae.decode(vae.encode(_pixels([video])).latent_dist.mode()).sample[0] for video in videos)
+    decoded = (_decode(vae, _encode(vae, _pixels([video])))[0] for video in videos)
     return [(video.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 3, 0).numpy() for video in decoded]
+
+
+def _encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    """Return the posterior's mean."""
+    return vae.encode(pixels, return_dict=False)[0].mode()
+
+
+def _decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    return vae.decode(latents, return_dict=False)[0]
 
 
 def _train_phase(vae: AutoencoderKLWan, phase: Phase, videos: Sequence[np.ndarray], generator: torch.Generator) -> None:
@@ -128,9 +143,9 @@ def _train_phase(vae: AutoencoderKLWan, phase: Phase, videos: Sequence[np.ndarra
     error = 0.0
     progress = tqdm(_batches(phase, videos, generator), total=phase.steps, unit="step", mininterval=10)
     for step, pixels in enumerate(progress):
-        latents = vae.encode(pixels).latent_dist.mean
+        latents = _encode(vae, pixels)
         noise = torch.randn(latents.shape, generator=generator)
-        difference = vae.decode(latents + POSTERIOR_STD * noise).sample - pixels
+        difference = _decode(vae, latents + POSTERIOR_STD * noise) - pixels
         squared = difference.square()
         bright = pixels.amax(1, keepdim=True)
         weights = 1 + SHAPE_WEIGHT * (bright > -1) + phase.edges * _contrast(bright)

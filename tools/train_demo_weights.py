@@ -54,7 +54,7 @@ from transpixeler.parallel.runtime import log_to_terminal, running
 from transpixeler.sampling.saves import base_model
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 log = logging.getLogger("transpixeler")
 
@@ -196,14 +196,18 @@ def look_near(transformer: WanTransformer3DModel) -> None:
     half of the heads in time, height and width, for a quarter in space alone. Every other of these sees little but its
     own place.
     """
-    heads, size = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+    heads, size = transformer.config["num_attention_heads"], transformer.config["attention_head_dim"]
     side = 2 * (size // 6)  # channels of height and of width; time has the rest
     time, height, width = 0, size - 2 * side, size - side
     for block, head in itertools.product(transformer.blocks, range(3 * heads // 4)):
         axes = (time, height, width) if head < heads // 2 else (height, width)
         places = [head * size + axis for axis in axes]
+        assert isinstance(block, WanTransformerBlock)
         attention = block.attn1
         for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
+            assert linear.bias is not None and norm.weight is not None
             linear.bias[places] = 3.0
             norm.weight[places] = 1.2 if head % 2 else 2.2
 
@@ -239,7 +243,7 @@ def _save(out: Path, steps: int) -> Path:
 
 def _deliver(out: Path, arguments: argparse.Namespace) -> None:
     """Write the weights as bf16, and a card of what those very weights can do."""
-    from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
     weights = out / "weights"
     weights.mkdir(exist_ok=True)

@@ -33,7 +33,8 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
             done.touch()
     before = listing(folder)
     yield folder
-    assert listing(folder) == before, f"a test wrote into {folder}, which other tests read"
+    changed = sorted(dict(before.items() ^ listing(folder).items()))
+    assert not changed, f"a test wrote into {folder}, which other tests read: {changed[:5]}"
 
 
 def listing(folder: Path) -> Listing:

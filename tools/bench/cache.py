@@ -84,7 +84,7 @@ def million(folder: Path, count: int) -> tuple[float, float]:
     data = np.random.default_rng(0).bytes(64 * count)
     keys = [data[64 * n : 64 * n + 16] for n in range(count)]
     crcs = np.array([zlib.crc32(data[64 * n : 64 * n + 64]) for n in range(count)], np.uint32)
-    rows = index.make_rows(keys, spec, segment=0, offsets=np.arange(count) * 64, crcs=crcs)
+    rows = index.make_rows(keys, spec, segment=0, offsets=np.arange(count) * 64, crcs=crcs.tolist())
     folder.mkdir()
     (folder / "w.idx").write_bytes(index.header() + rows.tobytes())
     (folder / f"w.00000.{spec.segment}.seg").write_bytes(data)
@@ -96,15 +96,21 @@ def million(folder: Path, count: int) -> tuple[float, float]:
 
 def ways_to_read(folder: Path, count: int, out: Tensor) -> dict[str, Callable[[int], object]]:
     cache = Cache(folder / "cache")
-    numbers = torch.stack([cache.get(key(n, stream)) for n in range(count) for stream in range(STREAMS)])
+
+    def latent(number: int, stream: int) -> Tensor:
+        found = cache.get(key(number, stream))
+        assert found is not None
+        return found
+
+    numbers = torch.stack([latent(n, stream) for n in range(count) for stream in range(STREAMS)])
     numbers = numbers.view(count, *out.shape)
 
-    def view(number: int) -> list[Tensor | None]:
-        return [cache.get(key(number, stream)) for stream in range(STREAMS)]
+    def view(number: int) -> list[Tensor]:
+        return [latent(number, stream) for stream in range(STREAMS)]
 
     def copied(number: int) -> None:
         for stream in range(STREAMS):
-            out[stream].copy_(cache.get(key(number, stream)))
+            out[stream].copy_(latent(number, stream))
 
     def verified(number: int) -> None:
         for stream in range(STREAMS):
@@ -139,7 +145,7 @@ def check(ways: dict[str, Callable[[int], object]], out: Tensor) -> None:
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--count", type=int, default=128, help="pairs in the data set")
     given.add_argument("--rows", type=int, default=1_000_000, help="of the index whose opening is timed")
     given.add_argument("--folder", default=None, help="where to write the data sets")

@@ -152,7 +152,8 @@ def told_things(config: Config, here: runtime.Runtime) -> tuple[Batch, Facts, Re
     facts = Facts(0.1, 0.2, dict.fromkeys(names, 0.05), (0.1,) * 5, True, Due())
     with torch.device("meta"):
         dimensions = make(config, WAN["num_layers"]).dimensions()
-    mesh = meshes.Mesh(meshes.Layout(1, 1, 1), here.device, 0, 0, None, None, None)
+    alone: Any = None  # no group: nothing is exchanged
+    mesh = meshes.Mesh(meshes.Layout(1, 1, 1), here.device, 0, 0, alone, alone, alone)
     engine: Any = SimpleNamespace(mesh=mesh, dimensions=dimensions)
     return batch, facts, Recorder(config, engine, here.world_size)
 

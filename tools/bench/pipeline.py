@@ -24,7 +24,6 @@ import torch.distributed as dist
 from harness import finish, parser
 from rounds import Times
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from transpixeler import configfile
 from transpixeler.config import Config
@@ -59,32 +58,32 @@ class Clock:
 
 
 class InputCost(torch.autograd.Function):
-    """Costs a forward, and the part of a backward pass that the stage before waits for."""
+    """Take the time of a forward pass, and of the part of a backward pass that the stage before waits for."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, clock: Clock, forward: float, backward: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, clock: Clock, forward: float, backward: float) -> Tensor:
         ctx.clock, ctx.seconds = clock, backward
         clock.sleep(forward)
         return hidden.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         ctx.clock.sleep(ctx.seconds)
-        return gradient, None, None, None
+        return *gradients, None, None, None
 
 
 class WeightCost(torch.autograd.Function):
-    """Costs the part of a backward pass that nobody waits for."""
+    """Take the time of the part of a backward pass that nobody waits for."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, weight: Tensor, clock: Clock, seconds: float) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, clock: Clock, seconds: float) -> Tensor:
         ctx.clock, ctx.seconds = clock, seconds
         return weight.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         ctx.clock.sleep(ctx.seconds)
-        return gradient, None, None
+        return *gradients, None, None
 
 
 def slow(block: Any, clock: Clock, *, seconds: float, weights: float) -> None:
@@ -100,13 +99,14 @@ def slow(block: Any, clock: Clock, *, seconds: float, weights: float) -> None:
 
 
 def build(config: Config, mesh: meshes.Mesh, clock: Clock, options: Any) -> pipeline.Engine:
-    """Our engine over this rank's stages; only costs and the stream embedding are trained."""
+    """Return our engine over this rank's stages; only costs and the stream embedding are trained."""
     torch.manual_seed(0)
     stages = []
     ranges = pipeline.split_blocks(config.parallel, options.blocks)
+    with torch.device("meta"):
+        dimensions = WanModel.from_config(WAN | {"num_layers": options.blocks}, streams=STREAMS).dimensions()
     for index in pipeline.local_stages(config.parallel, mesh):
         model = WanModel.from_config(WAN | {"num_layers": options.blocks}, streams=STREAMS)
-        dimensions = model.dimensions()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("stream_embedding" in name)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
@@ -127,10 +127,11 @@ def example(samples: int) -> objective.Example:
 
 
 def work(rank: int, options: Any, store: str, results: Any) -> None:
-    """One rank: every schedule by turns."""
+    """Run every schedule by turns, on one rank."""
     torch.set_num_threads(1)
     count = options.ranks
-    dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
+    files = dist.FileStore(store, count)  # pyright: ignore[reportPrivateImportUsage] - public, but not in torch's __all__
+    dist.init_process_group("gloo", store=files, rank=rank, world_size=count)
     here = runtime.Runtime(rank, count, rank, torch.device("cpu"))
     engines = {}
     for name in options.schedules:
@@ -169,7 +170,7 @@ def run(options: Any) -> list[dict[str, list[tuple[float, float]]]]:
 
 
 def bubbles(found: list[dict[str, list[tuple[float, float]]]], name: str) -> Times:
-    """Of each step, the mean over the ranks."""
+    """Return the bubble of each step, the mean over the ranks."""
     steps = zip(*(rank[name] for rank in found))
     return Times(tuple(mean(1 - busy / seconds for seconds, busy in step) for step in steps))
 

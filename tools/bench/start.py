@@ -51,7 +51,8 @@ def child(spawned: float, argv: list[str]) -> None:
         print(json.dumps(spent | {"whole": whole, "other": whole - sum(spent.values())}), flush=True)
         os._exit(0)
 
-    trainer.Trainer.train, trainer.Trainer._record = train_once, told
+    for name, replacement in (("train", train_once), ("_record", told)):
+        setattr(trainer.Trainer, name, replacement)
     cli.main(argv)
 
 
@@ -69,7 +70,7 @@ def clock(spent: dict[str, float], owner: Any, name: str, part: str) -> None:
 
 
 def run(config: Path, *overrides: str) -> dict[str, float]:
-    """Seconds of each part of one start."""
+    """Return the seconds of each part of one start."""
     command = [
         sys.executable,
         __file__,
@@ -88,7 +89,7 @@ def run(config: Path, *overrides: str) -> dict[str, float]:
 
 def write(folder: Path) -> Path:
     """Write a demo without its cache, in a process of its own, since this one loads no encoders."""
-    code = "import sys, pathlib; from transpixeler.demo import write_demo as w; w(pathlib.Path(sys.argv[1]), "
+    code = "import sys, pathlib; from transpixeler.demo.write import write_demo as w; w(pathlib.Path(sys.argv[1]), "
     made = [sys.executable, "-c", code + "train_clips=10, eval_clips=2)", str(folder)]
     subprocess.run(made, check=True, capture_output=True)
     return folder / "config.yaml"

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from transpixeler.config import LoraConfig
-from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.model import WanBlock, WanModel
 from transpixeler.families.wan.names import from_diffusers, module_to_diffusers
 from transpixeler.models.linear import Linear
 from transpixeler.models.lora import LoraLinear, inject, lora_linears
@@ -49,9 +49,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6,
 
 
 class Limit:
-    """The products of one step, each on preallocated tensors; `flops` is what they amount to."""
+    """Run the products of one step, each on preallocated tensors; `flops` is their sum."""
 
-    def __init__(self, blocks: Sequence[nn.Module], *, tokens: int, batch: int, recompute: bool = True) -> None:
+    def __init__(self, blocks: Sequence[WanBlock], *, tokens: int, batch: int, recompute: bool = True) -> None:
         self.tokens, self.batch, self.flops = tokens, batch, 0
         self.tensor = cache(lambda slot, *shape: torch.randn(shape) / 8)
         self.products: list[Callable[[], object]] = []
@@ -60,7 +60,7 @@ class Limit:
                 if isinstance(linear, Linear):
                     self._projection(name, linear, again=recompute)
             for keys in (tokens, TEXT_TOKENS):
-                self._attention(block.self_attn.heads, keys, linear.out_features)
+                self._attention(block.self_attn.heads, keys, width=block.self_attn.q.weight.shape[1])
 
     def __call__(self) -> None:
         for product in self.products:
@@ -98,13 +98,13 @@ class Limit:
             partial(torch.addmm, out, a, b, beta=1e-3, alpha=1e-3, out=out) if add else partial(torch.mm, a, b, out=out)
         )
 
-    def _attention(self, heads: int, keys: int, width: int) -> None:
+    def _attention(self, heads: int, keys: int, *, width: int) -> None:
         def tensor(slot: str, length: int) -> Tensor:
             return self.tensor(slot, self.batch, length, heads, width // heads).transpose(1, 2)
 
         q, k, v, grad = tensor("q", self.tokens), tensor("k", keys), tensor("v", keys), tensor("g", self.tokens)
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*leaves)
+        leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+        out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2])
         self.flops += 14 * q.numel() * keys  # two products forward, five backward
         self.products.append(partial(F.scaled_dot_product_attention, q, k, v))
         self.products.append(partial(torch.autograd.grad, out, leaves, grad, retain_graph=True))
@@ -118,7 +118,7 @@ class Rival(nn.Module):
 
     def __init__(self, config: dict[str, Any], lora: LoraConfig, grid: tuple[int, int, int]) -> None:
         super().__init__()
-        from diffusers import WanTransformer3DModel
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
         from peft.tuners.lora import Linear as PeftLinear
@@ -126,14 +126,20 @@ class Rival(nn.Module):
         model = WanTransformer3DModel(**config)
         wanted = [module_to_diffusers(f"blocks.0.{target}").removeprefix("blocks.0.") for target in lora.targets]
         peft = PeftConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=wanted)
-        self.blocks = inject_adapter_in_model(peft, model).blocks
+        blocks = inject_adapter_in_model(peft, model).blocks
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
         f, h, w = grid
         cos, sin = model.rope(torch.empty(1, 1, f, 2 * h, 2 * w))
         self.rope = torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)
         mask = torch.cat([torch.zeros(1, f * h * w, 1), torch.ones(1, f * h * w, 1)], 1)
+
+        def masked(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+            return out * mask
+
         for module in self.blocks.modules():
             if isinstance(module, PeftLinear):
-                module.lora_B["default"].register_forward_hook(lambda _, __, out: out * mask)
+                module.lora_B["default"].register_forward_hook(masked)
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         for block in self.blocks:
@@ -152,7 +158,11 @@ class Ours(nn.Module):
         self.keep("attention")
 
     def keep(self, mode: str) -> None:
-        set_recompute(list(self.blocks.values()), mode)
+        set_recompute(self.layers(), mode)
+
+    def layers(self) -> list[WanBlock]:
+        """Return the blocks in order."""
+        return [block for block in self.blocks.values() if isinstance(block, WanBlock)]
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         for block in self.blocks.values():
@@ -224,7 +234,7 @@ def step(model: nn.Module, inputs: Inputs) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The peak of bytes in storages that operators made and that are still alive."""
+    """Count the bytes in storages that operators made and that are still alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,9 +298,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def limit_of(ours: Ours, inputs: Inputs, args: argparse.Namespace) -> Limit:
     """Return the limit of our blocks, which are compiled if that is asked for."""
     if args.compile:
-        for block in ours.blocks.values():
+        for block in ours.layers():
             block.compile()
-    return Limit(list(ours.blocks.values()), tokens=inputs[0].shape[1], batch=args.batch)
+    return Limit(ours.layers(), tokens=inputs[0].shape[1], batch=args.batch)
 
 
 def actions(argv: Sequence[str]) -> dict[str, Callable[[], object]]:

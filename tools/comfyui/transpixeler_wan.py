@@ -249,14 +249,14 @@ class JointAdapter:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        import folder_paths
+        import folder_paths  # pyright: ignore[reportMissingImports] - ComfyUI's own
 
         strength = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05})
         names = (folder_paths.get_filename_list("loras"),)
         return {"required": {"model": ("MODEL",), "adapter": names, "strength": strength}}
 
     def load(self, model: Any, adapter: str, strength: float) -> tuple[Any]:
-        import folder_paths
+        import folder_paths  # pyright: ignore[reportMissingImports] - ComfyUI's own
 
         return (patched(model, read_adapter(folder_paths.get_full_path_or_raise("loras", adapter)), strength),)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _server = mp.get_context("forkserver")
-_server.set_forkserver_preload(["tests.preload"])
+_server.set_forkserver_preload(["tests.support.preload"])
 GRACE_SECONDS = 5.0  # what the others get to report once a rank has failed
 
 

@@ -6,10 +6,11 @@ In: a config or a run's path. Out: paths. Everything that writes or reads a run 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transpixeler.config import Config
+from transpixeler.runs.lock import RunLock
 from transpixeler.runs.restore import Restored
 
 LATEST = "latest"
@@ -29,6 +30,7 @@ class Run:
     restored: Restored | None = None
     changed: tuple[str, ...] = ()  # keys whose value differs from the checkpoint's config, as text for the log
     made: bool = False  # by this process: before, the folder was empty or absent
+    lock: RunLock | None = field(default=None, repr=False, compare=False)  # on rank 0
 
     @property
     def checkpoints(self) -> Path:
@@ -37,6 +39,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def close(self) -> None:
+        """Let other processes train this run."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def configured_run(config: Config) -> Path:

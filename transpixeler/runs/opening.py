@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transpixeler.parallel.runtime import Runtime, run_stamp
 from transpixeler.runs import checkpoint
 from transpixeler.runs.controls import CONTROL_FILES
 from transpixeler.runs.folder import ASIDE, CONFIG, LATEST, METRICS, Run, configured_run
+from transpixeler.runs.lock import LOCK, take_lock
 from transpixeler.runs.restore import Restored
 
 logger = logging.getLogger("transpixeler")
@@ -37,6 +39,17 @@ def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     if resume is None:
         return _new(config, runtime)
     folder, chosen = _find(config, resume)
+    lock = take_lock(folder, runtime)
+    try:
+        return replace(_resumed(config, runtime, folder, chosen), lock=lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _resumed(config: Config, runtime: Runtime, folder: Path, chosen: Path | None) -> Run:
+    """Return the run to resume, at the chosen or its newest valid checkpoint."""
     if chosen is not None:
         _check_valid(chosen, runtime)
     found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
@@ -64,9 +77,13 @@ def _new(config: Config, runtime: Runtime) -> Run:
         raise UserError(f"{folder}: holds files that are not a run's; change run_name or output_dir")
     if runtime.is_main:
         _make(folder)
+    lock = take_lock(folder, runtime)
+    if runtime.broadcast((folder / CONFIG).exists()):  # made by another while this one looked
+        raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
+    if runtime.is_main:
         write_text(folder / CONFIG, configfile.dump(config))
     runtime.barrier()
-    return Run(folder, made=True)
+    return Run(folder, made=True, lock=lock)
 
 
 def begin(run: Run, config: Config) -> None:
@@ -82,8 +99,14 @@ def discard(run: Run) -> None:
         shutil.rmtree(run.folder, ignore_errors=True)
 
 
+def resume_hint(run: Run) -> str:
+    """Return how to go on after training has failed."""
+    found = checkpoint.candidates(run.checkpoints)
+    return f"--resume goes on from {found[0].name}" if found else "there is no checkpoint yet to go on from"
+
+
 def _is_filled(folder: Path) -> bool:
-    return folder.is_dir() and next(folder.iterdir(), None) is not None
+    return folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir())
 
 
 def _make(folder: Path) -> None:

@@ -303,6 +303,8 @@ def _annotated(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
     for mark in hint.__metadata__:
         if isinstance(mark, Range) and not mark.holds(converted):
             raise tree.fault(key, f"{converted} is out of range: must be {mark}")
+        if isinstance(mark, PathKind) and "\0" in converted:
+            raise tree.fault(key, "a path has no NUL character")
         if isinstance(mark, PathKind):
             converted = _path(mark, converted, tree.origin(key))
     return converted

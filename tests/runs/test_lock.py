@@ -110,3 +110,10 @@ def test_a_file_system_without_locks_is_one_warning(
     assert caplog.text.count("this file system has no locks (No locks available)") == 1
     run.close()
     assert (run.folder / LOCK).read_text() == ""
+
+
+@pytest.mark.parametrize("resume", [None, ""])
+def test_a_folder_where_the_link_to_the_newest_run_belongs_is_one_line(tmp_path: Path, resume: str | None) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(UserError, match=r"latest: is not the link .*move it away"):
+        opening.open_run(config(tmp_path), ONE, resume)

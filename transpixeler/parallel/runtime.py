@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,16 +132,17 @@ def main_tells(seconds: float) -> bool:
         return False
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = datetime.timedelta(seconds=seconds)
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False)
         mark = f"transpixeler/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if os.environ.get("RANK", "0") == "0":
             store.set(mark, "")
             return False
-        store.wait([mark], patience)
-    except (RuntimeError, ValueError, KeyError):  # no store, or no mark in time
+        deadline = time.monotonic() + seconds
+        while not (told := store.check([mark])) and time.monotonic() < deadline:
+            time.sleep(0.1)  # `store.wait` would log a warning when it ends
+        return told
+    except (RuntimeError, ValueError, KeyError):  # there is no such store
         return False
-    return True
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -36,6 +36,9 @@ UNTOLD = ("output_dir", "run_name", "parallel", "log", "checkpoint", "save", "hu
 
 def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     """Make a new run, or find the one to resume; the same on every rank. A collective call."""
+    link = Path(config.output_dir) / LATEST
+    if runtime.broadcast(link.exists() and not link.is_symlink()):
+        raise UserError(f"{link}: is not the link to the newest run that belongs there; move it away or rename it")
     if resume is None:
         return _new(config, runtime)
     folder, chosen = _find(config, resume)

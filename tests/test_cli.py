@@ -1,3 +1,4 @@
+import errno
 import os
 import statistics
 import subprocess
@@ -58,6 +59,21 @@ def test_debug_shows_the_traceback_as_well_and_stands_anywhere(words: list[str])
     done = run(*words)
     assert done.returncode == 2 and "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1] == "transpixeler: no.yaml: no such file"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENAMETOOLONG, 2), (errno.ENOSPC, 1), (errno.EIO, 1)],
+)
+def test_an_error_of_the_disk_is_one_line(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(_: object) -> int:
+        raise OSError(number, os.strerror(number), "/data/out")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", fail)
+    assert cli.main(["report", "x"]) == code
+    assert capsys.readouterr().err == f"transpixeler: /data/out: {os.strerror(number)}\n"
 
 
 @pytest.mark.parametrize("words", [["--resume", "", "a.yaml"], ["a.yaml", "--resume", ""], ["--resume", "a.yaml"]])

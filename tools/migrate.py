@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -80,11 +82,20 @@ def _toml_reader() -> ModuleType:
 def _toml(path: Path) -> dict[str, Value]:
     reader = _toml_reader()
     try:
-        return reader.loads(path.read_text(encoding="utf-8-sig"))
+        return _without_times(reader.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except reader.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, a thousand brackets
         raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _without_times(value: Value) -> Value:
+    """Return dates and times as text: no key takes one, and YAML could not write all of them."""
+    if isinstance(value, dict):
+        return {name: _without_times(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_times(one) for one in value]
+    return str(value) if isinstance(value, datetime.date | datetime.time) else value
 
 
 # --- the sections ----------------------------------------------------------------------------------------------------
@@ -133,7 +144,9 @@ def _adapter(table: Table, migration: Migration, *, given: bool) -> None:
     _every_linear(migration)
     table.apply("init_from_existing", lambda value: migration.set("lora.init_from", migration.place(value)))
     fused = table.values.get("fuse_adapters", [])
-    if all(isinstance(one, dict) and one.get("weight", 1.0) == 1.0 and "path" in one for one in fused):
+    if isinstance(fused, list) and all(
+        isinstance(one, dict) and one.get("weight", 1.0) == 1.0 and "path" in one for one in fused
+    ):
         table.apply(
             "fuse_adapters", lambda ones: migration.set("model.fuse", [migration.place(o["path"]) for o in ones])
         )
@@ -191,7 +204,9 @@ def _batch(table: Table, migration: Migration) -> None:
         migration.leave(
             "micro_batch_size_per_gpu", micro, "the smallest is used for all; data.buckets can set it by size"
         )
-        micro = min((int(pair[1]) for pair in micro), default=1)
+        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int) for pair in micro):
+            raise UserError(f"{table.where}: micro_batch_size_per_gpu = {micro!r} is not a number or a list of pairs")
+        micro = min((pair[1] for pair in micro), default=1)
     stages = table.values.get("pipeline_stages", 1)
     gpus = migration.gpus or stages
     accumulated = table.take("gradient_accumulation_steps", 1)
@@ -253,7 +268,10 @@ def _data(train: Table, arguments: argparse.Namespace, migration: Migration) -> 
     sources = _dataset(arguments.dataset or _found(named, arguments, "dataset"), migration, name="")
     migration.set("data.train", sources)
     held_out = []
-    for entry in train.take("eval_datasets", []):
+    entries = train.take("eval_datasets", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, str | dict) for entry in entries):
+        raise UserError(f"{train.where}: eval_datasets = {entries!r} is not a list of files or tables")
+    for entry in entries:
         entry = {"config": entry} if isinstance(entry, str) else entry
         path = _found(str(entry.get("config", "")), arguments, "eval_datasets")
         held_out += _dataset(path, migration, name=str(entry.get("name", path.stem)))
@@ -268,7 +286,7 @@ def _found(value: str, arguments: argparse.Namespace, key: str) -> Path:
     """Return a file relative to the training folder or to the training TOML."""
     toml = arguments.toml.resolve()
     for folder in (arguments.root, toml.parent, toml.parent.parent):
-        if value and (folder / value).is_file():
+        if value and os.path.isfile(folder / value):  # noqa: PTH113  false for a name that is too long; Path raises
             return folder / value
     raise UserError(f"{arguments.toml}: {key} names {value!r}, which does not exist; set --root or --dataset")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -139,7 +140,8 @@ class Migration:
     def place(self, value: str) -> str:
         """Return a path relative to the training folder, or a Hub id unchanged."""
         there = self.root / Path(value).expanduser()
-        return str(there.resolve()) if there.exists() or Path(value).is_absolute() else value
+        found = os.path.exists(there)  # noqa: PTH110  false for a name that is too long; Path.exists raises
+        return str(there.resolve()) if found or Path(value).is_absolute() else value
 
 
 class Table:
@@ -160,7 +162,7 @@ class Table:
         value = self.take(name)
         try:
             change(value)
-        except (TypeError, ValueError, ArithmeticError, AttributeError):
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError):
             raise UserError(f"{self.where}: {self.prefix}{name} = {value!r} is not a value for this key") from None
 
     def leave(self, name: str, why: str) -> None:

@@ -1,11 +1,13 @@
 """Run one command: the command line in, an exit code out (0 done, 1 a fault, 2 the user's input is wrong).
 
+These are the exit codes of a rank; torchrun itself reports them in its summary and always exits with 1.
 Each command imports what it needs when it runs, so that `--help` and a misspelt key answer without loading torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
     from transpixeler.parallel.runtime import Runtime
 
+SECONDS_FOR_MAIN = 5.0  # that other ranks leave rank 0 to tell an error
+# What a user can do about a file; the rest, such as a full disk, is no mistake in the input.
+MENDABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -44,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        _say(_disk_error(error))
+        return 2 if error.errno in MENDABLE else 1
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -58,12 +71,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _disk_error(error: OSError) -> str:
+    """Return one line for an error of the file system, which names the file."""
+    said = error.strerror or str(error) or type(error).__name__
+    return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
+
+
 def _say(message: str) -> None:
-    """Print one line for all ranks: other ranks leave rank 0 the time to print it first."""
+    """Print one line for all ranks: other ranks are silent when rank 0 tells an error."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(2.0)  # when rank 0 has met the same error, torchrun ends this process before it prints
-    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
+    if "torch" in sys.modules and "MASTER_ADDR" in os.environ:
+        from transpixeler.parallel import runtime
+
+        if runtime.main_tells(SECONDS_FOR_MAIN):
+            return
+    elif rank != "0":
+        time.sleep(SECONDS_FOR_MAIN)  # when rank 0 has met the same error, torchrun ends this process meanwhile
+    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
 
 
 def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:

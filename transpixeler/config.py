@@ -47,6 +47,7 @@ class PathKind(enum.Enum):
 
 
 STREAM = re.compile(r"[A-Za-z][\w-]*")  # becomes part of file names, parameter names and headers
+NAME_BYTES = 255  # the most that file systems take for one name
 REPO = re.compile(r"[\w.-]+/[\w.-]+")  # a Hub id
 LocalPath = Annotated[str, PathKind.LOCAL]
 HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
@@ -311,7 +312,8 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
             yield key, "the list is empty; leave the key out to use the default"
     if "composite" in config.sample.formats and len(config.streams) > 1 and not config.sample.background:
         yield "sample.background", "set it to an image or a video: the format composite puts samples on top of it"
-    if set("/\\") & set(config.run_name) or config.run_name in (".", "..", "latest"):
+    odd = any(letter in "/\\" or not letter.isprintable() for letter in config.run_name)
+    if odd or config.run_name in (".", "..", "latest") or len(config.run_name.encode(errors="replace")) > NAME_BYTES:
         yield "run_name", f"{config.run_name!r} is not a plain folder name; runs are folders inside output_dir"
     if config.hub.repo and not REPO.fullmatch(config.hub.repo):
         yield "hub.repo", f"{config.hub.repo!r} is not a Hub id; write it as user/name"

@@ -314,18 +314,18 @@ def _annotated(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
         if isinstance(mark, Range) and not mark.holds(converted):
             raise tree.fault(key, f"{converted} is out of range: must be {mark}")
         if isinstance(mark, PathKind):
-            converted = _path(mark, converted, tree.origin(key))
+            converted = _path(mark, converted, key, tree)
     return converted
 
 
-def _path(kind: PathKind, value: str, origin: str) -> str:
+def _path(kind: PathKind, value: str, key: Key, tree: Tree) -> str:
     """Return a path relative to the file that sets it, or to the working folder for the command line."""
-    if not value:
-        return value
-    folder = Path.cwd() if origin == COMMAND_LINE else Path(origin).resolve().parent
+    if "\0" in value:
+        raise tree.fault(key, "a path has no NUL character")
+    folder = Path.cwd() if tree.origin(key) == COMMAND_LINE else Path(tree.origin(key)).resolve().parent
     path = folder / os.path.expanduser(value)  # noqa: PTH111  keeps ~name of an unknown user; Path.expanduser raises
     there = os.path.exists(path)  # noqa: PTH110  false for a name that is too long; Path.exists raises
-    if kind is PathKind.HUB_OR_LOCAL and not there and not value.startswith((".", "/", "~")):
+    if not value or (kind is PathKind.HUB_OR_LOCAL and not there and not value.startswith((".", "/", "~"))):
         return value
     return str(path)
 

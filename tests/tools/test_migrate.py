@@ -250,6 +250,41 @@ def test_what_is_wrong_is_one_line(home: Path, capsys, old: str, new: str, said:
     assert said in error and "\n" not in error and not (home / "o.yaml").exists()
 
 
+ODD = {
+    "a date": TRAIN.replace("epochs = 200", "epochs = 1979-05-27"),
+    "a time": TRAIN.replace("lr = 1e-3", "lr = 07:32:00"),
+    "a huge number": TRAIN.replace("epochs = 200", "epochs = " + "9" * 5000),
+    "deep brackets": "a = " + "[" * 3000 + "]" * 3000,
+    "deep tables": "a = " + "{a=" * 2000 + "1" + "}" * 2000,
+    "a long name": TRAIN.replace('"earlier"', '"' + "n" * 300 + '"'),
+    "a long dataset": TRAIN.replace('"configs/pairs.toml"', '"' + "n" * 300 + '"'),
+    "no list of eval sets": TRAIN.replace("eval_datasets = [", "eval_datasets = 3 # ["),
+    "a list in an eval set": TRAIN.replace("eval_datasets = [", "eval_datasets = [[]] # ["),
+    "a number for adapters": TRAIN.replace("rank = 64", "rank = 64\nfuse_adapters = 3"),
+    "a list for a batch": TRAIN.replace("micro_batch_size_per_gpu = 2", "micro_batch_size_per_gpu = [[1], 3]", 1),
+    "nothing": "",
+    "a NUL": "a\0 = 1",
+    "an array of tables": TRAIN.replace("[model]", "[[model]]"),
+    "no UTF-8": b"\xff\xfe a = 1",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_toml_is_no_traceback(home: Path, capsys, name: str) -> None:
+    file, text = home / "configs/train.toml", ODD[name]
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code = migrate(file, "--root", home, "--out", home / "o.yaml")
+    error = capsys.readouterr().err.strip()
+    assert (code, bool(error), "\n" in error) in ((2, True, False), (0, False, False))
+
+
+@pytest.mark.parametrize("value", ["[[1, 2], [3]]", "[[]]", "3", '"x"', "07:32:00", "[{a = 1}]"])
+def test_odd_sizes_are_no_traceback(home: Path, capsys, value: str) -> None:
+    (home / "configs/held.toml").write_text(HELD.replace("[512]", value))
+    assert migrate(home / "configs/train.toml", "--root", home, "--out", home / "o.yaml") == 2
+    assert "\n" not in capsys.readouterr().err.strip()
+
+
 def test_a_yaml_that_is_there_stays_and_the_tool_stands_by_itself(home: Path) -> None:
     command = [sys.executable, TOOLS / "migrate.py", home / "configs/train.toml", "--root", home]
     out = home / "ours.yaml"

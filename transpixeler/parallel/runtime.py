@@ -6,12 +6,15 @@ Everything above asks this value and never reads the environment itself.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import logging
 import os
 import random
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +23,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented as public
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from transpixeler.config import UserError
+from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.launch import launch
 
 logger = logging.getLogger("transpixeler")
 T = TypeVar("T")
+SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def running(*, timeout_minutes: float = 10.0, device: str | None = None) -> Iter
     runtime = start(timeout_minutes=timeout_minutes, device=device)
     failed = True
     try:
-        yield runtime
+        with naming_lost_ranks(runtime.timeout):
+            yield runtime
         failed = False
     finally:
         if dist.is_initialized() and not (failed and runtime.world_size > 1):
@@ -85,6 +92,7 @@ def running(*, timeout_minutes: float = 10.0, device: str | None = None) -> Iter
 
 def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtime:
     """Join the process group, set this rank's device and start logging."""
+    _end_with_launcher()
     rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
     local_rank = _from_environment("LOCAL_RANK", 0)
     where = _device(device, local_rank)
@@ -98,8 +106,7 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         options: dict[str, Any] = {"device_id": where} if where.type == "cuda" else {}
         if "MASTER_ADDR" not in os.environ:  # no torchrun: a group of one needs no rendezvous
-            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  public, but torch's stubs omit it
-            options |= {"store": store, "rank": 0, "world_size": 1}
+            options |= {"store": HashStore(), "rank": 0, "world_size": 1}
         elif restarts := launch().restarts:
             # torch 2.13 leaves the addresses of the failed attempt in the store, and ranks would try to reach them
             shared, _, _ = next(rendezvous("env://", timeout=timeout))
@@ -108,6 +115,41 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
     log_to_terminal(rank)
     quiet_libraries()
     return Runtime(rank, world_size, local_rank, where, timeout)
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when torchrun dies: without it, ranks would train on and nobody would know of them.
+
+    Only under torchrun: a process that was started from a shell outlives it, as with nohup.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died before this call
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main_tells(seconds: float) -> bool:
+    """Return whether rank 0 tells an error too, which other ranks with the same one then need not repeat.
+
+    Rank 0 leaves a mark in torchrun's store, which outlives it; the others wait so long for the mark.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return False
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+        mark = f"transpixeler/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if os.environ.get("RANK", "0") == "0":
+            store.set(mark, "")
+            return False
+        deadline = time.monotonic() + seconds
+        while not (told := store.check([mark])) and time.monotonic() < deadline:
+            time.sleep(0.1)  # `store.wait` would log a warning when it ends
+        return told
+    except (RuntimeError, ValueError, KeyError):  # there is no such store
+        return False
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transpixeler.config import Config, UserError
 from transpixeler.files import read_json
+from transpixeler.runs.lock import RunLock
 from transpixeler.runs.restore import Restored
 
 logger = logging.getLogger("transpixeler")
@@ -36,6 +37,7 @@ class Run:
     restored: Restored | None = None
     changed: Mapping[str, str] = field(default_factory=dict)  # by key, how its value differs from the checkpoint's
     made: bool = False  # by this process: before, the folder was empty or absent
+    lock: RunLock | None = field(default=None, repr=False, compare=False)  # on rank 0
 
     @property
     def checkpoints(self) -> Path:
@@ -44,6 +46,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def close(self) -> None:
+        """Let other processes train this run."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def configured_run(config: Config) -> Path:

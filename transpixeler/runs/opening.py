@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transpixeler.parallel.runtime import Runtime, run_stamp
 from transpixeler.runs import checkpoint
 from transpixeler.runs.controls import CONTROL_FILES
 from transpixeler.runs.folder import ASIDE, CONFIG, JOB, LATEST, METRICS, Run, configured_run
+from transpixeler.runs.lock import LOCK, take_lock
 from transpixeler.runs.restore import Restored
 
 logger = logging.getLogger("transpixeler")
@@ -50,10 +52,24 @@ UNTOLD = (
 
 def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     """Make a new run, or find the one to resume; the same on every rank. A collective call."""
+    link = Path(config.output_dir) / LATEST
+    if runtime.broadcast(link.exists() and not link.is_symlink()):
+        raise UserError(f"{link}: is not the link to the newest run that belongs there; move it away or rename it")
     folder, chosen = _place(config, runtime, resume)
     if folder is None:
         return _new(config, runtime)
-    _check_shared(folder, runtime)
+    lock = take_lock(folder, runtime)
+    try:
+        _check_shared(folder, runtime)
+        return replace(_resumed(config, runtime, folder, chosen), lock=lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _resumed(config: Config, runtime: Runtime, folder: Path, chosen: Path | None) -> Run:
+    """Return the run to resume, at the chosen or its newest valid checkpoint."""
     if chosen is not None:
         _check_valid(chosen, runtime)
     found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
@@ -103,10 +119,14 @@ def _new(config: Config, runtime: Runtime) -> Run:
     if runtime.is_main:
         _make(folder)
         _remove_drafts(folder)
+    lock = take_lock(folder, runtime)
+    if runtime.broadcast((folder / CONFIG).exists()):  # made by another while this one looked
+        raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
+    if runtime.is_main:
         write_text(folder / JOB, launch().job)
         write_text(folder / CONFIG, configfile.dump(config))
     runtime.barrier()
-    run = Run(folder, made=True)
+    run = Run(folder, made=True, lock=lock)
     try:
         _check_shared(folder, runtime)
     except UserError:
@@ -153,7 +173,7 @@ def discard(run: Run) -> None:
 
 def _holds_other_files(folder: Path) -> bool:
     """Return whether a folder holds more than what a process leaves that is killed before it wrote its config."""
-    return folder.is_dir() and any(not _is_draft(path) and path.name != JOB for path in folder.iterdir())
+    return folder.is_dir() and any(not _is_draft(path) and path.name not in (JOB, LOCK) for path in folder.iterdir())
 
 
 def _is_draft(path: Path) -> bool:
@@ -167,6 +187,12 @@ def _remove_drafts(folder: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
+
+
+def resume_hint(run: Run) -> str:
+    """Return how to go on after training has failed."""
+    found = checkpoint.candidates(run.checkpoints)
+    return f"--resume goes on from {found[0].name}" if found else "there is no checkpoint yet to go on from"
 
 
 def _make(folder: Path) -> None:

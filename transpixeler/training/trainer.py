@@ -18,6 +18,7 @@ from transpixeler.models.backbone import model_class
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
+from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.runs import opening, telemetry
 from transpixeler.runs.controls import Controls, Stopped, listening
@@ -48,7 +49,8 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Pat
     run = opening.open_run(config, runtime, resume)
     log = log_to_file(run.folder / LOG, runtime.rank) if runtime.is_main else None
     try:
-        with listening(run, runtime) as controls:
+        lost = naming_lost_ranks(runtime.timeout, way_on=partial(opening.resume_hint, run))
+        with lost, listening(run, runtime) as controls:
             trainer = Trainer(config, runtime, layout, run, controls)
             try:
                 trainer.train()
@@ -59,6 +61,7 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Pat
             opening.discard(run)
         raise
     finally:
+        run.close()
         if log is not None:
             logging.getLogger("transpixeler").removeHandler(log)
             log.close()

@@ -100,9 +100,9 @@ def due_at(config: Config, order: Order, total: int) -> Callable[[int], bool]:
     def due(step: int) -> bool:
         if step == 0:
             return config.eval.before_first_step
-        epochs, within = order.locate(step)
         by_steps = every_steps > 0 and (step % every_steps == 0 or step == total)
-        by_epochs = every_epochs > 0 and ((within == 0 and epochs % every_epochs == 0) or step == total)
+        ended = order.ended(step)
+        by_epochs = every_epochs > 0 and (step == total or any(epoch % every_epochs == 0 for epoch in ended))
         return by_steps or by_epochs
 
     return due

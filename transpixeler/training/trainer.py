@@ -80,16 +80,9 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Pat
 
 
 def total_steps(config: Config, order: Order) -> int:
-    """When training ends: by epochs or by steps, whichever is first."""
+    """Return the steps of a whole run: so many epochs or steps, whichever are fewer."""
     by_epoch = order.first_step(config.train.epochs) if config.train.epochs else math.inf
-    total = min(by_epoch, config.train.max_steps or math.inf)
-    if total < 1:
-        clips = sum(len(row.items) for row in order.rows)
-        raise UserError(
-            f"train.epochs: {config.train.epochs} epochs of {clips} clips do not fill one batch of "
-            f"train.global_batch={config.train.global_batch}; train longer or lower the batch"
-        )
-    return int(total)
+    return int(min(by_epoch, config.train.max_steps or math.inf))
 
 
 class Trainer:
@@ -216,15 +209,14 @@ class Trainer:
     # -- saving
 
     def _save_what_is_due(self, batch: Batch, facts: Facts) -> None:
-        epoch_ends = batch.epoch_step + 1 == self.order.steps(batch.epoch)
-        epoch = batch.epoch + 1
         save, points = self.config.save, self.config.checkpoint
-        if epoch_ends and save.every_epochs and epoch % save.every_epochs == 0:
-            self._save(f"epoch{epoch}")
+        ended = self.order.ended(self.step)
+        if due := [epoch for epoch in ended if save.every_epochs and epoch % save.every_epochs == 0]:
+            self._save(f"epoch{due[-1]}")
         if facts.wishes.adapter or (save.every_steps and self.step % save.every_steps == 0):
             self._save(f"step{self.step}")
         by_step = points.every_steps and self.step % points.every_steps == 0
-        by_epoch = epoch_ends and points.every_epochs and epoch % points.every_epochs == 0
+        by_epoch = points.every_epochs and any(epoch % points.every_epochs == 0 for epoch in ended)
         asked = facts.wishes.save or facts.wishes.quit or facts.wishes.checkpoint
         if asked or by_step or by_epoch:
             self._checkpoint(wait=facts.wishes.quit)

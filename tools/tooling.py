@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transpixeler.config import UserError
+from transpixeler.data.names import printable
 
 REASONS_SHOWN = 10
 
@@ -52,6 +53,6 @@ def summary(done: str, left_out: Sequence[tuple[str, str]]) -> None:
     if left_out:
         print(f"{len(left_out)} left out:")
     for name, reason in left_out[:REASONS_SHOWN]:
-        print(f"  {name}: {reason}")
+        print(f"  {printable(name)}: {printable(reason)}")
     if len(left_out) > REASONS_SHOWN:
         print(f"  … and {len(left_out) - REASONS_SHOWN} more")

@@ -131,7 +131,7 @@ class DataConfig:
     aspect_ratios: tuple[Positive, ...] = ()
     aspect_min: Positive = 0.5
     aspect_max: Positive = 2.0
-    aspect_count: Count = 7
+    aspect_count: Annotated[int, Range(1, 1000)] = 7
     frames: tuple[int, ...] = (1, 33)
     sizes: tuple[Size, ...] = ()
     buckets: tuple[BucketRule, ...] = ()

@@ -24,6 +24,7 @@ from transpixeler.config import Config, PathKind, Range, UserError, faults
 Key = tuple[str, ...]
 COMMAND_LINE = "the command line"
 MERGE_KEY = "tag:yaml.org,2002:merge"  # `<<: *other`
+MOST_VALUES = 100_000  # of a file with its aliases written out; ours have some hundreds
 # what yaml raises for text it cannot read: a date of 2024-13-45, a bool of 7, a thousand brackets
 BAD_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
@@ -105,6 +106,9 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys, keys that are not text, and values that contain themselves."""
 
     def construct_document(self, node: yaml.Node) -> Any:
+        if _unfolded(node, {}) > MOST_VALUES:
+            problem = f"its aliases unfold into more than {MOST_VALUES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         self.deep_construct = True  # a second pass is what could make a value contain itself
         return super().construct_document(node)
 
@@ -120,6 +124,16 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _unfolded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Count a node's values with each alias written out; `sizes` holds those of nodes counted before."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1  # for an alias to a node that holds it, which the loader refuses by itself
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        sizes[id(node)] += sum(_unfolded(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _read(path: Path, named_in: str = "") -> dict[str, Any]:

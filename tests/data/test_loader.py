@@ -1,11 +1,9 @@
-"""The order is a pure function of (seed, epoch), and the loader reads it from any point on any number of ranks."""
+"""The loader reads the order from any point on any number of ranks, and says what went wrong in it."""
 
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,78 +13,9 @@ from transpixeler.config import UserError
 from transpixeler.data.cache.records import Cache, CacheDamaged, CacheWriter, Record
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch, Loader
-from transpixeler.data.order import Order, make_order, permutation
 
 Folders = pytest.TempPathFactory
 BUCKETS = {(1, 16, 16): (4, 1, 2, 2), (5, 16, 32): (4, 2, 2, 4), (9, 32, 16): (4, 3, 4, 2)}
-
-
-@st.composite
-def orders(draw: st.DrawFn) -> Order:
-    sizes = draw(st.lists(st.integers(1, 23), min_size=1, max_size=4))
-    buckets = [(number, 8, 8) for number, size in enumerate(sizes) for _ in range(size)]
-    repeats = draw(st.lists(st.integers(1, 3), min_size=len(buckets), max_size=len(buckets)))
-    batch = draw(st.integers(1, min(16, sum(repeats))))
-    return make_order(buckets=buckets, repeats=repeats, seed=draw(st.integers(0, 2**40)), global_batch=batch)
-
-
-@settings(deadline=None)
-@given(order=orders(), epochs=st.integers(1, 6))
-def test_each_item_appears_once_an_epoch_give_or_take_what_the_batch_cuts(order: Order, epochs: int) -> None:
-    seen = Counter(int(item) for epoch in range(epochs) for batch in order.batches(epoch) for item in batch)
-    for row in order.rows:
-        total = epochs * len(row.items)
-        assert sum(seen[int(item)] for item in np.unique(row.items)) == total - total % order.global_batch
-        left = total % order.global_batch
-        for item, times in zip(*np.unique(row.items, return_counts=True)):
-            missing = epochs * times - seen[int(item)]
-            assert 0 <= missing <= -(-left // len(row.items)) * times  # 1 where the rest is shorter than an epoch
-
-
-@settings(deadline=None)
-@given(order=orders(), epoch=st.integers(0, 5))
-def test_a_batch_is_of_one_bucket_and_no_epoch_is_like_another(order: Order, epoch: int) -> None:
-    batches = list(order.batches(epoch))
-    assert len(batches) == order.steps(epoch)
-    for batch in batches:
-        assert len(batch) == order.global_batch
-        assert sum(bool(np.isin(batch, row.items).any()) for row in order.rows) == 1
-    assert all(np.array_equal(one, two) for one, two in zip(batches, order.batches(epoch)))
-
-
-@settings(deadline=None)
-@given(order=orders(), epoch=st.integers(0, 4), data=st.data())
-def test_any_point_can_be_resumed(order: Order, epoch: int, data: st.DataObject) -> None:
-    whole = list(order.batches(epoch))
-    start = data.draw(st.integers(0, len(whole)))
-    rest = list(order.batches(epoch, start))
-    assert len(rest) == len(whole) - start
-    assert all(np.array_equal(one, two) for one, two in zip(rest, whole[start:]))
-    for number in range(len(whole)):
-        assert order.locate(order.first_step(epoch) + number) == (epoch, number)
-
-
-def test_epochs_and_seeds_differ_and_the_hash_is_the_same_for_ever() -> None:
-    drawn = {tuple(permutation(50, seed, epoch, "a")) for seed in range(5) for epoch in range(20)}
-    assert len(drawn) == 100
-    assert permutation(8, 1, 2, "a").tolist() == [1, 0, 2, 6, 4, 7, 3, 5]
-
-
-def test_permutations_are_even() -> None:
-    """Every item lands in every place about equally often: chi-square with 81 degrees of freedom."""
-    counts = np.zeros((10, 10))
-    for epoch in range(4000):
-        counts[np.arange(10), permutation(10, 3, epoch, "a")] += 1
-    assert ((counts - 400) ** 2 / 400).sum() < 130
-
-
-def test_too_few_clips_for_a_step_is_the_users_to_mend() -> None:
-    with pytest.raises(UserError, match=r"3 clips.*train\.global_batch 4"):
-        make_order(buckets=[(1, 8, 8)] * 3, repeats=[1, 1, 1], seed=0, global_batch=4)
-    make_order(buckets=[(1, 8, 8)] * 3, repeats=[1, 2, 1], seed=0, global_batch=4)
-
-
-# --- the loader ------------------------------------------------------------------------------------------------------
 
 
 def make_dataset(folder: Path, count: int = 26, streams: tuple[str, ...] = ("rgb", "seg")) -> Dataset:

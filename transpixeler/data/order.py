@@ -1,8 +1,7 @@
-"""Which clips each step trains on: a pure function of (seed, epoch), the same for any number of ranks.
+"""Order the clips: their buckets in; the global batches of each epoch, a pure function of (seed, epoch), out.
 
-In: the clips' buckets. Out: for each epoch its global batches, in order. A bucket is an endless row of permutations,
-one an epoch, cut into global batches: nothing is padded and nothing is dropped for ever, since what an epoch leaves
-over opens the next one.
+A bucket is an endless row of permutations, one for each epoch, cut into global batches. A batch that straddles two
+epochs belongs to the earlier one: after N epochs every clip was seen at least N times, and nothing is padded.
 """
 
 from __future__ import annotations
@@ -23,10 +22,14 @@ class Row(NamedTuple):
     name: str
     items: np.ndarray  # int64 [n], indices into the data set
 
+    def places(self, epoch: int) -> int:
+        """Count the places of the endless row that lie before an epoch."""
+        return epoch * len(self.items)
+
 
 @dataclass(frozen=True)
 class Order:
-    """The steps of every epoch; its whole state is (epoch, step)."""
+    """The batches of every epoch; its whole state is (epoch, step)."""
 
     seed: int
     global_batch: int
@@ -36,11 +39,22 @@ class Order:
         return self.first_step(epoch + 1) - self.first_step(epoch)
 
     def first_step(self, epoch: int) -> int:
-        """Steps in all epochs before this one."""
-        return sum(epoch * len(row.items) // self.global_batch for row in self.rows)
+        """Count the steps in all epochs before this one."""
+        return sum(self._first_batch(row, epoch) for row in self.rows)
+
+    def ended(self, step: int) -> range:
+        """Return the epochs, counted from 1, that end with so many steps: mostly none or one.
+
+        Several where buckets are smaller than a batch: its first batch then covers later epochs too.
+        """
+        last, within = self.locate(step)
+        first = last
+        while not within and first > 0 and self.first_step(first - 1) == step:
+            first -= 1
+        return range(0) if within else range(max(first, 1), last + 1)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it) of a global step."""
+        """Return (epoch, step within it) of a global step."""
         epoch = step * self.global_batch // sum(len(row.items) for row in self.rows)
         while self.first_step(epoch + 1) <= step:
             epoch += 1
@@ -49,8 +63,8 @@ class Order:
         return epoch, step - self.first_step(epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
-        """Items of each global batch [global_batch], from a step of the epoch on."""
-        owned = [range(*(e * len(row.items) // self.global_batch for e in (epoch, epoch + 1))) for row in self.rows]
+        """Yield the items of each global batch [global_batch], from a step of the epoch on."""
+        owned = [range(self._first_batch(row, epoch), self._first_batch(row, epoch + 1)) for row in self.rows]
         rows = np.repeat(np.arange(len(owned)), [len(batches) for batches in owned])
         numbers = np.concatenate([np.arange(batches.start, batches.stop) for batches in owned])
         permutations: dict[tuple[int, int], np.ndarray] = {}
@@ -58,8 +72,12 @@ class Order:
             row = int(rows[place])
             yield self._items(row, int(numbers[place]), permutations)
 
+    def _first_batch(self, row: Row, epoch: int) -> int:
+        """Return the first batch of a row that belongs to an epoch: those that reach into it from before do not."""
+        return -(-row.places(epoch) // self.global_batch)
+
     def _items(self, row: int, batch: int, permutations: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
-        """Batch k of a bucket: places k·G to (k+1)·G of its endless row."""
+        """Return batch k of a bucket: places k·G to (k+1)·G of its endless row."""
         name, items = self.rows[row]
         pieces, place, end = [], batch * self.global_batch, (batch + 1) * self.global_batch
         while place < end:
@@ -75,7 +93,7 @@ class Order:
 def make_order(
     *, buckets: Sequence[tuple[int, ...]], repeats: Sequence[int], seed: int, global_batch: int, key: str = "train"
 ) -> Order:
-    """Groups items by bucket; refuses a data set that cannot fill one step."""
+    """Group items by bucket; refuse a data set that cannot fill one step."""
     total = sum(repeats)
     if total < global_batch:
         raise UserError(
@@ -90,7 +108,7 @@ def make_order(
 
 
 def permutation(length: int, seed: int, epoch: int, name: str) -> np.ndarray:
-    """Sorts hashes instead of drawing from a generator, whose stream could change with numpy's version."""
+    """Return a permutation by sorting hashes: the stream of a numpy generator could change with its version."""
     state = _mix(np.array([seed % 2**64], np.uint64))
     for word in (epoch, zlib.crc32(name.encode())):
         state = _mix(state ^ np.uint64(word))
@@ -98,7 +116,7 @@ def permutation(length: int, seed: int, epoch: int, name: str) -> np.ndarray:
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64."""
+    """Mix bits with the finaliser of splitmix64."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -67,6 +67,7 @@ class Plan:
     steps_first_epoch: int
     steps_epoch: float
     steps: int
+    whole_epochs: bool  # the run ends with its last epoch, not before
     flop_step: float  # of all ranks, with recomputation
     seconds_step: float
     recompute: str | int  # the config's, with `auto` resolved
@@ -105,6 +106,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         steps_first_epoch=order.steps(0),
         steps_epoch=sum(load.steps for load in loads),
         steps=total_steps(config, order),
+        whole_epochs=total_steps(config, order) == order.first_step(config.train.epochs),
         flop_step=estimate.flops(loads, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
@@ -272,7 +274,7 @@ def text(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     config, batch = plan.config, plan.config.train.global_batch
     kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
-    epochs = plan.steps / plan.steps_epoch
+    epochs = config.train.epochs if plan.whole_epochs else plan.steps / plan.steps_epoch
     lines = {
         "trains": f"{plan.trainable_parameters:,} parameters ({kind}) of {plan.parameters:,}",
         "layout": f"{plan.layout}, {batch} samples a step, {batch // plan.layout.data} a data rank",

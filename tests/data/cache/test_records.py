@@ -203,6 +203,32 @@ def test_a_truncated_segment_holds_only_what_is_whole(tmp_path: Path, keep: int)
     assert len(cache.table.files[0].short) == len(cache.missing([key(n) for n in range(3)]))
 
 
+CUT_WHILE_OPEN = """
+import os, sys, torch
+from pathlib import Path
+from transpixeler.data.cache.records import Cache, CacheDamaged
+folder = Path(sys.argv[1])
+cache, out = Cache(folder), torch.empty(4, 3, 50, 70)
+key = cache.table.files[0].rows[0]["key"].tobytes()
+cache.copy(key, out)
+os.truncate(next(folder.glob("*.seg")), 100)
+for read in (lambda: cache.copy(key, out), lambda: cache.verify(0, 0)):
+    try:
+        read()
+    except CacheDamaged as fault:
+        print(fault)
+"""
+
+
+def test_a_segment_that_is_truncated_under_a_reader_is_a_clear_line(tmp_path: Path) -> None:
+    """Reading a mapping beyond the file's end would kill the process with SIGBUS."""
+    with CacheWriter(tmp_path) as writer:
+        writer.put([Record("latent", key(0), torch.zeros(4, 3, 50, 70))])
+    done = subprocess.run([sys.executable, "-c", CUT_WHILE_OPEN, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stdout.count(".seg was truncated while in use: it has 100 bytes") == 2
+
+
 def test_a_missing_segment_or_index_holds_nothing(tmp_path: Path) -> None:
     fill(tmp_path / "a", range(3))
     only(tmp_path / "a", "*.seg").unlink()

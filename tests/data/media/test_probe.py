@@ -34,6 +34,20 @@ def test_a_broken_memory_is_read_as_far_as_it_goes(text: str, tmp_path: Path) ->
     assert [path.name for path in memory.parent.iterdir()] == ["probes.tsv"]
 
 
+@pytest.mark.parametrize("shift", [-1, 1, 30])
+def test_an_edited_line_is_no_fact(shift: int, tmp_path: Path) -> None:
+    """A number that was changed, by hand or by the disk, would be believed for ever."""
+    image, memory = tmp_path / "a.png", tmp_path / "cache" / "probes.tsv"
+    write_png(image, np.zeros((16, 16, 3), np.uint8))
+    os.utime(image, (1e9, 1e9))
+    probes = Probes(memory.parent)
+    found = probes(image)
+    probes.save()
+    memory.write_text(memory.read_text().replace("\t16\t", f"\t{16 + shift}\t", 1))
+    again = Probes(memory.parent)
+    assert again(image) == found and again.opened == 1
+
+
 def test_two_machines_may_remember_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one saves while this one does, under the same process id."""
     replace = Path.replace

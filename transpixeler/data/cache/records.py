@@ -116,9 +116,20 @@ class Cache:
         return self.table.files[file].segments[place.segment]
 
     def _bytes(self, file: int, place: Place) -> Tensor:
+        """Return a record's mapped bytes after a look at the file's size: reading beyond its end is a SIGBUS."""
         mapped = self._maps.get((file, place.segment))
         if mapped is None:
             mapped = self._map(file, place)
+        path = self._segment(file, place).path
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:  # removed, but the mapping keeps its bytes
+            size = len(mapped)
+        if min(size, len(mapped)) < place.end:
+            raise CacheDamaged(
+                f"{path} was truncated while in use: it has {size} bytes, and the record {place.key.hex()} ends at "
+                f"{place.end}; run `transpixeler cache CONFIG`, which encodes it again, and resume"
+            )
         return mapped[place.offset : place.end]
 
     def _map(self, file: int, place: Place) -> Tensor:

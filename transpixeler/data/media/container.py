@@ -177,8 +177,12 @@ class Orientation(NamedTuple):
 
 
 def orientation(frame: VideoFrame, stream: VideoStream) -> Orientation:
-    """Return the upright size with square pixels; a display matrix that rotates is obeyed, one that mirrors refused."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    """Return the upright size with square pixels; a display matrix that rotates is obeyed, one that mirrors refused.
+
+    Side data is read from a tiny copy: reading it ties PyAV's frame into a reference cycle, which keeps the pixels
+    until the garbage collector comes, and training runs with that turned off.
+    """
+    matrix = frame.reformat(width=16, height=16).side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
         if a * d < b * c:
@@ -202,12 +206,16 @@ def frames(path: Path, wanted: Sequence[int], *, alpha: bool, threads: int) -> I
         size = (stream.codec_context.width, stream.codec_context.height)
         if wanted[-1] >= line.frames:
             raise BadMedia(f"has {line.frames} frames, so there is no frame {wanted[-1]}")
+        shown: Orientation | None = None
         for number, frame in zip(wanted, _picked(container, stream, line, wanted, alpha=alpha)):
             if frame.is_corrupt:
                 raise BadMedia(f"is damaged: frame {number} is a guess of the decoder; copy or encode the file again")
             if (frame.width, frame.height) != size:
                 raise BadMedia(f"changes its size from {size[0]}×{size[1]} to {frame.width}×{frame.height}")
-            yield frame, orientation(frame, stream)
+            shown = shown or orientation(frame, stream)
+            if frame.rotation // 90 != shown.turns:
+                raise BadMedia(f"turns its picture at frame {number}; re-encode it")
+            yield frame, shown
 
 
 def _picked(

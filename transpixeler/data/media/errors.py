@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from transpixeler.data.names import printable
+
 MAX_SIDE = 16384
 MAX_PIXELS = 1 << 26
 MAX_ASPECT = 32
@@ -48,4 +50,4 @@ def as_bad_media() -> Iterator[None]:
         yield
     except (FFmpegError, Image.DecompressionBombError, *PARSER_ERRORS) as error:
         text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        raise BadMedia(f"cannot be read: {text[:160]}") from error
+        raise BadMedia(f"cannot be read: {printable(text[:160])}") from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import functools
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 ANIMATED = ("WEBP", "PNG")  # the pages of a TIFF are not frames
 ORIENTATION = 0x0112
+LARGE = 1 << 24  # pixels
+STRIP = 256  # rows converted at a time
+_LARGE_ONE = threading.Lock()
 LARGEST_DENOMINATOR = 65535  # of an APNG's delays: fractions in the file, floats from Pillow
 
 
@@ -30,7 +35,7 @@ def probe(path: Path) -> Media:
     if not files:
         raise BadMedia("is a folder without images")
     check_gaps(files)
-    with as_bad_media(), _open(files[0]) as image:
+    with as_bad_media(), _open(files[0]) as image, _turn(image):
         width, height = image.size
         if image.getexif().get(ORIENTATION) in TRANSPOSED:
             width, height = height, width
@@ -67,11 +72,12 @@ def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
 
 def _pictures(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Open an animation once for all its frames, since each is drawn upon those before it."""
-    if path.is_dir():
+    if path.is_dir() or list(wanted) == [0]:
         files = files_of(path)
         for number in wanted:
             with as_bad_media(), _open(files[number]) as image:
-                yield _pixels(image)
+                array = _pixels(image)
+            yield array
         return
     with as_bad_media(), _open(path) as image:
         for number in wanted:
@@ -118,9 +124,29 @@ def _read_ends(image: Image.Image) -> tuple[Fraction, ...]:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
+    """Return uint8 [H,W,3 or 4], upright; converted in strips, as each of Pillow's steps would hold the whole again."""
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of depth or matte, which Pillow's own conversion would clip
-        return np.repeat((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    with _turn(image):
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        alpha = image.has_transparency_data and not image.mode.startswith("I")
+        out = np.empty((image.height, image.width, 4 if alpha else 3), np.uint8)
+        for top in range(0, image.height, STRIP):
+            bottom = min(top + STRIP, image.height)
+            strip = image.crop((0, top, image.width, bottom))
+            if image.mode.startswith("I"):  # 16 bits of depth or matte, which Pillow's own conversion would clip
+                out[top:bottom] = (np.asarray(strip).astype(np.uint32) >> 8)[:, :, None]
+            else:
+                out[top:bottom] = np.asarray(strip.convert("RGBA" if alpha else "RGB"))
+    return out
+
+
+@contextmanager
+def _turn(image: Image.Image) -> Iterator[None]:
+    """Let large images be unpacked one at a time, however many threads look at files."""
+    if image.width * image.height <= LARGE:
+        yield
+    else:
+        with _LARGE_ONE:
+            yield

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+
+from transpixeler.data.names import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,5 @@ class Candidate:
     caption: Path | str
     declared: dict[str, Fraction] = field(default_factory=dict)
 
-
-def printable(name: str) -> str:
-    """Show bytes of a file name that are not UTF-8 as escapes, since nothing else could be written."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def normal(name: str) -> str:
-    """Return one spelling of a name: some file systems store accents apart from their letters."""
-    return unicodedata.normalize("NFC", name)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", printable(self.id))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transpixeler.data.media.errors import BadMedia
-from transpixeler.data.sources.candidate import printable
+from transpixeler.data.names import is_utf8, printable
 
 
 def caption_text(path: Path) -> str:
@@ -13,9 +13,9 @@ def caption_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise BadMedia(f"its caption {path.name} is not UTF-8") from None
+        raise BadMedia(f"its caption {printable(path.name)} is not UTF-8") from None
     except OSError as error:
-        raise BadMedia(f"its caption {path.name} cannot be read: {error.strerror}") from error
+        raise BadMedia(f"its caption {printable(path.name)} cannot be read: {error.strerror}") from error
 
 
 def caption_of(caption: Path | str) -> str:
@@ -23,6 +23,6 @@ def caption_of(caption: Path | str) -> str:
     text = caption_text(caption) if isinstance(caption, Path) else caption
     if not text.strip():
         raise BadMedia("its caption is empty")
-    if printable(text) != text:  # half a pair of surrogates, which JSON can hold
+    if not is_utf8(text):  # half a pair of surrogates, which JSON can hold
         raise BadMedia("its caption is not UTF-8")
     return text.strip()

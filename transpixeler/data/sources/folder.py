@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transpixeler.config import UserError
 from transpixeler.data.media.files import IMAGE_ENDINGS, VIDEO_ENDINGS
-from transpixeler.data.sources.candidate import BadSample, Candidate, normal
+from transpixeler.data.names import normal, printable
+from transpixeler.data.sources.candidate import BadSample, Candidate
 
 MEDIA_ENDINGS = VIDEO_ENDINGS | IMAGE_ENDINGS
 MAY_HOLD_ALPHA = frozenset([".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".webp", ".tif", ".tiff"])
@@ -61,7 +62,9 @@ def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed: {error.strerror}; check its permissions") from error
+        raise UserError(
+            f"{printable(str(folder))}: cannot be listed: {error.strerror}; check its permissions"
+        ) from error
 
 
 def is_sequence(folder: Path) -> bool:

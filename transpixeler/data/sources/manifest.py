@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from transpixeler.config import UserError
-from transpixeler.data.sources.candidate import BadSample, Candidate, normal
+from transpixeler.data.names import normal
+from transpixeler.data.sources.candidate import BadSample, Candidate
 
 MANIFEST_ENDINGS = (".csv", ".jsonl", ".parquet")
 CLAIMS = ("num_frames", "height", "width", "fps")
+NUMBER = re.compile(r"\d{1,18}(/\d{1,18}|(\.\d{0,24})?(e[+-]?\d{1,2})?)", re.ASCII | re.IGNORECASE)
 PRIMARY_ALIASES = ("video", "path")  # names that other tools give the first stream's column
 
 Row = Mapping[str, Any] | str  # a row, or the reason why it cannot be read
@@ -65,18 +68,24 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _number(value: Any) -> Fraction | None:
-    """Read a number above 0 such as `24`, `23.976` or `24000/1001`."""
+    """Read a number above 0 such as `24`, `23.976`, `1e3` or `24000/1001`; of bounded length, as it is kept exactly."""
+    text = str(value).strip()
+    if not NUMBER.fullmatch(text):
+        return None
     try:
-        number = Fraction(str(value).strip())
-    except (ValueError, ZeroDivisionError):
+        number = Fraction(text)
+    except ZeroDivisionError:
         return None
     return number if number > 0 else None
 
 
 def rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield (number, row or the reason why it cannot be read), one at a time."""
-    ending = path.suffix.lower()
-    return {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[ending](path)
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    try:
+        yield from readers[path.suffix.lower()](path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -22,7 +22,8 @@ from transpixeler.data.media.decode import frame_numbers, probe, read_frames, re
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.files import files_of, numbers_of
 from transpixeler.data.media.fill import KEEP, Fill
-from transpixeler.data.sources.candidate import BadSample, Candidate, printable
+from transpixeler.data.names import is_utf8, printable
+from transpixeler.data.sources.candidate import BadSample, Candidate
 from transpixeler.data.sources.captions import caption_of
 from transpixeler.data.sources.folder import folder_candidates
 from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates
@@ -82,7 +83,7 @@ def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
     """Return a unique name for each source, which begins the ids of its samples: as given, or the folder's."""
     names: list[str] = []
     for source in sources:
-        name = wanted = source.name or Path(source.path).resolve().stem
+        name = wanted = source.name or _stem(Path(source.path))
         for count in itertools.count(2):
             if name not in names:
                 break
@@ -91,14 +92,26 @@ def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _stem(path: Path) -> str:
+    try:
+        return path.resolve().stem
+    except (OSError, ValueError, RuntimeError):  # no name of a file, which `_offered` says
+        return path.stem
+
+
 def _offered(source: SourceConfig, name: str, streams: Mapping[str, str]) -> Iterator[Candidate | BadSample]:
     path = Path(source.path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        where = printable(str(path))
+        raise UserError(f"{where}: the source does not exist; give a folder of pairs or a manifest") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{printable(str(path))}: the source cannot be read: {error}") from None
     if source.rgba and len(streams) > 2:
         raise UserError(f"{path}: rgba gives two streams, but streams names {', '.join(streams)}")
     if path.is_dir():
         return folder_candidates(path, name, streams, rgba=source.rgba)
-    if not path.exists():
-        raise UserError(f"{path}: the source does not exist; give a folder of pairs or a manifest")
     if path.suffix.lower() not in MANIFEST_ENDINGS:
         raise UserError(f"{path}: a source is a folder or a manifest ({', '.join(MANIFEST_ENDINGS)})")
     return manifest_candidates(path, name, streams, rgba=source.rgba)
@@ -126,9 +139,10 @@ def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: P
         return candidate
     files = [path for _, path in candidate.paths] + [candidate.caption] * isinstance(candidate.caption, Path)
     for path in files:
-        if printable(str(path)) != str(path):
+        if not is_utf8(str(path)):
             return BadSample(candidate.id, str(path), "its name is not UTF-8; rename it")
-    first, path = candidate.paths[0]
+    first, primary = candidate.paths[0]
+    path = primary
     try:
         media = probe(path)
         _check_claims(candidate, media)
@@ -136,8 +150,8 @@ def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: P
             raise BadMedia("has no alpha channel, but its source is rgba")
         for _, path in () if rgba else candidate.paths[1:]:
             _check_twin(first, media, probe(path))
-            _check_numbers(first, candidate.paths[0][1], path)
-        path = candidate.caption if isinstance(candidate.caption, Path) else candidate.paths[0][1]
+            _check_numbers(first, primary, path)
+        path = candidate.caption if isinstance(candidate.caption, Path) else primary
         caption = caption_of(candidate.caption)
     except BadMedia as error:
         return BadSample(candidate.id, str(path), str(error))
@@ -200,4 +214,4 @@ def _blamed_on(stream: str, path: Path) -> Iterator[None]:
     try:
         yield
     except BadMedia as error:
-        raise BadMedia(f"its {stream} file {path}: {error}") from error
+        raise BadMedia(f"its {stream} file {printable(str(path))}: {error}") from error

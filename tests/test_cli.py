@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transpixeler import cli
+from transpixeler import __version__, cli
 from transpixeler.data.media.write import write_png
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,12 @@ def test_help_answers_in_a_blink() -> None:
 def test_help_names_every_command() -> None:
     shown = run("--help").stdout
     assert "demo" in shown and "configs/reference.yaml" in shown
+
+
+def test_the_version_is_said_once_for_the_program_and_its_package() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert run("--version").stdout == f"transpixeler {__version__}\n"
+    assert 'dynamic = ["version"]' in pyproject and "transpixeler.__version__" in pyproject
 
 
 def test_torch_is_not_loaded_for_help_or_a_config() -> None:

@@ -1,17 +1,18 @@
-"""Command line in, one function a command, exit code out: 0 done, 1 a fault, 2 the user's input is wrong.
+"""Run one command: the command line in, an exit code out (0 done, 1 a fault, 2 the user's input is wrong).
 
-Argv and YAML enter here and nowhere else. Each command imports what it needs when it runs, so that `--help`
-and a misspelt key answer in a blink.
+Each command imports what it needs when it runs, so that `--help` and a misspelt key answer without loading torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from transpixeler.arguments import make_parser
@@ -19,11 +20,13 @@ from transpixeler.config import Config, Fault, UserError
 
 if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
+    from transpixeler.parallel.runtime import Runtime
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that argv names and return its exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return COMMANDS[arguments.command](arguments)
@@ -35,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fault as fault:
         _say(str(fault))
         return 1
-    except KeyboardInterrupt:
-        print("transpixeler: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        _say_stopped(stop, arguments)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Overrides may stand anywhere after the command, between options too."""
+    """Parse argv; `key=value` may stand anywhere after the command, also between options."""
     parser = make_parser()
     arguments, left = parser.parse_known_args(_explicit_resume(argv))
     overrides = [word for word in left if "=" in word and not word.startswith("-")]
@@ -56,15 +59,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _say(message: str) -> None:
-    """One line for all ranks: another one speaks only where the first has met no mistake."""
+    """Print one line for all ranks: other ranks leave rank 0 the time to print it first."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(2.0)  # torchrun ends this process first when rank 0 has said it
+        time.sleep(2.0)  # when rank 0 has met the same error, torchrun ends this process before it prints
     print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
 
 
+def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:
+    """Print that Ctrl-C ended the command and, for a training that was saved, the command that goes on with it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(f"transpixeler: {str(stop) or 'stopped'}", file=sys.stderr)
+    if run := getattr(stop, "run", None):
+        words = ["train", arguments.config, *arguments.overrides, "--resume", str(run)]
+        print(f"transpixeler: to go on: transpixeler {shlex.join(words)}", file=sys.stderr)
+
+
 def _explicit_resume(argv: Sequence[str]) -> list[str]:
-    """`--resume` may stand alone before the config or an override, without taking it for a run."""
+    """Write `--resume` before a config or an override as `--resume=`, so that argparse takes neither for the run."""
     words = list(argv)
     for i, word in enumerate(words[:-1]):
         following = words[i + 1]
@@ -113,8 +126,9 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from transpixeler.training import trainer
+    from transpixeler.training import preflight, trainer
 
+    preflight.check_import(config, arguments.config, arguments.overrides)
     with _running(config) as runtime:
         folder = trainer.train(config, runtime, resume=arguments.resume)
         if runtime.is_main:
@@ -160,7 +174,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     path, overrides = arguments.source, [*arguments.overrides, *_sample_overrides(arguments)]
-    if "=" in path and not Path(path).exists():  # no source but an override
+    if "=" in path and not Path(path).exists():  # an override in the place of the source
         path, overrides = "", [path, *overrides]
     from transpixeler.sampling.command import SampleOptions, sample_command
     from transpixeler.sampling.saves import base_model_alone, load_saved
@@ -183,7 +197,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Options that are keys of a config by another name."""
+    """Return the overrides that options such as --steps stand for."""
     keys = ("steps", "guidance", "shift", "seed", "scheduler", "alpha_mode", "background")
     found = [f"sample.{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
     if arguments.model:
@@ -193,7 +207,7 @@ def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.size:
         numbers = arguments.size.lower().split("x")
         if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
-            raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, such as 832x480x33")
+            raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, for example 832x480x33")
         found.append(f"sample.size=[{', '.join(numbers)}]")
     return found
 
@@ -211,7 +225,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.dataset.endswith((".yaml", ".yml")):
         config = configfile.load(arguments.dataset, arguments.overrides)
     else:
-        source = json.dumps(arguments.dataset, ensure_ascii=False)  # which YAML reads as it is
+        source = json.dumps(arguments.dataset, ensure_ascii=False)  # YAML reads a JSON text as it is
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
     from transpixeler.publishing.dataset import inspect_dataset
 
@@ -271,7 +285,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     return configfile.load(arguments.config, arguments.overrides)
 
 
-def _running(config: Config | None = None):
+def _running(config: Config | None = None) -> AbstractContextManager[Runtime]:
     from transpixeler.parallel import runtime
 
     minutes = config.parallel.timeout_minutes if config else 10.0

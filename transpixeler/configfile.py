@@ -1,4 +1,7 @@
-"""YAML files and `a.b=value` overrides in, a checked `Config` out, and back: every fault names its key and its file."""
+"""Read YAML files and `a.b=value` overrides into a checked `Config`, and write one back as YAML.
+
+Every error names the key and the file, or the command line, that set it.
+"""
 
 from __future__ import annotations
 
@@ -21,33 +24,35 @@ from transpixeler.config import Config, PathKind, Range, UserError, faults
 Key = tuple[str, ...]
 COMMAND_LINE = "the command line"
 MERGE_KEY = "tag:yaml.org,2002:merge"  # `<<: *other`
-# what yaml raises for a text it cannot read: a date of 2024-13-45, a bool of 7, a thousand brackets
+# what yaml raises for text it cannot read: a date of 2024-13-45, a bool of 7, a thousand brackets
 BAD_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class Raw(str):
-    """Text as typed on the command line, kept so that a text field can take `007` unread."""
+    """Text as typed on the command line, so that a text key can take `007` as it is."""
 
 
 @dataclasses.dataclass
 class Tree:
-    """Merged plain values and, for each key, the file that set it last."""
+    """Merged plain values, and for each key the file that set it last."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     origins: dict[Key, str] = dataclasses.field(default_factory=dict)
 
     def origin(self, key: Key) -> str:
+        """Return the file that set a key, or the section around it."""
         while key and key not in self.origins:
             key = key[:-1]
         return self.origins.get(key, "the defaults")
 
     def fault(self, key: Key, message: str) -> UserError:
+        """Return the error for a key, with the place that set it."""
         origin = self.origin(key)
         return UserError(f"{'.'.join(key)}: {message} ({'on' if origin == COMMAND_LINE else 'in'} {origin})")
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The config that a file, its bases and the overrides make together."""
+    """Return the config of a file, its bases and the overrides."""
     return build(read(path), overrides)
 
 
@@ -64,12 +69,12 @@ def build(tree: Tree, overrides: Iterable[str] = ()) -> Config:
 
 
 def from_overrides(overrides: Iterable[str]) -> Config:
-    """The defaults, changed by overrides alone."""
+    """Return the defaults with overrides applied."""
     return _build(Tree(), overrides)
 
 
 def dump(config: Config) -> str:
-    """YAML that reads back as an equal config."""
+    """Return YAML that reads back as an equal config."""
     return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -84,7 +89,7 @@ def _build(tree: Tree, overrides: Iterable[str]) -> Config:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML whose text comes back: in single quotes a NEL (U+0085) would return as two spaces."""
+    """Safe YAML that quotes a NEL (U+0085), which would otherwise read back as two spaces."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
@@ -97,10 +102,10 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and a value that holds itself."""
+    """Safe YAML that refuses duplicate keys, keys that are not text, and values that contain themselves."""
 
     def construct_document(self, node: yaml.Node) -> Any:
-        self.deep_construct = True  # at once instead of in a second pass: only the latter can tie a knot
+        self.deep_construct = True  # a second pass is what could make a value contain itself
         return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -112,7 +117,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -123,7 +128,7 @@ def _read(path: Path, named_in: str = "") -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{named_in}") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: a folder, where a YAML file is expected{named_in}") from None
+        raise UserError(f"{path}: is a folder, not a YAML file{named_in}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}{named_in}") from None
     try:
@@ -164,7 +169,7 @@ def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, o
     for name, value in new.items():
         inner = (*key, name)
         if value is None and isinstance(into.get(name), dict) and dataclasses.is_dataclass(_hint(inner)):
-            continue  # a section with nothing left in it takes nothing away
+            continue  # a section whose keys are all commented out changes nothing
         tree.origins = {k: o for k, o in tree.origins.items() if k[: len(inner)] != inner or isinstance(value, dict)}
         tree.origins[inner] = origin
         if isinstance(value, dict):
@@ -172,11 +177,11 @@ def _merge(tree: Tree, into: dict[str, Any], new: Mapping[str, Any], key: Key, o
                 into[name] = {}
             _merge(tree, into[name], value, inner, origin)
         else:
-            into[name] = copy.deepcopy(value)  # an alias in the file is a value of its own
+            into[name] = copy.deepcopy(value)  # a YAML alias becomes an independent value
 
 
 def _hint(key: Key) -> Any:
-    """The type of what stands at a key, where it is in a section or a list; else None."""
+    """Return the type of a key in a section or a list, else None."""
     hint: Any = Config
     for name in key:
         if dataclasses.is_dataclass(hint):
@@ -204,7 +209,7 @@ def _merge_override(tree: Tree, override: str) -> None:
 
 
 def _opened(tree: Tree, level: Any, key: Key) -> Any:
-    """What keys below this one are set in: what files gave, in full where they were brief, or else the default."""
+    """Return the container at a key, for keys below it: from the files, in its full form, or the default."""
     place = _place(tree, level, key)
     found = level[place] if isinstance(level, list) else level.get(place)
     if found is None:
@@ -215,19 +220,19 @@ def _opened(tree: Tree, level: Any, key: Key) -> Any:
     return level[place]
 
 
-def _place(tree: Tree, level: Any, key: Key) -> str | int:
-    """Where the key's last name leads in a section, a table or a list."""
+def _place(tree: Tree, level: Any, key: Key) -> Any:
+    """Return the index or name that a key's last part means in a section, a table or a list."""
     if isinstance(level, list):
         if not key[-1].isdigit() or int(key[-1]) >= len(level):
-            raise tree.fault(key, f"{key[-1]!r} is no place in a list of {len(level)}")
+            raise tree.fault(key, f"{key[-1]!r} is not a position in a list of {len(level)}")
         return int(key[-1])
     if not isinstance(level, dict):
-        raise tree.fault(key, f"{'.'.join(key[:-1])} holds a value, not keys")
+        raise tree.fault(key, f"{'.'.join(key[:-1])} is a value and has no keys")
     return key[-1]
 
 
 def _override_value(text: str) -> Any:
-    """Lists, `{…}` and null are read as YAML; all else waits as text for the type of its key."""
+    """Read lists, `{…}` and null as YAML; leave other text to be read by the type of its key."""
     try:
         value = yaml.load(text, Loader=_Loader) if text.strip() else text
     except BAD_YAML:
@@ -269,7 +274,7 @@ def _unknown(name: str, fields: Iterable[str]) -> str:
 
 
 def _in_full(hint: Any, value: Any) -> Any:
-    """What may be written in brief: one data set needs no list, and a bare path stands for {path: …}."""
+    """Expand short forms: a single data set needs no list, and a bare path means {path: …}."""
     if isinstance(value, str) and dataclasses.is_dataclass(hint) and "path" in _fields(hint):
         return {"path": value}
     several = get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0])
@@ -281,13 +286,13 @@ def _convert(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
     if hasattr(hint, "__metadata__"):
         return _annotated(hint, value, key, tree)
     value = _in_full(hint, value)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, key, tree)
     if origin in (Union, types.UnionType):
         return _union(get_args(hint), value, key, tree)
     if origin is Literal:
         if isinstance(value, bool):
-            value = "on" if value else "off"  # YAML 1.1 takes on and off for true and false
+            value = "on" if value else "off"  # YAML 1.1 reads on and off as true and false
         if value not in get_args(hint):
             near = difflib.get_close_matches(str(value), [str(a) for a in get_args(hint)], n=1)
             hint_text = f"; did you mean {near[0]}?" if near else ""
@@ -304,7 +309,7 @@ def _convert(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
 
 
 def _annotated(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
-    converted = _convert(hint.__origin__, value, key, tree)
+    converted: Any = _convert(hint.__origin__, value, key, tree)
     for mark in hint.__metadata__:
         if isinstance(mark, Range) and not mark.holds(converted):
             raise tree.fault(key, f"{converted} is out of range: must be {mark}")
@@ -314,12 +319,12 @@ def _annotated(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
 
 
 def _path(kind: PathKind, value: str, origin: str) -> str:
-    """A path stands relative to the file that it is written in, or to the working folder on the command line."""
+    """Return a path relative to the file that sets it, or to the working folder for the command line."""
     if not value:
         return value
     folder = Path.cwd() if origin == COMMAND_LINE else Path(origin).resolve().parent
-    path = folder / os.path.expanduser(value)  # noqa: PTH111  an unknown user's ~name is a name like another
-    there = os.path.exists(path)  # noqa: PTH110  false, where Path.exists raises, for a name too long to be a file's
+    path = folder / os.path.expanduser(value)  # noqa: PTH111  keeps ~name of an unknown user; Path.expanduser raises
+    there = os.path.exists(path)  # noqa: PTH110  false for a name that is too long; Path.exists raises
     if kind is PathKind.HUB_OR_LOCAL and not there and not value.startswith((".", "/", "~")):
         return value
     return str(path)
@@ -358,7 +363,7 @@ def _scalar(hint: type, value: Any, key: Key, tree: Tree) -> Any:
     if hint is int and isinstance(read, int) and not isinstance(read, bool):
         return read
     if hint is float and _number(read):
-        return float(str(read))  # YAML 1.1 takes 1e-4 for text
+        return float(str(read))  # YAML 1.1 reads 1e-4 as text
     quote = "; put it in quotes" if hint is str and not isinstance(value, dict | list | None) else ""
     raise tree.fault(key, f"expected {_name(hint)}, found {_kind(value)}{quote}")
 
@@ -397,7 +402,7 @@ def _kind(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and tuples as the dicts and lists that YAML and JSON hold."""
+    """Return dataclasses and tuples as dicts and lists, for YAML and JSON."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):

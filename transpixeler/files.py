@@ -1,7 +1,8 @@
-"""A path in, a file or folder under it that nobody, on this machine or another, ever sees half-written."""
+"""Write files and folders so that nobody, on this machine or another, ever sees them half-written."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -9,14 +10,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from transpixeler.config import UserError
 
 
 @contextmanager
 def whole(path: Path, *, synced: bool = False) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under.
+    """Yield a temporary name beside `path`; what is written there replaces `path`, or is removed on an error.
 
-    When all went well it takes the name from what had it; when not, it is removed. `synced`: a file is on the disk
-    before that, so that it outlives a power cut.
+    synced: fsync the file before it gets its name, so that it survives a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = uuid.uuid4().hex[:12]
@@ -38,7 +41,7 @@ def whole(path: Path, *, synced: bool = False) -> Iterator[Path]:
 
 
 def _admit(made: Path, plain: Path) -> None:
-    """Safetensors leaves its files to their owner alone; they get the mode of any new file here, such as `plain`."""
+    """Give safetensors' files, which only their owner may read, the mode that a new file such as `plain` gets."""
     closed = [file for file in (made, *made.rglob("*")) if file.lstat().st_mode == stat.S_IFREG | 0o600]
     if closed:
         plain.touch()
@@ -47,7 +50,7 @@ def _admit(made: Path, plain: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that says it already is not touched. Names that are no UTF-8 stand as their bytes."""
+    """Write a text file whole and synced, if it does not hold the text yet; file names in it need not be UTF-8."""
     content = text.encode("utf-8", errors="surrogateescape")
     if path.is_file() and path.read_bytes() == content:
         return
@@ -55,8 +58,19 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_bytes(content)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; name a file that is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged, holds no JSON object")
+    return content
+
+
 def sync(path: Path) -> None:
-    """A file's bytes, or what was renamed or made in a folder, outlive a power cut."""
+    """Fsync a file's bytes, or a folder's new and renamed entries, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

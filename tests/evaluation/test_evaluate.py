@@ -24,16 +24,17 @@ from transpixeler.config import Config
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.write import write_png
 from transpixeler.data.order import make_order
-from transpixeler.evaluation import command, heldout
+from transpixeler.evaluation import clips, command, heldout, losses
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
+from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint, telemetry
+from transpixeler.runs import checkpoint
 from transpixeler.sampling.model import open_engine
 from transpixeler.sampling.saves import load_for_eval, load_saved
 from transpixeler.training import trainer
-from transpixeler.training.evaluation import due_at
+from transpixeler.training.schedule import Schedule
 
 
 def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], twin: str) -> heldout.Losses:
+def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], twin: str) -> losses.Losses:
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
     source = load_saved(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
     data = encode_missing(source.config, WanModel, runtime)
@@ -52,10 +53,10 @@ def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], t
         objective.draw_noise = lambda elements, *key: draw(elements, *key, rank)
     mesh = meshes.build(meshes.resolve(source.config.parallel, world_size), runtime)
     engine = open_engine(source, mesh)
-    return heldout.Evaluator(source.config, runtime, mesh, engine, data.eval).losses()
+    return heldout.Evaluator(source.config, runtime, engine, data.eval).losses()
 
 
-def difference(one: heldout.Losses, other: heldout.Losses) -> float:
+def difference(one: losses.Losses, other: losses.Losses) -> float:
     assert [*one] == [*other] and all([*one[name]] == [*other[name]] for name in one)
     return max(
         abs(value - other[name][stream][t])
@@ -66,7 +67,7 @@ def difference(one: heldout.Losses, other: heldout.Losses) -> float:
 
 
 @pytest.fixture(scope="module")
-def alone(run: Path) -> heldout.Losses:
+def alone(run: Path) -> losses.Losses:
     return run_ranks(_losses, 1, run, (), "")[0]
 
 
@@ -75,17 +76,17 @@ def alone(run: Path) -> heldout.Losses:
     [(4, layout(2, 1, 2)), (4, layout(1, 4, 1)), (1, ("eval.micro_batch=3",)), (1, ("train.global_batch=1",))],
 )
 def test_losses_are_the_same_on_any_layout_and_batch(
-    run: Path, alone: heldout.Losses, ranks: int, overrides: tuple[str, ...]
+    run: Path, alone: losses.Losses, ranks: int, overrides: tuple[str, ...]
 ) -> None:
     for found in run_ranks(_losses, ranks, run, overrides, ""):
         assert difference(found, alone) < 1e-6
 
 
-def test_noise_that_depends_on_the_rank_is_found(run: Path, alone: heldout.Losses) -> None:
+def test_noise_that_depends_on_the_rank_is_found(run: Path, alone: losses.Losses) -> None:
     assert difference(run_ranks(_losses, 2, run, layout(1, 2, 1), "noise of the rank")[0], alone) > 1e-3
 
 
-def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(alone: heldout.Losses) -> None:
+def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(alone: losses.Losses) -> None:
     assert {name: [*streams] for name, streams in alone.items()} == {
         "eval": ["rgb", "seg"],
         "eval/rgb_to_aux": ["seg"],
@@ -95,9 +96,9 @@ def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(al
 
 
 def test_clips_are_taken_from_everywhere() -> None:
-    assert heldout.spread(range(10), 3) == [0, 3, 6]
-    assert heldout.spread(range(2), 5) == [0, 1]
-    assert heldout.spread([], 5) == []
+    assert clips.spread(range(10), 3) == [0, 3, 6]
+    assert clips.spread(range(2), 5) == [0, 1]
+    assert clips.spread([], 5) == []
 
 
 # --- when ------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_clips_are_taken_from_everywhere() -> None:
 def due_steps(total: int, **keys: Any) -> list[int]:
     config = configfile.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
     order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, seed=0, global_batch=2)  # 3 steps an epoch
-    due = due_at(config, order, total)
+    due = Schedule(config, order, total).evaluation_due
     return [step for step in range(total + 1) if due(step)]
 
 
@@ -169,14 +170,14 @@ def evaluated(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _asked_within(rank: int, world_size: int, path: Path, words: tuple[str, ...]) -> str:
     """One rank is asked to stop, by signal, in the middle of the evaluation of step 2."""
-    measure = heldout.Evaluator._errors
+    measure = losses.HeldOutLosses._errors
 
-    def errors(evaluator: heldout.Evaluator, piece: heldout.Piece) -> torch.Tensor:
-        if rank == 1 and piece is evaluator.pieces[1]:
+    def errors(held: losses.HeldOutLosses, piece: clips.Piece) -> torch.Tensor:
+        if rank == 1 and piece is held.held_out.pieces[1]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(evaluator, piece)
+        return measure(held, piece)
 
-    heldout.Evaluator._errors = errors
+    losses.HeldOutLosses._errors = errors
     return _train(rank, world_size, path, words, None)
 
 
@@ -195,12 +196,12 @@ def _train_on_a_device_that_remembers(rank: int, world_size: int, path: Path, wo
     """Of 24 GiB, which encoding and evaluations fill; a step takes next to nothing."""
     peak, measure = [24.0], heldout.Evaluator.losses
 
-    def losses(evaluator: heldout.Evaluator) -> heldout.Losses:
+    def filled(evaluator: heldout.Evaluator) -> losses.Losses:
         peak[0] = 24.0
         return measure(evaluator)
 
-    heldout.Evaluator.losses = losses
-    telemetry.peak_memory, telemetry.forget_peak = lambda _: peak[0], lambda _: peak.__setitem__(0, 0.0)
+    heldout.Evaluator.losses = filled
+    devices.peak_memory, devices.forget_peak = lambda _: peak[0], lambda _: peak.__setitem__(0, 0.0)
     return _train(rank, world_size, path, words, None)
 
 
@@ -295,9 +296,7 @@ def test_neither_lost_clips_nor_a_page_that_fails_end_the_training(
 
     def samples(evaluator: heldout.Evaluator, folder: Path, *more: Any) -> dict[str, dict[str, float]]:
         shutil.rmtree(held)
-        torn = folder.with_name("step00000007") / "mine/sample.json"
-        torn.parent.mkdir(parents=True)
-        torn.write_text("{")
+        (folder.parents[1] / "report.html").mkdir()
         return measure(evaluator, folder, *more)
 
     monkeypatch.setattr(heldout.Evaluator, "samples", samples)

@@ -12,7 +12,7 @@ from tests.support.ranks import RanksFailed, run_ranks
 from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
-from transpixeler.runs.checkpoint import Checkpointer
+from transpixeler.runs.checkpointer import Checkpointer
 
 
 def _sum_of_ranks(rank: int, world_size: int, scale: int) -> int:
@@ -88,7 +88,7 @@ def test_a_garbled_environment_is_the_users_to_mend(monkeypatch: pytest.MonkeyPa
 
 PROGRAM = """
 import logging, sys
-from transpixeler import runtime
+from transpixeler.parallel import runtime
 with runtime.running(device="cpu") as here:
     logging.getLogger("transpixeler").info("quiet unless first")
     logging.getLogger("transpixeler").warning("heard from all")

@@ -35,7 +35,7 @@ from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.planning import estimates, plan
-from transpixeler.runs import folder as run_folder
+from transpixeler.runs import controls, opening
 from transpixeler.training import trainer
 
 WAN_1_3B = {"model_type": "t2v", "dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_dim": 16,
@@ -66,19 +66,19 @@ def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) 
     torch.set_num_threads(1)
     config = configfile.load(path, overrides)
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    run = run_folder.open_run(config, runtime, None)
-    with run_folder.listening(run, runtime) as requests:
-        made = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), run, requests)
-        made._finish = lambda: None  # a checkpoint holds copies, which on a GPU lie in host memory
+    run = opening.open_run(config, runtime, None)
+    with controls.listening(run, runtime) as asked:
+        made = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), run, asked)
+        made.keeper.finish = lambda: None  # a checkpoint holds copies, which on a GPU lie in host memory
         gc.collect()
         whole_text = mock.patch.object(wan, "fold_padding", lambda rows: (rows, None))  # as a GPU computes it
         with BytesHeld() as held, whole_text:
             made.train()
         facts = {
             "peak": held.peak,
-            "trained": sum(p.numel() for p in made.trained.values()),
+            "trained": sum(p.numel() for p in made.state.parameters.values()),
             "weights": sum(p.numel() * p.element_size() for _, p in made.engine.named_parameters()),
-            "steps": [made.order.steps(0), made.total],
+            "steps": [made.schedule.order.steps(0), made.schedule.total],
             "dropped": {"train": made.data.train.skipped, "eval": made.data.eval.skipped},
             "buckets": {tuple(key): n for key, n in made.data.train.buckets().items()},
         }

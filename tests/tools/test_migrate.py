@@ -167,7 +167,7 @@ def test_no_key_vanishes(home: Path, capsys) -> None:
                 "monitoring.wandb_run_name", "cache_shuffle_num", "directory 1: mask_path", "held.toml: min_ar",
                 "eval_micro_batch_size_per_gpu", "steps_per_print", "caching_batch_size"):  # fmt: skip
         assert f"{key} = " in told and f"{key} = " in text, key
-    assert "some_new_thing = 7: not a key that is known" in told
+    assert "some_new_thing = 7: an unknown key" in told
     assert "wandb_api_key = (hidden)" in told and "not-for-anyone" not in told + text
     left_out = told.count("\n  ")
     names = [line.split("=")[0] for part in (TRAIN, PAIRS, HELD) for line in part.splitlines() if "=" in line]
@@ -212,8 +212,8 @@ def test_what_the_tomls_leave_out_is_as_it_was_there(home: Path, capsys) -> None
     assert {*config.lora.targets} == {*LoraConfig().targets, "cross_attn.k", "cross_attn.v"}
     assert (config.data.frames, config.data.aspect_ratios) == ((1,), (1.0,))
     told = capsys.readouterr().out
-    assert "here it is optim.betas (0.9, 0.99), optim.eps 1e-08, optim.weight_decay 0.01" in told
-    assert "max_ar = 2: it was of no effect" in told and "every clip became a square" in told
+    assert "here they are optim.betas (0.9, 0.99), optim.eps 1e-08, optim.weight_decay 0.01" in told
+    assert "max_ar = 2: it had no effect" in told and "every clip became a square" in told
 
 
 def test_what_is_said_stands(home: Path, capsys) -> None:
@@ -236,10 +236,10 @@ def test_one_stream_with_an_adapter_has_scope_all(home: Path) -> None:
         ("epochs = 200", "epochs = ", "not valid TOML"),
         ("epochs = 200", 'epochs = "many"', "train.epochs: expected a whole number, found 'many'"),
         ("compile = true", "micro = 1\nactivation_checkpointing = 3", "not valid TOML"),
-        ('"unsloth"', '"half"', "activation_checkpointing = 'half' is not what this key takes"),
-        ("configs/pairs.toml", "configs/none.toml", "dataset names 'configs/none.toml', which is not there"),
-        ("[model]", "model = 3\n[models]", "model is no table"),
-        ("gradient_accumulation_steps = 3", "gradient_accumulation_steps = 0", "no whole number of pipelines"),
+        ('"unsloth"', '"half"', "activation_checkpointing = 'half' is not a value for this key"),
+        ("configs/pairs.toml", "configs/none.toml", "dataset names 'configs/none.toml', which does not exist"),
+        ("[model]", "model = 3\n[models]", "model is not a table"),
+        ("gradient_accumulation_steps = 3", "gradient_accumulation_steps = 0", "do not divide into pipelines"),
     ],
 )
 def test_what_is_wrong_is_one_line(home: Path, capsys, old: str, new: str, said: str) -> None:

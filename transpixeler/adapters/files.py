@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from transpixeler.adapters import peft_config
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
+from transpixeler.adapters.tensorfile import save_tensors
 from transpixeler.config import UserError
 from transpixeler.families.wan import names as wan_names
 from transpixeler.files import whole, write_text
@@ -113,7 +113,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
     if file != path:
         write_text(path / CONFIG_FILE, peft_config.beside(stored, _ours(header)))
     with whole(file, synced=True) as draft:
-        save_file(_spelled(stored, FORMATS[format]), draft, metadata=header)
+        save_tensors(_spelled(stored, FORMATS[format]), draft, header)
         assert adapter.matches(_read_file(draft, alpha=None, stream="")), (
             f"{draft} does not read back as it was written"
         )

@@ -33,7 +33,7 @@ def eval_command(source: SavedModel, runtime: Runtime, *, out: str = "", asked_l
     data = encode_missing(config, model_class(config.model.family), runtime).eval
     mesh = meshes.build(layout, runtime)
     engine = open_engine(replace(source, config=config), mesh)
-    evaluator = Evaluator(config, runtime, mesh, engine, data)
+    evaluator = Evaluator(config, runtime, engine, data)
     folder = Path(out) if out else _default_folder(source)
     found: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in evaluator.losses().items()}
     facts = {"model": config.model.path, "adapter": source.name, "step": source.step}

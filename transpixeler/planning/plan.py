@@ -26,20 +26,16 @@ from transpixeler.data.sources.pairs import scan
 from transpixeler.models.backbone import VideoModel
 from transpixeler.models.costs import step_flops
 from transpixeler.models.streams import StreamLayout
-from transpixeler.parallel import build, shard
+from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning import estimates
 from transpixeler.planning.estimates import Estimate, Fit, Load, Machine, Memory
-from transpixeler.runs import telemetry
 from transpixeler.sampling.model import initial_adapter, initial_scopes, make_model
-from transpixeler.training import preflight, trainer
+from transpixeler.training import preflight
+from transpixeler.training.schedule import total_steps
 
 GIB = 2**30
 DEFAULT_DEVICE = "H100"  # where there is no GPU and none is named
-DEVICE_MEMORY = {  # in GiB, of the devices whose peak telemetry knows
-    "B200": 180, "H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "A100": 80, "A800": 80, "L40S": 48,
-    "RTX PRO 6000": 96, "5090": 32, "4090": 24, "3090": 24, "A6000": 48,
-}  # fmt: skip
 LETTERS_PER_TOKEN = 4
 BF16_BYTES = 2
 LISTED_CLIPS = 40  # dropped clips that the text names
@@ -109,7 +105,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         dropped={"train": train.skipped, "eval": evaluation.skipped},
         steps_first_epoch=order.steps(0),
         steps_epoch=sum(load.steps for load in loads),
-        steps=trainer.total_steps(config, order),
+        steps=total_steps(config, order),
         flop_step=estimate.flops(loads, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
@@ -222,14 +218,12 @@ def find_machine(config: Config, *, gpus: int, memory: float, device: str, peak:
         return "cpu", Machine(gpus, memory * GIB, 1e12 * (peak or config.log.peak_tflops), "cpu")
     here = torch.cuda.is_available() and not device
     asked = device or (torch.cuda.get_device_name() if here else DEFAULT_DEVICE)
-    known = dict(telemetry.PEAKS)
     memory = memory or _memory(asked, here=here)
-    exact = [name for name in known if name.lower() == asked.lower()]
-    name = next(iter([*exact, *(name for name in known if name.lower() in asked.lower())]), "")
-    if not name and not (peak and memory):
+    known = devices.find(asked) or devices.Device(asked, peak, 0)
+    if not known.tflops or not (memory or known.memory):
         raise UserError(f"--device: {asked!r} is not known; give --peak TFLOPS and --memory GB, or one of {_listed()}")
-    peak = peak or config.log.peak_tflops or known[name]
-    return name or asked, Machine(gpus, (memory or DEVICE_MEMORY[name]) * GIB, 1e12 * peak)
+    peak = peak or config.log.peak_tflops or known.tflops
+    return known.name, Machine(gpus, (memory or known.memory) * GIB, 1e12 * peak)
 
 
 def _memory(asked: str, *, here: bool) -> float:
@@ -241,7 +235,7 @@ def _memory(asked: str, *, here: bool) -> float:
 
 
 def _listed() -> str:
-    return ", ".join(name.lower() for name in DEVICE_MEMORY)
+    return ", ".join(name.lower() for name, *_ in devices.KNOWN)
 
 
 # --- as values and as text -------------------------------------------------------------------------------------------

@@ -14,17 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from transpixeler import configfile
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.files import write_text
-from transpixeler.runs.folder import CONFIG, sampled
-from transpixeler.runs.telemetry import METRICS
-from transpixeler.sampling.files import FACTS
+from transpixeler.publishing.received import (
+    check_within,
+    own_samples,
+    read_manifest,
+    read_metrics,
+    read_yaml,
+    sample_files,
+)
+from transpixeler.runs.folder import CONFIG, METRICS
 
 PAGE = "report.html"
-MANIFEST = "manifest.json"
 CURVE_POINTS = 1200  # more are averaged in groups, as no screen shows them
 EMBEDDED_FILE, EMBEDDED_ALL = 1 << 20, 12 << 20  # most bytes of one video and of all that the page embeds
 ASSETS = Path(__file__).parent / "assets"
@@ -43,9 +46,9 @@ def write_report(run: Path) -> Path:
 
 def gather(run: Path) -> dict[str, Any]:
     """Collect everything that the page shows into one JSON value."""
-    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    manifest = _json(run / MANIFEST)
-    lines = list(_lines(run / METRICS))
+    config = read_yaml(check_within(run / CONFIG, run))
+    manifest = read_manifest(run)
+    lines = read_metrics(run)
     steps = [line for line in lines if "loss" in line]
     return {
         "name": run.resolve().name,
@@ -133,28 +136,15 @@ def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a file; training may be writing the last."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
-
-
 def _samples(run: Path) -> Iterator[dict[str, Any]]:
     """Yield every sample that has videos, the latest step first; its videos are embedded as far as they fit."""
     left = EMBEDDED_ALL
-    made = [(step, folder) for step, place in sampled(run).items() for folder in sorted(place.glob("*/"), reverse=True)]
-    for step, folder in made:
-        facts = _json(folder / FACTS)
-        if not facts or folder.name.startswith("."):
-            continue
+    made = sorted(own_samples(run), key=lambda sample: (sample[0], sample[1].name), reverse=True)
+    for step, folder, facts in made:
         videos = {}
-        for name, file in facts["files"].items():
-            if file.endswith(".mp4") and (folder / file).is_file():
-                videos[name], used = _source(folder / file, run, left)
+        for name, file in sample_files(folder, facts).items():
+            if file.suffix == ".mp4":
+                videos[name], used = _source(file, run, left)
                 left -= used
         if videos:
             yield facts | {"name": folder.name, "step": step, "videos": videos}

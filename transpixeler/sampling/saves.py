@@ -25,9 +25,7 @@ from transpixeler.adapters.files import (
 from transpixeler.config import Config, UserError
 from transpixeler.configfile import Tree
 from transpixeler.models.weights import resolve
-from transpixeler.runs import folder as run_folder
-from transpixeler.runs.folder import CONFIG, LATEST
-from transpixeler.runs.telemetry import METRICS
+from transpixeler.runs.folder import CONFIG, LATEST, METRICS, configured_run
 
 EMA = "ema"
 _PUSHED = (f"{MODEL_FOLDER}/*", "*.safetensors", CONFIG, CONFIG_FILE)  # of a repository, what is needed to sample
@@ -154,7 +152,7 @@ def load_for_eval(
     config = configfile.build(tree, overrides)
     if base:
         return replace(base_model(config), run=run)
-    run = run or run_folder.meant(config)
+    run = run or configured_run(config)
     if not adapter and not (run / CONFIG).is_file():
         missing = f"output_dir: {config.output_dir} holds no run yet"
         if config.run_name:

@@ -62,7 +62,7 @@ class Telemetry:
         fault = self._flush()
         if fault and not refused:
             logger.error(
-                "%s: %s; its lines are kept in memory until there is room, and training goes on", METRICS, fault
+                "%s: %s; its lines are kept until there is room, and training goes on", METRICS, fault
             )
 
     def _flush(self) -> OSError | None:

@@ -1,9 +1,8 @@
-"""CelebV-Text goes in as it is published, a manifest for training on one stream comes out.
+"""Turn CelebV-Text as it is published into a manifest for training on one stream.
 
 ROOT/videos/…/ID.mp4 are the clips, ROOT/texts/KIND/ID.txt their captions, one a line. The manifest (jsonl) has a row
 for each caption, with the clip's size, length and rate. With --seconds each clip's beginning is cut out without
-encoding anew, and the manifest names the cuts. Clips are looked at as they come; the same command goes on where it was
-stopped, and takes in what has been downloaded since.
+re-encoding, and the manifest names the cuts. A stopped run continues with the same command and adds new downloads.
 """
 
 from __future__ import annotations
@@ -24,13 +23,17 @@ from tooling import folder_given, run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.media.clip import VIDEO_ENDINGS, BadMedia, reasons
 from transpixeler.data.media.decode import probe
+from transpixeler.data.media.errors import BadMedia, as_bad_media
+from transpixeler.data.media.files import VIDEO_ENDINGS
+from transpixeler.data.sources.captions import caption_text
 from transpixeler.files import whole
 
 
 @dataclass(frozen=True)
 class Options:
+    """The command line, checked."""
+
     texts: tuple[Path, ...]
     out: Path
     captions: int
@@ -63,17 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("root", type=Path, help="the folder that holds videos/ and texts/")
     add("--out", type=Path, required=True, help="the manifest, *.jsonl; its paths are relative to it")
-    add("--captions", type=int, default=0, help="at most so many captions of a clip, chosen by its name; 0: all")
-    add("--seconds", type=float, default=0.0, help="at most so much of a clip's beginning; 0: all of it, uncut")
+    add("--captions", type=int, default=0, help="most captions for each clip, drawn by its name; 0: all")
+    add("--seconds", type=float, default=0.0, help="cut each clip after so many seconds; 0: do not cut")
     add("--jobs", type=int, default=2 * (os.cpu_count() or 1), help="clips at a time")
     return parser
 
 
 def _write(videos: Path, options: Options, *, jobs: int) -> tuple[int, int, list[tuple[str, str]]]:
-    """Rows are kept as they come in a file beside the manifest, which then takes its name."""
+    """Append rows to a file beside the manifest, which takes its name in the end."""
     part = options.out.with_name(f".{options.out.name}.part")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    _take_up(part, options)
+    _continue(part, options)
     done, rows = _known(part)
     left_out: list[tuple[str, str]] = []
     with part.open("a", encoding="utf-8") as file, ThreadPoolExecutor(jobs) as pool:
@@ -91,12 +94,12 @@ def _write(videos: Path, options: Options, *, jobs: int) -> tuple[int, int, list
     return rows, len(done), left_out
 
 
-def _take_up(part: Path, options: Options) -> None:
-    """What is there is gone on with, if it was made with the same options."""
+def _continue(part: Path, options: Options) -> None:
+    """Continue from what is there, if it was made with the same options."""
     stamp = json.dumps({"captions": options.captions, "seconds": options.seconds})
     memory = part.with_suffix(".options")
     if memory.exists() and memory.read_text(encoding="utf-8") != stamp:
-        raise UserError(f"{options.out}: was begun with {memory.read_text(encoding='utf-8')}; choose another --out")
+        raise UserError(f"{options.out}: was made with {memory.read_text(encoding='utf-8')}; choose another --out")
     memory.write_text(stamp, encoding="utf-8")
     if not part.exists() and options.out.exists():
         with whole(part) as unfinished:
@@ -104,8 +107,8 @@ def _take_up(part: Path, options: Options) -> None:
 
 
 def _known(part: Path) -> tuple[set[str], int]:
-    """The clips whose rows are all written, which is not sure of the last: it is cut away and done again."""
-    clips: dict[str, int] = {}  # a clip's rows stand together
+    """Return the finished clips and their rows; the last one may be incomplete, so it is cut off and done again."""
+    clips: dict[str, int] = {}  # rows by clip; a clip's rows are consecutive
     last, start, end = "", 0, 0
     if not part.exists():
         return set(), 0
@@ -122,7 +125,7 @@ def _known(part: Path) -> tuple[set[str], int]:
 
 
 def _clips(folder: Path) -> Iterator[Path]:
-    """A listing at a time, never all of it."""
+    """Walk the folders, holding one listing at a time."""
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
@@ -135,7 +138,7 @@ def _clips(folder: Path) -> Iterator[Path]:
 def _in_order(
     pool: ThreadPoolExecutor, clips: Iterator[Path], options: Options, *, ahead: int
 ) -> Iterator[tuple[Path, list[dict[str, Any]] | str]]:
-    """A few at a time are looked at, so that nothing is opened long before it is written down."""
+    """Yield results in order, with `ahead` clips at most in the pool."""
     waiting: deque[tuple[Path, Future]] = deque()
     for path in clips:
         waiting.append((path, pool.submit(_rows, path, options)))
@@ -161,13 +164,8 @@ def _rows(path: Path, options: Options) -> list[dict[str, Any]] | str:
 
 
 def _captions(clip: str, options: Options) -> list[str]:
-    lines: list[str] = []
-    for folder in options.texts:
-        file = folder / f"{clip}.txt"
-        try:
-            lines += file.read_text(encoding="utf-8-sig").splitlines() if file.is_file() else []
-        except UnicodeDecodeError:
-            raise BadMedia(f"its captions in {file} are not UTF-8") from None
+    files = [folder / f"{clip}.txt" for folder in options.texts]
+    lines = [line for file in files if file.is_file() for line in caption_text(file).splitlines()]
     captions = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if options.captions and len(captions) > options.captions:
         drawn = sorted(captions, key=lambda text: hashlib.sha256(f"{clip}\0{text}".encode()).digest())
@@ -176,16 +174,18 @@ def _captions(clip: str, options: Options) -> list[str]:
 
 
 def _cut(path: Path, options: Options) -> Path:
-    """The packets before the first that is shown later than wanted: all frames that they hold can be decoded."""
+    """Copy the packets before the first that is shown too late: all frames that they hold can be decoded."""
     import av
 
     target = options.cuts / path.name
     if target.exists():
         return target
-    with whole(target) as unfinished, reasons(), av.open(f"file:{path}") as source:
+    with whole(target) as unfinished, as_bad_media(), av.open(f"file:{path}") as source:
         if not source.streams.video:
             raise BadMedia("has no video stream")
         stream = source.streams.video[0]
+        if not stream.time_base:
+            raise BadMedia("does not say in which unit its times are")
         end = (stream.start_time or 0) + options.seconds / stream.time_base
         packets = itertools.takewhile(lambda packet: packet.size and (packet.pts or 0) < end, source.demux(stream))
         kind = {".mkv": "matroska", ".webm": "webm", ".mov": "mov"}.get(path.suffix.lower(), "mp4")

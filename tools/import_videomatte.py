@@ -1,8 +1,8 @@
-"""VideoMatte240K goes in as it is published, a folder of training pairs comes out.
+"""Turn VideoMatte240K as it is published into a folder of training pairs.
 
 ROOT/train/fgr*/STEM.mp4 is the picture, ROOT/train/pha/STEM.mp4 its alpha, and a JSON file holds the captions: as
-{STEM: caption}, or as a list of objects. They become STEM.mp4, STEM_seg.mp4 and STEM.txt: links, or copies. Folders of
-images instead of videos will do. What has no partner, no caption or other frames than its partner is left out, named.
+{STEM: caption}, or as a list of objects. They become STEM.mp4, STEM_seg.mp4 and STEM.txt, linked or copied. Folders of
+images will do for videos. Clips without partner or caption, or unlike their partner, are listed and left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tooling import folder_given, run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.media.clip import VIDEO_ENDINGS
+from transpixeler.data.media.files import VIDEO_ENDINGS
 from transpixeler.data.sources.candidate import BadSample, Candidate
 from transpixeler.data.sources.folder import is_sequence
 from transpixeler.data.sources.pairs import examined
@@ -34,6 +34,8 @@ TEXTS = ("caption", "text", "prompt", "description")
 
 @dataclass(frozen=True)
 class Pair:
+    """The files and the caption of one clip."""
+
     stem: str
     picture: Path
     matte: Path
@@ -67,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="train or test")
     add("--fgr", default="", help="the folder of pictures, where there is more than one fgr*")
     add("--captions", type=Path, help="the JSON file of captions; default: the only one in the split")
-    add("--caption", default="", help="for clips that the captions do not name")
-    add("--mode", choices=("link", "copy"), default="link", help="links take no space, copies may be moved")
+    add("--caption", default="", help="for clips without one in the file")
+    add("--mode", choices=("link", "copy"), default="link", help="links take no space; copies may be moved")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="pairs at a time")
     return parser
 
@@ -129,7 +131,7 @@ def _entries(path: Path, content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    """A caption as text, the first of several, or inside an object."""
+    """Return a caption that is text, the first of a list, or inside an object."""
     if isinstance(value, Mapping):
         value = next((value[key] for key in TEXTS if key in value), "")
     if isinstance(value, list):
@@ -148,7 +150,7 @@ def _joined(
         elif stem not in pictures:
             left_out.append((stem, "has an alpha but no picture"))
         elif not caption:
-            left_out.append((stem, "has no caption; --caption gives one to all that lack theirs"))
+            left_out.append((stem, "has no caption; --caption sets one for all such clips"))
         else:
             pairs.append(Pair(stem, pictures[stem], mattes[stem], caption))
     return pairs, left_out
@@ -158,7 +160,7 @@ def _joined(
 
 
 def _import(pair: Pair, out: Path, place: Any) -> str | None:
-    """Why the pair cannot be used, or None when it is in place: the caption last."""
+    """Place a pair, its caption last; return the reason if it cannot be used."""
     candidate = Candidate(pair.stem, (("rgb", pair.picture), ("seg", pair.matte)), pair.caption)
     found = examined(candidate, 0, False)
     if isinstance(found, BadSample):

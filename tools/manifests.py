@@ -1,4 +1,4 @@
-"""Rows go in one at a time, a manifest comes out (csv, jsonl, parquet), under its name only when it is whole."""
+"""Write a manifest (csv, jsonl, parquet): rows in one at a time; a file that takes its name when it is whole, out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Put = Callable[[Mapping[str, Any]], None]
 
 
 def check_manifest(path: Path, *, there: bool) -> Path:
-    """A manifest by its ending, and, for one that is read, by its presence."""
+    """Return the path if its ending is a manifest's and, for one to read (`there`), if it exists."""
     if path.suffix.lower() not in MANIFEST_ENDINGS:
         raise UserError(f"{path}: is no manifest; those end in {', '.join(MANIFEST_ENDINGS)}")
     if there and not path.is_file():
@@ -30,7 +30,7 @@ def check_manifest(path: Path, *, there: bool) -> Path:
 
 @contextmanager
 def rows_into(path: Path, columns: Sequence[str], schema: Any = None) -> Iterator[Put]:
-    """Gives a function that takes a row; `schema` is the types of a parquet file, read or from `schema_of`."""
+    """Yield a function that writes a row; `schema`: the types of a parquet file, from another file or `schema_of`."""
     with whole(path) as unfinished:
         open_rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix.lower()]
         with open_rows(unfinished, columns, schema) as put:
@@ -38,7 +38,7 @@ def rows_into(path: Path, columns: Sequence[str], schema: Any = None) -> Iterato
 
 
 def moved(row: Mapping[str, Any], columns: Sequence[str], old: Path, new: Path) -> dict[str, Any]:
-    """The row with its relative paths, which are relative to the manifest's folder, as seen from another folder."""
+    """Return the row with its relative paths rewritten from the old manifest's folder to the new one's."""
     if old.resolve() == new.resolve():
         return dict(row)
     paths = {name: row[name] for name in columns if isinstance(row.get(name), str) and row[name]}
@@ -47,7 +47,7 @@ def moved(row: Mapping[str, Any], columns: Sequence[str], old: Path, new: Path) 
 
 
 def first_path(row: Mapping[str, Any]) -> str | None:
-    """The path of a row's first stream, whatever the column is called."""
+    """Return the path of a row's first stream, whatever the column is called."""
     names = ("rgb", *PRIMARY_ALIASES)
     return next((row[name].strip() for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
 
@@ -90,9 +90,9 @@ def _parquet(path: Path, columns: Sequence[str], schema: Any) -> Iterator[Put]:
 
 
 def schema_of(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str], types: Mapping[str, str]) -> Any:
-    """What the parquet file at `path` has to hold, from all of its rows: a column's first value may come late.
+    """Infer the types of the parquet file at `path` from all of its rows, as a column's first value may come late.
 
-    `types` are those that are known; a column that is always empty holds text.
+    `types` are the known ones; a column that is always empty becomes text.
     """
     try:
         import pyarrow

@@ -1,7 +1,7 @@
-"""A manifest with paths and captions goes in (csv, jsonl, parquet), the same with what its files show comes out.
+"""Add what the files show to a manifest of paths and captions (csv, jsonl, parquet), which may exceed memory.
 
-Adds num_frames, height, width, fps and aspect_ratio. Rows are streamed, so it may be larger than memory. The same
-command goes on where it was stopped. Rows whose file cannot be used are left out, named in OUT.bad.jsonl.
+New columns: num_frames, height, width, fps and aspect_ratio. Rows whose file cannot be used go to OUT.bad.jsonl with
+the reason. A stopped run continues with the same command.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tooling import REASONS_SHOWN, run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.media.clip import BadMedia
 from transpixeler.data.media.decode import probe
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.manifest import rows
 from transpixeler.files import whole
 
 FACTS = {"num_frames": "int64", "height": "int64", "width": "int64", "fps": "float64", "aspect_ratio": "float64"}
-WINDOW = 1024  # rows looked at, and then written down, at a time
+WINDOW = 1024  # rows probed, and then written, at a time
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,12 +37,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--out: {out} is the manifest itself; name another")
     paths = tuple(name for name in arguments.paths.split(",") if name)
     part = out.with_name(f".{out.name}.part")
-    done = _take_up(part, source)
+    done = _rows_done(part, source)
     with part.open("a", encoding="utf-8") as file, ThreadPoolExecutor(arguments.jobs) as pool:
         left = itertools.islice(rows(source), done, None)
         bar = tqdm(unit=" rows", initial=done, disable=None)
         while window := list(itertools.islice(left, WINDOW)):
-            for line in pool.map(partial(_looked_at, source=source, out=out, paths=paths), window):
+            for line in pool.map(partial(_probed, source=source, out=out, paths=paths), window):
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
                 bar.update()
             file.flush()
@@ -58,13 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("manifest", type=Path, help="csv, jsonl or parquet, with the columns path (or rgb, or video) and text")
     add("--out", type=Path, required=True, help="csv, jsonl or parquet, by its ending")
-    add("--paths", default="path,video,rgb,seg", help="columns of paths, which are made relative to OUT")
+    add("--paths", default="path,video,rgb,seg", help="columns of paths, rewritten relative to OUT")
     add("--jobs", type=int, default=2 * (os.cpu_count() or 1), help="files at a time")
     return parser
 
 
-def _take_up(part: Path, source: Path) -> int:
-    """How many rows are done. The first line says of which source they are; a line that broke off is cut away."""
+def _rows_done(part: Path, source: Path) -> int:
+    """Return how many rows PART holds; its first line names the source, a torn last line is cut off."""
     facts = source.stat()
     stamp = json.dumps({"source": str(source.resolve()), "size": facts.st_size, "time": facts.st_mtime_ns})
     done = -1
@@ -83,8 +83,8 @@ def _take_up(part: Path, source: Path) -> int:
     return max(done, 0)
 
 
-def _looked_at(numbered: tuple[int, Any], *, source: Path, out: Path, paths: Sequence[str]) -> dict[str, Any]:
-    """{row} with the file's facts, or {bad: where, reason}."""
+def _probed(numbered: tuple[int, Any], *, source: Path, out: Path, paths: Sequence[str]) -> dict[str, Any]:
+    """Return {row} with the file's facts, or {bad: where, reason}."""
     number, row = numbered
     where = f"{source.name}:{number}"
     if isinstance(row, str):
@@ -103,7 +103,7 @@ def _looked_at(numbered: tuple[int, Any], *, source: Path, out: Path, paths: Seq
 
 
 def _finish(part: Path, out: Path) -> tuple[int, list[tuple[str, str]], int]:
-    """The rows under their name; the bad ones beside them, the first few of which are returned to be shown."""
+    """Write the manifest and the file of bad rows; return the good rows' count, a few bad rows to show, their count."""
     columns = list(dict.fromkeys(name for line in _lines(part) for name in line.get("row", ())))
     found = (line["row"] for line in _lines(part) if "row" in line)
     schema = schema_of(out, found, columns, FACTS) if out.suffix.lower() == ".parquet" else None

@@ -1,7 +1,7 @@
-"""A manifest goes in that may be larger than memory (csv, jsonl, parquet), shards of it come out.
+"""Split a manifest (csv, jsonl, parquet), which may be larger than memory, into shards.
 
-With --rows the rows stay in order, so many in each shard; with --shards row i goes to shard i mod N, so that all are
-alike. Relative paths are rewritten, so that a shard is a source of its own. The same command goes on where it stopped.
+--rows N writes N rows into each shard, in order; --shards N sends row i to shard i mod N, so that shards are alike.
+Relative paths are rewritten, so that each shard is a source by itself. A stopped run continues with the same command.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def main(argv: Sequence[str]) -> None:
     if min(arguments.rows or 1, arguments.shards or 1) < 1 or (arguments.shards or 1) > MOST_OPEN:
         raise UserError(f"--rows must be at least 1, and --shards from 1 to {MOST_OPEN}")
     _check_state(arguments)
-    good = _Good(source, tuple(name for name in arguments.paths.split(",") if name), arguments.out)
+    source_rows = _Rows(source, tuple(name for name in arguments.paths.split(",") if name), arguments.out)
     split = _by_rows if arguments.rows else _round_robin
-    count = split(good, arguments)
-    summary(f"{arguments.out}: {good.count} rows in {count} shards", good.bad)
-    if not good.count:
+    count = split(source_rows, arguments)
+    summary(f"{arguments.out}: {source_rows.count} rows in {count} shards", source_rows.bad)
+    if not source_rows.count:
         raise UserError(f"{source}: holds no row")
 
 
@@ -48,14 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     add("manifest", type=Path, help="csv, jsonl or parquet")
     add("--out", type=Path, required=True, help="a folder for NAME-00000.csv and so on, of the source's kind")
     add("--rows", type=int, help="rows in each shard, in order")
-    add("--shards", type=int, help="number of shards, filled by turns")
-    add("--paths", default="path,video,rgb,seg", help="columns of paths, which are made relative to the shards")
-    add("--force", action="store_true", help="replace shards of other options")
+    add("--shards", type=int, help="number of shards, filled in turn")
+    add("--paths", default="path,video,rgb,seg", help="columns of paths, rewritten relative to the shards")
+    add("--force", action="store_true", help="replace shards that were made with other options")
     return parser
 
 
-class _Good:
-    """The source's rows one at a time, counted, as they are seen from the shards' folder; bad ones are named."""
+class _Rows:
+    """The readable rows of a source one at a time, counted, with paths relative to the shards; bad rows are listed."""
 
     def __init__(self, source: Path, paths: Sequence[str], out: Path) -> None:
         self.source, self.paths, self.out = source, paths, out
@@ -77,48 +77,50 @@ class _Good:
 
 
 def _schema(source: Path) -> Any:
-    """The types of a parquet file, which its shards keep."""
+    """Return the types of a parquet file, which its shards keep."""
     if source.suffix.lower() != ".parquet":
         return None
-    next(rows(source), None)  # says in one line what is wrong with the file
+    next(rows(source), None)  # raises a one-line error if the file is broken
     import pyarrow.parquet as parquet
 
     return parquet.read_schema(source)
 
 
 def _check_state(arguments: argparse.Namespace) -> None:
-    """Shards that are there count only if they were made of the same source in the same way."""
+    """Refuse to continue shards that were made from another source or with other options."""
     facts = arguments.manifest.stat()
     wanted = {"source": arguments.manifest.name, "size": facts.st_size, "time": facts.st_mtime_ns}
     state = json.dumps(wanted | {"rows": arguments.rows, "shards": arguments.shards})
     file = arguments.out / STATE
     if file.exists() and file.read_text(encoding="utf-8") != state:
         if not arguments.force:
-            raise UserError(f"{arguments.out}: holds shards of another source or size; choose another, or --force")
+            raise UserError(
+                f"{arguments.out}: holds shards of another source or size; choose another --out, or --force"
+            )
         for old in arguments.out.glob(f"{arguments.manifest.stem}-?????{arguments.manifest.suffix.lower()}"):
             old.unlink()
     write_text(file, state)
 
 
-def _by_rows(good: _Good, arguments: argparse.Namespace) -> int:
-    """Finished shards are read past, not written again."""
+def _by_rows(good: _Rows, arguments: argparse.Namespace) -> int:
+    """Write shards of so many rows each; finished ones are skipped."""
     source = iter(good)
-    for number in itertools.count():
-        first = next(source, None)
-        if first is None:
-            return number
+    number = 0
+    while (first := next(source, None)) is not None:
         shard = itertools.chain([first], itertools.islice(source, arguments.rows - 1))
         if good.shard(number).exists():
             for _ in shard:
                 pass
-            continue
-        with rows_into(good.shard(number), good.columns, good.schema) as put:
-            for row in shard:
-                put(row)
-    raise AssertionError("a source ends")
+        else:
+            with rows_into(good.shard(number), good.columns, good.schema) as put:
+                for row in shard:
+                    put(row)
+        number += 1
+    return number
 
 
-def _round_robin(good: _Good, arguments: argparse.Namespace) -> int:
+def _round_robin(good: _Rows, arguments: argparse.Namespace) -> int:
+    """Write all shards at once, row i to shard i mod N."""
     with ExitStack() as stack:
         shards = [
             stack.enter_context(rows_into(good.shard(number), good.columns, good.schema))

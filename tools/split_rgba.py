@@ -1,34 +1,37 @@
-"""RGBA videos go in (ProRes 4444, VP9 with alpha, PNG sequences, animated WebP, GIF, APNG), training pairs come out.
+"""Split RGBA videos (ProRes 4444, VP9 with alpha, PNG sequences, animated WebP, GIF, APNG) into training pairs.
 
 NAME.mov becomes NAME.mp4 and NAME_seg.mp4, with the same frames at the same numbers, and a copy of NAME.txt. Colour is
-made straight, scaled as colour times alpha, and filled where nothing is visible. What has no alpha to learn from (none,
-blank, opaque, standing still) is left out with its reason. The same command goes on where it was stopped.
+made straight, scaled multiplied by alpha, and filled where nothing is visible. Clips without alpha to learn from (none,
+blank, opaque, not moving) are left out with the reason. A stopped run continues with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tooling import run, summary
 from tqdm import tqdm
 
 from transpixeler.config import UserError
-from transpixeler.data.media.clip import BadMedia, Clip, Media
+from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.decode import frame_numbers, is_premultiplied, probe, stream_rgba
-from transpixeler.data.media.fill import Fill, filled, random_color, scaled_straight, unpremultiplied
+from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.media.fill import Fill, filled, scaled_straight
 from transpixeler.data.media.write import write_mp4, write_png
+from transpixeler.data.sources.captions import caption_text
 from transpixeler.data.sources.folder import MEDIA_ENDINGS, is_sequence
 from transpixeler.files import write_text
 
-BLANK, OPAQUE = 3, 252  # as the data set's inspection judges a matte
+BLANK, OPAQUE = 3, 252  # levels, the same as in `inspect`
 STILL, MOVING = 0.5, 1.0  # mean change from frame to frame, in levels
 BEST_FIRST = (".mov", "", ".mkv", ".png", ".webp", ".webm", ".gif")  # "": a folder of images
 SEQUENCE_FPS = Fraction(16)
@@ -36,9 +39,11 @@ SEQUENCE_FPS = Fraction(16)
 
 @dataclass(frozen=True)
 class Options:
+    """The command line, checked."""
+
     out: Path
-    alpha: str
-    fill: str
+    alpha: Literal["auto", "straight", "premultiplied"]
+    fill: Literal["extend", "black", "color", "random", "keep"]
     color: tuple[int, int, int]
     fps: Fraction | None
     short_side: int
@@ -56,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is read of a source, and how it is turned into a pair."""
+    """Which frames to read from a source, and how to turn them into a pair."""
 
     source: Path
     media: Media
@@ -70,7 +75,7 @@ class Cut:
         return stream_rgba(self.source, self.numbers, self.media)
 
     def straight(self) -> Iterator[np.ndarray]:
-        """uint8 [H,W,4], straight, scaled and filled; the crop is below a pixel, to a size that 4:2:0 can hold."""
+        """Yield uint8 [H,W,4], straight, scaled and filled; cropped by less than a pixel to a size that 4:2:0 holds."""
         height, width = self.size
         scale = max(height / self.media.height, width / self.media.width)
         tall, wide = max(height, round(self.media.height * scale)), max(width, round(self.media.width * scale))
@@ -105,19 +110,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("sources", nargs="+", type=Path, help="files, image sequences, or folders of them")
     add("--out", type=Path, required=True, help="the folder of pairs")
-    add("--alpha", choices=("auto", "straight", "premultiplied"), default="auto", help="what the colour is in the file")
+    add("--alpha", choices=("auto", "straight", "premultiplied"), default="auto", help="how the file stores colour")
     add(
         "--fill",
         choices=("extend", "black", "color", "random", "keep"),
         default="extend",
-        help="colour where nothing is visible: the nearest, black, --color, one drawn for each clip, the source's",
+        help="colour under zero alpha: extend the nearest, black, --color, random for each clip, or keep the file's",
     )
     add("--color", default="0,0,0", metavar="R,G,B", help="for --fill color, 0 to 255 each")
-    add("--fps", help="resample to this rate by the file's times, such as 24000/1001; default: its own, 16 of images")
+    add("--fps", help="resample to this rate, such as 24000/1001; default: the file's own, 16 for images")
     add("--short-side", type=int, default=0, help="scale down to this many pixels; 0 keeps the size")
     add("--ending", default="", help="take only files of this ending, such as .mov")
-    add("--lossless", action="store_true", help="4:4:4 without loss: larger, and browsers do not play it")
-    add("--force", action="store_true", help="write pairs anew that are there already")
+    add("--lossless", action="store_true", help="lossless 4:4:4: larger, and browsers do not play it")
+    add("--force", action="store_true", help="write pairs again that exist already")
     add("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="clips at a time")
     return parser  # fmt: skip
 
@@ -142,11 +147,11 @@ def _options(arguments: argparse.Namespace) -> Options:
     return Options(arguments.out, arguments.alpha, arguments.fill, color, fps, short, lossless, force)
 
 
-# --- what to do ------------------------------------------------------------------------------------------------------
+# --- finding sources --------------------------------------------------------------------------------------------------
 
 
 def _jobs(sources: Iterable[Path], ending: str, out: Path) -> tuple[list[Job], list[tuple[str, str]]]:
-    """One for each name: where files share theirs, the best kind is taken and the others are named."""
+    """Return a job for each name: of files that share one, the best format is taken and the others are listed."""
     jobs, left_out, taken = [], [], {}
     found = [job for source in sources for job in _found(source, out.resolve())]
     wanted = [job for job in found if not ending or job.source.suffix.lower() == ending.lower()]
@@ -191,18 +196,16 @@ def _inside(folder: Path, below: Path, out: Path) -> Iterator[Job]:
 
 
 def _split(job: Job, options: Options) -> bool | str:
-    """True for a pair that was written, False for one that was there, or the reason why there is none."""
+    """Return True for a pair that was written, False for one that existed, or the reason why there is none."""
     target = options.out / job.name
     caption = job.source.with_name(job.name.name + ".txt")
     try:
-        text = caption.read_text(encoding="utf-8-sig") if caption.is_file() else None
+        text = caption_text(caption) if caption.is_file() else None
         there = not options.force and any(_pair(target, ending)[0].is_file() for ending in (".mp4", ".png"))
         if not there:
             _write(target, _examined(job, options), lossless=options.lossless)
     except (BadMedia, UserError) as error:
         return str(error)
-    except UnicodeDecodeError:
-        return f"its caption {caption.name} is not UTF-8"
     if text is not None:
         write_text(target.with_name(target.name + ".txt"), text)
     return not there
@@ -227,7 +230,7 @@ def _examined(job: Job, options: Options) -> Cut:
 
 
 def _size(media: Media, options: Options) -> tuple[int, int]:
-    """Never larger than the source; even, unless the pair holds its colour at full size."""
+    """Return the pair's (height, width): never larger than the source, and even where 4:2:0 needs it."""
     scale = min(1.0, options.short_side / min(media.height, media.width)) if options.short_side else 1.0
     unit = 1 if options.lossless or media.image else 2
     height, width = (round(side * scale) // unit * unit for side in (media.height, media.width))
@@ -242,15 +245,30 @@ def _fill(job: Job, options: Options) -> Fill:
     return Fill(options.fill, options.color if options.fill == "color" else (0, 0, 0))
 
 
+def random_color(name: str) -> tuple[int, int, int]:
+    """Draw a colour by a clip's name, the same on every machine."""
+    red, green, blue = hashlib.sha256(name.encode()).digest()[:3]
+    return red, green, blue
+
+
+def unpremultiplied(rgba: np.ndarray) -> np.ndarray:
+    """Turn uint8 [H,W,4] colour times alpha into straight colour; pixels of zero alpha become black."""
+    alpha = rgba[..., 3:].astype(np.float32)
+    color = np.where(alpha > 0, rgba[..., :3] * (255 / np.maximum(alpha, 1)), 0)
+    return np.concatenate([color.round().clip(0, 255).astype(np.uint8), rgba[..., 3:]], axis=2)
+
+
 def _check_alpha(cut: Cut) -> None:
-    """All frames are looked at: one that shows something makes a clip."""
+    """Refuse a clip whose alpha teaches nothing in any of its frames."""
     low, high, motion, picture_motion = 255, 0, 0.0, 0.0
-    for before, frame in itertools.pairwise(itertools.chain([None], cut.raw())):
+    before = None
+    for frame in cut.raw():
         alpha = frame[..., 3]
         low, high = min(low, int(alpha.min())), max(high, int(alpha.max()))
         if before is not None:
             change = np.abs(frame.astype(np.int16) - before).mean(axis=(0, 1))
             motion, picture_motion = max(motion, float(change[3])), max(picture_motion, float(change[:3].mean()))
+        before = frame
     if high <= BLANK:
         raise BadMedia("its alpha is blank: it shows nothing in any frame")
     if low >= OPAQUE:
@@ -260,7 +278,7 @@ def _check_alpha(cut: Cut) -> None:
 
 
 def _write(target: Path, cut: Cut, *, lossless: bool) -> None:
-    """The first file last, so that it stands for a whole pair."""
+    """Write both files, the first stream's last, so that it stands for a whole pair."""
     first, second = _pair(target, ".png" if cut.media.image else ".mp4")
     _write_one(second, (frame[..., 3:].repeat(3, axis=2) for frame in cut.straight()), cut, lossless=lossless)
     _write_one(first, (frame[..., :3] for frame in cut.straight()), cut, lossless=lossless)

@@ -1,4 +1,4 @@
-"""What the programs in tools/ share: a fault becomes one line, and so does what was done."""
+"""Shared by the programs in tools/: run one with one-line errors, and print what it did and what it left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REASONS_SHOWN = 10
 
 
 def run(tool: str, work: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 2 the user's input is wrong, 130 stopped."""
+    """Run a tool and return its exit code: 0 done, 2 the user's input is wrong, 130 stopped."""
     try:
         work(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -22,32 +22,32 @@ def run(tool: str, work: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     except KeyboardInterrupt:
         print(f"{tool}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has left
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def torchrun(processes: int) -> list[str]:
-    """What comes before a module or a program, after `python`."""
+    """Return the arguments of `python` that launch a program on several processes."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 def processes() -> int:
-    """One a GPU; without, two, for whom a tiny model's step is short enough."""
+    """Return one process for each GPU; without GPUs two, enough for a tiny model."""
     import torch
 
     return torch.cuda.device_count() or 2
 
 
 def folder_given(path: Path, what: str) -> Path:
-    """The folder itself, or a line that says what was expected there."""
+    """Return the folder, or raise an error that says what was expected there."""
     if not path.is_dir():
         raise UserError(f"{path}: {'is not a folder' if path.exists() else 'does not exist'}; give {what}")
     return path
 
 
 def summary(done: str, left_out: Sequence[tuple[str, str]]) -> None:
-    """What was done, and what was left out with its reason."""
+    """Print what was done, and what was left out with its reason."""
     print(done)
     if left_out:
         print(f"{len(left_out)} left out:")

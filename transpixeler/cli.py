@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fault as fault:
         _say(str(fault))
         return 1
-    except KeyboardInterrupt:
-        print("transpixeler: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        _say_stopped(stop, arguments)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,6 +90,16 @@ def _say(message: str) -> None:
     print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
 
 
+def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:
+    """Print that Ctrl-C ended the command and, for a training that was saved, the command that goes on with it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(f"transpixeler: {str(stop) or 'stopped'}", file=sys.stderr)
+    if run := getattr(stop, "run", None):
+        words = ["train", arguments.config, *arguments.overrides, "--resume", str(run)]
+        print(f"transpixeler: to go on: transpixeler {shlex.join(words)}", file=sys.stderr)
+
+
 def _explicit_resume(argv: Sequence[str]) -> list[str]:
     """Write `--resume` before a config or an override as `--resume=`, so that argparse takes neither for the run."""
     words = list(argv)
@@ -105,12 +116,10 @@ def _explicit_resume(argv: Sequence[str]) -> list[str]:
 def _demo(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from transpixeler.demo import write as demo_folder
+    from transpixeler.demo.write import write_demo
 
     with _running():
-        demo_folder.write_demo(
-            Path(arguments.folder), seed=arguments.seed, depth=arguments.depth, force=arguments.force
-        )
+        write_demo(Path(arguments.folder), seed=arguments.seed, depth=arguments.depth, force=arguments.force)
     return 0
 
 
@@ -141,8 +150,9 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from transpixeler.training import trainer
+    from transpixeler.training import preflight, trainer
 
+    preflight.check_import(config, arguments.config, arguments.overrides)
     with _running(config) as runtime:
         folder = trainer.train(config, runtime, resume=arguments.resume)
         if runtime.is_main:
@@ -173,11 +183,11 @@ def _push(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from transpixeler.evaluation.command import eval_command
-    from transpixeler.sampling import trained
+    from transpixeler.sampling.saves import load_for_eval
 
     overrides = arguments.overrides
-    source = trained.chosen(
-        arguments.config, overrides, adapter=arguments.adapter, bare=arguments.base, ema=arguments.ema
+    source = load_for_eval(
+        arguments.config, overrides, adapter=arguments.adapter, base=arguments.base, ema=arguments.ema
     )
     with _running(source.config) as runtime:
         eval_command(source, runtime, out=arguments.out, asked_layout=_asks_layout(overrides))
@@ -190,10 +200,11 @@ def _sample(arguments: argparse.Namespace) -> int:
     path, overrides = arguments.source, [*arguments.overrides, *_sample_overrides(arguments)]
     if "=" in path and not Path(path).exists():  # an override in the place of the source
         path, overrides = "", [path, *overrides]
-    from transpixeler.sampling import generate, trained
+    from transpixeler.sampling.command import SampleOptions, sample_command
+    from transpixeler.sampling.saves import base_model_alone, load_saved
 
-    source = trained.find(path, overrides, ema=arguments.ema) if path else trained.base_alone(overrides)
-    wish = generate.Wish(
+    source = load_saved(path, overrides, ema=arguments.ema) if path else base_model_alone(overrides)
+    options = SampleOptions(
         prompts=tuple(arguments.prompt),
         prompts_file=arguments.prompts,
         count=arguments.count,
@@ -203,9 +214,9 @@ def _sample(arguments: argparse.Namespace) -> int:
         asked_layout=_asks_layout(overrides),
     )
     with _running(source.config) as runtime:
-        generate.sample_command(source, runtime, wish)
+        sample_command(source, runtime, options)
         if runtime.is_main:
-            print(wish.out)
+            print(options.out)
     return 0
 
 
@@ -240,25 +251,22 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         source = json.dumps(arguments.dataset, ensure_ascii=False)  # YAML reads a JSON text as it is
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
-    from transpixeler.publishing import inspection
+    from transpixeler.publishing.dataset import inspect_dataset
 
     sources = (*config.data.train, *config.data.eval)
     if not sources:
         raise UserError(f"data.train: {arguments.dataset} names no data; set it to a folder of pairs or a manifest")
-    found = inspection.inspect_dataset(
-        sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed
-    )
+    found = inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed)
     print("\n".join(found.lines()))
     return 2 if found.bad or not found.buckets else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from transpixeler.adapters import export
-    from transpixeler.sampling import trained
+    from transpixeler.sampling.saves import find_save
 
-    save, _ = trained.locate(arguments.path, ema=arguments.ema)
     made = export.export_command(
-        save,
+        find_save(arguments.path, ema=arguments.ema).path,
         format=arguments.format,
         out=arguments.out,
         base=arguments.base,

@@ -194,6 +194,7 @@ class TrainConfig:
     micro_batch: Count = 1
     micro_tokens: Natural = 0
     nonfinite_limit: Count = 5
+    allow_changed: tuple[Literal["base", "data"], ...] = ()
     gc_every: Count = 50
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -9,6 +10,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from transpixeler.config import UserError
 
 
 @contextmanager
@@ -52,6 +56,17 @@ def write_text(path: Path, text: str) -> None:
         return
     with whole(path, synced=True) as unfinished:
         unfinished.write_bytes(content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; name a file that is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged, holds no JSON object")
+    return content
 
 
 def sync(path: Path) -> None:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_pairs import write_sound
+from tests.data.sources.test_pairs import write_sound
 from tests.support.media import write_marked
 from transpixeler.config import DataConfig, SourceConfig, UserError
-from transpixeler.data.media.decode import BadMedia, Clip, probe
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.decode import probe
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.pairs import Sample, decode_pair, scan
 
 MUTATIONS = 500

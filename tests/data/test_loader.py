@@ -126,8 +126,8 @@ def test_a_batch_holds_the_records_of_its_ids(tmp_path: Path) -> None:
             item = by_id[name]
             for stream, key in enumerate(item.latent_keys):
                 found = batch.layout.unpack(batch.latents)[stream][place]
-                assert torch.equal(found, dataset.cache.latent(key).float())
-            text = dataset.cache.text(item.text_key)
+                assert torch.equal(found, dataset.cache.get(key).float())
+            text = dataset.cache.get(item.text_key)
             assert torch.equal(batch.text[place, : len(text)], text) and not batch.text[place, len(text) :].any()
 
 

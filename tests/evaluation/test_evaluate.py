@@ -31,7 +31,8 @@ from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint
-from transpixeler.sampling import trained
+from transpixeler.sampling.model import open_engine
+from transpixeler.sampling.saves import load_for_eval, load_saved
 from transpixeler.training import trainer
 from transpixeler.training.schedule import Schedule
 
@@ -45,13 +46,13 @@ def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
 
 def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], twin: str) -> losses.Losses:
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    source = trained.find(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
+    source = load_saved(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
     data = encode_missing(source.config, WanModel, runtime)
     if twin == "noise of the rank":
         draw = objective.draw_noise
         objective.draw_noise = lambda elements, *key: draw(elements, *key, rank)
     mesh = meshes.build(meshes.resolve(source.config.parallel, world_size), runtime)
-    engine = trained.open_engine(source, mesh)
+    engine = open_engine(source, mesh)
     return heldout.Evaluator(source.config, runtime, engine, data.eval).losses()
 
 
@@ -295,9 +296,7 @@ def test_neither_lost_clips_nor_a_page_that_fails_end_the_training(
 
     def samples(evaluator: heldout.Evaluator, folder: Path, *more: Any) -> dict[str, dict[str, float]]:
         shutil.rmtree(held)
-        torn = folder.with_name("step00000007") / "mine/sample.json"
-        torn.parent.mkdir(parents=True)
-        torn.write_text("{")
+        (folder.parents[1] / "report.html").mkdir()
         return measure(evaluator, folder, *more)
 
     monkeypatch.setattr(heldout.Evaluator, "samples", samples)
@@ -359,7 +358,7 @@ def test_an_adapter_is_evaluated_in_the_model_that_it_was_trained_in(run: Path, 
     (tmp_path / "mine.yaml").write_text(f"base: {run / 'config.yaml'}\nmodel: {{fuse: [other.safetensors]}}\n")
 
     def model(name: str, *overrides: str) -> tuple[bool, list[str]]:
-        found = trained.chosen(str(tmp_path / "mine.yaml"), overrides, adapter=str(tmp_path / name)).config.model
+        found = load_for_eval(str(tmp_path / "mine.yaml"), overrides, adapter=str(tmp_path / name)).config.model
         return found.rgb_attends_aux, [Path(path).name for path in found.fuse]
 
     assert model("ours") == (False, ["style.safetensors"])
@@ -383,16 +382,16 @@ def test_each_thing_that_is_evaluated_has_a_place_of_its_own(run: Path, tmp_path
         (loose[1], None): "eval/b-mine-safetensors",
     }
     for (source, ema), place in places.items():
-        found = trained.find(str(source), [f"output_dir={tmp_path}"], given=one / "config.yaml", ema=ema)
+        found = load_for_eval(str(one / "config.yaml"), [f"output_dir={tmp_path}"], adapter=str(source), ema=ema)
         assert command._default_folder(found) == tmp_path / place, source
-    assert command._default_folder(trained.chosen(str(one), [], bare=True)) == one / "eval/base"
+    assert command._default_folder(load_for_eval(str(one), [], base=True)) == one / "eval/base"
 
 
 def test_a_config_is_about_the_run_that_it_names_or_else_the_latest(run: Path, demo: Path, tmp_path: Path) -> None:
     one, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("one", "other"))
     (tmp_path / "latest").symlink_to("other")
     for words, wanted in (([], other), (["run_name=one"], one)):
-        assert trained.chosen(str(demo / "config.yaml"), [f"output_dir={tmp_path}", *words]).run == wanted
+        assert load_for_eval(str(demo / "config.yaml"), [f"output_dir={tmp_path}", *words]).run == wanted
 
 
 def test_what_cannot_be_evaluated_is_one_clear_line(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ FP32, FP64 = 4, 8
 NORM = ("sum", FP32)  # of all gradients, over the pipeline's ranks
 STREAMS = 2
 # the loss; each stream's errors and their number; the same for each bin of t; "unsound"; four wishes
-FACTS = ("sum", FP64 * (1 + 2 * STREAMS + 2 * T_BINS + 1 + 4))
+FACTS = ("sum", FP64 * (1 + 2 * STREAMS + 2 * T_BINS + 1 + len(astuple(Due()))))
 KINDS = {
     "allreduce_": "sum",
     "all_reduce": "sum",

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.decode import probe
+from transpixeler.data.sources.pairs import Sample
+
 BITS, BLOCK = 12, 16
 HEIGHT, WIDTH = 2 * BLOCK, BITS // 2 * BLOCK
 
@@ -64,3 +68,18 @@ def packet_at(path: Path, number: int) -> tuple[int, int]:
 
     with av.open(path) as container:
         return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][number]
+
+
+def clip_of(frames: int, *, start: Fraction = Fraction(0), fps: int = 16, height: int = 16, width: int = 48) -> Clip:
+    return Clip("a", start, frames, Fraction(fps), height, width)
+
+
+def pair(rgb: Path, seg: Path) -> Sample:
+    return Sample("a", (("rgb", rgb), ("seg", seg)), "a caption", 0, False, probe(rgb))
+
+
+def scene(height: int, width: int) -> np.ndarray:
+    """Grey waves of all lengths, without colour so that no chroma subsampling blurs the comparison."""
+    y, x = np.mgrid[:height, :width]
+    grey = 128 + 60 * np.sin(x * x / 90 + y / 9) + 50 * np.cos(y * y / 70)
+    return grey.clip(0, 255).astype(np.uint8)[:, :, None].repeat(3, 2)

@@ -13,7 +13,7 @@ from tests.support.toolbox import FPS, PAIR, SCENES, all_frames, multiplied, sca
 from transpixeler.config import DataConfig, SourceConfig
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
-from transpixeler.data.media.fill import Fill, looks_premultiplied, random_color, unpremultiplied
+from transpixeler.data.media.fill import Fill, looks_premultiplied
 from transpixeler.data.media.write import write_png_sequence, write_prores4444, write_webm_alpha
 from transpixeler.data.sources.pairs import decode_pair, scan
 from transpixeler.demo.scenes import FILL, Attributes, Format, Scene, scenes
@@ -122,7 +122,7 @@ def test_sources_of_rgba_files_undo_it_too(tmp_path: Path, fill: str) -> None:
 def test_unpremultiplied_is_the_inverse_as_far_as_bits_reach() -> None:
     rgba = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
     rgba[..., 3] = np.maximum(rgba[..., 3], 64)
-    assert np.abs(unpremultiplied(multiplied(rgba)).astype(int) - rgba).max() <= 2
+    assert np.abs(split_rgba.unpremultiplied(multiplied(rgba)).astype(int) - rgba).max() <= 2
 
 
 def test_hidden_colour_is_filled_as_declared(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_hidden_colour_is_filled_as_declared(tmp_path: Path) -> None:
         out = tmp_path / fill
         assert split_rgba(tmp_path / "clip", "--out", out, "--fill", fill, "--color", "9,99,199", "--lossless") == 0
         means[fill] = all_frames(out / "clip.mp4")[hidden].mean(0)
-    expected = {"extend": color, "black": FILL, "color": (9, 99, 199), "random": random_color("clip"),
+    expected = {"extend": color, "black": FILL, "color": (9, 99, 199), "random": split_rgba.random_color("clip"),
                 "keep": (200, 0, 200)}  # fmt: skip
     for fill, wanted in expected.items():
         assert np.abs(means[fill] - wanted).max() < 4, fill

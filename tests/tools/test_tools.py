@@ -129,7 +129,7 @@ def test_a_stopped_import_goes_on_and_takes_in_what_is_new(tmp_path: Path, celeb
     assert celebv(celeb_root, "--out", out, "--captions", "3") == 0
     assert rows_of(out)[:6] == rows_of(whole) and rows_of(out)[6]["text"] == "later"
     assert celebv(celeb_root, "--out", out, "--captions", "2") == 2
-    assert "was begun with" in capsys.readouterr().err
+    assert "was made with" in capsys.readouterr().err
 
 
 def test_only_the_beginning_of_clips_is_cut_without_encoding_anew(tmp_path: Path, celeb_root: Path) -> None:

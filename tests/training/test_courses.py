@@ -26,6 +26,7 @@ from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint, checkpointer, controls, opening, restore, training_state
 from transpixeler.runs import folder as run_folder
+from transpixeler.runs.restore import Restored
 from transpixeler.training import optim, preflight, trainer
 
 ONE = Runtime(0, 1, 0, torch.device("cpu"))
@@ -130,8 +131,8 @@ def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[i
     found = checkpoint.latest(folder, here)
     fresh = torch.optim.AdamW(list(made.items())) if made else None
     training_state.materialize(fresh)
-    restore.forget_unsaved(restore.Restored.read(found), made, fresh)
-    restore.load(restore.Restored.read(found), training_state.optimizer_tensors(made, fresh), same_layout=True)
+    restore.forget_unsaved(Restored.read(found), made, fresh)
+    restore.load(Restored.read(found), training_state.optimizer_tensors(made, fresh), same_layout=True)
     return [len(fresh.state[p]) for p in made.values()]
 
 
@@ -150,7 +151,7 @@ def _eight_bits_on_one_rank(rank: int, world_size: int, folder: Path) -> bool:
     keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
     keeper.save(1, training_state.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
     found = checkpoint.latest(folder, here)
-    restore.load(restore.Restored.read(found), training_state.optimizer_tensors(made, optimizer), same_layout=True)
+    restore.load(Restored.read(found), training_state.optimizer_tensors(made, optimizer), same_layout=True)
     return True
 
 
@@ -220,8 +221,8 @@ def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newes
 )
 def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tuple, then: tuple, told: str) -> None:
     plain = configfile.plain(configfile.from_overrides(first))
-    restored = restore.Restored(tmp_path, {"config": plain}, Metadata({}))
-    assert opening.changes(configfile.from_overrides(first), restored) == ()
+    restored = Restored(tmp_path, {"config": plain}, Metadata({}))
+    assert opening.changes(configfile.from_overrides(first), restored) == {}
     with pytest.raises(UserError, match=told):
         opening.changes(configfile.from_overrides([*first, *then]), restored)
 

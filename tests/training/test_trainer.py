@@ -24,7 +24,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.planning import plan
 from transpixeler.planning.estimates import Machine
 from transpixeler.runs import checkpoint
-from transpixeler.sampling.trained import base_weights, make_model
+from transpixeler.sampling.model import base_weights, make_model
 from transpixeler.training import preflight, trainer
 
 # --- what the user finds ---------------------------------------------------------------------------------------------
@@ -97,7 +97,9 @@ def test_training_starts_and_goes_on_as_the_published_adapter_that_it_starts_fro
     one_scope = replace(adapter, scopes=dict.fromkeys(adapter.targets, "all"))
     assert (output(config, adapter) - output(config, one_scope)).abs().max() > 0.01
     words = ("lora.targets=[self_attn.*, cross_attn.*, ffn.*]", "lora.rank=4", f"lora.init_from={file}")
-    assert plan.make_plan(configfile.load(demo / "config.yaml", words), "cpu", Machine(1, 0, 0, "cpu")).trained
+    assert plan.make_plan(
+        configfile.load(demo / "config.yaml", words), "cpu", Machine(1, 0, 0, "cpu")
+    ).trainable_parameters
     words = (*words, "optim.lr=1e-12", "optim.ema=0", "checkpoint.every_steps=1")
     folder = run(demo, tmp_path / "out", *words, "train.max_steps=1")
     file.unlink()  # a resumed run does not ask for it

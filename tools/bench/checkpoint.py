@@ -1,4 +1,4 @@
-"""What a checkpoint and the telling cost training: the asynchronous save against `torch.save` of the same state.
+"""Time a checkpoint and the metrics of a step: the asynchronous save against `torch.save` of the same state.
 
 The state is that of an adapter on Wan 1.3B under AdamW: parameters and two moments in fp32, as the trainer names them.
 `stall` is how long a save keeps the training thread; the writing goes on beside it, synced and hashed. `cost` adds what
@@ -19,7 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from harness import Times, alternate, finish, parser, seconds
+from harness import alternate, finish, parser, seconds
+from rounds import COARSE, Times, ratio
 from torch import Tensor, nn
 
 from transpixeler import configfile
@@ -36,10 +37,10 @@ from transpixeler.training.agreement import Due, Facts
 from transpixeler.training.step_record import Recorder, StepTimes
 
 WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
-LATENTS = (16, 9, 60, 104)  # of the telling's batch: 33 frames of 480×832
-TOLD = 200  # steps in a round
-COVER = 1.3  # how much longer than a save the work beside it lasts
-STEPS = 500  # between two checkpoints, the default of checkpoint.every_steps
+LATENTS = (16, 9, 60, 104)  # a batch whose metrics are told: 33 frames of 480×832
+STEPS_TOLD = 200  # metrics lines in a round
+WORK_OVER_SAVE = 1.3  # how much longer than a save the work beside it lasts
+STEPS_BETWEEN = 500  # checkpoints: the default of checkpoint.every_steps
 
 
 def make(config: Config, blocks: int) -> WanModel:
@@ -68,7 +69,9 @@ class Saves:
         self._small, self._count = torch.ones(16), 0
         self.written = seconds(self.asynchronous)
         self._count = 20_000
-        self._count = round(self._count * COVER * self.written / seconds(self.work))  # lasts longer than a save
+        self._count = round(
+            self._count * WORK_OVER_SAVE * self.written / seconds(self.work)
+        )  # lasts longer than a save
 
     def work(self) -> None:
         for _ in range(self._count):
@@ -95,7 +98,8 @@ def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repea
     saves = Saves(folder / f"rank{rank}", here, state)
     ways = {"work": saves.work, "work, saving": saves.asynchronous, "torch.save": saves.rival}
     taken = alternate(ways, repeats=repeats)
-    stall, rival = Times(tuple(saves.stalls[-repeats:])), taken["torch.save"]
+    stall = Times(tuple(saves.stalls[-repeats:]))
+    rival = Times(tuple(each["torch.save"].wall for each in taken.readings))
     cost = taken["work, saving"].median - taken["work"].median
     shutil.rmtree(saves.folder)
     print(f"stall {stall}, with what the writing slows down {cost:.4g} s", flush=True)
@@ -107,7 +111,7 @@ def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repea
         "cost_ms": round(1e3 * cost, 1),
         "written_ms": round(1e3 * saves.written, 1),
         "rival_ms": round(1e3 * rival.median, 1),
-        "x_rival": round(rival.median / stall.median, 2),
+        "x_rival": ratio(rival.seconds, stall.seconds, rounds=repeats, precision=COARSE).figure,
     }
 
 
@@ -115,7 +119,7 @@ def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repea
 
 
 def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, Times]:
-    """Milliseconds of a step's line, with TensorBoard and without, through what the trainer calls."""
+    """Time a step's line of metrics, with TensorBoard and without, through what the trainer calls."""
     config = configfile.from_overrides(["train.global_batch=8"])
     batch, facts, recorder = told_things(config, here)
     writers = {
@@ -128,7 +132,7 @@ def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, T
     steps = dict.fromkeys(writers, 0)
 
     def tell(name: str) -> None:
-        for _ in range(TOLD):
+        for _ in range(STEPS_TOLD):
             steps[name] += 1
             record = recorder.record(batch, facts, StepTimes(1.0, 0.0, 0.0), lr=1e-4, micro_batch=1)
             writers[name].step(record | {"step": steps[name]})
@@ -136,11 +140,11 @@ def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, T
     found = alternate({name: partial(tell, name) for name in writers}, repeats=repeats)
     for writer in writers.values():
         writer.close()
-    return {name: Times(tuple(seconds / TOLD for seconds in times.seconds)) for name, times in found.items()}
+    return {name: Times(tuple(seconds / STEPS_TOLD for seconds in times.seconds)) for name, times in found.items()}
 
 
 def told_things(config: Config, here: runtime.Runtime) -> tuple[Batch, Facts, Recorder]:
-    """What a step of a joint run has to tell; of the engine only what the recorder asks of it."""
+    """Make a step's batch, facts and recorder; of the engine only what the recorder asks of it."""
     names, nothing = tuple(config.streams), torch.empty(0)
     layout = StreamLayout.equal(names, LATENTS, (1, 2, 2))
     ids = tuple(f"clip{n:05d}" for n in range(config.train.global_batch))
@@ -164,7 +168,7 @@ def _folder(path: Path) -> Path:
 def figures(options: Any, folder: Path, here: runtime.Runtime) -> dict[str, Any]:
     saved = partial(saving, folder, here, blocks=options.blocks, repeats=options.repeats)
     sizes = [saved(rank=rank) for rank in options.ranks]
-    interval = STEPS * options.step
+    interval = STEPS_BETWEEN * options.step
     lines = telling(folder / "telling", here, repeats=options.repeats)
     whole = lines["tensorboard"].median
     print(f"a step's line takes {1e3 * whole:.2f} ms, {whole / options.step:.2%} of a step of {options.step:g} s")
@@ -180,7 +184,7 @@ def figures(options: Any, folder: Path, here: runtime.Runtime) -> dict[str, Any]
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--ranks", type=int, nargs="+", default=(8, 32, 128), help="of the adapter, one a size")
     given.add_argument("--blocks", type=int, default=WAN["num_layers"])
     given.add_argument("--step", type=float, default=1.0, help="seconds, for the shares")

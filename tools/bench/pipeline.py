@@ -1,4 +1,4 @@
-"""How much of a step pipeline ranks wait, for every schedule, against the arithmetic that a run reports.
+"""Measure the share of a step that pipeline ranks wait, for every schedule, against the formula that a run reports.
 
 Four processes run our engine over a tiny model whose blocks only sleep: in forward, and in backward where it comes to
 the input's gradient and to the weights'. So all stages cost the same, and four of them fit on two cores. The bubble is
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import Times, finish, parser
+from harness import finish, parser
+from rounds import Times
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -43,7 +44,7 @@ WAN = {
     "ffn_dim": 24,
 }
 STREAMS = ("rgb", "seg")
-BACKWARD = 2.0  # forwards that a backward pass takes
+BACKWARD_OVER_FORWARD = 2.0
 
 
 class Clock:
@@ -87,9 +88,9 @@ class WeightCost(torch.autograd.Function):
 
 
 def slow(block: Any, clock: Clock, *, seconds: float, weights: float) -> None:
-    """Makes a block cost time, and nothing else."""
+    """Make a block cost time, and nothing else."""
     block.cost = nn.Parameter(torch.zeros(()))
-    inputs, others = seconds * BACKWARD * (1 - weights), seconds * BACKWARD * weights
+    inputs, others = seconds * BACKWARD_OVER_FORWARD * (1 - weights), seconds * BACKWARD_OVER_FORWARD * weights
 
     def compute(_: Any, hidden: Tensor, *state: Any) -> Tensor:
         out = InputCost.apply(hidden, clock, seconds, inputs)
@@ -152,7 +153,7 @@ def work(rank: int, options: Any, store: str, results: Any) -> None:
 
 
 def run(options: Any) -> list[dict[str, list[tuple[float, float]]]]:
-    """What each rank took: (seconds, of which its stages computed) of every step of every schedule."""
+    """Return for each rank, schedule and step the seconds of the step and of its stages' computing."""
     here = multiprocessing.get_context("fork")
     results = here.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +175,7 @@ def bubbles(found: list[dict[str, list[tuple[float, float]]]], name: str) -> Tim
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--ranks", type=int, default=4)
     given.add_argument("--microbatches", type=int, default=8)
     given.add_argument("--blocks", type=int, default=8)

@@ -28,6 +28,7 @@ from transpixeler.models.streams import Scope
 from transpixeler.models.weights import resolve
 
 ADAPTER_FILE = "adapter_model.safetensors"
+MODEL_FOLDER = "transformer"  # in a save, a model that was trained in full
 VERSION = "1"
 
 _OURS = "transpixeler."  # of header keys, and of what is no LoRA weight
@@ -217,18 +218,39 @@ def adapter_file(path: Path) -> Path:
         return path
     if (path / ADAPTER_FILE).exists():
         return path / ADAPTER_FILE
-    run = path / "latest" if (path / "latest").exists() else path
-    saves = [file for pattern in ("epoch*", "step*") for file in run.glob(f"{pattern}/{ADAPTER_FILE}")]
-    if saves:
-        return max(saves, key=lambda file: (step_of(file), file.stat().st_mtime))
+    newest = newest_save(path / "latest" if (path / "latest").exists() else path)
+    if newest is not None and (newest / ADAPTER_FILE).exists():
+        return newest / ADAPTER_FILE
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"{path} holds {len(files)} .safetensors files and no {ADAPTER_FILE}; name the file itself")
     return files[0]
 
 
+def is_save(folder: Path) -> bool:
+    """Return whether a folder holds what training saves: an adapter, or a model that was trained in full."""
+    return (folder / MODEL_FOLDER).is_dir() or (folder / ADAPTER_FILE).is_file()
+
+
+def newest_save(run: Path) -> Path | None:
+    """Return the save of a run's last step; None where nothing is saved yet."""
+    saves = [folder for pattern in ("epoch*", "step*") for folder in run.glob(pattern) if is_save(folder)]
+    return max(saves, key=lambda save: (saved_step(save), _weights_of(save).stat().st_mtime), default=None)
+
+
+def saved_step(save: Path) -> int:
+    """Return the step that a save's weights are of, as their header says; -1 where it does not."""
+    weights = _weights_of(save)
+    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    return step_of(files[0]) if files else -1
+
+
+def _weights_of(save: Path) -> Path:
+    return save / MODEL_FOLDER if (save / MODEL_FOLDER).is_dir() else save / ADAPTER_FILE
+
+
 def step_of(file: Path) -> int:
-    """When it was saved, as its header says; -1 where it does not."""
+    """Return the step that a file's weights are of, as its header says; -1 where it does not."""
     return int(_open(file)[1].get(f"{_OURS}step", -1))
 
 

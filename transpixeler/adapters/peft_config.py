@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transpixeler.config import UserError
 from transpixeler.families.wan import names as wan_names
+from transpixeler.files import read_json
 
 if TYPE_CHECKING:
     from transpixeler.adapters.adapter import Adapter
@@ -62,7 +63,7 @@ def read(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """The config that PEFT leaves beside a file, or diffusers in its header."""
     config = file.with_name(CONFIG_FILE)
     if config.exists():
-        return json.loads(config.read_text())
+        return read_json(config)
     stored = json.loads(header.get(IN_HEADER, "{}"))
     return {key.removeprefix("transformer."): value for key, value in stored.items()}
 

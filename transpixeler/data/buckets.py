@@ -1,7 +1,8 @@
-"""Samples go in, (bucket, clip) pairs come out, and a reason for each clip that is dropped: pure functions.
+"""Assign samples to buckets: samples in; (bucket, clip) pairs, and a reason for each sample that fits none, out.
 
-A bucket is the one shape of all tensors in a batch. A sample yields clips for each resolution, in the bucket nearest
-to its aspect ratio and the longest that fits; an image lands where one frame is wanted and a video never does.
+All clips of a batch share one bucket: (frames, height, width). For each resolution a sample goes to the bucket nearest
+to its aspect ratio, and the longest that it fills; buckets of one frame are for images and never for videos.
+All functions here are pure.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from transpixeler.data.sources.pairs import Sample
 
 
 class Bucket(NamedTuple):
+    """The size in pixels of every clip in a batch."""
+
     frames: int
     height: int
     width: int
@@ -44,13 +47,13 @@ def assign(
     patch: tuple[int, int, int],
     seed: int,
 ) -> Assignment:
-    """Each sample's clips under its source's options."""
-    ladders = [bucket_groups(source, data, vae_stride=vae_stride, patch=patch) for source in sources]
+    """Cut each sample into clips under its source's options."""
+    groups = [bucket_groups(source, data, vae_stride=vae_stride, patch=patch) for source in sources]
     clips: list[tuple[Bucket, Clip]] = []
     dropped: list[tuple[str, str]] = []
     for sample in samples:
         mode = sources[sample.source].clip_mode or data.clip_mode
-        for group in ladders[sample.source]:
+        for group in groups[sample.source]:
             bucket = choose(sample, group, data, seed=seed)
             if isinstance(bucket, str):
                 dropped.append((sample.id, bucket))
@@ -60,7 +63,7 @@ def assign(
 
 
 def rate(data: DataConfig) -> Fraction:
-    """29.97 means 30000/1001 and is kept exact from here on."""
+    """Return `data.fps` as an exact fraction: 29.97 means 30000/1001."""
     near = Fraction(round(data.fps) * 1000, 1001)
     meant = data.fps % 1 != 0 and abs(data.fps - near) < near / 5000
     return near if meant else Fraction(str(data.fps))
@@ -69,7 +72,7 @@ def rate(data: DataConfig) -> Fraction:
 def bucket_groups(
     source: SourceConfig, data: DataConfig, *, vae_stride: tuple[int, int, int], patch: tuple[int, int, int]
 ) -> tuple[tuple[Bucket, ...], ...]:
-    """The buckets that a source offers, a group for each resolution; explicit sizes are one group."""
+    """Return the buckets that a source offers, a group for each resolution; explicit sizes are one group."""
     unit = (vae_stride[1] * patch[1], vae_stride[2] * patch[2])
     own_grid = source.resolutions is not None or source.frames is not None
     sizes = source.sizes or (() if own_grid else data.sizes)
@@ -84,7 +87,7 @@ def bucket_groups(
 
 
 def first_bucket(data: DataConfig, *, vae_stride: tuple[int, int, int], patch: tuple[int, int, int]) -> Bucket:
-    """The first of `data.sizes`, or the longest in the shape of the first of `data.resolutions`; a number is square."""
+    """Return the first of `data.sizes`, or the longest bucket of the first resolution (a single number is a square)."""
     group = bucket_groups(SourceConfig(""), data, vae_stride=vae_stride, patch=patch)[0]
     if data.sizes:
         return group[0]
@@ -103,7 +106,7 @@ def _explicit(size: tuple[int, int, int], unit: tuple[int, int], stride: int) ->
 
 
 def aspect_ratios(data: DataConfig) -> tuple[float, ...]:
-    """Width over height: as given, or evenly spread on a logarithmic scale."""
+    """Return ratios of width to height: as given, or evenly spread on a logarithmic scale."""
     if data.aspect_ratios:
         return data.aspect_ratios
     if data.aspect_count == 1:
@@ -113,7 +116,7 @@ def aspect_ratios(data: DataConfig) -> tuple[float, ...]:
 
 
 def _shapes(resolution: Resolution, data: DataConfig, unit: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """(height, width) of about the resolution's area; a [w, h] resolution is itself one of them, upright and lying."""
+    """Yield (height, width) of about the resolution's area; first [w, h] itself and its transpose, where given."""
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
     own = () if isinstance(resolution, int) else (width / height, height / width)
     for ratio in (*own, *aspect_ratios(data)):
@@ -122,7 +125,7 @@ def _shapes(resolution: Resolution, data: DataConfig, unit: tuple[int, int]) -> 
 
 
 def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: int) -> Bucket | str:
-    """The bucket of a group that a sample goes to, or why there is none."""
+    """Return the bucket of a group that a sample goes to, or the reason why there is none."""
     media = sample.media
     lasting = [bucket for bucket in group if _lasts(media, bucket, rate(data))]
     if not lasting:
@@ -132,15 +135,15 @@ def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: i
         near = min(lasting, key=lambda bucket: (_distance(media, bucket), bucket))
         return f"{media.width}×{media.height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
     best = min(_distance(media, bucket) for bucket in fitting)
-    ladder = sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
-    for bucket in ladder:
+    nearest = sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
+    for bucket in nearest:
         if draw(seed, sample.id, bucket) < rule_for(bucket, data.buckets).keep:
             return bucket
-    return f"not drawn for {', '.join(map(str, ladder))} (data.buckets, keep)"
+    return f"not drawn for {', '.join(map(str, nearest))} (data.buckets, keep)"
 
 
 def _lasts(media: Media, bucket: Bucket, fps: Fraction) -> bool:
-    """An image is the one thing that fills a bucket of one frame."""
+    """Tell whether a file has enough frames; only images go to buckets of one frame."""
     return bucket.frames == 1 if media.image else 1 < bucket.frames <= media.frames_at(fps)
 
 
@@ -162,7 +165,7 @@ def _distance(media: Media, bucket: Bucket) -> float:
 
 
 def rule_for(bucket: Bucket, rules: Sequence[BucketRule]) -> BucketRule:
-    """The first rule whose [width, height, frames] matches, where 0 stands for any."""
+    """Return the first rule whose [width, height, frames] matches, where 0 stands for any."""
     shape = (bucket.width, bucket.height, bucket.frames)
     for rule in rules:
         if all(wanted in (0, found) for wanted, found in zip(rule.size, shape)):
@@ -171,13 +174,13 @@ def rule_for(bucket: Bucket, rules: Sequence[BucketRule]) -> BucketRule:
 
 
 def draw(seed: int, sample_id: str, bucket: Bucket) -> float:
-    """Uniform in [0, 1) and the same on every machine; independent for each bucket of a sample."""
+    """Draw uniformly from [0, 1): the same on every machine, independent for each bucket of a sample."""
     digest = hashlib.sha256(f"{seed}\0{sample_id}\0{tuple(bucket)}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / (1 << 56)
 
 
 def clips_of(sample: Sample, bucket: Bucket, *, mode: str, fps: Fraction) -> Iterator[Clip]:
-    """One clip, or as many as cover the whole length, evenly spread and overlapping."""
+    """Yield one clip, or as many as cover the whole length, evenly spread and overlapping."""
     room = sample.media.frames_at(fps) - bucket.frames
     if mode == "multiple_overlapping":
         count = -(-(room + bucket.frames) // bucket.frames)
@@ -191,9 +194,9 @@ def clips_of(sample: Sample, bucket: Bucket, *, mode: str, fps: Fraction) -> Ite
 def micro_batch_for(
     bucket: Bucket, *, per_rank_batch: int, train: TrainConfig, rules: Sequence[BucketRule], tokens: int
 ) -> int:
-    """How many samples of a bucket one forward takes: the largest divisor of a rank's batch within the limit.
+    """Return how many samples of a bucket one forward pass takes: the largest divisor of a rank's batch in the limit.
 
-    `tokens` is what one sample of the bucket has in all its streams. A rule's micro_batch goes before the token budget.
+    `tokens`: of one sample in all its streams. A rule's micro_batch takes precedence over the token budget.
     """
     limit = rule_for(bucket, rules).micro_batch
     if limit is None:

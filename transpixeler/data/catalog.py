@@ -1,7 +1,7 @@
-"""Which records a config needs: sources in; clips, captions and their keys out, and what makes each record.
+"""List the records that a config needs: sources in; clips and captions with their keys, and how to make each, out.
 
-A key is a hash of all that its record depends on, so that what is cached stays valid until one of those changes: the
-files' content, the cut, the fill policy, the encoder's weights. Names, paths and times of files are not among them.
+A key is a hash of everything its record depends on, so that a record stays valid until one of those changes: the files'
+content, the cut, the fill policy, the encoder's weights. Names, paths and times of files are not among them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from transpixeler.config import Config, SourceConfig, UserError
-from transpixeler.data.buckets import Bucket, assign
+from transpixeler.data.buckets import Bucket
+from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.dataset import Item
-from transpixeler.data.fingerprint import FileHashes
-from transpixeler.data.media.clip import IMAGE_ENDINGS, Clip, files_of
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.files import IMAGE_ENDINGS, files_of
 from transpixeler.data.media.fill import Fill
-from transpixeler.data.media.probe import Probes
 from transpixeler.data.prompts import sampled_texts
-from transpixeler.data.sources.pairs import Sample, scan, source_names
+from transpixeler.data.sources.pairs import Sample, source_names
+from transpixeler.data.survey import survey
 from transpixeler.models.backbone import VideoModel
 
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
@@ -33,7 +34,7 @@ ANIMATED = IMAGE_ENDINGS | {".gif"}
 
 @dataclass(frozen=True)
 class ClipJob:
-    """One clip and the streams of it that are to be encoded: all, or those whose records are missing."""
+    """One clip and the streams of it to encode: all, or those whose records are missing."""
 
     id: str
     sample: Sample
@@ -41,7 +42,7 @@ class ClipJob:
     bucket: Bucket
     folder: Path
     latent_keys: tuple[bytes, ...]  # one a stream
-    keys: Mapping[str, bytes]  # by stream, of those that are to be encoded
+    keys: Mapping[str, bytes]  # by stream, of those to encode
 
     @property
     def cost(self) -> int:
@@ -50,7 +51,7 @@ class ClipJob:
 
 @dataclass(frozen=True)
 class TextJob:
-    """One caption to be encoded."""
+    """One caption to encode."""
 
     key: bytes
     caption: str
@@ -70,17 +71,17 @@ class Catalog:
     clips: tuple[ClipJob, ...]
     texts: tuple[TextJob, ...]
     empty_text_key: bytes
-    prompts: Mapping[str, bytes]  # the keys of what evaluations sample from
+    prompts: Mapping[str, bytes]  # keys of the texts that evaluations sample from
     folders: tuple[Path, ...]
 
     def keys(self) -> dict[bytes, str]:
-        """Every key with a name for it."""
+        """Return every key with a name for it."""
         names = {key: f"clip {job.id}, stream {stream}" for job in self.clips for stream, key in job.keys.items()}
         return names | {job.key: f"caption {job.caption[:60]!r}" for job in self.texts}
 
 
 def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
-    """Reads the sources; files that have not changed since the last time are not opened again for their hash."""
+    """Read the sources; files that have not changed since the last time are neither opened nor hashed again."""
     if not config.data.train and not config.data.eval:
         raise UserError("data.train names no source; give a folder of pairs or a manifest")
     folders = cache_folders(config)
@@ -94,14 +95,15 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
     items: dict[str, tuple[Item, ...]] = {}
     skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name in SETS:
-        jobs, skipped[name] = _clip_jobs(config, model_cls, getattr(config.data, name), hashes, latents_with)
-        names, found = source_names(getattr(config.data, name)), []
-        for source, job in jobs:
+        sources: tuple[SourceConfig, ...] = getattr(config.data, name)
+        jobs, skipped[name] = _clip_jobs(config, model_cls, sources, hashes, latents_with)
+        names, found = source_names(sources), []
+        for job in jobs:
             caption = job.sample.caption
             text = TextJob(text_key(model_cls.clean_caption(caption), texts_with), caption, job.folder)
             clips.setdefault(job.latent_keys, job)
             texts.setdefault(text.key, text)
-            item = _item(job, text, source, names[job.sample.source])
+            item = _item(job, text, sources[job.sample.source].repeats, names[job.sample.source])
             found.append(replace(item, origin=(job.sample, job.clip)) if name == "eval" else item)
         items[name] = tuple(found)
     for memory in hashes.values():
@@ -110,7 +112,7 @@ def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
 
 
 def cache_folders(config: Config) -> tuple[Path, ...]:
-    """Beside each source, or the one that `data.cache_dir` names."""
+    """Return the cache folders: one beside each source, or the one that `data.cache_dir` names."""
     sources = (*config.data.train, *config.data.eval)
     return tuple(dict.fromkeys(cache_folder(source, config) for source in sources))
 
@@ -122,7 +124,7 @@ def cache_folder(source: SourceConfig, config: Config) -> Path:
     return (path if path.is_dir() else path.parent) / "cache"
 
 
-def _item(job: ClipJob, text: TextJob, source: SourceConfig, name: str) -> Item:
+def _item(job: ClipJob, text: TextJob, repeats: int, source: str) -> Item:
     return Item(
         id=job.id,
         sample_id=job.sample.id,
@@ -130,8 +132,8 @@ def _item(job: ClipJob, text: TextJob, source: SourceConfig, name: str) -> Item:
         bucket=job.bucket,
         latent_keys=job.latent_keys,
         text_key=text.key,
-        repeats=source.repeats,
-        source=name,
+        repeats=repeats,
+        source=source,
     )
 
 
@@ -141,35 +143,32 @@ def _clip_jobs(
     sources: Sequence[SourceConfig],
     hashes: Mapping[Path, FileHashes],
     vae: str,
-) -> tuple[list[tuple[SourceConfig, ClipJob]], tuple[tuple[str, str], ...]]:
-    """All clips of one set in the order of their samples, and what was left out with its reason."""
+) -> tuple[list[ClipJob], tuple[tuple[str, str], ...]]:
+    """Return all clips of one set in the order of their samples, and what is left out with its reason."""
     if not sources:
         return [], ()
-    probes = Probes(cache_folders(config)[0])
-    found = scan(sources, config.streams, config.data, probe=probes)
-    probes.save()
     stride, _ = model_cls.vae_geometry(config.model.path)
-    assigned = assign(
-        found.samples, sources, config.data, vae_stride=stride, patch=patch_of(config, model_cls), seed=config.seed
+    found = survey(
+        sources,
+        config.streams,
+        config.data,
+        vae_stride=stride,
+        patch=patch_of(config, model_cls),
+        seed=config.seed,
+        memory=cache_folders(config)[0],
     )
     folders = [cache_folder(source, config) for source in sources]
-    samples = {sample.id: sample for sample in found.samples}
-    assert len(samples) == len(found.samples), "two samples share an id"
-    used = [samples[name] for name in dict.fromkeys(clip.sample_id for _, clip in assigned.clips)]
-    digests = _digests(used, folders, hashes)
-    fill = Fill.of(config.data)
+    used = list({sample.id: sample for sample, _, _ in found.clips}.values())
+    digests, fill = _digests(used, folders, hashes), Fill.of(config.data)
     jobs = []
-    for bucket, clip in assigned.clips:
-        sample = samples[clip.sample_id]
+    for sample, clip, bucket in found.clips:
         keys = latent_keys(sample, clip, digests=digests, fill=fill, vae=vae)
-        job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys)
-        jobs.append((sources[sample.source], job))
-    bad = tuple((sample.id, sample.reason) for sample in found.bad)
-    return jobs, (*bad, *assigned.dropped)
+        jobs.append(ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys))
+    return jobs, found.skipped
 
 
 def latent_shape(bucket: Bucket, stride: Sequence[int], channels: int) -> tuple[int, int, int, int]:
-    """(C, f, h, w): the first frame stands alone, the others go by strides."""
+    """Return (C, f, h, w): the first frame is encoded alone, the others a stride at a time."""
     return channels, 1 + (bucket.frames - 1) // stride[0], bucket.height // stride[1], bucket.width // stride[2]
 
 
@@ -179,7 +178,7 @@ def patch_of(config: Config, model_cls: type[VideoModel]) -> tuple[int, int, int
 
 
 def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping[Path, FileHashes]) -> dict[Path, str]:
-    """The content of each stream's file, or of all images in its folder."""
+    """Hash the content of each stream's file, or of all images in its folder."""
     found: dict[Path, str] = {}
     for folder, memory in hashes.items():
         paths = {path for sample in samples if folders[sample.source] == folder for _, path in sample.paths}
@@ -195,7 +194,7 @@ def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping
 
 
 def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str) -> dict[str, bytes]:
-    """One a stream. An aux stream is cut at the first stream's timestamps, so that it depends on both files."""
+    """Return a key for each stream. A companion is cut at the first stream's times, so it depends on both files."""
     first = sample.paths[0][1]
     return {
         stream: _hash(
@@ -213,7 +212,7 @@ def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill
 
 
 def _rate(sample: Sample, clip: Clip) -> str:
-    """Animations were once cut otherwise, so that what was encoded of them is not found again."""
+    """Return the clip's rate; animations were once cut differently, so their old records must not be found."""
     if clip.frames == 1:
         return "still"
     first = sample.paths[0][1]

@@ -1,4 +1,4 @@
-"""What training and evaluation read: the clips, each with the keys of its records, and the cache that holds them."""
+"""Hold what training and evaluation read: clips with the keys of their records, and the cache with these records."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from transpixeler.data.cache.records import Cache
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.order import Order, make_order
 from transpixeler.data.sources.pairs import Sample
+from transpixeler.models.streams import Shape
 
 
 @dataclass(frozen=True)
 class Item:
-    """One clip."""
+    """One clip and the keys of its records."""
 
     id: str
     sample_id: str
@@ -23,13 +24,13 @@ class Item:
     latent_keys: tuple[bytes, ...]  # one a stream
     text_key: bytes
     repeats: int = 1
-    source: str = ""  # the name of the data set that it came from
-    origin: tuple[Sample, Clip] | None = None  # what an eval clip was encoded from, to measure what encoding costs
+    source: str = ""  # name of the data set it comes from
+    origin: tuple[Sample, Clip] | None = None  # the files behind an eval clip, to measure the loss by encoding
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Clips whose records all are in the cache."""
+    """Clips whose records are all in the cache."""
 
     items: tuple[Item, ...]
     streams: tuple[str, ...]
@@ -37,9 +38,10 @@ class Dataset:
     cache: Cache = field(compare=False, repr=False)
     key: str = "train"  # the data set's name under `data.` in the config
     skipped: tuple[tuple[str, str], ...] = ()  # (sample id, reason)
-    prompts: Mapping[str, bytes] = field(default_factory=dict)  # the keys of what evaluations sample from
+    prompts: Mapping[str, bytes] = field(default_factory=dict)  # keys of the texts that evaluations sample from
 
     def order(self, *, seed: int, global_batch: int) -> Order:
+        """Return the order in which training takes the clips."""
         if not self.items:
             raise UserError(f"data.{self.key} holds no usable clip{_first_reason(self.skipped)}")
         return make_order(
@@ -50,12 +52,12 @@ class Dataset:
             key=self.key,
         )
 
-    def shapes(self, item: Item) -> tuple[tuple[int, ...], ...]:
-        """Latent shape [C, f, h, w] of each stream."""
-        return tuple(self.cache.spec(key).shape for key in item.latent_keys)
+    def shapes(self, item: Item) -> tuple[Shape, ...]:
+        """Return the latent shape [C, f, h, w] of each stream."""
+        return tuple((c, f, h, w) for c, f, h, w in (self.cache.spec(key).shape for key in item.latent_keys))
 
     def buckets(self) -> Mapping[tuple[int, int, int], int]:
-        """Clips in each bucket."""
+        """Count the clips in each bucket."""
         counts: dict[tuple[int, int, int], int] = {}
         for item in sorted(self.items, key=lambda item: item.bucket):
             counts[item.bucket] = counts.get(item.bucket, 0) + 1
@@ -64,7 +66,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Datasets:
-    """Both sets of a config."""
+    """The two sets of a config."""
 
     train: Dataset
     eval: Dataset

@@ -1,8 +1,8 @@
-"""Encodes what the cache lacks: a config in, data sets whose records are all there out, alone or on many ranks.
+"""Encode what the cache lacks: a config in; data sets whose records are all in the cache out. On one rank or many.
 
-Rank 0 reads the sources and says what is missing; every rank takes a share by cost, decodes ahead in threads while the
-device encodes, and writes to files of its own. The VAE goes before the text encoder comes, and neither is loaded when
-nothing is missing. Each video is encoded by itself: in a batch its last bits would depend on its neighbours.
+Rank 0 reads the sources and lists what is missing; every rank takes a share by cost, decodes ahead in threads while the
+device encodes, and writes to files of its own. The VAE is freed before the text encoder is loaded; neither is loaded
+when nothing is missing. Videos are encoded one at a time: in a batch, last bits would depend on the neighbours.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import heapq
 import logging
 import os
+import platform
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
 from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog, latent_shape
 from transpixeler.data.dataset import Dataset, Datasets
-from transpixeler.data.media.clip import BadMedia
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.progress import Progress
 from transpixeler.data.sources.pairs import decode_pair
@@ -38,9 +39,9 @@ from transpixeler.models.backbone import VideoModel
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
-DECODERS = 4  # clips decoded at a time on a rank
-KINDS_SHOWN = 10  # kinds of reasons why samples were skipped
-TEXTS_AT_ONCE = 16  # written together, so that a disk is asked to sync once for all
+DECODERS = 4  # clips that a rank decodes at a time
+KINDS_SHOWN = 10  # kinds of reasons for skipping that the summary lists
+TEXTS_AT_ONCE = 16  # written together, with one fsync for all
 DTYPE = torch.bfloat16
 Job = TypeVar("Job", ClipJob, TextJob)
 Keys = tuple[bytes, ...]  # of all streams of a clip
@@ -48,7 +49,7 @@ Keys = tuple[bytes, ...]  # of all streams of a clip
 
 @dataclass(frozen=True)
 class Work:
-    """What is missing, for all ranks."""
+    """The missing records of all ranks."""
 
     clips: tuple[ClipJob, ...]
     texts: tuple[TextJob, ...]
@@ -56,7 +57,7 @@ class Work:
 
 @dataclass
 class Outcome:
-    """What one rank did."""
+    """The result of one rank's share."""
 
     bad: dict[Keys, str] = field(default_factory=dict)  # why a clip with these latents cannot be used
     bytes: int = 0
@@ -65,9 +66,9 @@ class Outcome:
 
 
 def encode_missing(config: Config, model_cls: type[VideoModel], runtime: Runtime) -> Datasets:
-    """The train and eval sets of a config, with every record in the cache."""
-    with _talking(runtime) as ranks:
-        found, work = ranks.from_main(partial(_survey, config, model_cls))
+    """Return the train and eval sets of a config, with every record in the cache."""
+    with _connected(runtime) as ranks:
+        found, work = ranks.from_main(partial(_find_work, config, model_cls))
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
         while work.clips or work.texts:
@@ -76,7 +77,7 @@ def encode_missing(config: Config, model_cls: type[VideoModel], runtime: Runtime
             fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
             if not fresh:
                 break
-            bad |= fresh  # what they were to encode for others as well, another has to
+            bad |= fresh  # others may share a record with these, so look again for what is missing
             work = ranks.from_main(partial(missing_work, found, without=bad))
     datasets = _datasets(config, found, bad)
     if runtime.is_main:
@@ -85,7 +86,7 @@ def encode_missing(config: Config, model_cls: type[VideoModel], runtime: Runtime
 
 
 def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
-    """The jobs that lack a record, each with only the streams that lack one."""
+    """Return the jobs that lack a record, each with only the streams that lack one."""
     cache = Cache(*found.folders)
     jobs = [job for job in found.clips if job.latent_keys not in without]
     absent = set(cache.missing([*(key for job in jobs for key in job.keys.values())]))
@@ -100,7 +101,7 @@ def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
 
 
 def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
-    """The largest job goes to the rank with the least to do; a rank's own come largest first."""
+    """Return a rank's jobs, largest first: each job goes to the rank with the least to do, in order of size."""
     loads = [(0, number) for number in range(ranks)]
     mine = []
     for job in sorted(jobs, key=lambda job: -job.cost):
@@ -111,7 +112,7 @@ def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
     return mine
 
 
-def _survey(config: Config, model_cls: type[VideoModel]) -> tuple[Catalog, Work]:
+def _find_work(config: Config, model_cls: type[VideoModel]) -> tuple[Catalog, Work]:
     found = catalog(config, model_cls)
     return found, missing_work(found)
 
@@ -120,8 +121,8 @@ def _encode_on_all(config: Config, model_cls: type[VideoModel], ranks: _Ranks, w
     outcome, own = Outcome(), None
     try:
         _encode(config, model_cls, ranks.runtime, work, outcome)
-    except Exception as fault:  # told to all ranks first, so that none waits for this one
-        own, outcome.fault = fault, _told(fault, ranks.runtime.rank)
+    except Exception as fault:  # sent to all ranks before it is raised, so that none waits for this one
+        own, outcome.fault = fault, _portable(fault, ranks.runtime.rank)
     outcomes = ranks.gather(outcome)
     if own is not None:
         raise own
@@ -177,7 +178,7 @@ def _check(latents: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
     for stream, latent in latents.items():
         assert latent.shape == shape, (stream, latent.shape, shape)
         if not latent.isfinite().all():
-            raise BadMedia(f"it gives values that are not finite when its {stream} stream is encoded")
+            raise BadMedia(f"its {stream} stream gives values that are not finite when it is encoded")
 
 
 def _encode_texts(
@@ -204,7 +205,7 @@ def _decode(job: ClipJob, *, fill: Fill, threads: int) -> dict[str, np.ndarray]:
 def _ahead(
     jobs: Sequence[ClipJob], decode: Callable[[ClipJob], dict[str, np.ndarray]], workers: int
 ) -> Iterator[tuple[ClipJob, Future[dict[str, np.ndarray]]]]:
-    """Jobs in order, each decoded while those before it are encoded; memory holds `workers` + 2 clips at most."""
+    """Yield jobs in order, decoded while earlier ones are encoded; memory holds at most `workers` + 2 clips."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[tuple[ClipJob, Future[dict[str, np.ndarray]]]] = deque()
         try:
@@ -219,7 +220,7 @@ def _ahead(
 
 
 class _Writers:
-    """One writer a folder, opened when it is first written to."""
+    """One writer for each folder, opened at its first record."""
 
     def __init__(self, name: str, outcome: Outcome) -> None:
         self.outcome = outcome
@@ -243,8 +244,10 @@ class _Writers:
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU ranks share the work and threads do not: torchrun gives a rank one thread anyway, so that the records of
-    one rank are those of many, and small convolutions lose far more to threads than they gain."""
+    """Encode with one thread on a CPU, as torchrun sets it too: records are then the same for any number of ranks.
+
+    Small convolutions lose far more to threads than they gain.
+    """
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -255,7 +258,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _cores(runtime: Runtime) -> int:
-    """This rank's part of the machine."""
+    """Return this rank's share of the machine's cores."""
     here = min(runtime.world_size, torch.cuda.device_count() or runtime.world_size)
     return max(1, len(os.sched_getaffinity(0)) // here)
 
@@ -271,20 +274,20 @@ def _free(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class _Ranks:
-    """Talks over a group that waits for days: one rank may read a large data set while the others idle."""
+    """Messages between ranks, with a timeout of days: one rank may read a large data set while the others wait."""
 
     runtime: Runtime
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None  # None: there is one rank
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives on rank 0, on every rank; its fault is raised on all of them."""
+        """Return on every rank what `make` returns on rank 0, or raise its fault on all of them."""
         box: list[Any] = [None, None]
         own = None
         if self.runtime.is_main:
             try:
                 box = [make(), None]
             except Exception as fault:
-                box, own = [None, _told(fault, 0)], fault
+                box, own = [None, _portable(fault, 0)], fault
         if self.group is not None:
             dist.broadcast_object_list(box, src=0, group=self.group)
         if box[1] is not None:
@@ -299,21 +302,24 @@ class _Ranks:
         return values
 
 
-def _told(fault: Exception, rank: int) -> Exception:
-    """What other ranks raise: any exception could refuse to be pickled, these two do not."""
+def _portable(fault: Exception, rank: int) -> Exception:
+    """Return a fault for other ranks to raise: not every exception can be pickled, these two can."""
     if isinstance(fault, UserError):
         return UserError(str(fault))
     return RuntimeError(f"rank {rank} failed: {type(fault).__name__}: {fault}")
 
 
 @contextmanager
-def _talking(runtime: Runtime) -> Iterator[_Ranks]:
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if runtime.world_size > 1 else None
+def _connected(runtime: Runtime) -> Iterator[_Ranks]:
+    if runtime.world_size == 1:
+        yield _Ranks(runtime, None)
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
     try:
         yield _Ranks(runtime, group)
     finally:
-        if group is not None:
-            dist.destroy_process_group(group)
+        dist.destroy_process_group(group)
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -327,7 +333,10 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datase
         kept = tuple(item for item in items if item.id not in reasons)
         keys = [key for item in kept for key in (*item.latent_keys, item.text_key)]
         if absent := cache.missing([*keys, found.empty_text_key]):
-            raise UserError(f"{found.folders[0]}: {len(absent)} records are gone; was `cache --gc` run? start again")
+            raise UserError(
+                f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
+                "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
+            )
         skipped = (*found.skipped[name], *reasons.items())
         sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_key, cache, name, skipped, found.prompts)
     return Datasets(sets["train"], sets["eval"])
@@ -349,7 +358,7 @@ def _summarise(datasets: Datasets, outcomes: Sequence[Outcome]) -> None:
 
 
 def _by_kind(skipped: Sequence[tuple[str, str]]) -> list[tuple[int, str, str]]:
-    """(how many, the first one's name, its reason) of each kind of reason, the most frequent first."""
+    """Return (count, first sample, its reason) for each kind of reason, the most frequent first."""
     kinds = [_kind(name, reason) for name, reason in skipped]
     first: dict[str, tuple[str, str]] = {}
     for kind, one in zip(kinds, skipped):
@@ -358,6 +367,6 @@ def _by_kind(skipped: Sequence[tuple[str, str]]) -> list[tuple[int, str, str]]:
 
 
 def _kind(name: str, reason: str) -> str:
-    """A reason without what is the sample's own: words that begin with its name, that hold a number or a path."""
+    """Return a reason without words of this sample alone: those that begin with its name, hold a digit or a path."""
     own = re.escape(name.rpartition("/")[2].rpartition("@")[0] or name.rpartition("/")[2])
     return re.sub(rf"(?<!\w){own}(?![^\W_])\S*|\S*[\d/]\S*", "…", reason)

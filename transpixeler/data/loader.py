@@ -1,7 +1,7 @@
-"""Batches from the cache: (epoch, step) in, this rank's share of each global batch out, a few steps ahead.
+"""Load batches from the cache: (epoch, step) in; this rank's share of each global batch, a few steps ahead, out.
 
-One background thread reads the mapped records, verifies them and hands each batch to `prepare`, so that a step
-finds its data waiting. State is (epoch, step) and nothing else.
+One background thread reads the mapped records, verifies their checksums and passes each batch to `prepare`, so that
+the data of a step is ready when the step begins. The whole state is (epoch, step).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Batch:
     text: Tensor  # [b, text_len, text_dim], fp32, zero padded
     empty_text: Tensor  # [text_len, text_dim]
     ids: tuple[str, ...]  # of the whole global batch
-    slots: range  # global positions that are held here
+    slots: range  # positions in the global batch that this rank holds
 
 
 class Assembler:
-    """Builds one batch from its items: what both training and evaluation read."""
+    """Builds one batch from its items, for training and evaluation."""
 
     def __init__(
         self, dataset: Dataset, *, patch: tuple[int, int, int], text_len: int = 512, device: torch.device = CPU
@@ -51,7 +51,7 @@ class Assembler:
         self.patch = patch
         self.text_len = text_len
         self.device = device
-        self.pin = device.type == "cuda"  # a GPU reads pinned memory beside its work
+        self.pin = device.type == "cuda"  # copies from pinned memory overlap with compute
         self._text_dim = dataset.cache.spec(dataset.empty_text_key).shape[1]
         self._empty = self._text([dataset.empty_text_key])[0]
 
@@ -101,7 +101,7 @@ class Assembler:
 
 
 class Loader:
-    """Iterates over batches from (epoch, step) on, without end; `close` when done."""
+    """Iterates over batches from (epoch, step) on without end; call `close` when done."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Loader:
     ) -> None:
         assert order.global_batch % ranks == 0 and 0 <= rank < ranks
         share = order.global_batch // ranks
-        self.wait_seconds = 0.0  # what the last step waited for its data
+        self.wait_seconds = 0.0  # that the last step waited for its data
         self._slots = range(rank * share, (rank + 1) * share)
         self._assembler, self._order, self._prepare = assembler, order, prepare
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
@@ -151,11 +151,11 @@ class Loader:
     def _run(self, epoch: int, step: int) -> None:
         try:
             if self._assembler.pin:
-                torch.cuda.set_device(self._assembler.device)  # else this thread opens a context on the first GPU
+                torch.cuda.set_device(self._assembler.device)  # otherwise this thread opens a context on GPU 0
             for batch in self._batches(epoch, step):
                 if not self._offer(self._prepare(batch)):
                     return
-        except BaseException as error:  # it belongs to the thread that waits for the batch
+        except BaseException as error:  # raised in the thread that waits for the batch
             self._offer(_Failure(error))
 
     def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
@@ -168,7 +168,7 @@ class Loader:
             epoch, step = epoch + 1, 0
 
     def _offer(self, value: Any) -> bool:
-        """Waits for room, but not for ever after `close`."""
+        """Wait for room; return False once the loader is closed."""
         while not self._closed.is_set():
             try:
                 self._ready.put(value, timeout=0.1)

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a line every few seconds in a log."""
+"""Show the progress of encoding: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Rank 0 shows its own share, which ends about when the others' do."""
+    """Progress of rank 0's own share, which ends at about the same time as the others'."""
 
     def __init__(self, what: str, total: int, frames: int, *, shown: bool, ranks: int = 1) -> None:
         self._what = f"{what} of rank 0" if ranks > 1 else what
         self._total, self._frames = total, frames
         self._done, self._done_frames = 0, 0
-        self._start = self._said = time.monotonic()
+        self._start = self._logged = time.monotonic()
         self._shown = shown
         self._bar: tqdm | None = None
         if shown and sys.stderr.isatty():
@@ -35,13 +35,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self._frame_rate(), refresh=False)
             self._bar.update(count)
-        elif self._shown and (time.monotonic() - self._said > LINE_SECONDS or self._done == self._total):
-            self._said = time.monotonic()
+        elif self._shown and (time.monotonic() - self._logged > LINE_SECONDS or self._done == self._total):
+            self._logged = time.monotonic()
             logger.info("%s", self.line())
 
     def line(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)
-        # a large clip takes longer than a small one, so that what is left is counted in frames where there are any
+        # estimated from frames where there are any, as large clips take longer than small ones
         part = self._done_frames / self._frames if self._frames else self._done / self._total
         left = seconds / part - seconds if part else float("inf")
         rates = ", ".join(filter(None, [f"{self._done / seconds:.1f}/s", self._frame_rate(), f"{left:.0f} s left"]))

@@ -1,4 +1,4 @@
-"""Which texts a config samples from: its prompts and what guidance leads away from. They are cached as captions are."""
+"""List the texts that a config samples from: a config in; its prompts and negative prompt, to be cached, out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transpixeler.models.backbone import VideoModel
 
 
 def prompt_lines(path: str, *, key: str) -> list[str]:
-    """The lines of a file that are not empty."""
+    """Return the lines of a file that are not empty."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig") if path else ""
     except (OSError, UnicodeDecodeError) as fault:
@@ -18,19 +18,19 @@ def prompt_lines(path: str, *, key: str) -> list[str]:
 
 
 def read_prompts(config: SampleConfig) -> tuple[str, ...]:
-    """`sample.prompts` and the lines of `sample.prompts_file`."""
+    """Return `sample.prompts` and the lines of `sample.prompts_file`."""
     return (*config.prompts, *prompt_lines(config.prompts_file, key="sample.prompts_file"))
 
 
 def negative_prompt(config: SampleConfig, model_cls: type[VideoModel]) -> str | None:
-    """None where guidance is off and nothing is led away from."""
+    """Return the negative prompt, or None where guidance is off."""
     if config.guidance == 1:
         return None
     return model_cls.sampling.negative_prompt if config.negative_prompt is None else config.negative_prompt
 
 
 def sampled_texts(config: Config, model_cls: type[VideoModel]) -> tuple[str, ...]:
-    """What evaluations sample from besides the clips' own captions."""
+    """Return the texts that evaluations sample from besides the clips' own captions."""
     prompts, negative = read_prompts(config.sample), negative_prompt(config.sample, model_cls)
     sampled = bool(prompts) or (config.eval.samples > 0 and bool(config.data.eval))
     return (*prompts, *([negative] if sampled and negative is not None else []))

@@ -1,7 +1,7 @@
-"""What the `cache` command does beside encoding: verify, gc, rebuild, list. A config in, plain findings out.
+"""Run the `cache` command: encode, verify, collect garbage, rebuild, list. A config in, a report out.
 
-Nothing here is on the way of training. Whatever removes files first makes sure that no writer is at work, and leaves
-a cache that is valid at every moment in between.
+Training uses nothing of this. Whatever removes files first makes sure that no writer is at work, and keeps the cache
+valid at every moment in between.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 COPIED_AT_ONCE = 32
-SPARSE = 0.75  # a segment with a smaller part in use is copied, and its file removed
+SPARSE = 0.75  # a segment with a smaller share in use is copied and its file removed
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in the cache, said so that a person can find it."""
+    """Something wrong in the cache, and where to find it."""
 
     path: Path
     record: str
@@ -65,7 +65,7 @@ class Shelf:
 
 @dataclass
 class Report:
-    """What a `cache` command found and did."""
+    """The result of a `cache` command."""
 
     datasets: Datasets | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -83,7 +83,7 @@ def cache_command(
     rebuild: bool = False,
     list: bool = False,
 ) -> Report:
-    """Encodes what is missing, or does what is asked for instead; rank 0 alone verifies, cleans and lists."""
+    """Encode what is missing, or do what is asked for instead; rank 0 alone verifies, cleans and lists."""
     model_cls = model_class(config.model.family)
     report = Report()
     if runtime.is_main:
@@ -101,7 +101,7 @@ def cache_command(
 
 
 def listing(folders: tuple[Path, ...]) -> list[Shelf]:
-    """How many records of each kind and shape there are, and what they take."""
+    """Count the records of each kind and shape, and their bytes."""
     counts: dict[str, list[int]] = {}
     for folder in folders:
         for segments in segments_of(folder).values() if folder.is_dir() else ():
@@ -110,7 +110,7 @@ def listing(folders: tuple[Path, ...]) -> list[Shelf]:
         for file in open_indexes(folder):
             for number, segment in file.segments.items():
                 mine = file.rows[file.valid & (file.rows["segment"] == number)]
-                shelf = counts.setdefault(segment.path.name.split(".")[2], [0, 0, 1])  # it was begun just now
+                shelf = counts.setdefault(segment.path.name.split(".")[2], [0, 0, 1])  # a new one
                 shelf[0] += len(mine)
                 shelf[1] += int((index.ends(mine) - mine["offset"]).sum())
     return [Shelf(name, *numbers) for name, numbers in sorted(counts.items())]
@@ -120,7 +120,7 @@ def listing(folders: tuple[Path, ...]) -> list[Shelf]:
 
 
 class Expected(NamedTuple):
-    """What a config knows of a record."""
+    """A record as the config expects it."""
 
     name: str
     shape: tuple[int, ...] | None  # None: a text may have any length
@@ -133,7 +133,7 @@ def expectations(config: Config, model_cls: type[VideoModel]) -> dict[bytes, Exp
 
 
 def verify_cache(folders: tuple[Path, ...], *, drop: bool, expected: Mapping[bytes, Expected]) -> list[Problem]:
-    """Reads every record once; with `drop`, what is damaged counts as missing from now on."""
+    """Read every record once; with `drop`, damaged ones count as missing from now on."""
     problems = []
     for folder in folders:
         can_drop = drop and all(os.access(path, os.W_OK) for path in folder.glob("*.idx"))
@@ -177,7 +177,7 @@ def _place(file: IndexFile, row: int) -> Path:
 
 
 def drop_rows(file: IndexFile, rows: list[int]) -> None:
-    """A row of zeros is no record; the bytes of the record itself go with the next `--gc`."""
+    """Zero the rows, which makes them no records; the bytes of the records go with the next `--gc`."""
     with explained(file.path.parent), file.path.open("r+b", buffering=0) as out:
         for row in rows:
             os.pwrite(out.fileno(), bytes(index.ROW_BYTES), index.ROW_BYTES * (row + 1))
@@ -185,7 +185,7 @@ def drop_rows(file: IndexFile, rows: list[int]) -> None:
 
 
 def _orphans(folder: Path) -> list[Path]:
-    """Segments without an index; a writer makes its index first, so that none of these is just being born."""
+    """Return segments without an index; a writer makes its index first, so these are not of a writer at work."""
     if not folder.is_dir():
         return []
     found = segments_of(folder)
@@ -201,7 +201,7 @@ def _orphans(folder: Path) -> list[Path]:
 
 
 def collect_garbage(config: Config, model_cls: type[VideoModel], report: Report) -> None:
-    """Removes what this config does not refer to, and what is damaged; other configs of the folder encode anew."""
+    """Remove what this config does not refer to, and what is damaged; other configs of the folder encode anew."""
     wanted = catalog(config, model_cls).keys()
     for folder in cache_folders(config):
         if folder.is_dir():
@@ -212,7 +212,7 @@ def collect_garbage(config: Config, model_cls: type[VideoModel], report: Report)
 
 
 def _sweep(folder: Path, wanted: set[bytes]) -> int:
-    """Copies what is left of sparse segments, then shortens the indexes, then removes files: valid at each step."""
+    """Copy what is left of sparse segments, then shorten the indexes, then remove files: valid at each step."""
     cache = Cache(folder)
     orphans = _orphans(folder)
     kept = [_live_rows(cache, number, wanted) for number in range(len(cache.table.files))]
@@ -237,7 +237,7 @@ def _sweep(folder: Path, wanted: set[bytes]) -> int:
 
 
 def _live_rows(cache: Cache, number: int, wanted: set[bytes]) -> np.ndarray:
-    """Rows that are asked for and that a lookup would find: of two records with one key, one goes."""
+    """Return wanted rows that a lookup would find: of two records with one key, one goes."""
     file = cache.table.files[number]
     keys = ((row, file.rows[row]["key"].tobytes()) for row in np.flatnonzero(file.valid))
     return np.array([row for row, key in keys if key in wanted and cache.table.find(key) == (number, row)], np.int64)
@@ -254,7 +254,7 @@ def _sparse_segments(file: IndexFile, live: np.ndarray) -> set[int]:
 
 
 def _copy(cache: Cache, places: list[tuple[int, int]], folder: Path) -> int:
-    """Copies records into new segments, and leaves out those that are damaged; returns how many."""
+    """Copy records into new segments; leave out those that are damaged and return how many."""
     lost = 0
     if not places:
         return lost
@@ -289,7 +289,7 @@ def _replace_index(file: IndexFile, rows: np.ndarray) -> None:
 
 
 def remove_all(folders: tuple[Path, ...], report: Report) -> None:
-    """Everything that was encoded; what is remembered of the files' content stays."""
+    """Remove everything that was encoded; what is remembered of the media files stays."""
     for folder in folders:
         if not folder.is_dir():
             continue
@@ -302,7 +302,7 @@ def remove_all(folders: tuple[Path, ...], report: Report) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds every writer's lock."""
+    """Hold every writer's lock."""
     with ExitStack() as stack:
         for path in sorted(folder.glob("*.idx")):
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset
-from transpixeler.data.prompts import negative_prompt, read_prompts
+from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
-from transpixeler.models.backbone import VideoModel, model_class
+from transpixeler.models.backbone import model_class
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling import generate
-from transpixeler.sampling import sampler as samplers
-from transpixeler.sampling.sampler import Frames, Request, Sampler
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.texts import cached_prompts
+from transpixeler.sampling.video import Video, check_background, name_part, video_shape, write_video
 
 logger = logging.getLogger("transpixeler")
 
@@ -49,14 +49,13 @@ class Evaluator:
         model_cls = model_class(config.model.family)
         self.held_out = HeldOut(config, data, patch=engine.models()[0].patch, text_len=model_cls.text_len)
         self.prompts = read_prompts(config.sample)  # once: the file may be edited while a run goes on
-        if self.prompts:
-            generate.video_layout(config, model_cls)  # refuses a wrong size before the first step
+        # before the first step, so that a wrong size is refused now
+        self.prompt_layout = video_shape(config, model_cls).layout if self.prompts else None
         if self.prompts or spread(self.held_out.pieces, config.eval.samples):
-            generate.check_background(config)
+            check_background(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
-        self.texts = _prompt_texts(data, model_cls)
-        negative = self.texts.get(negative_prompt(config.sample, model_cls))
-        self.sampler = Sampler(engine, self.mesh, config.sample, negative)
+        self.texts = cached_prompts(config, data, model_cls)
+        self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative)
         self.frames = Frames(model_cls, config.model.path, self.mesh.device)
         self.measures = Measures(config, self.held_out, self.frames)
 
@@ -77,7 +76,7 @@ class Evaluator:
         """
         plan = self._planned()
         mine: dict[int, dict[str, float]] = {}
-        for number, latents in self.sampler.each([request for request, _ in plan], pause=self.pause):
+        for number, latents in self.sampler.each([request for request, _ in plan], after_step=self.pause):
             if self.mesh.is_first_stage:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
@@ -90,38 +89,28 @@ class Evaluator:
             name: _mean_of(everyone[n] for n in sorted(everyone) if names[n] == name) for name in dict.fromkeys(names)
         }
 
-    def _planned(self) -> list[tuple[Request, Piece | None]]:
+    def _planned(self) -> list[tuple[Video, Piece | None]]:
         """Return held-out captions at their clips' sizes, then prompts at `sample.size`; seeds count up."""
         seed, plan = self.config.sample.seed, []
         for piece in spread(self.held_out.pieces, self.config.eval.samples):
             item, batch = self.held_out.item(piece), self.held_out.batch(piece)
             streams = batch.layout.unpack(batch.latents)
             given = {stream: streams[stream][0] for stream in piece.given}
-            name = f"{len(plan)}-{generate.named(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
-            plan.append((Request(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
+            name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
+            plan.append((Video(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
         for prompt in self.prompts:
-            layout = generate.video_layout(self.config, model_class(self.config.model.family))
-            name = f"{len(plan)}-{generate.named(prompt)}"
-            plan.append((Request(name, prompt, self.texts[prompt], seed + len(plan), layout), None))
+            assert self.prompt_layout is not None
+            name = f"{len(plan)}-{name_part(prompt)}"
+            plan.append((Video(name, prompt, self.texts.by_prompt[prompt], seed + len(plan), self.prompt_layout), None))
         return plan
 
     def _write(
-        self, folder: Path, request: Request, streams: Mapping[str, np.ndarray], facts: Mapping[str, object]
+        self, folder: Path, request: Video, streams: Mapping[str, np.ndarray], facts: Mapping[str, object]
     ) -> None:
         try:
-            generate.write_video(folder, request, streams, self.config, facts)
+            write_video(folder, request, streams, self.config, facts)
         except (OSError, UserError) as fault:  # a full disk or a lost background must not end a training
             logger.error("%s was not written: %s", folder / request.name, fault)
-
-
-def _prompt_texts(data: Dataset, model_cls: type[VideoModel]) -> dict[str | None, Tensor]:
-    """Return the embedding [text_len, text_dim] of each prompt, from the cache."""
-    found: dict[str | None, Tensor] = {}
-    for prompt, key in data.prompts.items():
-        text = data.cache.text(key)
-        assert text is not None, f"the cache was filled without the prompt {prompt!r}"
-        found[prompt] = samplers.padded(text, model_cls.text_len)
-    return found
 
 
 def _task(piece: Piece | None) -> str:

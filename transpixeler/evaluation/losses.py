@@ -17,7 +17,7 @@ from transpixeler.flow.objective import mean_squared_errors
 from transpixeler.models.backbone import Conditions
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling import sampler as samplers
+from transpixeler.sampling.sampler import turns
 
 Losses = dict[str, dict[str, dict[str, float]]]  # SET or SET/TASK: stream: time: mean squared error
 
@@ -36,7 +36,7 @@ class HeldOutLosses:
         pieces, mesh = self.held_out.pieces, self.engine.mesh
         mine: dict[int, list[list[float]]] = {}
         with self.engine.evaluating():
-            for number, counts in samplers.turns(len(pieces), mesh):
+            for number, counts in turns(len(pieces), mesh):
                 self.pause()
                 errors = self._errors(pieces[number])
                 if counts and mesh.is_first_stage:

@@ -5,7 +5,6 @@ In: a video's frames, and the clip that it was made for, if any. Out: numbers by
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +13,16 @@ import numpy as np
 
 from transpixeler.config import Config
 from transpixeler.data.media import decode
-from transpixeler.data.media.clip import BadMedia, Clip
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.sources.pairs import Sample, decode_pair
 from transpixeler.evaluation import metrics
 from transpixeler.evaluation.clips import HeldOut, Piece
-from transpixeler.sampling import generate
+from transpixeler.runs.folder import read_facts
 from transpixeler.sampling.files import FACTS
-from transpixeler.sampling.sampler import Frames, Request
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.video import Video, settings
 
 logger = logging.getLogger("transpixeler")
 
@@ -70,7 +71,7 @@ class Measures:
         batch = self.held_out.batch(piece)
         return [frames / np.float32(255) for frames in self.frames.decode(batch.latents[0], batch.layout).values()]
 
-    def drift(self, request: Request, folder: Path, base: Path | None) -> dict[str, float]:
+    def drift(self, request: Video, folder: Path, base: Path | None) -> dict[str, float]:
         """Compare a written video's RGB with the base's in `base`, so that the file's losses are in both.
 
         A resumed run may sample with other settings than the base did; then the two cannot be compared.
@@ -81,8 +82,8 @@ class Measures:
         ours, theirs = (place / request.name / f"{rgb}.mp4" for place in (folder, base))
         if not ours.is_file() or not theirs.is_file():
             return {}
-        told = json.loads((base / request.name / FACTS).read_text(encoding="utf-8"))
-        if not generate.settings(request, self.config.sample).items() <= told.items():
+        told = read_facts(base / request.name / FACTS)
+        if not settings(request, self.config.sample).items() <= told.items():
             return {}
         one, other = (read_video(file) / np.float32(255) for file in (ours, theirs))
         return {"rgb_drift": metrics.rgb_drift(one, other)} if one.shape == other.shape else {}

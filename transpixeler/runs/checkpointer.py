@@ -106,7 +106,7 @@ class Checkpointer:
     def _make_room(self, partial: Path) -> str:
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir()  # without parents: a run's folder that is lost must not be made again
         except OSError as error:
             return _reason(error, self.folder)
         return ""
@@ -212,4 +212,8 @@ def _reason(error: BaseException, folder: Path) -> str:
     said = str(error).splitlines()[0] if str(error) else repr(error)
     if "inline_container" in said:  # torch's archive writer drops the error number
         said = "a file was cut off while it was written, as on a full disk"
-    return f"{type(error).__name__}: {said} ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free there)"
+    try:
+        room = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free there"
+    except OSError:
+        room = f"{folder} is gone"
+    return f"{type(error).__name__}: {said} ({room})"

@@ -5,19 +5,26 @@ In: a config or a run's path. Out: paths. Everything that writes or reads a run 
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transpixeler.config import Config
+from transpixeler.config import Config, UserError
+from transpixeler.files import read_json
 from transpixeler.runs.lock import RunLock
 from transpixeler.runs.restore import Restored
+
+logger = logging.getLogger("transpixeler")
 
 LATEST = "latest"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 LOG = "log.txt"
+JOB = ".job"  # names the job that trains a run, so that its restarts find it
 SAMPLES = "samples"
 ASIDE = "aside"  # where saves, samples and checkpoints go that a resumed run left behind
 
@@ -28,7 +35,7 @@ class Run:
 
     folder: Path
     restored: Restored | None = None
-    changed: tuple[str, ...] = ()  # keys whose value differs from the checkpoint's config, as text for the log
+    changed: Mapping[str, str] = field(default_factory=dict)  # by key, how its value differs from the checkpoint's
     made: bool = False  # by this process: before, the folder was empty or absent
     lock: RunLock | None = field(default=None, repr=False, compare=False)  # on rank 0
 
@@ -49,6 +56,17 @@ class Run:
 def configured_run(config: Config) -> Path:
     """Return the folder of the run that `run_name` names, or of the latest run."""
     return Path(config.output_dir) / (config.run_name or LATEST)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return a JSON file of a run; nothing where it is missing or, with a warning, where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except UserError as fault:
+        logger.warning("%s; it is left out", fault)
+        return {}
 
 
 def sample_folder(step: int) -> str:

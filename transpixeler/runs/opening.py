@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import Any
 from transpixeler import configfile
 from transpixeler.config import Config, UserError
 from transpixeler.files import write_text
+from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime, run_stamp
 from transpixeler.runs import checkpoint
 from transpixeler.runs.controls import CONTROL_FILES
-from transpixeler.runs.folder import ASIDE, CONFIG, LATEST, METRICS, Run, configured_run
+from transpixeler.runs.folder import ASIDE, CONFIG, JOB, LATEST, METRICS, Run, configured_run
 from transpixeler.runs.lock import LOCK, take_lock
 from transpixeler.runs.restore import Restored
 
@@ -30,8 +33,21 @@ logger = logging.getLogger("transpixeler")
 # With another value of these, the tensors of a checkpoint have other names or shapes, or another meaning.
 FIXED = ("streams", "model.family", "model.trainable", "model.fuse", "lora", "optim.name", "optim.bf16_parameters")
 FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
+SHARED = ".shared"  # a file that shows which hosts see a run's folder
+SHOWN_SECONDS = 5.0  # until a network disk shows a new file to every host
 # These say where a run writes and what it runs on; they do not change what it trains.
-UNTOLD = ("output_dir", "run_name", "parallel", "log", "checkpoint", "save", "hub", "data.workers", "train.gc_every")
+UNTOLD = (
+    "output_dir",
+    "run_name",
+    "parallel",
+    "log",
+    "checkpoint",
+    "save",
+    "hub",
+    "data.workers",
+    "train.gc_every",
+    "train.allow_changed",
+)
 
 
 def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
@@ -39,9 +55,9 @@ def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
     link = Path(config.output_dir) / LATEST
     if runtime.broadcast(link.exists() and not link.is_symlink()):
         raise UserError(f"{link}: is not the link to the newest run that belongs there; move it away or rename it")
-    if resume is None:
+    folder, chosen = _place(config, runtime, resume)
+    if folder is None:
         return _new(config, runtime)
-    folder, chosen = _find(config, resume)
     lock = take_lock(folder, runtime)
     try:
         return replace(_resumed(config, runtime, folder, chosen), lock=lock)
@@ -53,6 +69,7 @@ def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
 
 def _resumed(config: Config, runtime: Runtime, folder: Path, chosen: Path | None) -> Run:
     """Return the run to resume, at the chosen or its newest valid checkpoint."""
+    _check_shared(folder, runtime)
     if chosen is not None:
         _check_valid(chosen, runtime)
     found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
@@ -71,12 +88,33 @@ def _resumed(config: Config, runtime: Runtime, folder: Path, chosen: Path | None
     return Run(folder)
 
 
+def _place(config: Config, runtime: Runtime, resume: str | None) -> tuple[Path | None, Path | None]:
+    """Return (run folder, chosen checkpoint), or nothing for a new run.
+
+    When torchrun starts its processes again after a failure, they go on with the newest checkpoint of the run that
+    this job trained before, whatever the command says.
+    """
+    mine = str(runtime.broadcast(str((_run_of_this_job(config) if runtime.is_main else None) or "")))
+    if mine:
+        logger.info("started again by torchrun: going on with %s", mine)
+        return Path(mine), None
+    return (None, None) if resume is None else _find(config, resume)
+
+
+def _run_of_this_job(config: Config) -> Path | None:
+    """Return the run that earlier attempts of this job trained; None in a first attempt."""
+    here = launch()
+    marks = Path(config.output_dir).glob(f"*/{JOB}") if here.restarts else ()
+    mine = [mark for mark in marks if mark.read_text() == here.job and mark.with_name(CONFIG).is_file()]
+    return max(mine, key=lambda mark: mark.stat().st_mtime).parent.resolve() if mine else None
+
+
 def _new(config: Config, runtime: Runtime) -> Run:
     name = str(runtime.broadcast(config.run_name or run_stamp()))
     folder = Path(config.output_dir) / name
     if runtime.broadcast((folder / CONFIG).exists()):
         raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
-    if runtime.broadcast(_is_filled(folder)):
+    if runtime.broadcast(_holds_other_files(folder)):
         raise UserError(f"{folder}: holds files that are not a run's; change run_name or output_dir")
     if runtime.is_main:
         _make(folder)
@@ -84,13 +122,38 @@ def _new(config: Config, runtime: Runtime) -> Run:
     if runtime.broadcast((folder / CONFIG).exists()):  # made by another while this one looked
         raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
     if runtime.is_main:
+        _remove_drafts(folder)
+        write_text(folder / JOB, launch().job)
         write_text(folder / CONFIG, configfile.dump(config))
     runtime.barrier()
+    _check_shared(folder, runtime)
     return Run(folder, made=True, lock=lock)
 
 
+def _check_shared(folder: Path, runtime: Runtime) -> None:
+    """Refuse hosts that do not see the run's folder, as each rank writes its part of a checkpoint there."""
+    if runtime.world_size == 1:
+        return
+    mark = folder / SHARED
+    if runtime.is_main:
+        mark.touch()
+    runtime.barrier()
+    deadline = time.monotonic() + SHOWN_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [host for host, sees in runtime.gather((platform.node(), seen)) if not sees]
+    if runtime.is_main:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"output_dir: {folder}, which rank 0 sees, is not there for {len(blind)} ranks on "
+            f"{', '.join(dict.fromkeys(blind))}; all hosts must share the folder"
+        )
+
+
 def begin(run: Run, config: Config) -> None:
-    """Write the run's config and point `latest` to it. Rank 0 calls this once everything is built."""
+    """Write the run's config and job, and point `latest` to it. Rank 0 calls this once everything is built."""
+    write_text(run.folder / JOB, launch().job)
     write_text(run.folder / CONFIG, configfile.dump(config))
     _point(run.folder.parent / LATEST, run.name)
 
@@ -108,8 +171,22 @@ def resume_hint(run: Run) -> str:
     return f"--resume goes on from {found[0].name}" if found else "there is no checkpoint yet to go on from"
 
 
-def _is_filled(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir())
+def _holds_other_files(folder: Path) -> bool:
+    """Return whether a folder holds more than what a process leaves that is killed before it wrote its config."""
+    return folder.is_dir() and any(not _is_draft(path) and path.name not in (JOB, LOCK) for path in folder.iterdir())
+
+
+def _is_draft(path: Path) -> bool:
+    """Return whether a file or folder was being written when its process was killed, as `files.whole` names it."""
+    return re.fullmatch(r"\..+\.(tmp|old|new)", path.name) is not None or path.name == SHARED
+
+
+def _remove_drafts(folder: Path) -> None:
+    for draft in filter(_is_draft, list(folder.iterdir())):
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 def _make(folder: Path) -> None:
@@ -152,8 +229,7 @@ def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
     They are damaged, or belong to a training that was left when an older checkpoint was resumed; under their old names
     they would be taken for the newest. `first_step`: the number of steps in so many epochs.
     """
-    for draft in run.folder.glob(".*.tmp"):
-        shutil.rmtree(draft, ignore_errors=True)
+    _remove_drafts(run.folder)
     later = [folder for folder in checkpoint.candidates(run.checkpoints) if checkpoint.step_of(folder) > step]
     for pattern in ("step*/", "epoch*/", "samples/step*/"):
         for folder in run.folder.glob(pattern):
@@ -172,8 +248,8 @@ def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
 # --- another config --------------------------------------------------------------------------------------------------
 
 
-def changes(config: Config, restored: Restored) -> tuple[str, ...]:
-    """Return what differs from the checkpoint's config; refuse a model that its tensors do not fit."""
+def changes(config: Config, restored: Restored) -> dict[str, str]:
+    """Return by key what differs from the checkpoint's config; refuse a model that its tensors do not fit."""
     before, after = _flat(restored.state["config"]), _flat(configfile.plain(config))
     changed = {
         key: (before.get(key), after.get(key))
@@ -187,7 +263,7 @@ def changes(config: Config, restored: Restored) -> tuple[str, ...]:
             f"--resume: {restored.folder.name} was trained with another model: {lines}; "
             "start a new run without --resume"
         )
-    return tuple(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+    return {key: f"was {old!r}, is {new!r}" for key, (old, new) in changed.items()}
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:

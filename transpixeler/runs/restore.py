@@ -1,7 +1,6 @@
-"""Read a checkpoint back, on any layout.
+"""Read a checkpoint's tensors back, on any layout.
 
-In: a valid checkpoint and the tensors of a built trainer. Out: what its small files say, as one value, and the same
-tensors, filled in place.
+In: a valid checkpoint and the tensors of a built trainer. Out: the same tensors, filled in place.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class Restored:
 
     folder: Path
     state: Mapping[str, Any]
-    metadata: Metadata  # of all tensors, checked
+    metadata: Metadata  # checked
 
     @classmethod
     def read(cls, folder: Path) -> Restored:
-        """Read the state and the list of tensors; `load` reads the tensors themselves."""
+        """Read the state and the list of the tensors; `load` reads the tensors themselves."""
         try:
             return cls(folder, read_state(folder), read_metadata(folder))
         except CheckpointFault as fault:
@@ -46,7 +45,7 @@ class Restored:
 
     @property
     def stored(self) -> frozenset[str]:
-        """Return the names of all tensors."""
+        """The names of all tensors."""
         return frozenset(self.metadata.state_dict_metadata)
 
     @property
@@ -63,27 +62,17 @@ def load(restored: Restored, tensors: Mapping[str, Tensor], *, same_layout: bool
     """
     plain = {name: dequantized(tensor) for name, tensor in tensors.items()}
     own_codes = codes(tensors) if same_layout else {}
-    _check_fits(restored, plain | own_codes)
-    _read(restored, plain)
+    folder, metadata = restored.folder, restored.metadata
+    _insist_fits(folder, metadata, plain | own_codes)
+    _read(folder, metadata, plain)
     for name, tensor in tensors.items():
         quantize_into(tensor, plain[name])
-    if same_layout and any(".codes." in name for name in restored.stored):  # a rank that has none still takes part
-        _read(restored, own_codes)
+    if same_layout and any(".codes." in name for name in metadata.state_dict_metadata):  # a rank without any joins in
+        _read(folder, metadata, own_codes)
 
 
-def forget_unsaved(restored: Restored, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
-    """Drop the optimizer state of parameters that had none when the checkpoint was written, before a first update."""
-    if optimizer is None:
-        return
-    known = {name.rpartition(".")[0] for name in restored.stored if name.startswith("optimizer.")}
-    for name, parameter in parameters.items():
-        if f"optimizer.{name}" not in known:
-            optimizer.state.pop(parameter, None)
-
-
-def _check_fits(restored: Restored, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` unless the checkpoint holds every tensor, in its shape."""
-    folder, stored = restored.folder, restored.metadata.state_dict_metadata
+def _insist_fits(folder: Path, metadata: Metadata, tensors: Mapping[str, Tensor]) -> None:
+    stored = metadata.state_dict_metadata
     missing = sorted(tensors.keys() - stored.keys())
     if missing:
         raise UserError(
@@ -97,10 +86,21 @@ def _check_fits(restored: Restored, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{folder}: {name} has shape {there}, not {here}; it was written under another config")
 
 
-def _read(restored: Restored, tensors: dict[str, Tensor]) -> None:
+def _read(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     try:
-        read_tensors(tensors, storage_reader=CheckedReader(restored.folder, restored.metadata))
+        read_tensors(tensors, storage_reader=CheckedReader(folder, metadata))
     except CheckpointException as error:
-        # without torch's text, which may advise to load with weights_only=False
-        kind = type(next(iter(error.failures.values()))[0]).__name__
-        raise UserError(f"{restored.folder}: its tensors cannot be read ({kind}); use another checkpoint") from error
+        cause = next(iter(error.failures.values()))[0]  # torch's text may advise to load without `weights_only`
+        raise UserError(
+            f"{folder}: its tensors cannot be read ({type(cause).__name__}); use another checkpoint"
+        ) from error
+
+
+def forget_unsaved(restored: Restored, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
+    """Drop the optimizer state of parameters that had none when the checkpoint was written, before a first update."""
+    if optimizer is None:
+        return
+    known = {name.rpartition(".")[0] for name in restored.stored if name.startswith("optimizer.")}
+    for name, parameter in parameters.items():
+        if f"optimizer.{name}" not in known:
+            optimizer.state.pop(parameter, None)

@@ -7,7 +7,7 @@ from these alone, so that none waits for another that decided otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ class Due:
     quit: bool = False  # likewise, with the end of training
     checkpoint: bool = False  # by the clock
     adapter: bool = False  # a save, by the clock
+    lost: bool = False  # the run's folder, so that nothing can be saved
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def agree(errors: Tensor, example: Example, grad_norm: Tensor, due: Due, *, coun
     by_bin = torch.nn.functional.one_hot(bins, T_BINS) * counted[..., None]  # [b, S, T_BINS]
     values = torch.where(counted > 0, errors, 0.0).double()
     sound = torch.isfinite(errors).all() & torch.isfinite(grad_norm)
-    flags = [due.save, due.quit, due.checkpoint, due.adapter]
+    flags = astuple(due)
     parts = [
         (errors.double() * weights).sum()[None] * float(counts),
         values.sum(0),

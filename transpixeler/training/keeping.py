@@ -14,9 +14,11 @@ from transpixeler.config import Fault
 from transpixeler.data.loader import Batch
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.publishing import hub
+from transpixeler.runs.checkpoint import folder_name
 from transpixeler.runs.checkpointer import Checkpointer
-from transpixeler.runs.controls import Controls
+from transpixeler.runs.controls import Controls, Interrupted
 from transpixeler.runs.folder import Run
+from transpixeler.runs.guard import guard
 from transpixeler.runs.training_state import own_part
 from transpixeler.training.agreement import Due
 from transpixeler.training.saving import Saver
@@ -40,6 +42,7 @@ class Keeper:
         self.checkpointer = Checkpointer(run.checkpoints, self.config.checkpoint, self.runtime)
         self.pusher = hub.pusher(self.config) if self.runtime.is_main else None
         self.last_save: Path | None = None
+        self.guard = guard(run.folder)
         self.first_step = state.step  # where this process began
         self.saved_at = self.checkpointed_at = time.monotonic()
 
@@ -53,10 +56,16 @@ class Keeper:
             quit=quit,
             checkpoint=clock and points > 0 and now - self.checkpointed_at >= 60 * points,
             adapter=clock and saves > 0 and now - self.saved_at >= 60 * saves,
+            lost=bool(self.guard.fault()),
         )
 
     def keep_what_is_due(self, batch: Batch, due: Due, controls: Controls) -> None:
         """Write the saves and the checkpoint that are due after this batch."""
+        if due.lost:
+            reason = self.guard.fault() or "another rank no longer finds the run's folder"
+            raise TrainingFailed(
+                f"training stopped after step {self.state.step}: {reason}; bring it back, and go on with --resume"
+            )
         by_clock = [f"step{self.state.step}"] if due.adapter else []
         for name in dict.fromkeys([*self.schedule.saves(batch), *by_clock]):
             self.save(name)
@@ -64,12 +73,14 @@ class Keeper:
             self.checkpoint(wait=due.quit)
             controls.saved()
 
-    def save(self, name: str) -> str:
-        """Write RUN/NAME; return why it was not written, or ""."""
+    def save(self, name: str, *, ends: bool = False) -> str:
+        """Write RUN/NAME; return why it was not written, or "". ends: training ends with it."""
         folder = self.run.folder / name
         fault = self.saver.save(folder, self.state.ema, self.state.step)
         self.saved_at = time.monotonic()
         if fault:
+            if self.runtime.is_main:
+                logger.error("%s was not written: %s%s", folder, fault, "" if ends else "; training goes on")
             return fault
         self.last_save = folder
         if self.runtime.is_main:
@@ -89,16 +100,25 @@ class Keeper:
         """Return the seconds that saving kept training waiting since this was last asked."""
         return self.checkpointer.take_stall()
 
-    def finish(self) -> None:
-        """Save and checkpoint the last state, whatever the intervals are."""
+    def finish(self, controls: Controls) -> None:
+        """Save and checkpoint the last state, whatever the intervals are. A collective call."""
         steps, total = self.state.step, self.schedule.total
         folder = self.run.folder / f"step{steps}"  # it may be there from a training that an older checkpoint left
         trained = steps > self.first_step or not folder.exists()
+        unsaved = ""
         if steps >= total and trained and self.last_save != folder:
-            self.save(folder.name)
+            unsaved = self.save(folder.name, ends=True)
         fault = self.checkpoint(wait=True)
         if fault:
             raise TrainingFailed(fault)
+        if unsaved:
+            raise TrainingFailed(
+                f"{folder} was not written: {unsaved}; its weights are in the checkpoint {folder_name(steps)}: "
+                f"mend that, and --resume {self.run.folder} writes it"
+            )
+        interrupted = any(self.runtime.gather(controls.interrupted))
+        if steps < total and interrupted:
+            raise Interrupted(self.run.folder, steps)
         if steps < total:
             logger.info("asked to stop: the checkpoint of step %d is written", steps)
 

@@ -7,6 +7,7 @@ all gradients over every stage and shard.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -35,7 +36,14 @@ def build(parameters: Named, config: OptimConfig, ranks: dist.ProcessGroup | Non
     except (TypeError, ValueError) as fault:
         if config.args:
             raise UserError(f"optim.args: {config.name} does not take {dict(config.args)}: {fault}") from None
+        if "." in config.name:
+            raise UserError(f"optim.name: {config.name!r} cannot be made: {fault}") from None
         raise
+
+
+def check(config: OptimConfig) -> None:
+    """Refuse a name that is no optimizer, before anything is encoded or built."""
+    _maker(config, None)
 
 
 def _groups(parameters: Named, config: OptimConfig) -> Iterator[dict[str, Any]]:
@@ -113,12 +121,19 @@ def _torchao(cls: str, options: dict[str, Any], *, stochastic: bool) -> Callable
 
 
 def _imported(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    """Import an optimizer of another library, and refuse what is none or cannot be stepped from outside."""
     module, _, cls = config.name.rpartition(".")
     try:
         made = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"optim.name: {config.name!r} cannot be imported: {error}") from None
-    return lambda groups: made(_unnamed(groups), **config.args)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"optim.name: {config.name!r} cannot be imported as module.Class: {error}") from None
+    if not (isinstance(made, type) and issubclass(made, Optimizer)):
+        raise UserError(f"optim.name: {config.name!r} is no class of optimizers; name a subclass of torch's Optimizer")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(f"optim.name: {config.name!r} runs the model itself in a step, which training cannot let it do")
+    args: dict[str, Any] = dict(config.args)
+    return lambda groups: made(_unnamed(groups), **args)
 
 
 def _unnamed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ under ema/. A collective call: every rank gives its part, rank 0 writes.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.folder import ASIDE, CONFIG
 from transpixeler.training.ema import Ema
-
-logger = logging.getLogger("transpixeler")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,6 @@ class Saver:
             faults.append(_attempt(lambda: self._publish(draft, folder)))
         fault = str(self.runtime.broadcast(next(filter(None, faults), "")))
         if fault and self.runtime.is_main:
-            logger.error("%s was not written: %s; training goes on", folder, fault)
             shutil.rmtree(draft, ignore_errors=True)
         return fault
 

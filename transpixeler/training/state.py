@@ -27,9 +27,10 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import restore, training_state
 from transpixeler.runs.folder import Run
 from transpixeler.runs.restore import Restored
-from transpixeler.sampling.trained import first_adapter, first_scopes
+from transpixeler.sampling.model import initial_adapter, initial_scopes
 from transpixeler.training import optim
 from transpixeler.training.ema import Ema
+from transpixeler.training.identity import Identity
 
 logger = logging.getLogger("transpixeler")
 
@@ -46,8 +47,8 @@ def find_beginning(config: Config, restored: Restored | None) -> Beginning:
     """Read `lora.init_from`. A resumed run keeps the scopes and takes its weights from the checkpoint."""
     if restored is not None:
         return Beginning(None, restored.state.get("scopes", {}))
-    adapter = first_adapter(config)
-    scopes = first_scopes(config, adapter)
+    adapter = initial_adapter(config)
+    scopes = initial_scopes(config, adapter)
     if scopes:
         parts = dict.fromkeys(f"{lora.inside(target)}: {scope}" for target, scope in scopes.items())
         logger.info("lora.init_from: the adapter's scopes replace lora.scope: %s", ", ".join(parts))
@@ -57,9 +58,11 @@ def find_beginning(config: Config, restored: Restored | None) -> Beginning:
 class TrainingState:
     """What training changes, on this rank."""
 
-    def __init__(self, config: Config, runtime: Runtime, engine: Engine, beginning: Beginning) -> None:
+    def __init__(
+        self, config: Config, runtime: Runtime, engine: Engine, beginning: Beginning, identity: Identity
+    ) -> None:
         self.config, self.runtime, self.mesh = config, runtime, engine.mesh
-        self.scopes = beginning.scopes
+        self.scopes, self.identity = beginning.scopes, identity
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in engine.named_parameters() if p.requires_grad}
         optim.check_groups([name for part in runtime.gather(list(self.parameters)) for name in part], config.optim)
         self.optimizer = optim.build(self.parameters, config.optim, self.mesh.data_group)
@@ -105,6 +108,7 @@ class TrainingState:
             "config": configfile.plain(self.config),
             "optimizer": self._optimizer_numbers(),
             "scopes": dict(self.scopes),
+            "identity": dataclasses.asdict(self.identity),
         }
 
     def _optimizer_numbers(self) -> dict[str, dict[str, float]]:
@@ -130,8 +134,8 @@ class TrainingState:
             self.ema = Ema(self.parameters, self.config.optim.ema)
         self.step = restored.step
         logger.info("resumed %s at step %d", restored.folder, self.step)
-        for change in run.changed:
-            logger.info("resumed with another config: %s", change)
+        for key, change in run.changed.items():
+            logger.info("resumed with another config: %s %s", key, change)
 
 
 def seed_torch(seed: int, *key: int) -> None:

@@ -24,8 +24,8 @@ from transpixeler.runs import opening, telemetry
 from transpixeler.runs.controls import Controls, Stopped, listening
 from transpixeler.runs.folder import LOG, Run
 from transpixeler.runs.manifest import write_manifest
-from transpixeler.sampling.trained import base_weights, make_model
-from transpixeler.training import overview, preflight
+from transpixeler.sampling.model import base_weights, make_model
+from transpixeler.training import identity, optim, overview, preflight
 from transpixeler.training.agreement import Facts, agree
 from transpixeler.training.batches import micro_batch, open_loader
 from transpixeler.training.evaluation import open_evaluation
@@ -44,6 +44,7 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Pat
     """
     layout = meshes.resolve(config.parallel, runtime.world_size)
     preflight.check(config, layout)
+    optim.check(config.optim)
     telemetry.check(config.log)
     run = opening.open_run(config, runtime, resume)
     log = log_to_file(run.folder / LOG, runtime.rank) if runtime.is_main else None
@@ -78,8 +79,9 @@ class Trainer:
         self.schedule = make_schedule(config, order)
         self.mesh = meshes.build(layout, runtime)
         make, source = partial(make_model, config), base_weights(config)
+        found = identity.check(config, runtime, run, source.path, self.data)
         self.engine = build_engine(config, self.mesh, make, source, scopes=beginning.scopes)
-        self.state = TrainingState(config, runtime, self.engine, beginning)
+        self.state = TrainingState(config, runtime, self.engine, beginning, found)
         self.state.resume(run)
         if runtime.is_main:
             opening.set_aside(run, self.state.step, order.first_step)
@@ -128,7 +130,7 @@ class Trainer:
                 if self.evaluation.if_due(self.state.step, hurry=facts.due.quit):
                     break
                 collect(self.state.step)
-        self.keeper.finish()
+        self.keeper.finish(self.controls)
 
     def _seed(self, *key: int) -> None:
         """Seed what torch draws by itself."""

@@ -1,7 +1,7 @@
-"""The cache's index: rows of 64 bytes in, "which segment, at which offset" out, mapped and never parsed.
+"""Index the cache: a key in; the segment file and offset of its record out. Files are mapped and never parsed.
 
-One file a writer, `NAME.idx`: a header of one row, then a row a record, appended after the record's bytes are on
-disk. A row carries its own check, so one that is torn, zeroed or garbled is no record. A dropped row is all zeros.
+One file for each writer, `NAME.idx`: a header of 64 bytes, then a row of 64 bytes for each record, appended after the
+record's bytes are on disk. A row has its own check: torn, zeroed or garbled, it is no record. A dropped row is zeros.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ ROW = np.dtype(
         ("check", "<u8"),
     ]
 )
-_FIELDS = struct.Struct("<16sQ4IIIBB")  # the same without spare and check, for one row: numpy is slow at that
+_FIELDS = struct.Struct("<16sQ4IIIBB")  # the same without spare and check, for reading one row, which numpy does slowly
 assert ROW.itemsize == ROW_BYTES
 _SALT = 0x9E3779B97F4A7C15
 _ODD = np.array([(0xBF58476D1CE4E5B9 + 2 * i * 0x632BE59BD9B4E019) % 2**64 for i in range(7)], np.uint64)
-_CHUNK = 1 << 15  # rows checked at once: what stays in the processor's cache
+_CHUNK = 1 << 15  # rows checked at once, few enough to stay in the CPU cache
 
 
 class Spec(NamedTuple):
-    """What one record is: the name of its segment and the shape of its tensor come from here."""
+    """Kind, dtype and shape of a record's tensor; they also give the name of its segment."""
 
     kind: str
     dtype: str
@@ -59,7 +59,7 @@ class Spec(NamedTuple):
 
     @property
     def segment(self) -> str:
-        """Texts differ in length and share a segment: only the width of a token is fixed."""
+        """Name the segment: texts of all lengths share one, since only the width of a token is fixed."""
         shape = self.shape[1:] if self.kind == "text" else self.shape
         return f"{self.kind}-{self.dtype}-{'x'.join(map(str, shape))}"
 
@@ -69,7 +69,7 @@ def header() -> bytes:
 
 
 def checks(rows: np.ndarray) -> np.ndarray:
-    """A change in any one word always changes the check, since every step is a bijection."""
+    """Return each row's check: every step is a bijection, so changing any one word always changes it."""
     words = rows.view(np.uint64).reshape(len(rows), ROW_BYTES // 8)
     result = np.full(len(rows), _SALT, np.uint64)
     for column in range(7):
@@ -115,7 +115,7 @@ def _spec(kind: int, dtype: int, shape: tuple[int, ...]) -> Spec:
 
 
 def ends(rows: np.ndarray) -> np.ndarray:
-    """The first byte after each record."""
+    """Return the first byte after each record."""
     shape = rows["shape"].astype(np.uint64)
     items = np.where(shape == 0, np.uint64(1), shape).prod(axis=1, dtype=np.uint64)
     return rows["offset"] + items * ITEM_BYTES[np.minimum(rows["dtype"], len(DTYPES) - 1)]
@@ -128,7 +128,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexFile:
-    """One writer's rows, with what is wrong with them."""
+    """One writer's rows, and what is wrong with them."""
 
     path: Path
     rows: np.ndarray  # mapped, read-only
@@ -139,7 +139,7 @@ class IndexFile:
 
 
 def open_index(path: Path, rows: np.ndarray, segments: Mapping[int, Segment]) -> IndexFile:
-    sizes = np.zeros(max(segments, default=-1) + 2, np.uint64)  # the last one stands for "no such segment"
+    sizes = np.zeros(max(segments, default=-1) + 2, np.uint64)  # the last entry means "no such segment"
     for number, segment in segments.items():
         sizes[number] = segment.bytes
     valid, damaged, short = np.zeros(len(rows), bool), [], []
@@ -169,7 +169,7 @@ def map_rows(path: Path) -> np.ndarray:
 
 def _check_header(path: Path, found: bytes) -> None:
     if len(found) < ROW_BYTES or not any(found):
-        return  # its writer was killed while it was born: it holds no rows
+        return  # its writer was killed at once: it holds no rows
     version = int.from_bytes(found[8:12], "little")
     if found[:8] == MAGIC and version > FORMAT:
         raise UserError(
@@ -181,7 +181,7 @@ def _check_header(path: Path, found: bytes) -> None:
 
 
 class Table:
-    """All valid rows of several index files, sorted by key: looked up in batches or one by one."""
+    """All valid rows of several index files, sorted by key."""
 
     def __init__(self, files: Sequence[IndexFile]) -> None:
         self.files = tuple(files)
@@ -197,7 +197,7 @@ class Table:
         return len(self._high)
 
     def find(self, key: bytes) -> tuple[int, int] | None:
-        """(file number, row number) of a key's newest record."""
+        """Return (file number, row number) of a key's newest record."""
         high, low = np.frombuffer(key, "<u8")
         place = int(np.searchsorted(self._high, high, side="right")) - 1
         while place >= 0 and self._high[place] == high:
@@ -208,7 +208,7 @@ class Table:
         return None
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Keys without a record, each once, in the order given."""
+        """Return the keys without a record, each once, in the order given."""
         unique = list(dict.fromkeys(keys))
         if not unique or not len(self):
             return unique

@@ -1,8 +1,8 @@
-"""Encoded clips and captions on disk: tensors in by key, views into the page cache out.
+"""Store encoded clips and captions on disk: tensors by key in, views into the page cache out.
 
-Every writer appends to segments and an index of its own, so that ranks never wait for each other, and never opens
-what another wrote: after a kill the next run starts new files and the torn tail is no record. A record's row is
-written only after its bytes are on disk.
+Every writer appends to its own segments and index, so that ranks never wait for each other, and never opens another's
+files: after a kill the next run starts new ones, and a torn tail is no record. A record's row is written to the index
+only after the record's bytes are on disk.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Record(NamedTuple):
 
 
 class Cache:
-    """What the folders held at the moment of opening."""
+    """The records that the folders held when they were opened."""
 
     def __init__(self, *folders: Path) -> None:
         self.folders = folders
@@ -72,16 +72,17 @@ class Cache:
     def spec(self, key: bytes) -> Spec:
         return self.place(*self._found(key)).spec
 
-    def latent(self, key: bytes) -> Tensor | None:
-        """A view [C, f, h, w]; its checksum is verified when it is first read."""
-        return self._view_once_verified(key)
-
-    def text(self, key: bytes) -> Tensor | None:
-        """A view [length, width]; its checksum is verified when it is first read."""
-        return self._view_once_verified(key)
+    def get(self, key: bytes) -> Tensor | None:
+        """Return a view, latents [C, f, h, w] or text [length, width]; its checksum is verified at the first read."""
+        found = self.table.find(key)
+        if found is None:
+            return None
+        if not self._verified[found[0]][found[1]]:
+            self.verify(*found)
+        return self.view(*found)
 
     def copy(self, key: bytes, out: Tensor) -> None:
-        """Fills `out` and verifies the record on every read: what training sees was checked just now."""
+        """Fill `out`, verifying the record on every read, so that training never sees a damaged one."""
         file, row = self._found(key)
         self.verify(file, row)
         value = self.view(file, row)
@@ -98,20 +99,12 @@ class Cache:
 
     def verify(self, file: int, row: int) -> None:
         place = self.place(file, row)
-        if zlib.crc32(self._bytes(file, place).numpy()) != place.crc:
+        if zlib.crc32(_buffer(self._bytes(file, place))) != place.crc:
             raise CacheDamaged(
                 f"{self._segment(file, place).path}: the record {place.key.hex()} at byte {place.offset} is damaged; "
                 "run `transpixeler cache CONFIG --verify`, which drops it, and the next run encodes it again"
             )
         self._verified[file][row] = True
-
-    def _view_once_verified(self, key: bytes) -> Tensor | None:
-        found = self.table.find(key)
-        if found is None:
-            return None
-        if not self._verified[found[0]][found[1]]:
-            self.verify(*found)
-        return self.view(*found)
 
     def _found(self, key: bytes) -> tuple[int, int]:
         found = self.table.find(key)
@@ -129,7 +122,7 @@ class Cache:
         return mapped[place.offset : place.end]
 
     def _map(self, file: int, place: Place) -> Tensor:
-        """The whole segment as bytes, mapped; no file stays open, and old mappings go when nobody views them."""
+        """Map a whole segment as bytes; no file stays open, and old mappings go when nobody views them."""
         path = self._segment(file, place).path
         try:
             mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
@@ -142,7 +135,7 @@ class Cache:
 
 
 def open_indexes(folder: Path) -> list[IndexFile]:
-    """Rows are mapped before segments are measured: a row's bytes are on disk before it, whoever writes meanwhile."""
+    """Open a folder's indexes. Rows are mapped before segments are measured, since writers write in the other order."""
     if not folder.is_dir():
         return []
     mapped = [(path, index.map_rows(path)) for path in sorted(folder.glob("*.idx"))]
@@ -151,7 +144,7 @@ def open_indexes(folder: Path) -> list[IndexFile]:
 
 
 def segments_of(folder: Path) -> dict[str, dict[int, Segment]]:
-    """Every segment file by its writer and number."""
+    """Return every segment file by its writer and number."""
     found: dict[str, dict[int, Segment]] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -165,6 +158,8 @@ def segments_of(folder: Path) -> dict[str, dict[int, Segment]]:
 
 
 class _OpenSegment:
+    """A segment that is being written."""
+
     def __init__(self, path: Path, number: int) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self.number = number
@@ -187,8 +182,13 @@ class _OpenSegment:
         os.close(self.file)
 
 
+def _buffer(data: Tensor) -> memoryview:
+    """Return the bytes [n] of a tensor without a copy."""
+    return memoryview(data.numpy())  # pyright: ignore[reportArgumentType]  numpy declares __buffer__ from 3.12 on
+
+
 class CacheWriter:
-    """Appends records to files of its own; `put` returns when its records would survive a power cut."""
+    """Appends records to its own files; when `put` returns, they would survive a power cut."""
 
     def __init__(self, folder: Path, name: str = "w") -> None:
         self.folder = folder
@@ -205,8 +205,8 @@ class CacheWriter:
             _write(self._index, memoryview(index.header()))
 
     def put(self, records: Sequence[Record]) -> None:
-        """All of them become visible after their bytes are on disk."""
-        assert not self._broken, "a writer that failed may have left half a row"
+        """Write records; they become visible together, after their bytes are on disk."""
+        assert not self._broken, "this writer failed before and may have left half a row"
         self._broken = True
         with explained(self.folder):
             rows = [self._append(record) for record in records]
@@ -224,7 +224,7 @@ class CacheWriter:
         finally:
             for segment in self._open.values():
                 segment.close()
-            os.close(self._index)  # gives the lock back
+            os.close(self._index)  # releases the lock
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -235,7 +235,7 @@ class CacheWriter:
     def _append(self, record: Record) -> np.ndarray:
         value = record.value.detach().cpu().contiguous()
         spec = Spec(record.kind, str(value.dtype).removeprefix("torch."), tuple(value.shape))
-        data = memoryview(value.view(-1).view(torch.uint8).numpy())
+        data = _buffer(value.view(-1).view(torch.uint8))
         segment = self._segment(spec)
         offset = segment.write(data)
         return index.make_rows([record.key], spec, segment=segment.number, offsets=[offset], crcs=[zlib.crc32(data)])
@@ -259,7 +259,7 @@ class CacheWriter:
 
 
 def lock(file: int, *, path: Path | None = None) -> None:
-    """Held as long as the file is open, and gone with the process; a file system without locks goes without."""
+    """Lock a file until it or its process is closed; file systems without locks go without."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -270,7 +270,7 @@ def lock(file: int, *, path: Path | None = None) -> None:
 
 
 def _write(file: int, data: memoryview, offset: int | None = None) -> None:
-    """All of it: a single call may write less on a full disk, and never more than 2 GiB."""
+    """Write all data: a single call may write less on a full disk, and never more than 2 GiB."""
     while len(data):
         done = os.write(file, data) if offset is None else os.pwrite(file, data, offset)
         data, offset = data[done:], None if offset is None else offset + done
@@ -278,6 +278,7 @@ def _write(file: int, data: memoryview, offset: int | None = None) -> None:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a UserError with a way out."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Video files through PyAV: when each frame is shown, and the frames of given numbers, decoded as a stream.
+"""Video files, read through PyAV: a path in; a timeline, and frames by number decoded one at a time, out.
 
-A frame's number is its place in the order of presentation. Numbers, not times, are what the streams of a sample share.
+A frame's number is its place in presentation order. The streams of a sample share frame numbers, not times.
 """
 
 from __future__ import annotations
@@ -14,27 +14,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from transpixeler.data.media.clip import SLACK, BadMedia, Clip, Media, check_size, reasons
+from transpixeler.data.media.clip import SLACK, Clip, Media
+from transpixeler.data.media.errors import BadMedia, as_bad_media, check_size
 
 if TYPE_CHECKING:
-    import av
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.index import IndexEntry
+    from av.video.stream import VideoStream
 
 ALPHA_DECODERS = {"vp9": "libvpx-vp9", "vp8": "libvpx"}  # FFmpeg's own decoders of these drop the alpha plane
-COARSE = ("gif",)  # times are rounded to ticks of a hundredth of a second
+COARSE = ("gif",)  # formats whose times are rounded to hundredths of a second
 HDR = {16: "PQ", 18: "HLG"}  # by FFmpeg's numbers of transfer characteristics
-HIDDEN_FRAMES = ("vp8",)  # packets may hold frames that are never shown: only decoding tells
-LOCAL = {"protocol_whitelist": "file"}  # a playlist that calls itself .mp4 reaches nothing else
-SKIPPING = ("h264", "hevc")  # decoders that can be told packet by packet to leave out what nothing depends on
-UNTIMED = ("avi",)  # no presentation times: frames are counted as they come out of the decoder
+HIDDEN_FRAMES = ("vp8",)  # packets may hold frames that are never shown, which only decoding tells
+LOCAL = {"protocol_whitelist": "file"}  # a playlist renamed to .mp4 cannot make us open URLs
+SKIPPING = ("h264", "hevc")  # decoders whose skip_frame may change from packet to packet
+UNTIMED = ("avi",)  # no presentation times: frames are counted in decoding order
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """When each frame is shown; `times` is None where a container does not say and frames can only be counted."""
+    """Say when each frame is shown; `times` is None where the container does not, and frames can only be counted."""
 
     frames: int
     time_base: Fraction
@@ -43,7 +47,7 @@ class Timeline:
     rounding: Fraction = Fraction(0)  # seconds by which times may be off
 
     def number_at(self, seconds: Fraction) -> int:
-        """The frame on display at a moment after the first frame."""
+        """Return the frame on display so long after the first frame."""
         if self.times is None:
             return min(self.frames - 1, int((seconds + SLACK) * self.rate))
         ticks = int((seconds + max(SLACK, self.rounding)) / self.time_base)
@@ -51,7 +55,7 @@ class Timeline:
 
     @property
     def duration(self) -> Fraction:
-        """Up to the end of the last frame, which is taken to last as long as the mean of the others."""
+        """Return the seconds up to the end of the last frame, assumed to last as long as the others on average."""
         if self.times is None or self.frames == 1:
             return self.frames / self.rate
         span = (self.times[-1] - self.times[0]) * self.time_base - self.rounding
@@ -59,12 +63,12 @@ class Timeline:
 
 
 @contextmanager
-def opened(path: Path, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The container and its picture stream, with a bounded number of decoder threads."""
+def opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a file and its picture stream with a bounded number of decoder threads."""
     import av
     from av.stream import Disposition
 
-    with reasons(), av.open(f"file:{path}", options=LOCAL, metadata_errors="replace") as container:
+    with as_bad_media(), av.open(f"file:{path}", options=LOCAL, metadata_errors="replace") as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise BadMedia("has no video stream")
@@ -77,20 +81,30 @@ def opened(path: Path, threads: int = 1) -> Iterator[tuple[av.container.InputCon
         yield container, stream
 
 
-def timeline(container: av.container.InputContainer, stream: av.VideoStream) -> Timeline:
-    """From the header where that says all (a sample table of constant rate), else from every packet."""
-    table = getattr(stream, "index_entries", ())  # a complete sample table is what mp4 and mov have
+def timeline(container: InputContainer, stream: VideoStream) -> Timeline:
+    """Read frame times from the header if its sample table is complete and even (mp4, mov), else from all packets."""
+    table, unit = _sample_table(stream), _time_base(stream)
     if len(table) == stream.frames > 1 and stream.start_time is not None and container.format.name not in UNTIMED:
         steps = {b.timestamp - a.timestamp for a, b in itertools.pairwise(table)}
         if len(steps) == 1 and (step := steps.pop()) > 0 and not any(entry.is_discard for entry in table):
             times = range(stream.start_time, stream.start_time + step * len(table), step)
-            return Timeline(len(table), stream.time_base, times, 1 / (step * stream.time_base))
+            return Timeline(len(table), unit, times, 1 / (step * unit))
     return _scanned(container, stream)
 
 
+def _sample_table(stream: VideoStream) -> Sequence[IndexEntry]:
+    return getattr(stream, "index_entries", ())
+
+
+def _time_base(stream: VideoStream) -> Fraction:
+    if not stream.time_base:
+        raise BadMedia("does not say in which unit its times are")
+    return stream.time_base
+
+
 def _timeline(path: Path) -> Timeline:
-    """Remembered for the clips that one file gives: reading all its packets for each would be quadratic."""
-    with reasons():
+    """Return a file's timeline, remembered: reading all packets anew for every clip would be quadratic."""
+    with as_bad_media():
         stat = path.stat()
     return _timeline_of(path, (stat.st_size, stat.st_mtime_ns))
 
@@ -101,57 +115,69 @@ def _timeline_of(path: Path, _: tuple[int, int]) -> Timeline:
         return timeline(container, stream)
 
 
-def _scanned(container: av.container.InputContainer, stream: av.VideoStream) -> Timeline:
+def _scanned(container: InputContainer, stream: VideoStream) -> Timeline:
+    """Build the timeline from the presentation time of every packet."""
+    unit = _time_base(stream)
     decoded = stream.codec_context.name in HIDDEN_FRAMES
-    units = container.decode(stream) if decoded else container.demux(stream)
-    times = [unit.pts for unit in units if decoded or (unit.size and not unit.is_discard)]
+    if decoded:
+        found = [frame.pts for frame in container.decode(stream)]
+    else:
+        found = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
     container.seek(0, backward=True)
-    if not times:
+    if not found:
         raise BadMedia("has no frames")
+    times = sorted(time for time in found if time is not None)
     rates = [rate for rate in (stream.base_rate, stream.average_rate) if rate]
-    timed = container.format.name not in UNTIMED and None not in times and len(set(times)) == len(times)
-    if len(times) == 1 or not timed:
-        if not rates and len(times) > 1:
+    timed = container.format.name not in UNTIMED and len(set(times)) == len(found)
+    if len(found) == 1 or not timed:
+        if not rates and len(found) > 1:
             raise BadMedia("says neither when its frames are shown nor at what rate")
-        return Timeline(len(times), stream.time_base, None, rates[-1] if rates else Fraction(1))
-    times.sort()
-    mean = Fraction(len(times) - 1, times[-1] - times[0]) / stream.time_base
+        return Timeline(len(found), unit, None, rates[-1] if rates else Fraction(1))
+    mean = Fraction(len(times) - 1, times[-1] - times[0]) / unit
     rounding = Fraction(2, times[-1] - times[0])  # timestamps are rounded, the header's rate is not
     close = [rate for rate in rates if abs(mean / rate - 1) <= rounding]
-    rounded = stream.time_base / 2 if container.format.name in COARSE else Fraction(0)
-    return Timeline(len(times), stream.time_base, tuple(times), close[0] if close else mean, rounded)
+    rounded = unit / 2 if container.format.name in COARSE else Fraction(0)
+    return Timeline(len(times), unit, tuple(times), close[0] if close else mean, rounded)
 
 
 def probe(path: Path) -> Media:
-    """Opens the file and decodes its first frame, which alone knows rotation and alpha for sure."""
+    """Open the file and decode its first frame, the only reliable source for rotation and alpha."""
     with opened(path) as (container, stream):
         line = timeline(container, stream)
-        told = stream.codec_context.color_trc  # by the container: decoding forgets what the codec itself does not say
+        told = stream.codec_context.color_trc  # read now: decoding overwrites what only the container says
         frame = next(_decoded(container, stream, alpha=False), None)
         if frame is None:
             raise BadMedia("has no frame that can be decoded")
         if kind := HDR.get(frame.color_trc) or HDR.get(told):
             raise BadMedia(f"is HDR ({kind}), which would be trained washed out; convert it to SDR BT.709 first")
-        width, height = shown_size(frame, stream)
-        check_size(width, height)
-        return Media(line.frames, height, width, line.rate, line.duration, _has_alpha(stream, frame))
+        shown = orientation(frame, stream)
+        check_size(shown.width, shown.height)
+        return Media(line.frames, shown.height, shown.width, line.rate, line.duration, _has_alpha(stream, frame))
 
 
-def _has_alpha(stream: av.VideoStream, frame: av.VideoFrame) -> bool:
+def _has_alpha(stream: VideoStream, frame: VideoFrame) -> bool:
     return _tagged_with_alpha(stream) or any(part.is_alpha for part in frame.format.components)
 
 
-def _tagged_with_alpha(stream: av.VideoStream) -> bool:
-    """Matroska names the tag in capitals where it was written as one, in small letters where the track says it."""
+def _tagged_with_alpha(stream: VideoStream) -> bool:
+    """Look for Matroska's alpha_mode, which is upper or lower case depending on where in the file it stands."""
     return any(name.lower() == "alpha_mode" and value == "1" for name, value in stream.metadata.items())
 
 
-def _alpha_decoder(stream: av.VideoStream) -> str | None:
+def _alpha_decoder(stream: VideoStream) -> str | None:
     return ALPHA_DECODERS.get(stream.codec_context.name) if _tagged_with_alpha(stream) else None
 
 
-def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
-    """(width, height) with square pixels, the right way up; a turn is obeyed, a mirroring is refused."""
+class Orientation(NamedTuple):
+    """The size of a decoded picture as a player shows it, and the quarter turns (counter-clockwise) up to there."""
+
+    width: int
+    height: int
+    turns: int = 0
+
+
+def orientation(frame: VideoFrame, stream: VideoStream) -> Orientation:
+    """Return the upright size with square pixels; a display matrix that rotates is obeyed, one that mirrors refused."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
@@ -159,19 +185,18 @@ def shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
             raise BadMedia("has a display matrix that mirrors the picture; re-encode it")
     aspect = stream.sample_aspect_ratio or 1
     width, height = max(1, round(frame.width * aspect)), frame.height
-    return (height, width) if frame.rotation % 180 else (width, height)
+    turns = frame.rotation // 90
+    return Orientation(height, width, turns) if turns % 2 else Orientation(width, height, turns)
 
 
 def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
-    """The frame numbers of a clip in the file that sets the time (stream 0)."""
+    """Return the frame numbers of a clip in the file whose times count (stream 0)."""
     line = _timeline(path)
     return tuple(line.number_at(clip.start + k / clip.fps) for k in range(clip.frames))
 
 
-def frames(
-    path: Path, wanted: Sequence[int], *, alpha: bool, threads: int
-) -> Iterator[tuple[av.VideoFrame, tuple[int, int]]]:
-    """(frame, shown size) for each of `wanted`, which are ascending frame numbers without repeats."""
+def frames(path: Path, wanted: Sequence[int], *, alpha: bool, threads: int) -> Iterator[tuple[VideoFrame, Orientation]]:
+    """Yield (frame, orientation) for each of `wanted`, which are ascending frame numbers without repeats."""
     line = _timeline(path)
     with opened(path, threads) as (container, stream):
         size = (stream.codec_context.width, stream.codec_context.height)
@@ -179,28 +204,28 @@ def frames(
             raise BadMedia(f"has {line.frames} frames, so there is no frame {wanted[-1]}")
         for number, frame in zip(wanted, _picked(container, stream, line, wanted, alpha=alpha)):
             if frame.is_corrupt:
-                raise BadMedia(f"is damaged: frame {number} is a guess of the decoder's; copy or encode it again")
+                raise BadMedia(f"is damaged: frame {number} is a guess of the decoder; copy or encode the file again")
             if (frame.width, frame.height) != size:
                 raise BadMedia(f"changes its size from {size[0]}×{size[1]} to {frame.width}×{frame.height}")
-            yield frame, shown_size(frame, stream)
+            yield frame, orientation(frame, stream)
 
 
 def _picked(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
+    container: InputContainer,
+    stream: VideoStream,
     line: Timeline,
     wanted: Sequence[int],
     *,
     alpha: bool,
-) -> Iterator[av.VideoFrame]:
-    """Seeks to just before the first wanted frame; starts over from the beginning where the seek came out late."""
+) -> Iterator[VideoFrame]:
+    """Seek to just before the first wanted frame; start over from the beginning if the seek lands too late."""
     if line.times is None:
         yield from _counted(_decoded(container, stream, alpha=alpha), wanted)
         return
     due = [line.times[number] for number in wanted]
     found = 0
-    whole = wanted[0] == 0 or (alpha and _alpha_decoder(stream))  # key frames of colour and alpha may differ
-    for seek in (None,) if whole else (due[0], None):
+    from_start = wanted[0] == 0 or (alpha and _alpha_decoder(stream))  # key frames of colour and alpha may differ
+    for seek in (None,) if from_start else (due[0], None):
         for frame in _decoded(container, stream, alpha=alpha, seek=seek, due=frozenset(due)):
             if frame.pts is None or frame.pts > due[found]:
                 break
@@ -214,36 +239,37 @@ def _picked(
     raise BadMedia(f"frame {wanted[found]} cannot be decoded")
 
 
-def _counted(decoded: Iterator[av.VideoFrame], wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
-    due = iter(wanted)
-    number = next(due)
+def _counted(decoded: Iterator[VideoFrame], wanted: Sequence[int]) -> Iterator[VideoFrame]:
+    """Yield the frames of these numbers where frames can only be counted."""
+    found = 0
     for count, frame in enumerate(decoded):
-        if count == number:
+        if count == wanted[found]:
             yield frame
-            number = next(due, None)
-            if number is None:
+            found += 1
+            if found == len(wanted):
                 return
-    raise BadMedia(f"frame {number} cannot be decoded")
+    raise BadMedia(f"frame {wanted[found]} cannot be decoded")
 
 
 def _decoded(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
+    container: InputContainer,
+    stream: VideoStream,
     *,
     alpha: bool,
     seek: int | None = None,
     due: frozenset[int] = frozenset(),
-) -> Iterator[av.VideoFrame]:
-    """Frames in order of presentation, from the key frame before `seek` on, else from the start.
+) -> Iterator[VideoFrame]:
+    """Yield frames in presentation order, from the key frame before `seek` or from the start.
 
-    Where it is known which frames are `due`, the decoder leaves out others that none depends on: half the work.
+    `due`: the times of the wanted frames; the decoder skips other frames that nothing refers to, half the work.
     """
-    import av
+    from av.video.codeccontext import VideoCodecContext
 
     _seek(container, stream, seek)
     decoder = stream.codec_context
     if alpha and (name := _alpha_decoder(stream)):
-        decoder = av.CodecContext.create(name, "r")
+        decoder = VideoCodecContext.create(name, "r")
+        assert isinstance(decoder, VideoCodecContext)
         decoder.thread_count = stream.codec_context.thread_count
     for packet in container.demux(stream):  # the last one is empty and drains the decoder
         spare = bool(due) and packet.size > 0 and packet.pts not in due
@@ -254,9 +280,9 @@ def _decoded(
         yield from decoder.decode(packet)
 
 
-def _seek(container: av.container.InputContainer, stream: av.VideoStream, moment: int | None) -> None:
-    """To the key frame before a moment, else to the start, which lies before 0 where an mp4 was cut in its header."""
-    table = getattr(stream, "index_entries", ())
+def _seek(container: InputContainer, stream: VideoStream, moment: int | None) -> None:
+    """Seek to the key frame before a moment, or to the start: before 0 where an mp4's edit list cuts its beginning."""
+    table = _sample_table(stream)
     if moment is None and not table:
         container.seek(0, backward=True)
     else:

@@ -1,47 +1,45 @@
-"""A media file and a clip go in, exactly the clip's frames come out as uint8: by number, seeked to, streamed, resized.
+"""Decode media: a file and a clip in; exactly the clip's frames, scaled and cropped, as uint8 arrays out.
 
-The numbers are computed once a sample, from the timestamps of its first stream, and every stream is read at those
-numbers with one scale and one crop: that is why the streams of a pair cannot slip against each other.
+Frame numbers are computed once a sample, from the times of its first stream, and every stream is read at those
+numbers with the same scale and crop: that is why the streams of a pair cannot slip against each other.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from transpixeler.data.media import container, stills
-from transpixeler.data.media.clip import IMAGE_ENDINGS, BadMedia, Clip, Media, reasons
+from transpixeler.data.media.clip import Clip, Media
+from transpixeler.data.media.container import Orientation
+from transpixeler.data.media.errors import BadMedia, as_bad_media
+from transpixeler.data.media.files import IMAGE_ENDINGS
 from transpixeler.data.media.fill import Fill, filled, looks_premultiplied, scaled_straight
 
 if TYPE_CHECKING:
-    import av
+    from av import VideoFrame
     from av.video.reformatter import VideoReformatter
 
-LOOKED_AT = 12  # frames of a file that say whether its colour is premultiplied
-Scaler = Callable[..., np.ndarray]
-PLANAR = {3: "gbrp", 4: "gbrap"}  # swscale writes planes in half the time that packed pixels take it
+FRAMES_JUDGED = 12  # of a file, to tell whether its colour is premultiplied
+PLANAR = {3: "gbrp", 4: "gbrap"}  # swscale writes planes in half the time of packed pixels
+PACKED = {3: "rgb24", 4: "rgba"}
 
-__all__ = [
-    "BadMedia",
-    "Clip",
-    "Media",
-    "frame_numbers",
-    "is_premultiplied",
-    "probe",
-    "read_frames",
-    "read_rgba",
-    "stream_rgba",
-]
+
+class Scaler(Protocol):
+    """Scale one uint8 [H,W,4] frame."""
+
+    def __call__(self, rgba: np.ndarray, *, height: int, width: int) -> np.ndarray: ...
 
 
 def probe(path: Path) -> Media:
-    """What the file shows; BadMedia with the reason for anything that cannot be used."""
-    with reasons():
+    """Return what the file shows; raise BadMedia with the reason if it cannot be used."""
+    with as_bad_media():
         if not path.exists():
             raise BadMedia("is missing")
         if not path.is_dir() and not path.is_file():
@@ -52,12 +50,12 @@ def probe(path: Path) -> Media:
 
 
 def frame_numbers(path: Path, clip: Clip) -> tuple[int, ...]:
-    """Which source frames a clip shows, ascending; a slow source repeats some."""
+    """Return the source frames that a clip shows, ascending; a source of a lower rate repeats some."""
     return stills.numbers(path, clip) if _still(path) else container.numbers(path, clip)
 
 
 def read_frames(path: Path, numbers: Sequence[int], *, height: int, width: int, threads: int = 0) -> np.ndarray:
-    """uint8 [F,H,W,3]: the frames of these numbers, scaled to cover the size and cropped to its centre."""
+    """Return uint8 [F,H,W,3]: the frames of these numbers, scaled to cover the size and cropped to its centre."""
     shape = (len(numbers), height, width, 3)
     return _collect(_fitted(path, numbers, height=height, width=width, channels=3, threads=threads), numbers, shape)
 
@@ -65,7 +63,7 @@ def read_frames(path: Path, numbers: Sequence[int], *, height: int, width: int, 
 def read_rgba(
     path: Path, numbers: Sequence[int], *, height: int, width: int, fill: Fill, threads: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The RGB under its fill policy and the alpha as grey, both uint8 [F,H,W,3], in one decoding pass."""
+    """Return RGB, filled by the policy, and alpha as grey, both uint8 [F,H,W,3], from one decoding pass."""
     shape = (len(numbers), height, width, 4)
     multiplied = fill.alpha == "premultiplied" or (fill.alpha == "auto" and is_premultiplied(path))
     straight = None if fill.policy == "keep" and not multiplied else partial(scaled_straight, premultiplied=multiplied)
@@ -75,7 +73,7 @@ def read_rgba(
 
 
 def is_premultiplied(path: Path) -> bool:
-    """What the file's frames show, as no format says it; looked at once a file."""
+    """Judge by the file's frames, since no format states it; once a file."""
     stat = path.stat()
     return _looks_premultiplied(path, (stat.st_size, stat.st_mtime_ns))
 
@@ -83,20 +81,15 @@ def is_premultiplied(path: Path) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _looks_premultiplied(path: Path, _: tuple[int, int]) -> bool:
     media = probe(path)
-    numbers = range(0, media.frames, -(-media.frames // LOOKED_AT))
+    numbers = range(0, media.frames, -(-media.frames // FRAMES_JUDGED))
     return media.alpha and looks_premultiplied(stream_rgba(path, numbers, media, threads=1))
 
 
 def stream_rgba(path: Path, numbers: Sequence[int], media: Media, *, threads: int = 0) -> Iterator[np.ndarray]:
-    """uint8 [H,W,4] for each of `numbers`, as the file holds it, one at a time: for clips larger than memory."""
-    size = {"height": media.height, "width": media.width}
-    fitted = _fitted(path, numbers, channels=4, threads=threads, **size)
-    frame, before = None, None
-    with reasons():
-        for number in numbers:
-            frame = frame if number == before else next(fitted)
-            before = number
-            yield frame
+    """Yield uint8 [H,W,4] for each of `numbers` at the file's own size, one at a time: clips may exceed memory."""
+    fitted = _fitted(path, numbers, height=media.height, width=media.width, channels=4, threads=threads)
+    with as_bad_media():
+        yield from _repeated(fitted, numbers)
 
 
 def _still(path: Path) -> bool:
@@ -105,10 +98,18 @@ def _still(path: Path) -> bool:
 
 def _collect(fitted: Iterator[np.ndarray], numbers: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
     out = np.empty(shape, np.uint8)
-    with reasons():
-        for k, number in enumerate(numbers):
-            out[k] = out[k - 1] if k and number == numbers[k - 1] else next(fitted)
+    with as_bad_media():
+        for k, frame in enumerate(_repeated(fitted, numbers)):
+            out[k] = frame
     return out
+
+
+def _repeated(frames: Iterator[np.ndarray], numbers: Iterable[int]) -> Iterator[np.ndarray]:
+    """Yield a frame for each number, the same one again where a number repeats."""
+    for _, same in itertools.groupby(numbers):
+        frame = next(frames)
+        for _ in same:
+            yield frame
 
 
 def _fitted(
@@ -121,33 +122,37 @@ def _fitted(
     threads: int,
     straight: Scaler | None = None,
 ) -> Iterator[np.ndarray]:
-    """Scales each frame in one pass and crops in the output's pixels, so that the phase is one for all formats."""
-    import av
+    """Scale each frame in one pass, then crop in output pixels: the sampling phase is the same for all formats."""
     from av.video.reformatter import VideoReformatter
 
     wanted = sorted(set(numbers))
     scaler, layout = VideoReformatter(), PLANAR[channels]
     if _still(path):
-        arrays = stills.frames(path, wanted)
-        kinds = {3: "rgb24", 4: "rgba"}
-        pairs = ((av.VideoFrame.from_ndarray(a, kinds[a.shape[2]]), a.shape[1::-1]) for a in arrays)
+        frames = _image_frames(path, wanted)
     else:
-        pairs = container.frames(path, wanted, alpha=channels == 4, threads=threads)
-    for frame, shown in pairs:
-        scale = max(height / shown[1], width / shown[0])
-        tall, wide = max(height, round(shown[1] * scale)), max(width, round(shown[0] * scale))
-        turns = frame.rotation // 90
-        size = {"height": wide, "width": tall} if turns % 2 else {"height": tall, "width": wide}
+        frames = container.frames(path, wanted, alpha=channels == 4, threads=threads)
+    for frame, shown in frames:
+        scale = max(height / shown.height, width / shown.width)
+        tall, wide = max(height, round(shown.height * scale)), max(width, round(shown.width * scale))
+        rows, columns = (wide, tall) if shown.turns % 2 else (tall, wide)
         if straight is not None:
-            array = straight(frame.to_ndarray(format=layout), **size)
+            array = straight(frame.to_ndarray(format=layout), height=rows, width=columns)
         else:
-            array = _scaled(frame, scaler, layout, **size)
+            array = _scaled(frame, scaler, layout, height=rows, width=columns)
         top, left = (tall - height) // 2, (wide - width) // 2
-        yield np.rot90(array, turns)[top : top + height, left : left + width]
+        yield np.rot90(array, shown.turns)[top : top + height, left : left + width]
 
 
-def _scaled(frame: av.VideoFrame, scaler: VideoReformatter, layout: str, *, height: int, width: int) -> np.ndarray:
-    from av.video.reformatter import Interpolation as How
+def _image_frames(path: Path, wanted: Sequence[int]) -> Iterator[tuple[VideoFrame, Orientation]]:
+    from av import VideoFrame
 
-    how = How.BICUBIC | How.ACCURATE_RND | How.FULL_CHR_H_INT | How.FULL_CHR_H_INP
-    return scaler.reformat(frame, width=width, height=height, format=layout, interpolation=how, threads=1).to_ndarray()
+    for array in stills.frames(path, wanted):
+        height, width, channels = array.shape
+        yield VideoFrame.from_ndarray(array, PACKED[channels]), Orientation(width, height)
+
+
+def _scaled(frame: VideoFrame, scaler: VideoReformatter, layout: str, *, height: int, width: int) -> np.ndarray:
+    from av.video.reformatter import Interpolation as By
+
+    by = By.BICUBIC | By.ACCURATE_RND | By.FULL_CHR_H_INT | By.FULL_CHR_H_INP
+    return scaler.reformat(frame, width=width, height=height, format=layout, interpolation=by, threads=1).to_ndarray()

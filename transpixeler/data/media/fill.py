@@ -1,11 +1,10 @@
-"""What lies under zero alpha: a file's RGB there is arbitrary, and a model would learn it, so a policy decides.
+"""Fill the RGB under zero alpha, which is arbitrary in files and which a model would learn: frames in, frames out.
 
-Colours are scaled times alpha whenever they are filled: what was invisible must not bleed into visible edges.
+Whenever a fill is made, colours are scaled multiplied by alpha, so that hidden colour cannot bleed into visible edges.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +18,7 @@ from transpixeler.config import DataConfig
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """What becomes of a file's colour; `alpha` says how the file holds it."""
+    """Say what to do with a file's hidden colour; `alpha` says how the file stores its colour."""
 
     policy: Literal["keep", "extend", "black", "color"] = "keep"
     color: tuple[int, int, int] = (0, 0, 0)
@@ -27,35 +26,31 @@ class Fill:
 
     @classmethod
     def of(cls, data: DataConfig) -> Fill:
-        """The colour counts only where the policy uses it, so that an unused one changes no cache key."""
+        """Read the config; a colour that the policy does not use is left out, so that it changes no cache key."""
         return cls(data.fill, data.fill_color if data.fill == "color" else (0, 0, 0), data.alpha)
 
     @property
     def parts(self) -> list[str | int]:
-        """What tells two of them apart; straight, as it was before there was a choice, says nothing."""
+        """List what a cache key covers; `straight` adds nothing, since old keys were made before there was a choice."""
         return [self.policy, *self.color, *([] if self.alpha == "straight" else [self.alpha])]
 
 
 KEEP = Fill()
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
-SOFT = (8, 96)  # alpha between these tells best: even dark colours are brighter than it
-OVER, SHARE = 4, 0.02  # so much brighter than its alpha, in so many of the soft pixels, no premultiplied picture is
-FADED, FEW = 0.75, 16  # the softer half of them is so much darker, where there are enough to say
-
-
-def random_color(name: str) -> tuple[int, int, int]:
-    """A colour for a clip, the same on every machine."""
-    red, green, blue = hashlib.sha256(name.encode()).digest()[:3]
-    return red, green, blue
+SOFT = (8, 96)  # the range of alpha that is judged: here even dark straight colours are brighter than alpha
+OVER = 4  # levels that luma may exceed alpha by in a premultiplied picture, because of rounding and compression
+MAX_OVER = 0.02  # share of soft pixels beyond OVER from which on a picture is not premultiplied
+FADED = 0.75  # premultiplied: the softer half has less than this part of the harder half's luma
+FEW = 16  # pixels in a half below which the halves are not compared
 
 
 def looks_premultiplied(frames: Iterable[np.ndarray]) -> bool:
-    """Whether uint8 [H,W,4] frames hold colour times alpha: then no soft pixel is brighter than its alpha, and the
-    softer are the darker, which tells them from what is dark by itself.
+    """Tell whether uint8 [H,W,4] frames hold colour times alpha, judged by their soft (half-transparent) pixels.
 
-    Brightness is judged by luma, which chroma subsampling leaves sharp. Without soft pixels there is nothing to undo.
+    If so, no soft pixel is brighter than its alpha, and softer pixels are darker, which a merely dark picture's are
+    not. Brightness is luma, which chroma subsampling leaves sharp. Without soft pixels there is nothing to undo.
     """
-    counts, sums, over = np.zeros(2), np.zeros(2), 0  # of the softer half and of the other
+    counts, sums, over = np.zeros(2), np.zeros(2), 0  # [softer half, harder half]
     for frame in frames:
         soft = (frame[..., 3] >= SOFT[0]) & (frame[..., 3] <= SOFT[1])
         luma, alpha = frame[soft][:, :3] @ LUMA, frame[soft][:, 3].astype(np.float32)
@@ -63,20 +58,13 @@ def looks_premultiplied(frames: Iterable[np.ndarray]) -> bool:
         harder = (alpha > sum(SOFT) / 2).astype(np.intp)
         counts += np.bincount(harder, minlength=2)
         sums += np.bincount(harder, luma, minlength=2)
-    if over >= SHARE * counts.sum():
+    if over >= MAX_OVER * counts.sum():
         return False
     return bool(counts.min() < FEW or sums[0] / counts[0] < FADED * sums[1] / counts[1])
 
 
-def unpremultiplied(rgba: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,4] colour times alpha as straight colour; what has no alpha has no colour."""
-    alpha = rgba[..., 3:].astype(np.float32)
-    color = np.where(alpha > 0, rgba[..., :3] * (255 / np.maximum(alpha, 1)), 0)
-    return np.concatenate([color.round().clip(0, 255).astype(np.uint8), rgba[..., 3:]], axis=2)
-
-
 def scaled_straight(rgba: np.ndarray, *, height: int, width: int, premultiplied: bool = False) -> np.ndarray:
-    """uint8 [H,W,4] as straight colour at another size, scaled times alpha so that what is hidden has no weight."""
+    """Scale uint8 [H,W,4] to straight colour, weighting by alpha so that hidden pixels do not count."""
     pixels = torch.from_numpy(np.ascontiguousarray(rgba)).permute(2, 0, 1).float()
     if not premultiplied:
         pixels[:3] *= pixels[3:] / 255
@@ -86,7 +74,7 @@ def scaled_straight(rgba: np.ndarray, *, height: int, width: int, premultiplied:
 
 
 def filled(rgba: np.ndarray, fill: Fill) -> np.ndarray:
-    """uint8 [H,W,4] with the RGB under zero alpha as the policy says."""
+    """Set the RGB under zero alpha of uint8 [H,W,4] by the policy, in place."""
     if fill.policy == "keep":
         return rgba
     hidden = rgba[..., 3] == 0
@@ -98,7 +86,7 @@ def filled(rgba: np.ndarray, fill: Fill) -> np.ndarray:
 
 
 def extended(rgba: np.ndarray) -> np.ndarray:
-    """uint8 [H,W,3]: each hidden pixel takes the mean colour of the smallest neighbourhood that shows any."""
+    """Return uint8 [H,W,3]: each hidden pixel takes the mean colour of the smallest neighbourhood that shows any."""
     weight = rgba[..., 3:].astype(np.float32) / 255
     levels = [np.concatenate([rgba[..., :3] * weight, weight], axis=2)]
     while max(levels[-1].shape[:2]) > 1:

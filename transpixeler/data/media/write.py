@@ -1,4 +1,4 @@
-"""Frames in, whole video files out: near-lossless H.264, ProRes 4444 and VP9 with alpha, PNG sequences.
+"""Write media: frames in; whole video files out (near-lossless H.264, ProRes 4444 and VP9 with alpha, PNG sequences).
 
 Frames are an iterable of arrays [H, W, 3 or 4], uint8 or uint16, alpha straight and last; one is held at a time.
 A file appears under its name only when it is whole. The same frames give the same bytes on the same PyAV build;
@@ -30,27 +30,29 @@ _LAYOUTS = {
     (4, "uint16"): "rgba64le",
 }
 _PNG_LAYOUTS = {"rgb24": "rgb24", "rgba": "rgba", "rgb48le": "rgb48be", "rgba64le": "rgba64be"}
-_PNG_HEAD = 8 + 25  # signature and IHDR, after which texts may stand
-# swscale's bicubic | full chroma interpolation | accurate rounding | bit-exact: the last makes the CPU not matter.
+_PNG_HEAD = 8 + 25  # bytes of the signature and IHDR, after which text chunks may follow
+# swscale's bicubic | full chroma interpolation | accurate rounding | bit-exact (the same result on every CPU).
 _SCALING = 0x4 | 0x2000 | 0x40000 | 0x80000
 _BT709, _LIMITED_RANGE = 1, 1
-# No level is more than one off: quantizer 1, and none of the tricks that spend accuracy where eyes would not see it.
+# At most one level off: quantizer 1, and no psychovisual optimisation.
 _X264_EXACT = {
     "qp": "1",
     "bf": "0",
     "x264-params": "no-psy=1:trellis=0:no-dct-decimate=1:deadzone-inter=0:deadzone-intra=0",
 }
-# What eyes take for the original, at a fraction of the size.
+# Looks like the original at a fraction of the size.
 _X264_VIEW = {"crf": "16", "preset": "medium"}
-# Starts to play before all of it is read, and keeps keys that the format does not know by itself.
+# Playable while it loads, and with metadata keys of our own.
 _MP4_FLAGS = {"movflags": "+faststart+use_metadata_tags"}
-# A fixed number: x264 and libvpx choose other bytes for another number of threads.
+# Fixed, since the bytes that x264 and libvpx write depend on the number of threads.
 _THREADS = 4
 
 
 def write_mp4(path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, lossless: bool = False) -> None:
-    """H.264 that every player reads and that keeps a grey matte within 2/255; `lossless` keeps colour as well, at any
-    size, but as 4:4:4, which browsers do not play."""
+    """Write H.264 that every player reads and that keeps a grey matte within 2/255.
+
+    `lossless` keeps colour as well, at any size, but as 4:4:4, which browsers do not play.
+    """
     pixels, options = ("yuv444p", {"qp": "0"}) if lossless else ("yuv420p", _X264_EXACT)
     _write_video(path, frames, fps=fps, container="mp4", codec="libx264", pixels=pixels, options=options)
 
@@ -58,7 +60,7 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, lossle
 def write_browser_mp4(
     path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, exact: bool, facts: Mapping[str, str] | None = None
 ) -> None:
-    """H.264 that a browser plays while it still loads; `exact` as in `write_mp4`, or small and fine to look at."""
+    """Write H.264 that a browser plays while it loads: as exact as `write_mp4`, or small and good to look at."""
     options = _X264_EXACT if exact else _X264_VIEW
     _write_video(
         path, frames, fps=fps, container="mp4", codec="libx264", pixels="yuv420p", options=options,
@@ -69,7 +71,7 @@ def write_browser_mp4(
 def write_prores4444(
     path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, facts: Mapping[str, str] | None = None
 ) -> None:
-    """ProRes 4444 with alpha, for editors; `facts` become tags of the file."""
+    """Write ProRes 4444 with alpha, for editors; `facts` become tags of the file."""
     options = {"profile": "4444", "alpha_bits": "16", "qscale": "1"}
     _write_video(
         path, frames, fps=fps, container="mov", codec="prores_ks", pixels="yuva444p10le", options=options,
@@ -80,8 +82,7 @@ def write_prores4444(
 def write_webm_alpha(
     path: Path, frames: Iterable[np.ndarray], *, fps: Fraction, facts: Mapping[str, str] | None = None
 ) -> None:
-    """Lossless VP9 with alpha, for browsers; ffmpeg gives the alpha back only through its libvpx-vp9 decoder,
-    as its own VP9 decoder leaves it out."""
+    """Write lossless VP9 with alpha, for browsers. Only ffmpeg's libvpx-vp9 decoder returns the alpha."""
     options = {"lossless": "1", "deadline": "good", "cpu-used": "2", "auto-alt-ref": "0"}
     tags = {"alpha_mode": "1"}
     _write_video(
@@ -91,7 +92,7 @@ def write_webm_alpha(
 
 
 def write_png_sequence(folder: Path, frames: Iterable[np.ndarray], *, facts: Mapping[str, str] | None = None) -> None:
-    """Numbered exact PNG files in a new folder, 8 bits a channel for uint8 frames and 16 for uint16."""
+    """Write numbered, exact PNG files into a new folder: 8 bits a channel for uint8 frames, 16 for uint16."""
     if folder.exists():
         raise UserError(f"{folder}: already exists; a PNG sequence needs a folder of its own")
     first, frames = _peek(folder, frames)
@@ -103,7 +104,7 @@ def write_png_sequence(folder: Path, frames: Iterable[np.ndarray], *, facts: Map
 
 
 def write_png(path: Path, frame: np.ndarray) -> None:
-    """One exact PNG file."""
+    """Write one exact PNG file."""
     with whole(path) as unfinished:
         unfinished.write_bytes(_png(frame))
 
@@ -121,8 +122,9 @@ def _write_video(
     muxing: Mapping[str, str] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Encodes frame by frame; tags and conversion agree on BT.709 in limited range, so that readers invert exactly."""
+    """Encode frame by frame, converted to and tagged as BT.709 in limited range, so that readers invert it exactly."""
     import av
+    from av.video.stream import VideoStream
 
     first, frames = _peek(path, frames)
     height, width, channels = first.shape
@@ -135,6 +137,7 @@ def _write_video(
     ):
         out.metadata.update(facts or {})
         stream = out.add_stream(codec, rate=fps, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.metadata.update(tags or {})
         context = stream.codec_context
@@ -183,13 +186,13 @@ def _png(frame: np.ndarray, facts: Mapping[str, str] | None = None) -> bytes:
 
 
 def _png_text(key: str, value: str) -> bytes:
-    """A tEXt chunk, which every reader shows and none needs."""
+    """Return a tEXt chunk."""
     body = b"tEXt" + key.encode("latin-1") + b"\0" + value.encode("latin-1", "replace")
     return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
 
 def _peek(path: Path, frames: Iterable[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """The first frame, which fixes the size, and all of them."""
+    """Return the first frame, which fixes the size, and an iterator over all of them."""
     iterator = iter(frames)
     first = next(iterator, None)
     if first is None:

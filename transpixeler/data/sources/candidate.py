@@ -1,4 +1,4 @@
-"""What a source offers before any file is opened: the values that folders and manifests give and `pairs` examines."""
+"""Values for what a source offers before any file is opened: folders and manifests make them, `pairs` examines them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
+    """A sample that cannot be used, and why."""
+
     id: str
     path: str  # a file, or MANIFEST:ROW
     reason: str
@@ -21,7 +23,7 @@ class BadSample:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """All files of one sample by name; `declared` is what a manifest claims of the first."""
+    """Name all files of one sample; `declared` is what a manifest claims about the first."""
 
     id: str
     paths: tuple[tuple[str, Path], ...]
@@ -30,10 +32,10 @@ class Candidate:
 
 
 def printable(name: str) -> str:
-    """File names may hold bytes that are not UTF-8; these are shown as escapes, since nothing else could be written."""
+    """Show bytes of a file name that are not UTF-8 as escapes, since nothing else could be written."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def normal(name: str) -> str:
-    """One spelling for a name: some file systems store accents apart from their letters."""
+    """Return one spelling of a name: some file systems store accents apart from their letters."""
     return unicodedata.normalize("NFC", name)

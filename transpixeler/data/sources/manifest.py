@@ -1,4 +1,4 @@
-"""A manifest goes in (csv, jsonl, parquet), candidates come out row by row: it may be larger than memory."""
+"""Read a manifest (csv, jsonl, parquet): a path in, candidates out row by row, so that it may exceed memory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from transpixeler.data.sources.candidate import BadSample, Candidate, normal
 
 MANIFEST_ENDINGS = (".csv", ".jsonl", ".parquet")
 CLAIMS = ("num_frames", "height", "width", "fps")
-PRIMARY_ALIASES = ("video", "path")  # what other tools call the column of the first stream
+PRIMARY_ALIASES = ("video", "path")  # names that other tools give the first stream's column
 
-Row = Mapping[str, Any] | str  # a row, or the reason why it is none
+Row = Mapping[str, Any] | str  # a row, or the reason why it cannot be read
 
 
 def manifest_candidates(
     path: Path, name: str, streams: Iterable[str], *, rgba: bool
 ) -> Iterator[Candidate | BadSample]:
-    """A candidate a row; a row that cannot be one is named by its number."""
+    """Yield a candidate for each row; a row that cannot be one is named by its number."""
     streams = tuple(streams)
     for number, row in rows(path):
         where = f"{path}:{number}"
@@ -46,10 +46,13 @@ def _candidate(
     text = row.get("text")
     if not isinstance(text, str):
         return "no caption in column 'text'"
-    claims = {key: _number(row[key]) for key in CLAIMS if row.get(key) not in (None, "")}
-    for key, number in claims.items():
-        if number is None:
+    claims: dict[str, Fraction] = {}
+    for key in CLAIMS:
+        if row.get(key) in (None, ""):
+            continue
+        if (number := _number(row[key])) is None:
             return f"column {key!r} is {str(row[key])[:40]!r}, not a number above 0"
+        claims[key] = number
     first = Path(_relative(paths[0][1], folder))
     if not first.name:
         return f"its {streams[0]} path names no file"
@@ -62,7 +65,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _number(value: Any) -> Fraction | None:
-    """Rates are read as `24`, `23.976` or `24000/1001`."""
+    """Read a number above 0 such as `24`, `23.976` or `24000/1001`."""
     try:
         number = Fraction(str(value).strip())
     except (ValueError, ZeroDivisionError):
@@ -71,7 +74,7 @@ def _number(value: Any) -> Fraction | None:
 
 
 def rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(number, row), or why it is none, one at a time."""
+    """Yield (number, row or the reason why it cannot be read), one at a time."""
     ending = path.suffix.lower()
     return {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[ending](path)
 

@@ -1,6 +1,6 @@
-"""Sources go in, samples come out: one entry for all the files of a pair, and a reason for everything that is not used.
+"""Scan sources: folders and manifests in; a sample for each pair, and a reason for everything that is not used, out.
 
-One index for a sample: its streams are never zipped from separate lists. The order is the ids', not the file system's.
+A sample holds all its streams, which are never zipped from separate lists. Samples are sorted by id.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
-from transpixeler.data.media.clip import BadMedia, Clip, Media, files_of, numbers_of
+from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
+from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.media.files import files_of, numbers_of
 from transpixeler.data.media.fill import KEEP, Fill
 from transpixeler.data.sources.candidate import BadSample, Candidate, printable
+from transpixeler.data.sources.captions import caption_of
 from transpixeler.data.sources.folder import folder_candidates
 from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates
 
@@ -30,7 +33,7 @@ WINDOW = 4096  # candidates examined at a time: manifests are streamed
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The files of one sample, in stream order; with `rgba` one file with alpha stands for both streams."""
+    """One sample's files in stream order; with `rgba` one file with alpha stands for both streams."""
 
     id: str
     paths: tuple[tuple[str, Path], ...]
@@ -42,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What sources hold, in the order of ids."""
+    """All that the sources hold, in the order of ids."""
 
     samples: tuple[Sample, ...]
     bad: tuple[BadSample, ...]
@@ -51,7 +54,7 @@ class Scan:
 def scan(
     sources: Sequence[SourceConfig], streams: Mapping[str, str], data: DataConfig, *, probe: Probe = probe
 ) -> Scan:
-    """Opens every file once; nothing is dropped without a reason."""
+    """Open every file once; drop nothing without a reason."""
     samples: list[Sample] = []
     bad: list[BadSample] = []
     names, taken = source_names(sources), {}
@@ -60,7 +63,10 @@ def scan(
             offered = _distinct(_offered(source, names[index], streams), taken)
             while window := list(itertools.islice(offered, WINDOW)):
                 for found in pool.map(partial(examined, source=index, rgba=source.rgba, probe=probe), window):
-                    (samples if isinstance(found, Sample) else bad).append(found)
+                    if isinstance(found, Sample):
+                        samples.append(found)
+                    else:
+                        bad.append(found)
     samples.sort(key=lambda sample: sample.id)
     bad.sort(key=lambda sample: (sample.id, sample.path))
     if bad and data.on_bad == "error":
@@ -73,7 +79,7 @@ def scan(
 
 
 def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
-    """A name a source, which begins the ids of its samples: given, or the folder's, and never twice."""
+    """Return a unique name for each source, which begins the ids of its samples: as given, or the folder's."""
     names: list[str] = []
     for source in sources:
         name = wanted = source.name or Path(source.path).resolve().stem
@@ -99,13 +105,13 @@ def _offered(source: SourceConfig, name: str, streams: Mapping[str, str]) -> Ite
 
 
 def _distinct(offered: Iterable[Candidate | BadSample], taken: dict[str, int]) -> Iterator[Candidate | BadSample]:
-    """One video with several captions is several samples: the second `clip` is `clip~2`, unless that is a name too."""
+    """Make ids unique: a video with two captions is two samples, `clip` and `clip~2` (unless that is a name too)."""
     for found in offered:
         yield replace(found, id=_free(found.id, taken)) if isinstance(found, Candidate) else found
 
 
 def _free(name: str, taken: dict[str, int]) -> str:
-    """`taken` says for each id up to which number its repeats were counted, so that no number is tried twice."""
+    """Return a free id. `taken` holds the last number given to each id, so that none is tried twice."""
     free = name
     while free in taken:
         taken[name] += 1
@@ -115,51 +121,40 @@ def _free(name: str, taken: dict[str, int]) -> str:
 
 
 def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: Probe = probe) -> Sample | BadSample:
-    """The candidate's files opened and held against each other and against what is claimed of them."""
+    """Open a candidate's files and compare them with each other and with the manifest's claims."""
     if isinstance(candidate, BadSample):
         return candidate
     files = [path for _, path in candidate.paths] + [candidate.caption] * isinstance(candidate.caption, Path)
     for path in files:
         if printable(str(path)) != str(path):
             return BadSample(candidate.id, str(path), "its name is not UTF-8; rename it")
-    path = files[0]
+    first, path = candidate.paths[0]
     try:
         media = probe(path)
         _check_claims(candidate, media)
         if rgba and not media.alpha and len(candidate.paths) > 1:
             raise BadMedia("has no alpha channel, but its source is rgba")
         for _, path in () if rgba else candidate.paths[1:]:
-            _check_twin(candidate.paths[0][0], media, probe(path))
-            _check_numbers(*candidate.paths[0], path)
+            _check_twin(first, media, probe(path))
+            _check_numbers(first, candidate.paths[0][1], path)
         path = candidate.caption if isinstance(candidate.caption, Path) else candidate.paths[0][1]
-        caption = _caption(candidate.caption)
+        caption = caption_of(candidate.caption)
     except BadMedia as error:
         return BadSample(candidate.id, str(path), str(error))
     return Sample(candidate.id, candidate.paths, caption, source, rgba, media)
 
 
-def _caption(caption: Path | str) -> str:
-    if isinstance(caption, Path):
-        try:
-            caption = caption.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadMedia(f"caption {caption.name} cannot be read: {error}") from error
-    if not caption.strip():
-        raise BadMedia("caption is empty")
-    if printable(caption) != caption:  # half a pair of surrogates, which JSON can hold
-        raise BadMedia("caption is not UTF-8")
-    return caption.strip()
-
-
 def _check_claims(candidate: Candidate, media: Media) -> None:
+    """Compare a file with what its manifest says about it."""
     found = {"num_frames": media.frames, "height": media.height, "width": media.width, "fps": media.fps or None}
     for key, claim in candidate.declared.items():
-        if found[key] is not None and abs(found[key] / claim - 1) > (1 / 200 if key == "fps" else 0):
-            raise BadMedia(f"the manifest says {key} {float(claim):g}, the file has {float(found[key]):g}")
+        value = found[key]
+        if value is not None and abs(value / claim - 1) > (1 / 200 if key == "fps" else 0):
+            raise BadMedia(f"the manifest says {key} {float(claim):g}, the file has {float(value):g}")
 
 
 def _check_twin(primary: str, media: Media, twin: Media) -> None:
-    """Streams of one sample show the same frames, so their counts, sizes and rates agree."""
+    """Refuse a stream whose frame count, size or rate differs from the first stream's."""
     if twin.frames != media.frames:
         raise BadMedia(f"has {twin.frames} frames, {primary} has {media.frames}")
     if (twin.width, twin.height) != (media.width, media.height):
@@ -169,34 +164,34 @@ def _check_twin(primary: str, media: Media, twin: Media) -> None:
 
 
 def _check_numbers(primary: str, path: Path, twin: Path) -> None:
-    """Images of two folders go together by the numbers in their names, from whichever number each counts."""
+    """Refuse two image folders whose numbers in the names do not go together, wherever each begins to count."""
     if not (path.is_dir() and twin.is_dir()):
         return
-    first, second = files_of(path), files_of(twin)
-    numbers, others = numbers_of(first), numbers_of(second)
-    if numbers is None or others is None:
-        return
-    for k, (number, other) in enumerate(zip(numbers, others)):
-        if number - numbers[0] != other - others[0]:
-            raise BadMedia(f"has {second[k].name} as its frame {k}, {primary} has {first[k].name}")
+    files, others = files_of(path), files_of(twin)
+    counts = zip(numbers_of(files) or (), numbers_of(others) or ())
+    shifts = [other - number for number, other in counts]
+    for k, shift in enumerate(shifts):
+        if shift != shifts[0]:
+            raise BadMedia(f"has {others[k].name} as its frame {k}, {primary} has {files[k].name}")
 
 
 def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int = 0) -> dict[str, np.ndarray]:
-    """uint8 [F,H,W,3] for each stream, all at the frame numbers that the first stream's timestamps give.
+    """Return uint8 [F,H,W,3] for each stream, all at the frame numbers that the first stream's times give.
 
-    `fill` rules the RGB of rgba samples; `threads` is the number of decoder threads, 0 for all cores.
+    `fill` is for the RGB of rgba samples; `threads` is the number of decoder threads, 0 for all cores.
     Raises BadMedia where a file breaks off inside the clip.
     """
     first, path = sample.paths[0]
-    size = {"height": clip.height, "width": clip.width, "threads": threads}
+    height, width = clip.height, clip.width
     with _blamed_on(first, path):
         numbers = frame_numbers(path, clip)
         if sample.rgba:
-            return dict(zip(dict(sample.paths), read_rgba(path, numbers, fill=fill, **size)))
+            both = read_rgba(path, numbers, height=height, width=width, fill=fill, threads=threads)
+            return dict(zip(dict(sample.paths), both))
     decoded = {}
     for stream, path in sample.paths:
         with _blamed_on(stream, path):
-            decoded[stream] = read_frames(path, numbers, **size)
+            decoded[stream] = read_frames(path, numbers, height=height, width=width, threads=threads)
     return decoded
 
 

@@ -167,13 +167,13 @@ def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
         "s/alone": "no seg file alone_seg.*",
         "s/both": "no seg file both_seg.*; if the rgb file holds alpha, set rgba: true for its source",
         "s/mute": "no caption mute.txt",
-        "s/blank": "caption is empty",
+        "s/blank": "its caption is empty",
         "s/orphan": "seg file without its rgb file orphan.*",
         "s/twice": "more than one rgb file: twice.mov and twice.mp4",
         "s/words": "caption without a rgb file words.*",
     }
     assert reasons(result) | expected == reasons(result)
-    assert "latin.txt cannot be read" in reasons(result)["s/latin"]
+    assert "latin.txt is not UTF-8" in reasons(result)["s/latin"]
 
 
 def test_names_that_are_not_utf8_are_named_as_escapes(clip: Path, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_row_whose_path_is_no_file_is_named(clip: Path, tmp_path: Path) -> Non
 
 def test_a_caption_that_no_encoder_takes_is_named(clip: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "l.jsonl", [{"rgb": str(clip), "seg": str(clip), "text": "half \ud83d"}])
-    assert list(reasons(found(tmp_path / "l.jsonl")).values()) == ["caption is not UTF-8"]
+    assert list(reasons(found(tmp_path / "l.jsonl")).values()) == ["its caption is not UTF-8"]
 
 
 def test_a_manifest_of_rgba_files(tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ def test_a_record_comes_back_bit_for_bit(tmp_path: Path) -> None:
         writer.put([Record("text", key(100), torch.randn(9, 32)), Record("text", key(101), torch.ones(1, 32))])
     cache = Cache(tmp_path)
     for n, shape in enumerate(shapes):
-        found = cache.latent(key(n))
+        found = cache.get(key(n))
         assert found.dtype == torch.bfloat16 and torch.equal(found, latent(n, shape))
-    assert cache.text(key(100)).shape == (9, 32) and cache.text(key(101)).eq(1).all()
-    assert cache.latent(key(5)) is None and cache.missing([key(5), key(1), key(6), key(5)]) == [key(5), key(6)]
+    assert cache.get(key(100)).shape == (9, 32) and cache.get(key(101)).eq(1).all()
+    assert cache.get(key(5)) is None and cache.missing([key(5), key(1), key(6), key(5)]) == [key(5), key(6)]
 
 
 def test_texts_of_any_length_share_a_segment_and_latents_of_a_shape_do(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_read_is_a_view_that_leaves_no_file_open_and_cannot_change_the_file(tm
     fill(tmp_path, range(3))
     before, files = only(tmp_path, "*.seg").read_bytes(), len(list(Path("/proc/self/fd").iterdir()))
     cache = Cache(tmp_path)
-    first, again = cache.latent(key(1)), cache.latent(key(1))
+    first, again = cache.get(key(1)), cache.get(key(1))
     assert first.data_ptr() == again.data_ptr()
     first.zero_()
     assert only(tmp_path, "*.seg").read_bytes() == before
@@ -96,7 +96,7 @@ def test_a_full_segment_is_followed_by_another(tmp_path: Path, monkeypatch: pyte
     assert len(list(tmp_path.glob("*.seg"))) == 4
     assert all(path.stat().st_size <= 3000 for path in tmp_path.glob("*.seg"))
     cache = Cache(tmp_path)
-    assert all(torch.equal(cache.latent(key(n)), latent(n)) for n in range(10))
+    assert all(torch.equal(cache.get(key(n)), latent(n)) for n in range(10))
 
 
 def test_writers_at_the_same_time_share_a_folder(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_several_folders_read_as_one(tmp_path: Path) -> None:
     fill(tmp_path / "a", range(3))
     fill(tmp_path / "b", range(2, 6))
     cache = Cache(tmp_path / "a", tmp_path / "b", tmp_path / "none")
-    assert all(torch.equal(cache.latent(key(n)), latent(n)) for n in range(6))
+    assert all(torch.equal(cache.get(key(n)), latent(n)) for n in range(6))
 
 
 # --- nothing half-written is ever read -------------------------------------------------------------------------------
@@ -176,10 +176,10 @@ def test_a_flipped_byte_in_a_record_is_refused(tmp_path: Path, at: int) -> None:
     fill(tmp_path, range(3))
     flip(only(tmp_path, "*.seg"), 896 + at)  # the second record
     cache = Cache(tmp_path)
-    for read in (cache.latent, lambda k: cache.copy(k, torch.empty(SHAPE))):
+    for read in (cache.get, lambda k: cache.copy(k, torch.empty(SHAPE))):
         with pytest.raises(CacheDamaged, match=rf"{key(1).hex()} at byte 896 is damaged.*--verify"):
             read(key(1))
-    assert torch.equal(cache.latent(key(2)), latent(2))
+    assert torch.equal(cache.get(key(2)), latent(2))
 
 
 def test_a_byte_that_flips_after_the_first_read_is_refused_by_copy(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def _kill_writers(tmp_path: Path) -> None:
         cache = Cache(tmp_path)
         done = len(cache)
         assert done - reported in (0, 1)
-    assert all(torch.equal(cache.latent(key(n)), latent(n)) for n in range(done))
+    assert all(torch.equal(cache.get(key(n)), latent(n)) for n in range(done))
     assert not any(len(file.damaged) or len(file.short) for file in cache.table.files)
 
 
@@ -295,7 +295,7 @@ def test_a_full_disk_is_one_clear_line_and_what_was_written_stays(tmp_path: Path
     assert os.waitpid(_in_child(work), 0)[1] == 0
     cache = Cache(tmp_path)
     assert [n for n in range(100) if key(n) in cache] == list(range(5))
-    assert all(torch.equal(cache.latent(key(n)), latent(n)) for n in range(5))
+    assert all(torch.equal(cache.get(key(n)), latent(n)) for n in range(5))
 
 
 def test_a_folder_that_cannot_be_written_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_folder_that_cannot_be_written_names_the_way_out(monkeypatch: pytest.M
 PROBE = """
 import sys, time
 from pathlib import Path
-from transpixeler.data import index
+from transpixeler.data.cache import index
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
 start = time.perf_counter()
@@ -344,7 +344,7 @@ def test_a_million_records_open_in_a_second_and_little_memory(tmp_path: Path) ->
     cache = Cache(tmp_path)
     assert cache.missing([*keys, b"\1" * 16]) == [b"\1" * 16]
     for n in np.random.default_rng(1).integers(0, len(keys), 2000):
-        assert cache.latent(keys[n]).view(torch.uint8).flatten()[:16].numpy().tobytes() == keys[n]
+        assert cache.get(keys[n]).view(torch.uint8).flatten()[:16].numpy().tobytes() == keys[n]
 
 
 def _anonymous_megabytes() -> float:

@@ -1,0 +1,64 @@
+"""Find a set's clips: sources in; every sample with the buckets it goes to, and a reason for all that is not used, out.
+
+The one way from sources to clips, for encoding, planning and inspecting alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.data.buckets import Bucket, assign
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.decode import probe
+from transpixeler.data.media.probe import Probes
+from transpixeler.data.sources.candidate import BadSample
+from transpixeler.data.sources.pairs import Sample, scan
+
+
+class SampleClip(NamedTuple):
+    """One clip of a sample and its bucket."""
+
+    sample: Sample
+    clip: Clip
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the sources of a set hold."""
+
+    samples: tuple[Sample, ...] = ()
+    bad: tuple[BadSample, ...] = ()
+    clips: tuple[SampleClip, ...] = ()  # in the order of their samples
+    dropped: tuple[tuple[str, str], ...] = ()  # (sample id, reason) of samples that fit no bucket
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """(sample id, reason) of all that is not used."""
+        return (*((sample.id, sample.reason) for sample in self.bad), *self.dropped)
+
+
+def survey(
+    sources: Sequence[SourceConfig],
+    streams: Mapping[str, str],
+    data: DataConfig,
+    *,
+    vae_stride: tuple[int, int, int],
+    patch: tuple[int, int, int],
+    seed: int,
+    memory: Path | None = None,  # the folder where probes are remembered
+) -> Survey:
+    """Scan the sources and assign each sample its buckets."""
+    probes = Probes(memory) if memory is not None else None
+    found = scan(sources, streams, data, probe=probes or probe)
+    if probes is not None:
+        probes.save()
+    assigned = assign(found.samples, sources, data, vae_stride=vae_stride, patch=patch, seed=seed)
+    samples = {sample.id: sample for sample in found.samples}
+    assert len(samples) == len(found.samples), "two samples share an id"
+    clips = tuple(SampleClip(samples[clip.sample_id], clip, bucket) for bucket, clip in assigned.clips)
+    return Survey(found.samples, found.bad, clips, assigned.dropped)

@@ -13,12 +13,24 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "transpixeler"
 # From the ground up. A package imports from those before it; the top floor's modules count as packages of one.
 ORDER = (
-    *("config", "files", "configfile", "models", "flow", "families", "parallel", "data", "adapters", "runs"),
+    *(
+        "config",
+        "files",
+        "configtypes",
+        "configfile",
+        "models",
+        "flow",
+        "families",
+        "parallel",
+        "data",
+        "adapters",
+        "runs",
+    ),
     *("sampling", "evaluation", "publishing", "training", "planning", "demo", "arguments", "cli", "__main__"),
 )
-TOP_FLOOR = {"__init__", "__main__", "arguments", "cli", "config", "configfile", "files"}
+TOP_FLOOR = {"__init__", "__main__", "arguments", "cli", "config", "configfile", "configtypes", "files"}
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}
-LIGHT = ("config", "configfile", "cli", "arguments")  # what `--help` and a misspelt key load
+LIGHT = ("config", "configtypes", "configfile", "cli", "arguments")  # what `--help` and a misspelt key load
 KNOWS_ARCHITECTURES = ("families", "demo")
 
 MODULES = {

@@ -1,12 +1,10 @@
-"""Read files of a model folder; a damaged one becomes an error that names it, whatever a library raises over it."""
+"""Name the file of a model folder that cannot be read, in place of what a library raises over it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,12 +23,3 @@ def naming_damage(path: Path) -> Iterator[None]:
         raise UserError(
             f"model.path: {path} cannot be used ({type(fault).__name__}: {said}); copy or download it again"
         ) from fault
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
-    with naming_damage(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"expected a JSON object, found {type(found).__name__}")
-    return found

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from transpixeler.config import UserError
-from transpixeler.models.damage import naming_damage, read_json
+from transpixeler.files import read_json
+from transpixeler.models.damage import naming_damage
 from transpixeler.models.lora import is_adapter
 from transpixeler.models.quantize import quantize_weight
 

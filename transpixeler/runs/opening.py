@@ -118,11 +118,11 @@ def _new(config: Config, runtime: Runtime) -> Run:
         raise UserError(f"{folder}: holds files that are not a run's; change run_name or output_dir")
     if runtime.is_main:
         _make(folder)
-        _remove_drafts(folder)
     lock = take_lock(folder, runtime)
     if runtime.broadcast((folder / CONFIG).exists()):  # made by another while this one looked
         raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
     if runtime.is_main:
+        _remove_drafts(folder)
         write_text(folder / JOB, launch().job)
         write_text(folder / CONFIG, configfile.dump(config))
     runtime.barrier()

@@ -61,9 +61,7 @@ class Telemetry:
         self.unwritten += (json.dumps(record) + "\n").encode()
         fault = self._flush()
         if fault and not refused:
-            logger.error(
-                "%s: %s; its lines are kept until there is room, and training goes on", METRICS, fault
-            )
+            logger.error("%s: %s; its lines are kept until there is room, and training goes on", METRICS, fault)
 
     def _flush(self) -> OSError | None:
         try:

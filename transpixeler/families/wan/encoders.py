@@ -30,8 +30,9 @@ from transpixeler.families.wan.original import (
     original_vae_config,
     original_vae_state,
 )
+from transpixeler.files import read_json
 from transpixeler.models.backbone import Digest, file_digest
-from transpixeler.models.damage import naming_damage, read_json
+from transpixeler.models.damage import naming_damage
 from transpixeler.models.weights import resolve
 
 if TYPE_CHECKING:

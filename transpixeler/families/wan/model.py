@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transpixeler.config import UserError
 from transpixeler.families.wan.config import TEXT_LEN, WanConfig
 from transpixeler.families.wan.names import config_from_shapes, internal_names
+from transpixeler.files import read_json
 from transpixeler.models.attention import attention, fold_padding, pick_kernel, unfold_padding
 from transpixeler.models.backbone import (
     Block,
@@ -32,7 +33,6 @@ from transpixeler.models.backbone import (
     file_digest,
 )
 from transpixeler.models.costs import adapter_shapes
-from transpixeler.models.damage import read_json
 from transpixeler.models.dimensions import Dimensions
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import Linear, scope_copy

@@ -245,9 +245,7 @@ def _deliver(out: Path, arguments: argparse.Namespace) -> None:
     weights.mkdir(exist_ok=True)
     model = WanPipeline.from_pretrained(out / "model")
     trained_transformer = type(model.transformer).from_pretrained(_save(out, arguments.steps) / "ema/transformer")
-    scales = json.dumps(
-        {name: list(model.vae.config[name]) for name in LATENT_SCALES}
-    )
+    scales = json.dumps({name: list(model.vae.config[name]) for name in LATENT_SCALES})
     save_file(_halved(model.vae), weights / "vae.safetensors", metadata={"scales": scales})
     save_file(_halved(model.text_encoder), weights / "text_encoder.safetensors")
     save_file(_halved(trained_transformer), weights / "transformer.safetensors")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from transpixeler.arguments import make_parser
 from transpixeler.config import Config, Fault, UserError
+from transpixeler.files import printable
 
 if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
@@ -63,7 +64,7 @@ def _say(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(2.0)  # when rank 0 has met the same error, torchrun ends this process before it prints
-    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
+    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{printable(message)}", file=sys.stderr)
 
 
 def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:
@@ -144,7 +145,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
     made = plan.make_plan(config, *plan.find_machine(config, **asked))
-    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else plan.text(made))
+    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else printable(plan.text(made)))
     return 0
 
 
@@ -153,7 +154,7 @@ def _push(arguments: argparse.Namespace) -> int:
 
     terms = hub.Terms(arguments.repo, private=not arguments.public, base=arguments.base, license=arguments.license)
     parcel = hub.pack(arguments.path, terms, ema=arguments.ema)
-    print(hub.listing(parcel) if arguments.dry_run else hub.push(parcel))
+    print(printable(hub.listing(parcel) if arguments.dry_run else hub.push(parcel)))
     return 0
 
 
@@ -192,7 +193,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     with _running(source.config) as runtime:
         sample_command(source, runtime, options)
         if runtime.is_main:
-            print(options.out)
+            print(printable(options.out))
     return 0
 
 
@@ -233,7 +234,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if not sources:
         raise UserError(f"data.train: {arguments.dataset} names no data; set it to a folder of pairs or a manifest")
     found = inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed)
-    print("\n".join(found.lines()))
+    print(printable("\n".join(found.lines())))
     return 2 if found.bad or not found.buckets else 0
 
 
@@ -258,7 +259,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     from transpixeler.publishing import report
 
-    print(report.write_report(Path(arguments.run)))
+    print(printable(str(report.write_report(Path(arguments.run)))))
     return 0
 
 

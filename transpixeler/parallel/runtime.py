@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from transpixeler.config import UserError
+from transpixeler.files import printable
 
 logger = logging.getLogger("transpixeler")
 T = TypeVar("T")
@@ -146,7 +147,7 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def quiet_libraries() -> None:

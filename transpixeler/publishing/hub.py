@@ -22,7 +22,7 @@ from transpixeler.config import REPO, Config, Fault, PathKind, UserError
 from transpixeler.publishing import card
 from transpixeler.publishing.received import check_within, read_table, read_yaml
 from transpixeler.runs.folder import CONFIG
-from transpixeler.sampling.saves import Save, SavedModel, find_save, load_saved
+from transpixeler.sampling.saves import Save, SavedModel, find_save, read_save
 
 logger = logging.getLogger("transpixeler")
 
@@ -58,7 +58,7 @@ def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
         raise UserError(f"--base: {terms.base!r} is no Hub id; write it as user/name")
     save = find_save(source, ema=ema)
     _check_own(save, source)
-    found = load_saved(source, ema=ema)
+    found = read_save(save, source)
     base = terms.base or _base_of(found.config.model.path)
     fused = _without_folders(list(found.config.model.fuse))
     made = card.gather(found, found.run, repo=terms.repo, base=base, fused=fused, license=terms.license)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from transpixeler.arguments import make_parser
 from transpixeler.config import Config, Fault, UserError
+from transpixeler.files import printable
 
 if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
@@ -87,7 +88,7 @@ def _say(message: str) -> None:
             return
     elif rank != "0":
         time.sleep(SECONDS_FOR_MAIN)  # when rank 0 has met the same error, torchrun ends this process meanwhile
-    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
+    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{printable(message)}", file=sys.stderr, flush=True)
 
 
 def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:
@@ -168,7 +169,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
     made = plan.make_plan(config, *plan.find_machine(config, **asked))
-    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else plan.text(made))
+    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else printable(plan.text(made)))
     return 0
 
 
@@ -177,7 +178,7 @@ def _push(arguments: argparse.Namespace) -> int:
 
     terms = hub.Terms(arguments.repo, private=not arguments.public, base=arguments.base, license=arguments.license)
     parcel = hub.pack(arguments.path, terms, ema=arguments.ema)
-    print(hub.listing(parcel) if arguments.dry_run else hub.push(parcel))
+    print(printable(hub.listing(parcel) if arguments.dry_run else hub.push(parcel)))
     return 0
 
 
@@ -216,7 +217,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     with _running(source.config) as runtime:
         sample_command(source, runtime, options)
         if runtime.is_main:
-            print(options.out)
+            print(printable(options.out))
     return 0
 
 
@@ -257,7 +258,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if not sources:
         raise UserError(f"data.train: {arguments.dataset} names no data; set it to a folder of pairs or a manifest")
     found = inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed)
-    print("\n".join(found.lines()))
+    print(printable("\n".join(found.lines())))
     return 2 if found.bad or not found.buckets else 0
 
 
@@ -282,7 +283,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     from transpixeler.publishing import report
 
-    print(report.write_report(Path(arguments.run)))
+    print(printable(str(report.write_report(Path(arguments.run)))))
     return 0
 
 

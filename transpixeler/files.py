@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import stat
+import tempfile
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config import Fault, UserError
 
 
 @contextmanager
@@ -67,6 +70,38 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: damaged, holds no JSON object")
     return content
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: control characters, which could act on it, and broken ones are shown as escapes."""
+    acts = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        c.encode("unicode_escape").decode() if c not in "\n\t" and unicodedata.category(c) in acts else c for c in text
+    )
+
+
+# The place cannot be written at all; any other error is one that comes while writing, such as a full disk.
+_NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def writing_to(place: Path, option: str) -> Iterator[None]:
+    """Turn an error of writing below `place` into one line; `option` says where the user named the place."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _NO_PLACE:
+            raise UserError(f"{option}: {place} cannot be written: {reason}; name another place") from error
+        raise Fault(f"{option}: writing to {place} failed: {reason}") from error
+
+
+def check_place(place: Path, option: str) -> None:
+    """Refuse a folder that cannot be written, before there is work to lose."""
+    with writing_to(place, option):
+        there = next(part for part in (place, *place.absolute().parents) if part.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
 
 
 def sync(path: Path) -> None:

@@ -191,8 +191,25 @@ def _scope_text(scope: Scope) -> str:
     return scope if isinstance(scope, str) else json.dumps(scope)
 
 
-def _scope_of(text: str) -> Scope:
-    return tuple(json.loads(text)) if text.startswith("[") else text
+def _scope_of(file: Path, text: object) -> Scope:
+    if not isinstance(text, str) or not text.startswith("["):
+        names = [text]
+    else:
+        names = _header_value(file, {f"{_OURS}scope": text}, "scope", [])
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: damaged, its header's scope is no stream and no list of streams")
+    return str(text) if names == [text] else tuple(names)
+
+
+def _header_value(file: Path, header: Mapping[str, str], key: str, default: Any) -> Any:
+    """Return the JSON value of one of our header keys, which must be of the default's type."""
+    try:
+        value = json.loads(header.get(_OURS + key, "null"))
+    except (ValueError, RecursionError) as fault:
+        raise UserError(f"{file}: damaged, its header's {key} cannot be read: {fault}") from None
+    if value is not None and not isinstance(value, type(default)):
+        raise UserError(f"{file}: damaged, its header's {key} holds {type(value).__name__}")
+    return default if value is None else value
 
 
 # -- in
@@ -251,7 +268,12 @@ def _weights_of(save: Path) -> Path:
 
 def step_of(file: Path) -> int:
     """Return the step that a file's weights are of, as its header says; -1 where it does not."""
-    return int(_open(file)[1].get(f"{_OURS}step", -1))
+    return step_number(_open(file)[1].get(f"{_OURS}step", ""))
+
+
+def step_number(text: str) -> int:
+    """Return the step that a header's text says; -1 where it says none."""
+    return int(text) if text.isdecimal() and len(text) < 19 else -1
 
 
 def _open(file: Path) -> tuple[Any, dict[str, str]]:
@@ -269,7 +291,7 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     published = [stored.pop(key) for key in _PUBLISHED_EMBEDDINGS if key in stored]
     if published:  # an averaged file holds it twice: the first is averaged as its LoRA keys are, the second is not
         embeddings = {stream: published[0].flatten()}
-    left_alone = json.loads(header.get(f"{_OURS}zeros", "[]"))
+    left_alone = _header_value(file, header, "zeros", [])
     parts = {target: part for target, part in _by_target(file, stored).items() if target not in left_alone}
     if not parts and not embeddings:
         raise UserError(f"{file} holds no LoRA weights")
@@ -280,7 +302,8 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
         tensors[f"{target}.lora_B"] /= alphas[target] / ranks[target]
     ours = _ours(header)
     metadata = {key: value for key, value in ours.items() if key not in _DERIVED}
-    return Adapter(tensors, alphas, _scopes(ours, parts, published=bool(published)), embeddings, metadata)
+    scopes = _scopes(file, header, parts, published=bool(published))
+    return Adapter(tensors, alphas, scopes, embeddings, metadata)
 
 
 def _by_target(file: Path, stored: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -336,7 +359,11 @@ def _alphas(
 ) -> tuple[dict[str, float], bool]:
     """Each target's alpha, and whether its scale is folded into the weights already (and is to be taken out)."""
     if f"{_OURS}folded" in header:
-        return json.loads(header[f"{_OURS}folded"]), True
+        folded = _header_value(file, header, "folded", {})
+        known = [value for value in folded.values() if isinstance(value, int | float) and 0 < abs(value) < 1e30]
+        if not set(parts) <= set(folded) or len(known) < len(folded):
+            raise UserError(f"{file}: damaged, its header's folded alphas are not those of its targets")
+        return folded, True
     own = {target: part["alpha"].item() for target, part in parts.items() if "alpha" in part}
     absent = [target for target in parts if target not in own]
     if not absent:
@@ -356,10 +383,10 @@ def _alphas(
     return own | rest, False
 
 
-def _scopes(ours: Mapping[str, str], targets: Iterable[str], *, published: bool) -> dict[str, Scope]:
+def _scopes(file: Path, header: Mapping[str, str], targets: Iterable[str], *, published: bool) -> dict[str, Scope]:
     """Ours say it; the published code masks all but three linears of cross-attention; others touch all tokens."""
     if published:
         return {target: "all" if target.endswith(_PUBLISHED_UNMASKED) else "aux" for target in targets}
-    default = _scope_of(ours.get("scope", "all"))
-    odd = {target: _scope_of(text) for target, text in json.loads(ours.get("scopes", "{}")).items()}
+    default = _scope_of(file, header.get(f"{_OURS}scope", "all"))
+    odd = {target: _scope_of(file, text) for target, text in _header_value(file, header, "scopes", {}).items()}
     return {target: odd.get(target, default) for target in targets}

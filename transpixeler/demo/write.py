@@ -18,7 +18,7 @@ from transpixeler.config import UserError
 from transpixeler.data.media.write import write_mp4, write_png, write_png_sequence, write_prores4444, write_webm_alpha
 from transpixeler.demo.model import weights_digest, write_model
 from transpixeler.demo.scenes import Format, Scene, heights, render, scenes
-from transpixeler.files import write_text
+from transpixeler.files import check_place, write_text, writing_to
 
 log = logging.getLogger("transpixeler")
 
@@ -128,8 +128,16 @@ def write_demo(
             f"{folder}: {problem}; choose another folder, or `transpixeler demo {folder} --force` to replace its "
             f"{', '.join(WRITTEN)}"
         )
-    write_text(folder / MARKER, started)
-    _remove_written(folder)
+    check_place(folder, "demo")
+    with writing_to(folder, "demo"):
+        write_text(folder / MARKER, started)
+        _remove_written(folder)
+        _write_parts(folder, seed=seed, train_clips=train_clips, eval_clips=eval_clips, depth=depth)
+        write_text(folder / MARKER, finished)
+    log.info("%s: trains on it", folder / "config.yaml")
+
+
+def _write_parts(folder: Path, *, seed: int, train_clips: int, eval_clips: int, depth: bool) -> None:
     log.info("%s: a tiny Wan pipeline", folder / "model")
     write_model(folder / "model")
     train = scenes(train_clips, formats=FORMATS, held_out=False, seed=seed)
@@ -140,8 +148,6 @@ def write_demo(
     log.info("%s: some of them with alpha, as ProRes 4444, VP9 and PNG sequences", folder / "data/rgba")
     write_rgba(folder / "data/rgba", [scene for scene in train if scene.format.frames > 1][:RGBA_CLIPS])
     write_text(folder / "config.yaml", CONFIG.replace(STREAMS_PAIR, STREAMS_WITH_DEPTH) if depth else CONFIG)
-    write_text(folder / MARKER, finished)
-    log.info("%s: trains on it", folder / "config.yaml")
 
 
 def write_pairs(folder: Path, clips: Sequence[Scene], *, depth: bool = False) -> None:

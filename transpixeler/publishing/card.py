@@ -5,20 +5,23 @@ Everything on it is read from what training left: the adapter's header, the conf
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
 from transpixeler.adapters.files import ADAPTER_FILE
 from transpixeler.config import Config
-from transpixeler.runs.folder import MANIFEST, METRICS, SAMPLES, read_facts, sampled
-from transpixeler.runs.metrics_file import read_records
-from transpixeler.sampling.files import FACTS, STILL
+from transpixeler.publishing.received import own_samples, read_manifest, read_metrics, sample_files
+from transpixeler.runs.folder import SAMPLES
+from transpixeler.sampling.files import STILL
 from transpixeler.sampling.saves import SavedModel
 
 SHOWN_SAMPLES = 4
@@ -65,10 +68,10 @@ class Card:
 def gather(model: SavedModel, run: Path | None, *, repo: str, base: str, fused: Sequence[str], license: str) -> Card:
     """Collect what the card says from a saved model and its run."""
     step = model.step
-    records = read_records(run / METRICS) if run else []
+    records = read_metrics(run) if run else []
     lines = [line for line in records if step is None or line["step"] <= step]
     evals = [line["eval"] for line in lines if "eval" in line]
-    manifest = read_facts(run / MANIFEST) if run else {}
+    manifest = read_manifest(run) if run else {}
     steps = [line for line in lines if "loss" in line]
     samples, measured = tuple(_samples(run, step)) if run else (), evals[-1] if evals else {}
     return Card(repo, base, fused, license, model.config, model, steps, measured, manifest, samples)
@@ -76,14 +79,13 @@ def gather(model: SavedModel, run: Path | None, *, repo: str, base: str, fused: 
 
 def _samples(run: Path, step: int | None) -> Iterator[ShownSample]:
     """Yield the first few samples of the newest step up to the saved one."""
-    steps = sampled(run)
-    newest = max((number for number in steps if step is None or number <= step), default=None)
-    for folder in sorted(steps[newest].iterdir())[:SHOWN_SAMPLES] if newest is not None else ():
-        facts = read_facts(folder / FACTS)
-        named = [folder / name for name in facts.get("files", {}).values()]
-        files = {f"{SAMPLES}/{folder.name}/{file.name}": file for file in named if file.is_file()}
+    made = [sample for sample in own_samples(run) if step is None or sample[0] <= step]
+    newest = max((number for number, _, _ in made), default=None)
+    for _, folder, facts in [sample for sample in made if sample[0] == newest][:SHOWN_SAMPLES]:
+        found = sample_files(folder, facts).values()
+        files = {f"{SAMPLES}/{folder.name}/{file.name}": file for file in found}
         if files:
-            yield ShownSample(facts.get("prompt", ""), files)
+            yield ShownSample(facts.get("prompt") or "", files)
 
 
 # --- the text --------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def _summary(card: Card) -> str:
     does = (
         "that makes videos from captions"
         if len(card.streams) == 1
-        else f"that makes {len(card.streams)} aligned videos from one caption: {', '.join(card.streams)}"
+        else f"that makes {len(card.streams)} aligned videos from one caption: {_inline(', '.join(card.streams))}"
     )
     averaged = ", averaged weights" if adapter is not None and adapter.metadata.get("ema") == "true" else ""
     after = "" if card.model.step is None else f" Step {card.model.step:,}{averaged}."
@@ -141,8 +143,9 @@ def _sample_section(card: Card) -> list[str]:
         return []
     lines = ["## Samples", "First, middle and last frame: a row for each stream, and one over a checkerboard."]
     for sample in card.samples:
-        videos = ", ".join(f"[{Path(path).name}]({path})" for path in sample.files if path != sample.still)
-        lines.append(f"![a sample]({sample.still})\n\n> {_inline(sample.prompt)}\n\n{videos}")
+        paths = [path for path in sample.files if path != sample.still]
+        videos = ", ".join(f"[{_inline(Path(path).name)}]({quote(path)})" for path in paths)
+        lines.append(f"![a sample]({quote(sample.still)})\n\n> {_inline(sample.prompt)}\n\n{videos}")
     return lines
 
 
@@ -168,7 +171,7 @@ def _use_section(card: Card) -> list[str]:
 
 
 def _fused_note(card: Card) -> list[str]:
-    names = ", ".join(f"`{_inline(name)}`" for name in card.fused)
+    names = ", ".join(_code(name) for name in card.fused)
     text = f"It was trained on the base with {names} added: other programs must load both."
     return [text] if names and card.model.weights is None else []
 
@@ -187,7 +190,7 @@ def _python(line: str, base: str, *, full: bool) -> str:
 
 def _training_section(card: Card) -> list[str]:
     rows = [(name, value) for name, value in _figures(card).items() if value]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_inline(str(value))} |" for name, value in rows)])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(str(value))} |" for name, value in rows)])
     made = "Trained with transpixeler; `config.yaml` holds every setting."
     return ["## Training", table, made]
 
@@ -212,9 +215,9 @@ def _figures(card: Card) -> dict[str, Any]:
     }
     for name, measured in card.evals.items():
         for stream, by_time in measured.get("loss", {}).items():
-            found[f"held-out loss of {stream} ({_inline(name)})"] = _mean(list(by_time.values()))
+            found[f"held-out loss of {stream} ({name})"] = _mean(list(by_time.values()))
         for metric, value in measured.get("metrics", {}).items():
-            found[f"{metric.replace('_', ' ')} ({_inline(name)})"] = f"{value:.4g}" if value is not None else ""
+            found[f"{metric.replace('_', ' ')} ({name})"] = f"{value:.4g}" if value is not None else ""
     return found
 
 
@@ -230,17 +233,37 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{mean(known):.4f}" if known else ""
 
 
+# --- text that may hold anything -------------------------------------------------------------------------------------
+
+# Words, numbers and marks that mean nothing to Markdown wherever they stand in a line; all else is shown as code.
+_HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,.;()%'’/+=–…-]|(?<=[^\W_])_(?=[^\W_]))*")
+_LIST_OR_LINK = re.compile(r"\d+[.)]|www\.", re.IGNORECASE)
+_CONTROL = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what is no visible character
+
+
 def _inline(text: str) -> str:
-    """Return a text that may hold anything as words in a line of Markdown."""
-    line = " ".join(text.split())
-    for mark, harmless in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("|", "\\|"),
-        ("`", "'"),
-        ("[", "\\["),
-        ("]", "\\]"),
-    ):
-        line = line.replace(mark, harmless)
-    return line
+    """Return a text that may hold anything as words in a line of Markdown: as it is, or as code where it could act."""
+    line = _line(text)
+    return line if _HARMLESS.fullmatch(line) and not _LIST_OR_LINK.search(line) else _code(line)
+
+
+def _cell(text: str) -> str:
+    """Return a text as the cell of a table, where a bar ends the cell even within code."""
+    line = _line(text)
+    return (line if _HARMLESS.fullmatch(line) and "www." not in line.lower() else _code(line)).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return a text as a code span, which no mark in it can end."""
+    line = _line(text)
+    if not line:
+        return ""
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", line)), default=0))
+    space = " " if line[0] == "`" or line[-1] == "`" else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _line(text: str) -> str:
+    """Return a text in one line, with a mark in the place of each invisible character."""
+    visible = "".join("\ufffd" if unicodedata.category(c) in _CONTROL and not c.isspace() else c for c in text)
+    return " ".join(visible.split())

@@ -27,6 +27,7 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.sources.candidate import BadSample
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.data.survey import survey
+from transpixeler.files import write_text
 
 PAGE = "inspect.html"
 FLAGS = {
@@ -109,8 +110,7 @@ def inspect_dataset(
     counts = Counter(flag for card in cards for flag in card.flags)
     flags = tuple((flag, counts[flag]) for flag in FLAGS)
     report = Inspection(len(cards), bad, dropped, tuple(buckets), flags, page, _expected(streams))
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_page(report, cards, sources), encoding="utf-8")
+    write_text(page, _page(report, cards, sources))
     return report
 
 

@@ -19,10 +19,10 @@ from typing import Any, get_args, get_type_hints
 from transpixeler import configfile
 from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, MODEL_FOLDER
 from transpixeler.config import REPO, Config, Fault, PathKind, UserError
-from transpixeler.files import read_json
 from transpixeler.publishing import card
+from transpixeler.publishing.received import check_within, read_table, read_yaml
 from transpixeler.runs.folder import CONFIG
-from transpixeler.sampling.saves import SavedModel, load_saved
+from transpixeler.sampling.saves import Save, SavedModel, find_save, read_save
 
 logger = logging.getLogger("transpixeler")
 
@@ -56,12 +56,13 @@ def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
         raise UserError(f"--repo: {terms.repo!r} is no Hub id; write it as user/name")
     if terms.base and not REPO.fullmatch(terms.base):
         raise UserError(f"--base: {terms.base!r} is no Hub id; write it as user/name")
-    found = load_saved(source, ema=ema)
-    save = _save_of(found)
+    save = find_save(source, ema=ema)
+    _check_own(save, source)
+    found = read_save(save, source)
     base = terms.base or _base_of(found.config.model.path)
     fused = _without_folders(list(found.config.model.fuse))
     made = card.gather(found, found.run, repo=terms.repo, base=base, fused=fused, license=terms.license)
-    files: dict[str, Path | bytes] = {**_weights(found, save, base), CONFIG: _config(found.config, base)}
+    files: dict[str, Path | bytes] = {**_weights(found, save.path, base), CONFIG: _config(found.config, base)}
     files |= {path: file for sample in made.samples for path, file in sample.files.items()}
     files[CARD] = card.write(made).encode()
     return Parcel(terms, dict(sorted(files.items())), f"Step {found.step}" if found.step is not None else "Upload")
@@ -140,11 +141,18 @@ def _line(error: BaseException) -> str:
 # --- what goes -------------------------------------------------------------------------------------------------------
 
 
-def _save_of(found: SavedModel) -> Path:
-    path = Path(found.name).expanduser()
-    if not path.exists():
-        raise UserError(f"push: {found.name} is not on this machine; give a run's folder, a save or an adapter file")
-    return path
+def _check_own(save: Save, source: str) -> None:
+    """Refuse a save with files that links lead elsewhere: whoever made it chose what would be pushed."""
+    if not Path(source).expanduser().exists():
+        raise UserError(f"push: {source} is not on this machine; give a run's folder, a save or an adapter file")
+    root = save.run or save.folder.resolve()
+    path = save.path if save.run else save.path.resolve()
+    weights = sorted(save.weights.iterdir()) if save.weights else ()
+    files = [path] if path.is_file() else [path / ADAPTER_FILE, path / CONFIG_FILE, *weights]
+    for file in (path, *files, save.config):
+        check_within(file, root)
+    if save.config.is_file() and "base" in read_yaml(save.config):
+        raise UserError(f"{save.config}: base: a run's config builds on no other file; put its keys into it instead")
 
 
 def _weights(found: SavedModel, save: Path, base: str) -> dict[str, Path | bytes]:
@@ -156,7 +164,7 @@ def _weights(found: SavedModel, save: Path, base: str) -> dict[str, Path | bytes
     if adapter.is_file():
         files[ADAPTER_FILE] = _adapter(adapter, base)
     if config and config.is_file():
-        said = read_json(config)
+        said = read_table(config, {})
         files[CONFIG_FILE] = (json.dumps(_public_header(said, base), indent=2) + "\n").encode()
     return files
 
@@ -182,9 +190,17 @@ def _public_header(said: dict[str, Any], base: str) -> dict[str, Any]:
             public[key] = _public_header(value, base)
         elif base and key.endswith(("base_model", "base_model_name_or_path")):
             public[key] = base
-        elif key.endswith("fuse"):
-            public[key] = json.dumps(_without_folders(json.loads(value)))
+        elif key.endswith("fuse") and isinstance(value, str):
+            public[key] = _public_paths(value)
     return public
+
+
+def _public_paths(text: str) -> str:
+    """Return a JSON list of paths without this machine's folders; nothing can be told of what is no list."""
+    try:
+        return json.dumps(_without_folders(json.loads(text)))
+    except (ValueError, RecursionError):
+        return "[]"
 
 
 def _base_of(path: str) -> str:

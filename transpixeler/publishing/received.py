@@ -79,12 +79,16 @@ def check_within(path: Path, folder: Path) -> Path:
 
 
 def own_file(folder: Path, name: object) -> Path | None:
-    """Return the file of that plain name in a folder; None for a path, a link and what is no file."""
+    """Return the file of that plain name in a folder; None, with a warning, for a path and a link."""
     if not isinstance(name, str) or not name or "\0" in name or name != Path(name).name:
+        logger.warning("%s: %.100r is no name of a file in it and is left out", folder, name)
         return None
     path = folder / name
     try:
-        return path if path.is_file() and not path.is_symlink() else None
+        if path.is_symlink():
+            logger.warning("%s is a link and is left out", path)
+            return None
+        return path if path.is_file() else None
     except OSError:  # a name too long to be a file's
         return None
 
@@ -107,14 +111,9 @@ def own_samples(run: Path) -> Iterator[tuple[int, Path, dict[str, Any]]]:
 
 
 def sample_files(folder: Path, facts: Mapping[str, Any]) -> dict[str, Path]:
-    """Return a sample's files by stream or format; what is no file of its own folder is logged and left out."""
-    found = {}
-    for key, name in facts.get("files", {}).items():
-        if (file := own_file(folder, name)) is not None:
-            found[key] = file
-        elif not isinstance(name, str) or name != Path(name).name or (folder / name).is_symlink():
-            logger.warning("%s: %r is no file of its own and is left out", folder / FACTS, name)
-    return found
+    """Return a sample's files by stream or format, without those that are not there."""
+    found = {key: own_file(folder, name) for key, name in facts.get("files", {}).items()}
+    return {key: file for key, file in found.items() if file is not None}
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -146,13 +145,20 @@ def read_table(path: Path, shape: Shape) -> dict[str, Any]:
     return _checked(read_json(path), shape, str(path))
 
 
+class _NoAliases(yaml.SafeLoader):
+    """Safe YAML without aliases: no run's config has one, and a few of them can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias is not read here", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a config as plain values, without the files that it may build on."""
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"{path}: holds YAML aliases, which no run's config does")
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_NoAliases)
     except (OSError, *BAD_YAML) as error:
         raise UserError(f"{path}: damaged, cannot be read: {_short(error)}") from None
     return _checked(value, {}, str(path))

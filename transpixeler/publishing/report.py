@@ -14,14 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from transpixeler import configfile
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.files import write_text
-from transpixeler.runs.folder import CONFIG, MANIFEST, METRICS, read_facts, sampled
-from transpixeler.runs.metrics_file import read_records
-from transpixeler.sampling.files import FACTS
+from transpixeler.publishing.received import (
+    check_within,
+    own_samples,
+    read_manifest,
+    read_metrics,
+    read_yaml,
+    sample_files,
+)
+from transpixeler.runs.folder import CONFIG, METRICS
 
 PAGE = "report.html"
 CURVE_POINTS = 1200  # more are averaged in groups, as no screen shows them
@@ -42,9 +46,9 @@ def write_report(run: Path) -> Path:
 
 def gather(run: Path) -> dict[str, Any]:
     """Collect everything that the page shows into one JSON value."""
-    config = _config(run / CONFIG)
-    manifest = read_facts(run / MANIFEST)
-    lines = read_records(run / METRICS)
+    config = read_yaml(check_within(run / CONFIG, run))
+    manifest = read_manifest(run)
+    lines = read_metrics(run)
     steps = [line for line in lines if "loss" in line]
     return {
         "name": run.resolve().name,
@@ -132,29 +136,15 @@ def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """Return a run's config as it was written, perhaps by another version, whose keys may be others."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, *configfile.BAD_YAML) as error:
-        raise UserError(f"{path}: damaged, cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged, holds no `key: value` lines")
-    return content
-
-
 def _samples(run: Path) -> Iterator[dict[str, Any]]:
     """Yield every sample that has videos, the latest step first; its videos are embedded as far as they fit."""
     left = EMBEDDED_ALL
-    made = [(step, folder) for step, place in sampled(run).items() for folder in sorted(place.glob("*/"), reverse=True)]
-    for step, folder in made:
-        facts = read_facts(folder / FACTS)
-        if not facts or folder.name.startswith("."):
-            continue
+    made = sorted(own_samples(run), key=lambda sample: (sample[0], sample[1].name), reverse=True)
+    for step, folder, facts in made:
         videos = {}
-        for name, file in facts.get("files", {}).items():
-            if file.endswith(".mp4") and (folder / file).is_file():
-                videos[name], used = _source(folder / file, run, left)
+        for name, file in sample_files(folder, facts).items():
+            if file.suffix == ".mp4":
+                videos[name], used = _source(file, run, left)
                 left -= used
         if videos:
             yield facts | {"name": folder.name, "step": step, "videos": videos}

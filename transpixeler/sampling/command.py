@@ -20,6 +20,7 @@ from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.prompts import prompt_lines, read_prompts
+from transpixeler.files import check_place, writing_to
 from transpixeler.models.backbone import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
@@ -61,6 +62,7 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     model_cls = model_class(config.model.family)
     shape = video_shape(config, model_cls)
     check_background(config)
+    check_place(Path(options.out), "--out")
     prompts = _prompts(config.sample, options)
     frames = Frames(model_cls, config.model.path, runtime.device)
     clips = _given_clips(config, options, shape)
@@ -76,7 +78,8 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
         if mesh.is_first_stage:
             streams = frames.decode(latents, shape.layout)
             streams |= {shape.layout.names[stream]: clip for stream, clip in clips.items()}  # not through the VAE
-            written.append(write_video(Path(options.out), videos[number], streams, config, facts))
+            with writing_to(Path(options.out), "--out"):
+                written.append(write_video(Path(options.out), videos[number], streams, config, facts))
             logger.info("%s", written[-1])
     runtime.barrier()
     return written

@@ -21,6 +21,7 @@ from transpixeler.adapters.files import (
     newest_save,
     read_adapter,
     saved_step,
+    step_number,
 )
 from transpixeler.config import Config, UserError
 from transpixeler.configfile import Tree
@@ -72,10 +73,9 @@ class SavedModel:
 
     @property
     def step(self) -> int | None:
-        text = self.adapter.metadata.get("step", "") if self.adapter else ""
-        if text.isdigit():
-            return int(text)
-        step = saved_step(self.weights.parent) if self.weights else -1
+        step = step_number(self.adapter.metadata.get("step", "")) if self.adapter else -1
+        if step < 0 and self.weights:
+            step = saved_step(self.weights.parent)
         return step if step >= 0 else None
 
 
@@ -137,7 +137,7 @@ def base_model_alone(overrides: Sequence[str]) -> SavedModel:
 
 def load_saved(source: str, overrides: Sequence[str] = (), *, ema: bool | None = None) -> SavedModel:
     """Load what `find_save` finds, with the config beside it; an adapter file by itself says which model it is for."""
-    return _load(find_save(source, ema=ema), source, None, overrides)
+    return read_save(find_save(source, ema=ema), source, overrides)
 
 
 def load_for_eval(
@@ -159,11 +159,11 @@ def load_for_eval(
             missing = f"run_name: {config.output_dir} holds no run {config.run_name}"
         raise UserError(f"{missing}; train first, or add --adapter PATH or --base")
     source = adapter or str(run)
-    return _load(find_save(source, ema=ema), source, tree, overrides)
+    return read_save(find_save(source, ema=ema), source, overrides, tree=tree)
 
 
-def _load(save: Save, source: str, tree: Tree | None, overrides: Sequence[str]) -> SavedModel:
-    """Read a save's adapter, and its config unless `tree` is given instead."""
+def read_save(save: Save, source: str, overrides: Sequence[str] = (), *, tree: Tree | None = None) -> SavedModel:
+    """Read a save that `source` meant: its adapter, and its config unless `tree` is given instead."""
     adapter = read_adapter(save.path) if save.has_adapter else None
     if tree is None and adapter is not None and not save.config.is_file():
         config = _config_of(adapter, str(save.path), overrides)

@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(
         Path(path).write_bytes(before[:100])
         raise OSError("disk full")
 
-    monkeypatch.setattr("transpixeler.adapters.files.save_file", torn)
+    monkeypatch.setattr("transpixeler.adapters.tensorfile.save_file", torn)
     with pytest.raises(OSError, match="disk full"):
         write_adapter(adapter, file)
     assert file.read_bytes() == before

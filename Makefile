@@ -4,6 +4,7 @@
 CONFIG ?= demo/config.yaml
 NPROC ?= 1
 ARGS ?=
+DIST ?= worksteal
 PYTHON ?= python3
 
 VENV := .venv
@@ -64,12 +65,15 @@ sample: $(READY)
 inspect: $(READY)
 	$(BIN)/python -m transpixeler inspect $(ARGS)
 
+# Workers share the expensive fixtures; each takes about a gigabyte, so that many cores do not mean more than eight.
+# make test ARGS=tests/data    make test ARGS="-n 0 tests/data -k pairs" in one process, as a debugger wants it
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist $(DIST) --durations 20 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,40 +1,62 @@
-"""What several test files stand on: a small demo with its cache, made once."""
+"""Fixtures of several test files. The expensive ones are made once a session and shared by all its processes."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.support.shared import made_once, session_folder
+
 
 @pytest.fixture(autouse=True)
-def _heard() -> None:
-    """What an earlier test let go to a terminal can be read by `caplog` again."""
+def _log_is_captured() -> None:
+    """Let `caplog` read the package's log, even after a test whose command sent it to a terminal."""
     logging.getLogger("transpixeler").propagate = True
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo folder whose clips are all in the cache: 10 clips of 4 buckets. Nobody writes into it."""
-    from tests.support.ranks import run_ranks
-    from transpixeler.demo.write import write_demo
-
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    write_demo(folder, train_clips=10, eval_clips=2)
-    run_ranks(_cache, 2, folder)
-    return folder
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Lend a demo folder whose clips are all in the cache: 10 clips of 4 buckets. Nobody writes into it."""
+    with made_once(session_folder(tmp_path_factory) / "shared/demo", _write_cached_demo) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")
-def run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps whose adapter can be seen. Nobody writes into it."""
+def run(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Lend the folder of a run of two steps whose adapter can be seen. Nobody writes into it."""
     from tests.support.ranks import run_ranks
 
-    return Path(run_ranks(_train, 1, demo / "config.yaml", tmp_path_factory.mktemp("runs"))[0])
+    def train(output: Path) -> None:
+        run_ranks(_train, 1, demo / "config.yaml", output)
+
+    with made_once(session_folder(tmp_path_factory) / "shared/runs", train) as output:
+        yield (output / "latest").resolve()
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Lend the demo's tiny model folder with random weights. Nobody writes into it."""
+    from transpixeler.demo.model import write_model
+
+    def write(folder: Path) -> None:
+        write_model(folder, seed=0)
+
+    with made_once(session_folder(tmp_path_factory) / "shared/model", write) as folder:
+        yield folder
+
+
+def _write_cached_demo(folder: Path) -> None:
+    from tests.support.ranks import run_ranks
+    from transpixeler.demo.write import write_demo
+
+    write_demo(folder, train_clips=10, eval_clips=2)
+    run_ranks(_cache, 2, folder)
 
 
 def _train(rank: int, world_size: int, path: Path, output: Path) -> str:

@@ -1,3 +1,4 @@
+import errno
 import os
 import statistics
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transpixeler import cli
+from transpixeler import __version__, cli
 from transpixeler.data.media.write import write_png
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,12 @@ def test_help_names_every_command() -> None:
     assert "demo" in shown and "configs/reference.yaml" in shown
 
 
+def test_the_version_is_said_once_for_the_program_and_its_package() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert run("--version").stdout == f"transpixeler {__version__}\n"
+    assert 'dynamic = ["version"]' in pyproject and "transpixeler.__version__" in pyproject
+
+
 def test_torch_is_not_loaded_for_help_or_a_config() -> None:
     program = "import sys; from transpixeler import cli, configfile; assert not {'torch', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
@@ -52,6 +59,21 @@ def test_debug_shows_the_traceback_as_well_and_stands_anywhere(words: list[str])
     done = run(*words)
     assert done.returncode == 2 and "Traceback" in done.stderr
     assert done.stderr.splitlines()[-1] == "transpixeler: no.yaml: no such file"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENAMETOOLONG, 2), (errno.ENOSPC, 1), (errno.EIO, 1)],
+)
+def test_an_error_of_the_disk_is_one_line(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(_: object) -> int:
+        raise OSError(number, os.strerror(number), "/data/out")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", fail)
+    assert cli.main(["report", "x"]) == code
+    assert capsys.readouterr().err == f"transpixeler: /data/out: {os.strerror(number)}\n"
 
 
 @pytest.mark.parametrize("words", [["--resume", "", "a.yaml"], ["a.yaml", "--resume", ""], ["--resume", "a.yaml"]])

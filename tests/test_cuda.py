@@ -12,11 +12,10 @@ import torch
 
 from tests.support import tiny
 from transpixeler.models.attention import attention, available_kernels
+from transpixeler.parallel import devices, runtime
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel import runtime
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import telemetry
 from transpixeler.training import ema
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -88,9 +87,9 @@ def peak(here: Runtime, *overrides: str) -> float:
     """Bytes at most of a step, without what was held before."""
     gc.collect()
     held = torch.cuda.memory_allocated()
-    telemetry.forget_peak(here.device)
+    devices.forget_peak(here.device)
     gradients(here, *overrides)
-    return telemetry.peak_memory(here.device) * 2**30 - held
+    return devices.peak_memory(here.device) * 2**30 - held
 
 
 def test_weights_that_wait_in_host_memory_leave_the_gpu(here: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the demo's training has taught: the same held-out captions sampled with the adapter and without it, measured.
+"""Measure what the demo's training has taught: sample held-out captions with the adapter and without it.
 
 Prints a table, writes a picture of the first samples, and ends with one line of JSON. Under torchrun the captions are
 shared out.
@@ -25,23 +25,26 @@ from transpixeler.evaluation import metrics
 from transpixeler.models.backbone import model_class
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
-from transpixeler.sampling import trained
-from transpixeler.sampling.generate import encode_prompts, video_layout, video_size
-from transpixeler.sampling.sampler import Frames, Request, Sampler
-from transpixeler.sampling.trained import Trained
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.model import fit_layout, open_engine
+from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.saves import SavedModel, base_model, load_saved
+from transpixeler.sampling.texts import encode_prompts
+from transpixeler.sampling.video import Video, video_shape
 
-PICTURED = 6  # samples in the picture
-MATTING = "rgb_to_aux"
+SHEET_ROWS = 6  # samples in the picture
+MATTING_TASK = "rgb_to_aux"
 STREAMS = ("rgb", "seg", "depth")
 
 Videos = dict[int, dict[str, np.ndarray]]  # number of the sample: stream: uint8 [F, H, W, 3]
 
 
 def main(argv: Sequence[str]) -> None:
+    """Sample, measure, and print a table and a line of JSON."""
     arguments = _parser().parse_intermixed_args(argv)
     started = arguments.since or time.time()
     quiet_libraries()
-    source = trained.find(str(arguments.run), arguments.overrides, ema=False if arguments.raw else None)
+    source = load_saved(str(arguments.run), arguments.overrides, ema=False if arguments.raw else None)
     _check(source, arguments.run)
     with running() as runtime:
         log_to_terminal(runtime.rank)
@@ -51,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
             print(json.dumps(plain(figures) | {"seconds": round(time.time() - started)}))
 
 
-def _check(source: Trained, asked: Path) -> None:
-    """What can be measured is known before minutes of sampling."""
+def _check(source: SavedModel, asked: Path) -> None:
+    """Refuse a run that cannot be measured, before minutes of sampling."""
     streams = tuple(source.config.streams)
     if len(streams) < 2:
         raise UserError(f"{asked}: was trained with one stream; there is no companion to measure")
@@ -66,20 +69,20 @@ def _parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="a run's folder, or a save")
     add("overrides", nargs="*", help="config keys, such as sample.steps=10")
     add_captions(parser, default=20)
-    add("--raw", action="store_true", help="the weights themselves, where a running mean of them is saved too")
+    add("--raw", action="store_true", help="measure the weights themselves, not their running mean")
     add("--picture", type=Path, help="a PNG of the first samples")
-    add("--since", type=float, help="when the work that is timed began, in seconds since 1970; default: now")
+    add("--since", type=float, help="start of the timed work, in seconds since 1970 (default: now)")
     return parser
 
 
 Figures = dict[str, dict[str, float]]  # what was sampled: measure: value
 
 
-def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | None = None) -> Figures:
-    """Means over the captions, with the adapter and for the base; and of mattes where those were trained."""
+def measure(source: SavedModel, runtime: Runtime, *, count: int, picture: Path | None = None) -> Figures:
+    """Return means over the captions, with the adapter and for the base; mattes too if those were trained."""
     wanted = held_out_captions(count)
     captions = [attributes.caption for attributes in wanted]
-    made, base = (sample(one, runtime, captions) for one in (source, trained.base(source.config)))
+    made, base = (sample(one, runtime, captions) for one in (source, base_model(source.config)))
     figures = {
         name: _means([_measured(videos[number], attributes) for number, attributes in enumerate(wanted)])
         for name, videos in (("adapter", made), ("base", base))
@@ -87,32 +90,32 @@ def measure(source: Trained, runtime: Runtime, *, count: int, picture: Path | No
     drifts = [metrics.rgb_drift(made[n]["rgb"] / np.float32(255), base[n]["rgb"] / np.float32(255)) for n in made]
     figures["adapter"]["rgb_drift"] = float(np.mean(drifts))
     if picture and runtime.is_main:
-        write_sheet(picture, [made[number] for number in range(min(count, PICTURED))])
-    if source.config.objective.tasks.get(MATTING, 0) > 0:
+        write_sheet(picture, [made[number] for number in range(min(count, SHEET_ROWS))])
+    if source.config.objective.tasks.get(MATTING_TASK, 0) > 0:
         clips = _clips(source, count)
         given, captions = [true_streams(clip)["rgb"] for clip in clips], [clip.attributes.caption for clip in clips]
-        for one, measures in ((source, figures["adapter"]), (trained.base(source.config), figures["base"])):
+        for one, measures in ((source, figures["adapter"]), (base_model(source.config), figures["base"])):
             mattes = sample(one, runtime, captions, given=given)
             measures |= _means([_against(mattes[number], clip) for number, clip in enumerate(clips)])
     return figures
 
 
 def sample(
-    source: Trained, runtime: Runtime, captions: Sequence[str], *, given: Sequence[np.ndarray] | None = None
+    source: SavedModel, runtime: Runtime, captions: Sequence[str], *, given: Sequence[np.ndarray] | None = None
 ) -> Videos:
-    """A video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
-    config, layout = trained.arranged(source.config, runtime, asked=False)
+    """Sample a video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
+    config, layout = fit_layout(source.config, runtime, asked=False)
     source = dataclasses.replace(source, config=config)
     model_cls = model_class(config.model.family)
-    shape, mesh = video_layout(config, model_cls), meshes.build(layout, runtime)
+    shape, mesh = video_shape(config, model_cls).layout, meshes.build(layout, runtime)
     frames = Frames(model_cls, config.model.path, runtime.device)
-    texts, negative = encode_prompts(config, captions, model_cls, runtime)
-    requests = [
-        Request(f"{n}", caption, texts[caption], config.sample.seed + n, shape, _latents(given, n, frames))
+    texts = encode_prompts(config, captions, model_cls, runtime)
+    videos = [
+        Video(f"{n}", caption, texts.by_prompt[caption], config.sample.seed + n, shape, _latents(given, n, frames))
         for n, caption in enumerate(captions)
     ]
-    sampler = Sampler(trained.open_engine(source, mesh), mesh, config.sample, negative)
-    own = {n: frames.decode(latents, shape) for n, latents in sampler.each(requests) if mesh.is_first_stage}
+    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative)
+    own = {n: frames.decode(latents, shape) for n, latents in sampler.each(videos) if mesh.is_first_stage}
     return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
 
 
@@ -124,7 +127,7 @@ def _latents(given: Sequence[np.ndarray] | None, number: int, frames: Frames) ->
 
 
 def _measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str, float]:
-    """Of one sampled pair. Alpha itself is taken where the RGB shows the shape."""
+    """Measure one sampled pair; opacity is the mean alpha inside the shape that the RGB shows."""
     rgb, aux, *_ = streams.values()
     alpha, shape = aux.mean(-1) / 255, silhouette(rgb)
     found = {
@@ -138,7 +141,7 @@ def _measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str
 
 
 def _against(streams: Mapping[str, np.ndarray], scene: Scene) -> dict[str, float]:
-    """Of mattes of a given RGB, and of whatever else was made of it, with the truth."""
+    """Compare every companion that was made of a given RGB with the truth."""
     true, found = true_streams(scene), {}
     for name in [*streams][1:]:
         ours, theirs = (video[name].mean(-1) / 255 for video in (streams, true))
@@ -151,14 +154,14 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def _clips(source: Trained, count: int) -> Sequence[Scene]:
-    width, height, frames = video_size(source.config)
-    format = Format(width, height, frames, Fraction(source.config.data.fps))
+def _clips(source: SavedModel, count: int) -> Sequence[Scene]:
+    shape = video_shape(source.config, model_class(source.config.model.family))
+    format = Format(shape.width, shape.height, shape.frames, Fraction(source.config.data.fps))
     return scenes(count, formats=[format], held_out=True, seed=source.config.sample.seed + 1)
 
 
 def true_streams(scene: Scene) -> dict[str, np.ndarray]:
-    """uint8 [F, H, W, 3] by the names that the demo's config gives them."""
+    """Render a scene's streams, uint8 [F, H, W, 3], by the names that the demo's config gives them."""
     frames, depth = np.stack(list(render(scene))), np.stack(list(heights(scene)))
     return dict(zip(STREAMS, (frames[..., :3], frames[..., 3:].repeat(3, -1), depth.repeat(3, -1)), strict=True))
 
@@ -195,13 +198,13 @@ def _cell(values: Mapping[str, float], name: str) -> str:
 
 
 def plain(figures: Figures) -> dict[str, float]:
-    """One level: the adapter's by their names, the base's with `_base` behind."""
+    """Flatten the figures: the adapter's under their names, the base's with `_base` appended."""
     flat = dict(figures["adapter"]) | {f"{name}_base": value for name, value in figures["base"].items()}
     return {name: round(value, 4) for name, value in flat.items()}
 
 
 def write_sheet(path: Path, videos: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """A row a sample: RGB, companion, and both over a checkerboard, of the first, middle and last frame."""
+    """Draw a row for each sample: RGB, companion, and both over a checkerboard, at three times."""
     rows = []
     for streams in videos:
         rgb, aux, *_ = streams.values()

@@ -1,7 +1,7 @@
-"""Frames of a sampled scene in, what they show out: by simple measurements that know nothing of the model.
+"""Read shape, colour and direction off the frames of a sampled scene, by measurements that know nothing of the model.
 
-RGB is uint8 [F, H, W, 3] over black. What stands out from black is the shape; its mean colour and the way its centre
-goes are held against the caption's words.
+RGB is uint8 [F, H, W, 3] over black. The shape is what stands out from black; its mean colour and the direction in
+which its centre moves are compared with the caption's words.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 from transpixeler.demo.scenes import COLORS, DIRECTIONS, Attributes, all_attributes
 
-BRIGHT = 0.5  # share of the shape's own brightness from which a pixel is part of it
-DARK = 60  # a video whose brightest pixels are below this shows nothing
-STILL = 2.0  # pixels; a centre that moves less goes nowhere
+SHAPE_BRIGHTNESS = 0.5  # share of the shape's own brightness from which a pixel is part of it
+EMPTY_BRIGHTNESS = 60  # a frame whose brightest pixels are below this shows nothing
+LEAST_MOTION = 2.0  # pixels; a centre that moves less stands still
 HELD_OUT = tuple(attributes for attributes in all_attributes() if attributes.held_out)
 
 
 def held_out_captions(count: int) -> list[Attributes]:
-    """The next is always the one whose words were asked for least, so that a few tell of all."""
+    """Choose captions one by one, always the one whose words were chosen least, so that a few cover all words."""
     left = [HELD_OUT[n] for n in np.random.default_rng(0).permutation(len(HELD_OUT))]
     asked: Counter[str] = Counter()
     chosen = []
@@ -34,7 +34,7 @@ def held_out_captions(count: int) -> list[Attributes]:
 
 
 def add_captions(parser: argparse.ArgumentParser, default: int) -> None:
-    """The option that says how many of them are measured."""
+    """Add the option `--captions`: how many held-out captions are measured."""
 
     def number(text: str) -> int:
         if text.isdecimal() and 1 <= int(text) <= len(HELD_OUT):
@@ -46,14 +46,14 @@ def add_captions(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def silhouette(rgb: np.ndarray) -> np.ndarray:
-    """bool [F, H, W]: what stands out from black."""
+    """Return a mask, bool [F, H, W], of what stands out from black."""
     brightness = rgb.max(axis=-1)
     peak = np.percentile(brightness.reshape(len(rgb), -1), 98, axis=1)[:, None, None]
-    return (brightness >= BRIGHT * peak) & (peak >= DARK)
+    return (brightness >= SHAPE_BRIGHTNESS * peak) & (peak >= EMPTY_BRIGHTNESS)
 
 
 def color(rgb: np.ndarray) -> str | None:
-    """The colour of the shape, by its hue."""
+    """Return the colour of the shape by its hue."""
     inside = silhouette(rgb)
     if not inside.any():
         return None
@@ -62,24 +62,24 @@ def color(rgb: np.ndarray) -> str | None:
 
 
 def direction(rgb: np.ndarray) -> str | None:
-    """Where its centre goes from the first quarter of the frames to the last."""
+    """Return the direction in which the shape's centre moves from the first quarter of the frames to the last."""
     centers = [np.argwhere(frame).mean(0)[::-1] for frame in silhouette(rgb) if frame.any()]
     if len(centers) < 2:
         return None
     quarter = max(1, len(centers) // 4)
     way = np.mean(centers[-quarter:], axis=0) - np.mean(centers[:quarter], axis=0)
-    if np.linalg.norm(way) < STILL:
+    if np.linalg.norm(way) < LEAST_MOTION:
         return None
     return max(DIRECTIONS, key=lambda name: float(np.array(DIRECTIONS[name]) @ way))
 
 
 def follows(rgb: np.ndarray, wanted: Attributes) -> dict[str, bool]:
-    """Whether colour and direction are the caption's."""
+    """Tell if colour and direction are the caption's."""
     return {"color": color(rgb) == wanted.color, "direction": direction(rgb) == wanted.direction}
 
 
 def silhouette_iou(rgb: np.ndarray, alpha: np.ndarray) -> float:
-    """Of the alpha [F, H, W] in [0, 1] cut at one half with the RGB's silhouette; 0 where no shape is to be seen."""
+    """Return the IoU of alpha [F, H, W], cut at one half, with the RGB's silhouette; 0 if neither shows a shape."""
     shape, matte = silhouette(rgb), alpha >= 0.5
     return np.count_nonzero(shape & matte) / max(np.count_nonzero(shape | matte), 1)
 

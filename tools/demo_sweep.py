@@ -1,7 +1,7 @@
-"""What matters in the demo's training: an adapter a row, trained and measured alike, as a Markdown table.
+"""Train and measure one adapter for each of several changes to the demo's config; print them as a Markdown table.
 
-Each row changes one thing of the demo's config. What is measured already is not done again, so that the same command
-goes on where it stopped. On two CPU cores a row takes about two minutes.
+Rows that were measured before are not done again, so that the same command goes on where it stopped. On two CPU cores
+a row takes about two minutes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ from transpixeler.files import write_text
 from transpixeler.parallel.runtime import log_to_terminal
 
 FIGURES = Path(__file__).with_name("demo_figures.py")
-UNWATCHED = ("eval.every_epochs=0", "eval.before_first_step=false", "checkpoint.every_steps=0", "save.every_steps=0")
-BOTH_TASKS = "objective.tasks={joint: 0.8, rgb_to_aux: 0.2}"  # so that mattes are measured, whatever was trained
+NOTHING_BESIDE_TRAINING = (
+    "eval.every_epochs=0",
+    "eval.before_first_step=false",
+    "checkpoint.every_steps=0",
+    "save.every_steps=0",
+)
+BOTH_TASKS = "objective.tasks={joint: 0.8, rgb_to_aux: 0.2}"  # mattes are measured even if the row did not train them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One adapter: what the table calls it, the keys that differ, and what is measured of it."""
+    """One adapter: its name in the table, the config keys that differ, and what is measured."""
 
     name: str
     keys: tuple[str, ...] = ()
@@ -41,6 +46,7 @@ class Row:
 
     @property
     def run_name(self) -> str:
+        """Return the name of the run folder."""
         return re.sub(r"\W+", "-", self.name if self.keys or self.depth else "the demo's config").strip("-")
 
 
@@ -70,6 +76,7 @@ COLUMNS = {
 
 
 def main(argv: Sequence[str]) -> None:
+    """Measure the rows that were asked for and print them."""
     arguments = _parser().parse_intermixed_args(argv)
     log_to_terminal(0)
     rows = [row for row in ROWS if not arguments.only or row.name in arguments.only]
@@ -93,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measured(row: Row, out: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """The figures of a row, its adapter trained first."""
+    """Train a row's adapter and return its figures, or those that were measured before."""
     asked = {"captions": arguments.captions, "keys": arguments.overrides, "weights": weights_digest()}
     done = out / "figures" / f"{row.run_name}{'-raw' if row.raw else ''}.json"
     if done.is_file():
@@ -104,9 +111,9 @@ def _measured(row: Row, out: Path, arguments: argparse.Namespace) -> dict[str, f
     folder, launcher = out / ("triple" if row.depth else "pair"), torchrun(arguments.nproc or processes())
     _run("-m", "transpixeler", "demo", folder, *(["--depth"] if row.depth else []))
     trained = folder / "output" / row.run_name
-    if not any(trained.glob("step*")):  # one that was stopped begins anew: it had no checkpoint
+    if not any(trained.glob("step*")):  # a training that was stopped begins anew: it had no checkpoint
         shutil.rmtree(trained, ignore_errors=True)
-        keys = (*UNWATCHED, *row.keys, *arguments.overrides, f"run_name={row.run_name}")
+        keys = (*NOTHING_BESIDE_TRAINING, *row.keys, *arguments.overrides, f"run_name={row.run_name}")
         _run(*launcher, "-m", "transpixeler", "train", folder / "config.yaml", *keys)
     command = (*launcher, FIGURES, trained, BOTH_TASKS, "--captions", arguments.captions)
     said = _run(*command, *(["--raw"] if row.raw else []))
@@ -116,7 +123,7 @@ def _measured(row: Row, out: Path, arguments: argparse.Namespace) -> dict[str, f
 
 
 def _run(*words: object) -> str:
-    """A program of this Python, its log in sight; what it prints."""
+    """Run a Python program, its log on the terminal, and return what it prints."""
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
     if done.returncode:
@@ -125,7 +132,7 @@ def _run(*words: object) -> str:
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """A row an adapter, as Markdown; the base without one comes first."""
+    """Write the Markdown table: the base, then a row for each adapter."""
     base = {name.removesuffix("_base"): value for name, value in next(iter(found.values())).items() if "_base" in name}
     lines = [f"| trained | {' | '.join(COLUMNS.values())} |", f"|---{'|---' * len(COLUMNS)}|"]
     for name, figures in {"nothing: the base": base, **found}.items():

@@ -1,14 +1,16 @@
-"""The TOML files of a diffusion-pipe or TransPixeler training go in, a config of ours comes out.
+"""Convert the TOML files of a diffusion-pipe or TransPixeler training into a config of ours.
 
-Every key is carried over, or named with the reason why not: on the terminal and at the head of the YAML. What the
-TOML leaves out is set to what it was there, or noted, where it would be another here. What it says per GPU is said here
-for all, so tell how many there were with --gpus. The YAML is read back before it is written.
+Every key is carried over or listed with a reason, on the terminal and at the top of the YAML. Defaults that differ
+between the programs are written out or noted. Batch sizes there are per GPU and here for all GPUs together, so say with
+--gpus how many there were. The YAML is checked before it is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     tables = {name: values.pop(name, None) for name in ("model", "adapter", "optimizer", "monitoring")}
     train = Table(values, str(arguments.toml), "", migration)
     if wrong := [name for name, table in tables.items() if not isinstance(table, dict | None)]:
-        raise UserError(f"{arguments.toml}: {wrong[0]} is no table; write [{wrong[0]}]")
+        raise UserError(f"{arguments.toml}: {wrong[0]} is not a table; write [{wrong[0]}]")
     parts = {name: Table(table or {}, train.where, f"{name}.", migration) for name, table in tables.items()}
     _model(parts["model"], migration)
     _data(train, arguments, migration)
@@ -53,11 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("toml", type=Path, help="the training TOML")
-    add("--dataset", type=Path, help="the dataset TOML; default: the one that the training TOML names")
-    add("--out", type=Path, required=True, help="the YAML")
-    add("--gpus", type=int, help="how many GPUs trained; default: as many as pipeline_stages")
-    add("--root", type=Path, default=Path(), help="the folder that training was started in, for relative paths")
-    add("--force", action="store_true", help="replace the YAML that is there")
+    add("--dataset", type=Path, help="the dataset TOML (default: the one that the training TOML names)")
+    add("--out", type=Path, required=True, help="the YAML file to write")
+    add("--gpus", type=int, help="number of GPUs that the TOML was used with (default: pipeline_stages)")
+    add(
+        "--root",
+        type=Path,
+        default=Path(),
+        help="the folder that training was started in, for relative paths",
+    )
+    add("--force", action="store_true", help="replace an existing YAML file")
     return parser
 
 
@@ -66,20 +73,29 @@ def _toml_reader() -> ModuleType:
         import tomllib
     except ImportError:  # Python 3.10
         try:
-            import tomli as tomllib
+            import tomli as tomllib  # pyright: ignore[reportMissingImports]  for Python 3.10 only
         except ImportError:
-            raise UserError("Python 3.10 reads no TOML by itself: pip install tomli, or use 3.11") from None
+            raise UserError("Python 3.10 cannot read TOML: pip install tomli, or use Python 3.11") from None
     return tomllib
 
 
 def _toml(path: Path) -> dict[str, Value]:
     reader = _toml_reader()
     try:
-        return reader.loads(path.read_text(encoding="utf-8-sig"))
+        return _without_times(reader.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except reader.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, a thousand brackets
         raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _without_times(value: Value) -> Value:
+    """Return dates and times as text: no key takes one, and YAML could not write all of them."""
+    if isinstance(value, dict):
+        return {name: _without_times(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_times(one) for one in value]
+    return str(value) if isinstance(value, datetime.date | datetime.time) else value
 
 
 # --- the sections ----------------------------------------------------------------------------------------------------
@@ -95,7 +111,7 @@ def _model(table: Table, migration: Migration) -> None:
         table.apply(name, lambda value: migration.set("model.path", migration.place(value)))
     if table.values.get("dtype") in ("bfloat16", "float32"):
         migration.set("model.dtype", table.take("dtype"))
-    table.leave("dtype", "matmuls run in bfloat16 or float32")
+    table.leave("dtype", "model.dtype is bfloat16 or float32")
     if (kept := str(table.values.get("transformer_dtype", ""))).startswith("float8"):
         table.take("transformer_dtype")
         migration.set("model.quantize", "fp8")
@@ -111,40 +127,42 @@ def _mode(table: Table, migration: Migration) -> None:
     if table.values.get("mode") == "pair":
         table.take("mode")
         migration.pair = True
-    table.leave("mode", "a data set is of pairs or of single videos; only `pair` is told by a mode")
+    table.leave("mode", "mode is `pair` or absent; without it a data set has single videos")
 
 
 def _adapter(table: Table, migration: Migration, *, given: bool) -> None:
     migration.set("lora.enabled", given)
     if not given:
-        migration.notes.append("there is no [adapter], so the base itself is trained: lora.enabled is false")
+        migration.notes.append("there is no [adapter], so the whole base is trained: lora.enabled is false")
         if migration.config["model"].pop("quantize", None):
             migration.mapped -= 1
-            migration.leave("model.transformer_dtype", "float8", "a base that is trained itself is not quantized")
+            migration.leave("model.transformer_dtype", "float8", "a base that is trained cannot be quantized")
         return
     if table.values.get("type", "lora") == "lora":
         table.take("type")
-    table.leave("type", "there is LoRA alone, and it is used")
+    table.leave("type", "LoRA is the only adapter type, and is used")
     _every_linear(migration)
     table.apply("init_from_existing", lambda value: migration.set("lora.init_from", migration.place(value)))
     fused = table.values.get("fuse_adapters", [])
-    if all(isinstance(one, dict) and one.get("weight", 1.0) == 1.0 and "path" in one for one in fused):
+    if isinstance(fused, list) and all(
+        isinstance(one, dict) and one.get("weight", 1.0) == 1.0 and "path" in one for one in fused
+    ):
         table.apply(
             "fuse_adapters", lambda ones: migration.set("model.fuse", [migration.place(o["path"]) for o in ones])
         )
-    table.leave("fuse_adapters", "model.fuse adds adapters with weight 1")
+    table.leave("fuse_adapters", "model.fuse adds adapters with weight 1 only")
     if "alpha" not in table.values and migration.pair:
         migration.notes.append(
-            "without adapter.alpha the scale here is 1, that of the published TransPixeler adapters 1/rank: take its "
-            "rates of 1e-3 with lora.alpha: 1.0, or a lower rate"
+            "without adapter.alpha the LoRA scale is 1 here; published TransPixeler adapters have 1/rank. To use their "
+            "rate of 1e-3, set lora.alpha: 1.0; else lower the rate"
         )
     table.finish()
 
 
 def _every_linear(migration: Migration) -> None:
-    """Of a block, as there; on the text no adapter acts that belongs to some streams."""
+    """Adapt every linear of a block, as there, but not those that read the text when the scope is aux."""
     if migration.pair:
-        migration.notes.append("cross_attn.k and .v, which act on the text, are not adapted: lora.scope is aux")
+        migration.notes.append("cross_attn.k and .v, which read the text, are not adapted, because lora.scope is aux")
         return
     migration.set("lora.scope", "all")
     migration.set("lora.targets", [*LoraConfig().targets, "cross_attn.k", "cross_attn.v"])
@@ -157,9 +175,11 @@ def _optimizer(table: Table, migration: Migration) -> None:
         table.take("type")
         migration.set("optim.name", known)
         if ours := [f"optim.{name} {getattr(OptimConfig(), name)}" for name in BY_CLASS if name not in table.values]:
-            migration.notes.append(f"[optimizer] leaves out what its class set; here it is {', '.join(ours)}")
+            migration.notes.append(
+                f"[optimizer] leaves out values that its class set there; here they are {', '.join(ours)}"
+            )
     elif kind:
-        table.leave("type", "no such optimizer here: optim.name takes any importable module.Class; adamw is set")
+        table.leave("type", "not built in here; adamw is set (optim.name also takes any importable module.Class)")
         for name in list(table.values):
             table.leave(name, f"belongs to {kind}")
     table.finish()
@@ -173,7 +193,7 @@ def _monitoring(table: Table, migration: Migration) -> None:
 
 
 def _batch(table: Table, migration: Migration) -> None:
-    """What is said per GPU becomes one number for all."""
+    """Turn batch sizes per GPU into one for all GPUs."""
 
     def images(value: int) -> None:
         migration.set("data.buckets", [{"size": [0, 0, 1], "micro_batch": int(value)}])
@@ -181,20 +201,24 @@ def _batch(table: Table, migration: Migration) -> None:
     micro = table.take("micro_batch_size_per_gpu", 1)
     if isinstance(micro, list):
         migration.mapped -= 1
-        migration.leave("micro_batch_size_per_gpu", micro, "the least is taken for all; data.buckets has more by size")
-        micro = min((int(pair[1]) for pair in micro), default=1)
+        migration.leave(
+            "micro_batch_size_per_gpu", micro, "the smallest is used for all; data.buckets can set it by size"
+        )
+        if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int) for pair in micro):
+            raise UserError(f"{table.where}: micro_batch_size_per_gpu = {micro!r} is not a number or a list of pairs")
+        micro = min((pair[1] for pair in micro), default=1)
     stages = table.values.get("pipeline_stages", 1)
     gpus = migration.gpus or stages
     accumulated = table.take("gradient_accumulation_steps", 1)
     if not all(isinstance(n, int) and n > 0 for n in (micro, stages, accumulated, gpus)) or gpus % stages:
-        raise UserError(f"--gpus: {gpus} GPUs hold no whole number of pipelines of {stages}")
+        raise UserError(f"--gpus: {gpus} GPUs do not divide into pipelines of {stages} stages")
     migration.set("train.micro_batch", micro)
     migration.set("train.global_batch", micro * accumulated * (gpus // stages))
     table.apply("image_micro_batch_size_per_gpu", images)
 
 
 def _rhythm(table: Table, migration: Migration) -> None:
-    """A rhythm that is given stands alone: our own default one is switched off."""
+    """Convert intervals; a given one switches our default interval off."""
     for name, key in EXAMPLES.items():
         batch = migration.get("train.global_batch")
         table.apply(name, lambda value, key=key, batch=batch: migration.set(key, max(1, round(value / batch))))
@@ -214,14 +238,14 @@ def _memory(table: Table, migration: Migration) -> None:
     modes = {True: "full", False: "none", "unsloth": "offload"}
     table.apply("activation_checkpointing", lambda value: _known(modes, value, "parallel.recompute", migration))
     if migration.get("parallel.recompute") == "offload" and table.values.get("compile"):
-        table.leave("compile", "does not go with parallel.recompute: offload, which is what unsloth has become")
+        table.leave("compile", "cannot be combined with parallel.recompute: offload, which replaces unsloth")
     table.apply("compile", lambda value: migration.set("parallel.compile", "on" if value else "off"))
     if table.values.get("partition_method") == "parameters":
-        table.take("partition_method")  # balanced is what an empty parallel.split is
+        table.take("partition_method")  # an empty parallel.split is balanced too
     table.leave("partition_method", "parallel.split gives the blocks of each stage")
     if "blocks_to_swap" in table.values:
         migration.set("parallel.offload", bool(table.take("blocks_to_swap")))
-        migration.notes.append("blocks_to_swap has become parallel.offload, which streams all blocks from host memory")
+        migration.notes.append("blocks_to_swap is now parallel.offload, which streams all blocks from host memory")
     if table.values.get("lr_scheduler") not in (None, "constant", "linear", "cosine"):
         table.leave("lr_scheduler", "optim.schedule is constant, linear or cosine")
 
@@ -240,11 +264,14 @@ def _data(train: Table, arguments: argparse.Namespace, migration: Migration) -> 
     train.apply("output_dir", lambda value: migration.set("output_dir", str((migration.root / value).resolve())))
     named = train.take("dataset")
     if arguments.dataset is None and not isinstance(named, str):
-        raise UserError(f"{train.where}: names no dataset; give its TOML with --dataset")
+        raise UserError(f"{train.where}: names no dataset; name its TOML with --dataset")
     sources = _dataset(arguments.dataset or _found(named, arguments, "dataset"), migration, name="")
     migration.set("data.train", sources)
     held_out = []
-    for entry in train.take("eval_datasets", []):
+    entries = train.take("eval_datasets", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, str | dict) for entry in entries):
+        raise UserError(f"{train.where}: eval_datasets = {entries!r} is not a list of files or tables")
+    for entry in entries:
         entry = {"config": entry} if isinstance(entry, str) else entry
         path = _found(str(entry.get("config", "")), arguments, "eval_datasets")
         held_out += _dataset(path, migration, name=str(entry.get("name", path.stem)))
@@ -252,24 +279,24 @@ def _data(train: Table, arguments: argparse.Namespace, migration: Migration) -> 
         migration.set("data.eval", held_out)
     migration.set("streams", {"rgb": "", "seg": "_seg"} if migration.pair else {"rgb": ""})
     migration.set("data.upscale", True)
-    migration.notes.append("data.upscale is true, as every clip was scaled to its bucket; false drops smaller ones")
+    migration.notes.append("data.upscale is true, because every clip was scaled there; false drops smaller clips")
 
 
 def _found(value: str, arguments: argparse.Namespace, key: str) -> Path:
-    """As the training saw it, or beside the training TOML."""
+    """Return a file relative to the training folder or to the training TOML."""
     toml = arguments.toml.resolve()
     for folder in (arguments.root, toml.parent, toml.parent.parent):
-        if value and (folder / value).is_file():
+        if value and os.path.isfile(folder / value):  # noqa: PTH113  false for a name that is too long; Path raises
             return folder / value
-    raise UserError(f"{arguments.toml}: {key} names {value!r}, which is not there; set --root, or give --dataset")
+    raise UserError(f"{arguments.toml}: {key} names {value!r}, which does not exist; set --root or --dataset")
 
 
 def _dataset(path: Path, migration: Migration, *, name: str) -> list[dict[str, Value]]:
-    """Its sources; what it says for all goes to `data` for training, to each source for an eval set."""
+    """Return a dataset's sources; its common settings go to `data`, or for an eval set to each source."""
     values = _toml(path)
     folders = values.pop("directory", [])
     if not isinstance(folders, list) or not folders or not all(isinstance(folder, dict) for folder in folders):
-        raise UserError(f"{path}: holds no [[directory]]")
+        raise UserError(f"{path}: has no [[directory]]")
     table = Table(values, str(path), f"{path.name}: ", migration)
     common = _shape(table, migration)
     _aspect(table, migration, held_out=bool(name), sized="sizes" in common)
@@ -293,13 +320,13 @@ def _source(table: Table, migration: Migration, *, name: str) -> dict[str, Value
     table.apply("num_repeats", lambda value: source.update(repeats=max(1, round(value))))
     source |= _shape(table, migration)
     for key in ("enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets", "ar_buckets"):
-        table.leave(key, "shapes are the same for all sources: data.aspect_…")
+        table.leave(key, "all sources have the same shapes: data.aspect_…")
     table.finish(same=False)
     return source
 
 
 def _shape(table: Table, migration: Migration) -> dict[str, Value]:
-    """Sizes, lengths and the clip mode, which stand for all sources or for one."""
+    """Return sizes, lengths and the clip mode, which apply to all sources or to one."""
     shape: dict[str, Value] = {}
     _mode(table, migration)
     table.apply("resolutions", lambda value: shape.update(resolutions=[_size(one) for one in value]))
@@ -314,7 +341,7 @@ def _size(value: Value) -> int | list[int]:
 
 
 def _length(frames: int) -> int:
-    """The longest of 4k+1 frames that fits; a length is never rounded up to one that clips do not fill."""
+    """Round a length down to 4k+1 frames; rounded up, clips would not fill it."""
     if frames < 1:
         raise ValueError(frames)
     return (int(frames) - 1) // 4 * 4 + 1
@@ -324,13 +351,13 @@ def _aspect(table: Table, migration: Migration, *, held_out: bool, sized: bool) 
     names = {"min_ar": "aspect_min", "max_ar": "aspect_max", "num_ar_buckets": "aspect_count"}
     if held_out:
         for name in (*names, "enable_ar_bucket", "ar_buckets"):
-            table.leave(name, "an eval set has the shapes of the training set: data.aspect_…")
+            table.leave(name, "eval sets have the training set's shapes: data.aspect_…")
         return
     if not table.take("enable_ar_bucket", False) and not sized:
         migration.set("data.aspect_ratios", [1.0])
         migration.notes.append("without enable_ar_bucket every clip became a square, so data.aspect_ratios is [1.0]")
         for name in (*names, "ar_buckets"):
-            table.leave(name, "it was of no effect without enable_ar_bucket")
+            table.leave(name, "it had no effect without enable_ar_bucket")
     for name, ours in names.items():
         table.apply(name, lambda value, ours=ours: migration.set(f"data.{ours}", value))
     table.apply("ar_buckets", lambda value: migration.set("data.aspect_ratios", [_ratio(one) for one in value]))

@@ -1,9 +1,10 @@
-"""What the keys of a diffusion-pipe or TransPixeler TOML are called here, and the book that `migrate.py` keeps."""
+"""Map the keys of a diffusion-pipe or TransPixeler TOML to ours, and record what `migrate.py` carries over."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,9 +49,9 @@ SAME = {
     "optimizer.weight_decay": "optim.weight_decay",
     "optimizer.momentum": "optim.momentum",
 }
-# ours → what holds there where the TOML says nothing, and another value would here
+# our key → the other program's default, where ours differs
 UNSAID = {"optim.warmup_steps": 0, "objective.caption_dropout": 0.0, "data.frames": [1]}
-BY_CLASS = ("betas", "eps", "weight_decay")  # of an optimizer; each class there has its own
+BY_CLASS = ("betas", "eps", "weight_decay")  # keys whose default depends on the optimizer class there
 EXAMPLES = {"eval_every_n_examples": "eval.every_steps", "save_every_n_examples": "save.every_steps"}
 OPTIMIZERS = {
     "adamw": "adamw",
@@ -62,48 +63,48 @@ OPTIMIZERS = {
     "muon": "muon",
 }
 
-_EVAL = "an evaluation here does not depend on the batch"
-_CAPTIONS = "captions are taken as they stand in their files; change them there"
-_SIDE = "the encoders and the VAE are read from model.path, in the diffusers or the original layout"
-_DTYPE = "trained weights and what is saved of them are fp32"
-_HUB = "the Hub is written to with `transpixeler push`"
-# TOML key → why it has no counterpart
+_EVAL = "evaluation here does not depend on the batch size"
+_CAPTIONS = "captions are used as their files say; change the files"
+_SIDE = "the encoders and the VAE are read from model.path, in the diffusers or original layout"
+_DTYPE = "trained weights are kept and saved in fp32"
+_HUB = "use `transpixeler push`, or the key hub.repo"
+# TOML key → why it has no counterpart here
 ABSENT = {
-    "pseudo_huber_c": "the loss is the mean square of the velocity's error",
+    "pseudo_huber_c": "the loss is always the mean squared error of the velocity",
     "eval_micro_batch_size_per_gpu": _EVAL,
     "image_eval_micro_batch_size_per_gpu": _EVAL,
     "eval_gradient_accumulation_steps": _EVAL,
-    "disable_block_swap_for_eval": "offloading holds for evaluation too",
-    "reentrant_activation_checkpointing": "recomputation here is not reentrant, also with a pipeline",
-    "partition_split": "its layers count what comes before and after the blocks; parallel.split takes blocks a stage",
+    "disable_block_swap_for_eval": "offloading applies to evaluation too",
+    "reentrant_activation_checkpointing": "recomputation is never reentrant, also in a pipeline",
+    "partition_split": "it also counts layers outside the blocks; parallel.split gives the blocks of each stage",
     "save_dtype": _DTYPE,
-    "caching_batch_size": "the cache chooses its batches itself",
-    "steps_per_print": "metrics.jsonl has every step; log.every_steps thins TensorBoard alone",
-    "x_axis_examples": "metrics are told by step",
+    "caching_batch_size": "the cache chooses its batch sizes",
+    "steps_per_print": "metrics.jsonl has every step; log.every_steps thins out TensorBoard only",
+    "x_axis_examples": "metrics are plotted by step",
     "huggingface_repo": _HUB,
     "upload_hf_from_epoch": _HUB,
-    "model.transformer_path": "model.path takes one place: a folder, or one file that holds the whole model",
+    "model.transformer_path": "model.path is one folder, or one file with the whole model",
     "model.llm_path": _SIDE,
     "model.vae_path": _SIDE,
-    "model.flux_shift": "objective.shift is one number, the same for all sizes",
+    "model.flux_shift": "objective.shift is one number for all sizes",
     "adapter.dtype": _DTYPE,
-    "adapter.decompose_factor": "there is LoRA alone",
-    "optimizer.stabilize": "fp32 parameters need no compensation for bf16",
-    "optimizer.gradient_release": "gradients are kept for the norm; adamw8bit and parallel.offload save memory",
-    "monitoring.wandb_api_key": "a secret: set WANDB_API_KEY in the environment",
-    "monitoring.wandb_run_name": "runs are named by run_name, or by date and time",
+    "adapter.decompose_factor": "LoRA is the only adapter type",
+    "optimizer.stabilize": "parameters are fp32 and need no bf16 compensation",
+    "optimizer.gradient_release": "gradient clipping needs all gradients; adamw8bit and parallel.offload save memory",
+    "monitoring.wandb_api_key": "set WANDB_API_KEY in the environment instead",
+    "monitoring.wandb_run_name": "run_name names the run; by default it is the date and time",
     "cache_shuffle_num": _CAPTIONS,
     "cache_shuffle_delimiter": _CAPTIONS,
     "shuffle_tags": _CAPTIONS,
     "caption_prefix": _CAPTIONS,
-    "skip_empty_caption": "a sample without a caption is left out and named",
-    "mask_path": "the loss is taken over the whole picture; objective.stream_weights weighs streams",
-    "control_path": "there are no editing pairs; a companion of a stream is NAME_seg",
+    "skip_empty_caption": "samples without a caption are always left out, and listed",
+    "mask_path": "the loss covers the whole frame; objective.stream_weights weighs streams",
+    "control_path": "there are no editing pairs; the second stream of a pair is NAME_seg",
 }
 
 
 class Migration:
-    """The config as it grows, and what was not carried over, with its reason."""
+    """The config as it is built, and the keys that were not carried over, with reasons."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.config: dict[str, Any] = {}
@@ -115,6 +116,7 @@ class Migration:
         self.mapped = 0
 
     def set(self, key: str, value: Value) -> None:
+        """Set a dotted key of the config."""
         *sections, last = key.split(".")
         level = self.config
         for section in sections:
@@ -122,52 +124,57 @@ class Migration:
         level[last] = value
 
     def get(self, key: str, default: Value = None) -> Value:
+        """Return the value of a dotted key, or the default."""
         level: Any = self.config
         for name in key.split("."):
             level = level.get(name, {}) if isinstance(level, dict) else {}
         return default if level == {} else level
 
     def leave(self, key: str, value: Value, why: str) -> None:
+        """Record a key that is not carried over; secrets are not shown."""
         shown = (
             "(hidden)" if SECRET.search(key.rpartition(": ")[2]) else json.dumps(value, ensure_ascii=False, default=str)
         )
         self.left_out.append((f"{key} = {shown}", why))
 
     def place(self, value: str) -> str:
-        """A path as the training saw it, or a Hub id as it is."""
+        """Return a path relative to the training folder, or a Hub id unchanged."""
         there = self.root / Path(value).expanduser()
-        return str(there.resolve()) if there.exists() or Path(value).is_absolute() else value
+        found = os.path.exists(there)  # noqa: PTH110  false for a name that is too long; Path.exists raises
+        return str(there.resolve()) if found or Path(value).is_absolute() else value
 
 
 class Table:
-    """A TOML table whose every key is taken, or left over and named."""
+    """A TOML table in which every key is either carried over or recorded with a reason."""
 
     def __init__(self, values: Mapping[str, Value], where: str, prefix: str, migration: Migration) -> None:
         self.values, self.where, self.prefix, self.migration = dict(values), where, prefix, migration
 
     def take(self, name: str, default: Value = None) -> Value:
+        """Remove and return a key's value, and count it as carried over."""
         self.migration.mapped += name in self.values
         return self.values.pop(name, default)
 
     def apply(self, name: str, change: Callable[[Value], None]) -> None:
-        """`change` with the key's value, if it is there; what is wrong with it names the key."""
+        """Call `change` with a key's value, if it is there; an error of `change` becomes one that names the key."""
         if name not in self.values:
             return
         value = self.take(name)
         try:
             change(value)
-        except (TypeError, ValueError, ArithmeticError, AttributeError):
-            raise UserError(f"{self.where}: {self.prefix}{name} = {value!r} is not what this key takes") from None
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError):
+            raise UserError(f"{self.where}: {self.prefix}{name} = {value!r} is not a value for this key") from None
 
     def leave(self, name: str, why: str) -> None:
+        """Record a key, if it is there, as not carried over."""
         if name in self.values:
             self.migration.leave(f"{self.prefix}{name}", self.values.pop(name), why)
 
     def finish(self, *, same: bool = True) -> None:
-        """What has the same meaning is carried over, everything else is named."""
+        """Carry over the remaining keys that mean the same here, and record all others."""
         for name in list(self.values):
             key = f"{self.prefix}{name}"
             if same and key in SAME:
                 self.migration.set(SAME[key], self.take(name))
             else:
-                self.leave(name, ABSENT.get(key) or ABSENT.get(name) or f"not a key that is known ({self.where})")
+                self.leave(name, ABSENT.get(key) or ABSENT.get(name) or f"an unknown key ({self.where})")

@@ -1,7 +1,7 @@
-"""Makes the demo's weights from nothing: a tiny Wan VAE, text encoder and transformer that really learned.
+"""Make the demo's weights from nothing: a tiny trained Wan VAE and transformer, and a random text encoder.
 
 The VAE learns on rendered scenes. The text encoder stays as its seed made it: each word of the captions is a token of
-its own, so that random features already tell the captions apart, and the figures say how well. The transformer is
+its own, so that random features already tell the captions apart; the figures say how well. The transformer is
 trained as an RGB text-to-video model by `transpixeler train`, in full, on clips that hold no alpha. Then everything is
 measured on captions that no training clip has, and written as bf16 with a model card.
 
@@ -35,23 +35,33 @@ from torch import Tensor, nn
 
 from transpixeler import configfile
 from transpixeler.config import UserError
-from transpixeler.demo import write as demo_folder
-from transpixeler.demo.model import ASSETS, SCALES, Parts, measure_latents, random_parts, trained_parts, write_pipeline
+from transpixeler.demo.model import (
+    ASSETS,
+    LATENT_SCALES,
+    Parts,
+    measure_latents,
+    random_parts,
+    trained_parts,
+    write_pipeline,
+)
 from transpixeler.demo.scenes import Attributes, Format, all_attributes, scenes
+from transpixeler.demo.write import CONFIG as DEMO_CONFIG
+from transpixeler.demo.write import FORMATS as DEMO_FORMATS
+from transpixeler.demo.write import RECIPE, clip_names, write_rgb_clip
 from transpixeler.evaluation import metrics
 from transpixeler.files import whole, write_text
 from transpixeler.parallel.runtime import log_to_terminal, running
-from transpixeler.sampling import trained
+from transpixeler.sampling.saves import base_model
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 log = logging.getLogger("transpixeler")
 
 SQUARE = Format(64, 64, 17, Fraction(16))
 STILL = Format(64, 64, 1, Fraction(16))
-FORMATS = (*(format for other in demo_folder.FORMATS for format in (SQUARE, other)), STILL, STILL)
-LIMIT = 8 * 2**20  # bytes of all weights
+FORMATS = (*(format for other in DEMO_FORMATS for format in (SQUARE, other)), STILL, STILL)
+MAX_BYTES = 8 * 2**20  # of all weights
 
 CARD = """\
 # The demo's tiny Wan
@@ -118,6 +128,7 @@ eval: {{every_epochs: 0, every_steps: 1000, before_first_step: false, times: [0.
 
 
 def main(argv: Sequence[str]) -> None:
+    """Do each part that is not there yet, and measure the whole."""
     arguments = _parser().parse_args(argv)
     log_to_terminal(0)
     out: Path = arguments.out
@@ -143,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _same_as_begun(out: Path, arguments: argparse.Namespace) -> None:
-    """What is there was made with the same numbers, or the card would tell of others."""
-    asked = {name: getattr(arguments, name) for name in ("seed", "clips")} | {"recipe": demo_folder.RECIPE}
+    """Refuse a folder that was begun with other numbers than these, which the card would tell."""
+    asked = {name: getattr(arguments, name) for name in ("seed", "clips")} | {"recipe": RECIPE}
     begun = out / "begun.json"
     made = json.loads(begun.read_text()) if begun.is_file() else asked
     for name, value in made.items():
@@ -166,7 +177,7 @@ def _vae_weights(out: Path, seed: int) -> None:
 
 
 def _base_model(out: Path, seed: int) -> None:
-    """What the transformer starts from: a pipeline with the trained VAE, and all else random."""
+    """Write the pipeline that the transformer starts from: the trained VAE, all else random."""
     if (out / "model").is_dir():
         return
     parts = random_parts(seed)
@@ -179,19 +190,24 @@ def _base_model(out: Path, seed: int) -> None:
 
 @torch.no_grad()
 def look_near(transformer: WanTransformer3DModel) -> None:
-    """Three in four heads begin by looking at what is near, as those of large models have learned to.
+    """Make three in four heads begin by looking at what is near, as those of large models have learned to.
 
     A constant in queries and keys, in the fastest pair of an axis's rotation, makes attention fall off along it: for
-    half of the heads in time, height and width, for a quarter in space alone. Every other one sees its place alone.
+    half of the heads in time, height and width, for a quarter in space alone. Every other of these sees little but its
+    own place.
     """
-    heads, size = transformer.config.num_attention_heads, transformer.config.attention_head_dim
-    side = 2 * (size // 6)  # of height and of width; time has the rest
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+    heads, size = transformer.config["num_attention_heads"], transformer.config["attention_head_dim"]
+    side = 2 * (size // 6)  # channels of height and of width; time has the rest
     time, height, width = 0, size - 2 * side, size - side
     for block, head in itertools.product(transformer.blocks, range(3 * heads // 4)):
         axes = (time, height, width) if head < heads // 2 else (height, width)
         places = [head * size + axis for axis in axes]
+        assert isinstance(block, WanTransformerBlock)
         attention = block.attn1
         for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
+            assert linear.bias is not None and norm.weight is not None
             linear.bias[places] = 3.0
             norm.weight[places] = 1.2 if head % 2 else 2.2
 
@@ -203,7 +219,9 @@ def _clips(out: Path, arguments: argparse.Namespace) -> None:
             log.info("%s: %d clips", folder, count)
             with whole(folder) as unfinished:
                 drawn = scenes(count, formats=FORMATS, held_out=part == "eval", seed=arguments.seed + 1)
-                demo_folder.write_rgb(unfinished, drawn)
+                unfinished.mkdir()
+                for name, scene in zip(clip_names(drawn), drawn):
+                    write_rgb_clip(unfinished, name, scene)
 
 
 def _train(out: Path, arguments: argparse.Namespace) -> None:
@@ -224,19 +242,19 @@ def _save(out: Path, steps: int) -> Path:
 
 
 def _deliver(out: Path, arguments: argparse.Namespace) -> None:
-    """Weights as bf16 and what they can do, measured on those very weights."""
-    from diffusers import WanPipeline
+    """Write the weights as bf16, and a card of what those very weights can do."""
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
     weights = out / "weights"
     weights.mkdir(exist_ok=True)
     model = WanPipeline.from_pretrained(out / "model")
     trained_transformer = type(model.transformer).from_pretrained(_save(out, arguments.steps) / "ema/transformer")
-    scales = json.dumps({name: list(model.vae.config[name]) for name in SCALES})  # one entry: several have no order
+    scales = json.dumps({name: list(model.vae.config[name]) for name in LATENT_SCALES})
     save_file(_halved(model.vae), weights / "vae.safetensors", metadata={"scales": scales})
     save_file(_halved(model.text_encoder), weights / "text_encoder.safetensors")
     save_file(_halved(trained_transformer), weights / "transformer.safetensors")
     size = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
-    assert size <= LIMIT, f"{size} bytes of weights, where {LIMIT} are the most"
+    assert size <= MAX_BYTES, f"{size} bytes of weights; {MAX_BYTES} are allowed"
     figures = {"bytes": size, **_figures(out, weights, arguments)}
     write_text(weights / "README.md", card(figures, arguments))
     if arguments.install:
@@ -251,19 +269,19 @@ def _figures(out: Path, weights: Path, arguments: argparse.Namespace) -> dict[st
     parts = trained_parts(weights)
     figures = _vae_figures(parts, arguments) | {"text_separation": text_separation(parts)}
     write_pipeline(out / "trained", parts)
-    write_text(out / "demo.yaml", demo_folder.CONFIG)
+    write_text(out / "demo.yaml", DEMO_CONFIG)
     alone = ["streams.seg=null", "lora.enabled=false", "objective.tasks={joint: 1.0, rgb_to_aux: null}"]
     config = configfile.load(out / "demo.yaml", [f"model.path={(out / 'trained').resolve()}", *alone])
     wanted = held_out_captions(arguments.captions)
     with running() as runtime:
-        videos = sample(trained.base(config), runtime, [attributes.caption for attributes in wanted])
+        videos = sample(base_model(config), runtime, [attributes.caption for attributes in wanted])
     rows = [follows(videos[n]["rgb"], attributes) for n, attributes in enumerate(wanted)]
     right = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return figures | right | {"color_and_direction": float(np.mean([all(row.values()) for row in rows]))}
 
 
 def _vae_figures(parts: Parts, arguments: argparse.Namespace) -> dict[str, float]:
-    """PSNR in dB of the round trip, mean over held-out clips."""
+    """Return the PSNR in dB of the round trip, the mean over held-out clips."""
     clips = scenes(arguments.captions, formats=SIZES, held_out=True, seed=arguments.seed + 2)
     originals = [view for scene in clips for view in views(scene)]
     pairs = zip(originals, round_trip(parts.vae, originals))
@@ -273,7 +291,7 @@ def _vae_figures(parts: Parts, arguments: argparse.Namespace) -> dict[str, float
 
 @torch.no_grad()
 def text_separation(parts: Parts) -> float:
-    """Share of held-out captions' attributes that a linear map of the mean token feature tells, learned on the rest."""
+    """Return the share of held-out attributes that a linear map, fitted on the rest, reads off the features."""
 
     def features(wanted: Sequence[Attributes]) -> Tensor:
         tokens = parts.tokenizer([a.caption for a in wanted], return_tensors="pt", padding=True)
@@ -292,16 +310,17 @@ def text_separation(parts: Parts) -> float:
 
 
 def card(figures: dict[str, float], arguments: argparse.Namespace) -> str:
+    """Return the model card."""
     return CARD.format(**figures, **vars(arguments))
 
 
 def _halved(module: nn.Module) -> dict[str, Tensor]:
-    """bf16; a tensor that two names share stands under the first."""
+    """Return the parameters as bf16; a tensor that two names share stands under the first."""
     return {name: p.detach().bfloat16().contiguous() for name, p in module.named_parameters()}
 
 
 def _rounded(module: nn.Module) -> None:
-    """To what bf16 holds, so that what is learned on these weights fits the file's."""
+    """Round parameters in place to bf16, so that what is learned on them fits the ones in the file."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(parameter.bfloat16())

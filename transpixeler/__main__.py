@@ -1,4 +1,4 @@
-"""`python -m transpixeler`."""
+"""Run the command line: `python -m transpixeler`."""
 
 from transpixeler.cli import main
 

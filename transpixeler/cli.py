@@ -1,29 +1,41 @@
-"""Command line in, one function a command, exit code out: 0 done, 1 a fault, 2 the user's input is wrong.
+"""Run one command: the command line in, an exit code out (0 done, 1 a fault, 2 the user's input is wrong).
 
-Argv and YAML enter here and nowhere else. Each command imports what it needs when it runs, so that `--help`
-and a misspelt key answer in a blink.
+These are the exit codes of a rank; torchrun itself reports them in its summary and always exits with 1.
+Each command imports what it needs when it runs, so that `--help` and a misspelt key answer without loading torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from transpixeler.arguments import make_parser
 from transpixeler.config import Config, Fault, UserError
+from transpixeler.files import printable
 
 if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
+    from transpixeler.parallel.runtime import Runtime
 
+SECONDS_FOR_MAIN = 5.0  # that other ranks leave rank 0 to tell an error
+# What a user can do about a file; the rest, such as a full disk, is no mistake in the input.
+MENDABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that argv names and return its exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return COMMANDS[arguments.command](arguments)
@@ -35,16 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Fault as fault:
         _say(str(fault))
         return 1
-    except KeyboardInterrupt:
-        print("transpixeler: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        _say_stopped(stop, arguments)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        _say(_disk_error(error))
+        return 2 if error.errno in MENDABLE else 1
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Overrides may stand anywhere after the command, between options too."""
+    """Parse argv; `key=value` may stand anywhere after the command, also between options."""
     parser = make_parser()
     arguments, left = parser.parse_known_args(_explicit_resume(argv))
     overrides = [word for word in left if "=" in word and not word.startswith("-")]
@@ -55,16 +72,37 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _disk_error(error: OSError) -> str:
+    """Return one line for an error of the file system, which names the file."""
+    said = error.strerror or str(error) or type(error).__name__
+    return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
+
+
 def _say(message: str) -> None:
-    """One line for all ranks: another one speaks only where the first has met no mistake."""
+    """Print one line for all ranks: other ranks are silent when rank 0 tells an error."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(2.0)  # torchrun ends this process first when rank 0 has said it
-    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{message}", file=sys.stderr)
+    if "torch" in sys.modules and "MASTER_ADDR" in os.environ:
+        from transpixeler.parallel import runtime
+
+        if runtime.main_tells(SECONDS_FOR_MAIN):
+            return
+    elif rank != "0":
+        time.sleep(SECONDS_FOR_MAIN)  # when rank 0 has met the same error, torchrun ends this process meanwhile
+    print(f"transpixeler: {f'[rank {rank}] ' if rank != '0' else ''}{printable(message)}", file=sys.stderr, flush=True)
+
+
+def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:
+    """Print that Ctrl-C ended the command and, for a training that was saved, the command that goes on with it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(f"transpixeler: {str(stop) or 'stopped'}", file=sys.stderr)
+    if run := getattr(stop, "run", None):
+        words = ["train", arguments.config, *arguments.overrides, "--resume", str(run)]
+        print(f"transpixeler: to go on: transpixeler {shlex.join(words)}", file=sys.stderr)
 
 
 def _explicit_resume(argv: Sequence[str]) -> list[str]:
-    """`--resume` may stand alone before the config or an override, without taking it for a run."""
+    """Write `--resume` before a config or an override as `--resume=`, so that argparse takes neither for the run."""
     words = list(argv)
     for i, word in enumerate(words[:-1]):
         following = words[i + 1]
@@ -79,12 +117,10 @@ def _explicit_resume(argv: Sequence[str]) -> list[str]:
 def _demo(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from transpixeler.demo import write as demo_folder
+    from transpixeler.demo.write import write_demo
 
     with _running():
-        demo_folder.write_demo(
-            Path(arguments.folder), seed=arguments.seed, depth=arguments.depth, force=arguments.force
-        )
+        write_demo(Path(arguments.folder), seed=arguments.seed, depth=arguments.depth, force=arguments.force)
     return 0
 
 
@@ -115,8 +151,9 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from transpixeler.training import trainer
+    from transpixeler.training import preflight, trainer
 
+    preflight.check_import(config, arguments.config, arguments.overrides)
     with _running(config) as runtime:
         folder = trainer.train(config, runtime, resume=arguments.resume)
         if runtime.is_main:
@@ -132,7 +169,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
     made = plan.make_plan(config, *plan.find_machine(config, **asked))
-    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else plan.text(made))
+    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else printable(plan.text(made)))
     return 0
 
 
@@ -141,17 +178,17 @@ def _push(arguments: argparse.Namespace) -> int:
 
     terms = hub.Terms(arguments.repo, private=not arguments.public, base=arguments.base, license=arguments.license)
     parcel = hub.pack(arguments.path, terms, ema=arguments.ema)
-    print(hub.listing(parcel) if arguments.dry_run else hub.push(parcel))
+    print(printable(hub.listing(parcel) if arguments.dry_run else hub.push(parcel)))
     return 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:
     from transpixeler.evaluation.command import eval_command
-    from transpixeler.sampling import trained
+    from transpixeler.sampling.saves import load_for_eval
 
     overrides = arguments.overrides
-    source = trained.chosen(
-        arguments.config, overrides, adapter=arguments.adapter, bare=arguments.base, ema=arguments.ema
+    source = load_for_eval(
+        arguments.config, overrides, adapter=arguments.adapter, base=arguments.base, ema=arguments.ema
     )
     with _running(source.config) as runtime:
         eval_command(source, runtime, out=arguments.out, asked_layout=_asks_layout(overrides))
@@ -162,12 +199,13 @@ def _sample(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     path, overrides = arguments.source, [*arguments.overrides, *_sample_overrides(arguments)]
-    if "=" in path and not Path(path).exists():  # no source but an override
+    if "=" in path and not Path(path).exists():  # an override in the place of the source
         path, overrides = "", [path, *overrides]
-    from transpixeler.sampling import generate, trained
+    from transpixeler.sampling.command import SampleOptions, sample_command
+    from transpixeler.sampling.saves import base_model_alone, load_saved
 
-    source = trained.find(path, overrides, ema=arguments.ema) if path else trained.base_alone(overrides)
-    wish = generate.Wish(
+    source = load_saved(path, overrides, ema=arguments.ema) if path else base_model_alone(overrides)
+    options = SampleOptions(
         prompts=tuple(arguments.prompt),
         prompts_file=arguments.prompts,
         count=arguments.count,
@@ -177,14 +215,14 @@ def _sample(arguments: argparse.Namespace) -> int:
         asked_layout=_asks_layout(overrides),
     )
     with _running(source.config) as runtime:
-        generate.sample_command(source, runtime, wish)
+        sample_command(source, runtime, options)
         if runtime.is_main:
-            print(wish.out)
+            print(printable(options.out))
     return 0
 
 
 def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Options that are keys of a config by another name."""
+    """Return the overrides that options such as --steps stand for."""
     keys = ("steps", "guidance", "shift", "seed", "scheduler", "alpha_mode", "background")
     found = [f"sample.{key}={getattr(arguments, key)}" for key in keys if getattr(arguments, key) is not None]
     if arguments.model:
@@ -194,7 +232,7 @@ def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.size:
         numbers = arguments.size.lower().split("x")
         if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
-            raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, such as 832x480x33")
+            raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, for example 832x480x33")
         found.append(f"sample.size=[{', '.join(numbers)}]")
     return found
 
@@ -212,27 +250,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.dataset.endswith((".yaml", ".yml")):
         config = configfile.load(arguments.dataset, arguments.overrides)
     else:
-        source = json.dumps(arguments.dataset, ensure_ascii=False)  # which YAML reads as it is
+        source = json.dumps(arguments.dataset, ensure_ascii=False)  # YAML reads a JSON text as it is
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
-    from transpixeler.publishing import inspection
+    from transpixeler.publishing.dataset import inspect_dataset
 
     sources = (*config.data.train, *config.data.eval)
     if not sources:
         raise UserError(f"data.train: {arguments.dataset} names no data; set it to a folder of pairs or a manifest")
-    found = inspection.inspect_dataset(
-        sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed
-    )
-    print("\n".join(found.lines()))
+    found = inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed)
+    print(printable("\n".join(found.lines())))
     return 2 if found.bad or not found.buckets else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from transpixeler.adapters import export
-    from transpixeler.sampling import trained
+    from transpixeler.sampling.saves import find_save
 
-    save, _ = trained.locate(arguments.path, ema=arguments.ema)
     made = export.export_command(
-        save,
+        find_save(arguments.path, ema=arguments.ema).path,
         format=arguments.format,
         out=arguments.out,
         base=arguments.base,
@@ -248,7 +283,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     from transpixeler.publishing import report
 
-    print(report.write_report(Path(arguments.run)))
+    print(printable(str(report.write_report(Path(arguments.run)))))
     return 0
 
 
@@ -275,7 +310,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     return configfile.load(arguments.config, arguments.overrides)
 
 
-def _running(config: Config | None = None):
+def _running(config: Config | None = None) -> AbstractContextManager[Runtime]:
     from transpixeler.parallel import runtime
 
     minutes = config.parallel.timeout_minutes if config else 10.0

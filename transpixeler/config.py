@@ -1,7 +1,7 @@
-"""What a user may set: one frozen dataclass a section, with its default and its limits.
+"""Define every key that a user can set: one frozen dataclass per section, with defaults and limits.
 
-YAML and the command line are read into these by `configfile`; nothing else makes them in production code.
-Torch is never imported here, so that a typo answers in a blink.
+`configfile` reads YAML and the command line into these. Torch is never imported here, so that an error in a config
+shows at once.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from typing import Annotated, Any, Literal, get_args
 
 
 class UserError(Exception):
-    """What the user can mend: printed as one line, exit code 2."""
+    """An error that the user can fix: printed as one line, exit code 2."""
 
 
 class Fault(Exception):
-    """What ends a command for a reason that is not in its input: printed as one line, exit code 1."""
+    """An error whose cause is not in the input: printed as one line, exit code 1."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Limits of a number, both ends included unless `open_low`."""
+    """Limits of a number; both ends are allowed unless `open_low`."""
 
     low: float = float("-inf")
     high: float = float("inf")
     open_low: bool = False
 
     def holds(self, value: float) -> bool:
+        """Return whether a value is within the limits."""
         return (value > self.low if self.open_low else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
@@ -39,13 +40,14 @@ class Range:
 
 
 class PathKind(enum.Enum):
-    """How a text that names a file is read: a local path only, or also a Hub id such as `user/name`."""
+    """Kind of a text that names a file: a local path, or a local path or Hub id such as `user/name`."""
 
     LOCAL = "local"
     HUB_OR_LOCAL = "hub"
 
 
-STREAM = re.compile(r"[A-Za-z][\w-]*")  # a name in files, parameters and headers
+STREAM = re.compile(r"[A-Za-z][\w-]*")  # becomes part of file names, parameter names and headers
+NAME_BYTES = 255  # the most that file systems take for one name
 REPO = re.compile(r"[\w.-]+/[\w.-]+")  # a Hub id
 LocalPath = Annotated[str, PathKind.LOCAL]
 HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
@@ -59,7 +61,7 @@ Beta = Annotated[float, Range(0, 0.999999)]
 Resolution = int | tuple[int, int]  # the side of a square of the same area, or [width, height]
 Size = tuple[int, int, int]  # [width, height, frames]
 SampleFormat = Literal["mov", "webm", "png", "png16", "checkerboard", "composite"]
-BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # of a sample's files
+BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # names that a sample's other files take
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class BucketRule:
-    """What holds for the buckets of one size: [width, height, frames], 0 for any."""
+    """Settings for the buckets of one size: [width, height, frames], 0 for any."""
 
     size: Size
     micro_batch: Count | None = None
@@ -158,7 +160,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Another rate or decay for the parameters whose name matches a pattern."""
+    """Learning rate or weight decay for parameters whose name matches a pattern."""
 
     pattern: str
     lr: NonNegative | None = None
@@ -192,6 +194,7 @@ class TrainConfig:
     micro_batch: Count = 1
     micro_tokens: Natural = 0
     nonfinite_limit: Count = 5
+    allow_changed: tuple[Literal["base", "data"], ...] = ()
     gc_every: Count = 50
 
 
@@ -290,11 +293,12 @@ class Config:
 
     @property
     def quantized(self) -> bool:
+        """Return whether the base is held in eight bits."""
         return self.model.quantize != "none"
 
 
 def faults(config: Config) -> Iterator[tuple[str, str]]:
-    """What no single key shows: (key, what is wrong and what to do)."""
+    """Yield what the types and limits of single keys cannot show: (key, what is wrong and what to do)."""
     yield from _stream_faults(config)
     yield from _data_faults(config.data)
     yield from _training_faults(config)
@@ -305,44 +309,45 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
         ("model.trainable", not config.model.trainable and not config.lora.enabled),
     ):
         if empty:
-            yield key, "an empty list leaves nothing to work on; leave the key out for its default"
+            yield key, "the list is empty; leave the key out to use the default"
     if "composite" in config.sample.formats and len(config.streams) > 1 and not config.sample.background:
-        yield "sample.background", "set it to a picture or video, which the format composite lays samples over"
-    if set("/\\") & set(config.run_name) or config.run_name in (".", "..", "latest"):
-        yield "run_name", f"{config.run_name!r} is no plain name for a folder in output_dir"
+        yield "sample.background", "set it to an image or a video: the format composite puts samples on top of it"
+    odd = any(letter in "/\\" or not letter.isprintable() for letter in config.run_name)
+    if odd or config.run_name in (".", "..", "latest") or len(config.run_name.encode(errors="replace")) > NAME_BYTES:
+        yield "run_name", f"{config.run_name!r} is not a plain folder name; runs are folders inside output_dir"
     if config.hub.repo and not REPO.fullmatch(config.hub.repo):
-        yield "hub.repo", f"{config.hub.repo!r} is no Hub id; write it as user/name"
+        yield "hub.repo", f"{config.hub.repo!r} is not a Hub id; write it as user/name"
 
 
 def _stream_faults(config: Config) -> Iterator[tuple[str, str]]:
     streams, scope = config.streams, config.lora.scope
     if not streams or next(iter(streams.values())) != "":
-        yield "streams", 'the first stream has no suffix, as in {rgb: "", seg: "_seg"}'
+        yield "streams", 'the first stream must have the suffix "", as in {rgb: "", seg: "_seg"}'
     if len(set(streams.values())) != len(streams):
-        yield "streams", "two streams have the same suffix, so they would read the same files"
+        yield "streams", "two streams have the same suffix and would read the same files"
     for name in streams:
         if not STREAM.fullmatch(name):
-            yield "streams", f"{name!r} is no name for a stream; take letters, digits, _ and -, a letter first"
+            yield "streams", f"{name!r} is not a stream name; use letters, digits, _ and -, starting with a letter"
         if name in BESIDE_STREAMS:
-            yield "streams", f"{name!r} is what another file of a sample is called; choose another name"
+            yield "streams", f"{name!r} is the name of another file of a sample; choose another name"
     if config.lora.enabled and scope == "aux" and len(streams) == 1:
-        yield "lora.scope", "with one stream there is no aux stream to adapt; set lora.scope=all"
+        yield "lora.scope", "there is only one stream, so none is aux; set lora.scope=all"
     for name in () if isinstance(scope, str) else scope:
         if name not in streams:
             yield "lora.scope", f"{name!r} is not a stream; streams are {', '.join(streams)}"
     for name in config.objective.stream_weights:
         if name not in streams:
-            yield f"objective.stream_weights.{name}", f"not a stream; streams are {', '.join(streams)}"
+            yield f"objective.stream_weights.{name}", f"is not a stream; streams are {', '.join(streams)}"
 
 
 def _data_faults(data: DataConfig) -> Iterator[tuple[str, str]]:
     for key, frames in _of_all_sources(data, "frames"):
         if frames < 1 or frames % 4 != 1:
-            yield key, f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), which the video model needs"
+            yield key, f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), as the video model requires"
     for key, resolution in _of_all_sources(data, "resolutions"):
         least = resolution if isinstance(resolution, int) else min(resolution)
         if least < 16:
-            yield key, f"{least} is no side of a picture; 16 pixels are the least"
+            yield key, f"{least} is too small for a side; the least is 16 pixels"
     if data.aspect_min > data.aspect_max:
         yield "data.aspect_min", f"must not be above data.aspect_max ({data.aspect_max:g})"
 
@@ -352,22 +357,22 @@ def _training_faults(config: Config) -> Iterator[tuple[str, str]]:
     if objective.t_min >= objective.t_max:
         yield "objective.t_min", f"must be below objective.t_max ({objective.t_max:g})"
     if sum(objective.tasks.values()) <= 0:
-        yield "objective.tasks", "at least one task needs a weight above zero, as in {joint: 1.0}"
+        yield "objective.tasks", "give at least one task a weight above zero, as in {joint: 1.0}"
     if config.quantized and not lora.enabled:
-        yield "model.quantize", "a quantized base cannot be trained in full: set lora.enabled=true, or none here"
+        yield "model.quantize", "a quantized base cannot be fully fine-tuned: set lora.enabled=true, or none here"
     if lora.init_from and not lora.enabled:
         yield (
             "lora.init_from",
-            "an adapter cannot start where lora.enabled is false; to add it for good, use model.fuse",
+            "no adapter is trained while lora.enabled is false; to add an adapter to the base, use model.fuse",
         )
     if optim.groups and not optim.lr:
-        yield "optim.lr", "0 keeps the groups' rates at 0 too, as they follow its curve; set it above 0"
+        yield "optim.lr", "0 also keeps the rates in optim.groups at 0, which follow the same schedule; set it above 0"
     if optim.lr_min > optim.lr:
         yield "optim.lr_min", f"must not be above optim.lr ({optim.lr:g})"
 
 
 def _of_all_sources(data: DataConfig, name: str) -> Iterator[tuple[str, Any]]:
-    """(key, value) of each entry of a list that a source may have of its own."""
+    """Yield (key, value) for each entry of a list that a single source may also set."""
     lists = {f"data.{name}": getattr(data, name)}
     for part, sources in (("train", data.train), ("eval", data.eval)):
         lists |= {f"data.{part}.{i}.{name}": getattr(source, name) or () for i, source in enumerate(sources)}

@@ -1,22 +1,28 @@
-"""A path in, a file or folder under it that nobody, on this machine or another, ever sees half-written."""
+"""Write files and folders so that nobody, on this machine or another, ever sees them half-written."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import stat
+import tempfile
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from transpixeler.config import Fault, UserError
 
 
 @contextmanager
 def whole(path: Path, *, synced: bool = False) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under.
+    """Yield a temporary name beside `path`; what is written there replaces `path`, or is removed on an error.
 
-    When all went well it takes the name from what had it; when not, it is removed. `synced`: a file is on the disk
-    before that, so that it outlives a power cut.
+    synced: fsync the file before it gets its name, so that it survives a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = uuid.uuid4().hex[:12]
@@ -38,7 +44,7 @@ def whole(path: Path, *, synced: bool = False) -> Iterator[Path]:
 
 
 def _admit(made: Path, plain: Path) -> None:
-    """Safetensors leaves its files to their owner alone; they get the mode of any new file here, such as `plain`."""
+    """Give safetensors' files, which only their owner may read, the mode that a new file such as `plain` gets."""
     closed = [file for file in (made, *made.rglob("*")) if file.lstat().st_mode == stat.S_IFREG | 0o600]
     if closed:
         plain.touch()
@@ -47,7 +53,7 @@ def _admit(made: Path, plain: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that says it already is not touched. Names that are no UTF-8 stand as their bytes."""
+    """Write a text file whole and synced, if it does not hold the text yet; file names in it need not be UTF-8."""
     content = text.encode("utf-8", errors="surrogateescape")
     if path.is_file() and path.read_bytes() == content:
         return
@@ -55,8 +61,51 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_bytes(content)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; name a file that is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged, holds no JSON object")
+    return content
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: control characters, which could act on it, and broken ones are shown as escapes."""
+    acts = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        c.encode("unicode_escape").decode() if c not in "\n\t" and unicodedata.category(c) in acts else c for c in text
+    )
+
+
+# The place cannot be written at all; any other error is one that comes while writing, such as a full disk.
+_NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def writing_to(place: Path, option: str) -> Iterator[None]:
+    """Turn an error of writing below `place` into one line; `option` says where the user named the place."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _NO_PLACE:
+            raise UserError(f"{option}: {place} cannot be written: {reason}; name another place") from error
+        raise Fault(f"{option}: writing to {place} failed: {reason}") from error
+
+
+def check_place(place: Path, option: str) -> None:
+    """Refuse a folder that cannot be written, before there is work to lose."""
+    with writing_to(place, option):
+        there = next(part for part in (place, *place.absolute().parents) if part.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+
 def sync(path: Path) -> None:
-    """A file's bytes, or what was renamed or made in a folder, outlive a power cut."""
+    """Fsync a file's bytes, or a folder's new and renamed entries, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

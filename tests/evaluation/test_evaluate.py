@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,21 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.support.ranks import run_ranks
 from transpixeler import cli, configfile
-from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.config import Config
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.write import write_png
 from transpixeler.data.order import make_order
-from transpixeler.evaluation import command, heldout
+from transpixeler.evaluation import clips, heldout, losses
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
+from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint, telemetry
-from transpixeler.sampling import trained
+from transpixeler.runs import checkpoint
+from transpixeler.sampling.model import open_engine
+from transpixeler.sampling.saves import load_saved
 from transpixeler.training import trainer
-from transpixeler.training.evaluation import due_at
+from transpixeler.training.schedule import Schedule
 
 
 def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
@@ -42,19 +42,19 @@ def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], twin: str) -> heldout.Losses:
+def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], twin: str) -> losses.Losses:
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    source = trained.find(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
+    source = load_saved(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
     data = encode_missing(source.config, WanModel, runtime)
     if twin == "noise of the rank":
         draw = objective.draw_noise
         objective.draw_noise = lambda elements, *key: draw(elements, *key, rank)
     mesh = meshes.build(meshes.resolve(source.config.parallel, world_size), runtime)
-    engine = trained.open_engine(source, mesh)
-    return heldout.Evaluator(source.config, runtime, mesh, engine, data.eval).losses()
+    engine = open_engine(source, mesh)
+    return heldout.Evaluator(source.config, runtime, engine, data.eval).losses()
 
 
-def difference(one: heldout.Losses, other: heldout.Losses) -> float:
+def difference(one: losses.Losses, other: losses.Losses) -> float:
     assert [*one] == [*other] and all([*one[name]] == [*other[name]] for name in one)
     return max(
         abs(value - other[name][stream][t])
@@ -65,7 +65,7 @@ def difference(one: heldout.Losses, other: heldout.Losses) -> float:
 
 
 @pytest.fixture(scope="module")
-def alone(run: Path) -> heldout.Losses:
+def alone(run: Path) -> losses.Losses:
     return run_ranks(_losses, 1, run, (), "")[0]
 
 
@@ -74,17 +74,17 @@ def alone(run: Path) -> heldout.Losses:
     [(4, layout(2, 1, 2)), (4, layout(1, 4, 1)), (1, ("eval.micro_batch=3",)), (1, ("train.global_batch=1",))],
 )
 def test_losses_are_the_same_on_any_layout_and_batch(
-    run: Path, alone: heldout.Losses, ranks: int, overrides: tuple[str, ...]
+    run: Path, alone: losses.Losses, ranks: int, overrides: tuple[str, ...]
 ) -> None:
     for found in run_ranks(_losses, ranks, run, overrides, ""):
         assert difference(found, alone) < 1e-6
 
 
-def test_noise_that_depends_on_the_rank_is_found(run: Path, alone: heldout.Losses) -> None:
+def test_noise_that_depends_on_the_rank_is_found(run: Path, alone: losses.Losses) -> None:
     assert difference(run_ranks(_losses, 2, run, layout(1, 2, 1), "noise of the rank")[0], alone) > 1e-3
 
 
-def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(alone: heldout.Losses) -> None:
+def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(alone: losses.Losses) -> None:
     assert {name: [*streams] for name, streams in alone.items()} == {
         "eval": ["rgb", "seg"],
         "eval/rgb_to_aux": ["seg"],
@@ -94,9 +94,9 @@ def test_every_task_that_is_trained_is_evaluated_on_the_streams_that_it_makes(al
 
 
 def test_clips_are_taken_from_everywhere() -> None:
-    assert heldout.spread(range(10), 3) == [0, 3, 6]
-    assert heldout.spread(range(2), 5) == [0, 1]
-    assert heldout.spread([], 5) == []
+    assert clips.spread(range(10), 3) == [0, 3, 6]
+    assert clips.spread(range(2), 5) == [0, 1]
+    assert clips.spread([], 5) == []
 
 
 # --- when ------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_clips_are_taken_from_everywhere() -> None:
 def due_steps(total: int, **keys: Any) -> list[int]:
     config = configfile.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
     order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, seed=0, global_batch=2)  # 3 steps an epoch
-    due = due_at(config, order, total)
+    due = Schedule(config, order, total).evaluation_due
     return [step for step in range(total + 1) if due(step)]
 
 
@@ -168,14 +168,14 @@ def evaluated(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _asked_within(rank: int, world_size: int, path: Path, words: tuple[str, ...]) -> str:
     """One rank is asked to stop, by signal, in the middle of the evaluation of step 2."""
-    measure = heldout.Evaluator._errors
+    measure = losses.HeldOutLosses._errors
 
-    def errors(evaluator: heldout.Evaluator, piece: heldout.Piece) -> torch.Tensor:
-        if rank == 1 and piece is evaluator.pieces[1]:
+    def errors(held: losses.HeldOutLosses, piece: clips.Piece) -> torch.Tensor:
+        if rank == 1 and piece is held.held_out.pieces[1]:
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(evaluator, piece)
+        return measure(held, piece)
 
-    heldout.Evaluator._errors = errors
+    losses.HeldOutLosses._errors = errors
     return _train(rank, world_size, path, words, None)
 
 
@@ -194,12 +194,12 @@ def _train_on_a_device_that_remembers(rank: int, world_size: int, path: Path, wo
     """Of 24 GiB, which encoding and evaluations fill; a step takes next to nothing."""
     peak, measure = [24.0], heldout.Evaluator.losses
 
-    def losses(evaluator: heldout.Evaluator) -> heldout.Losses:
+    def filled(evaluator: heldout.Evaluator) -> losses.Losses:
         peak[0] = 24.0
         return measure(evaluator)
 
-    heldout.Evaluator.losses = losses
-    telemetry.peak_memory, telemetry.forget_peak = lambda _: peak[0], lambda _: peak.__setitem__(0, 0.0)
+    heldout.Evaluator.losses = filled
+    devices.peak_memory, devices.forget_peak = lambda _: peak[0], lambda _: peak.__setitem__(0, 0.0)
     return _train(rank, world_size, path, words, None)
 
 
@@ -294,9 +294,7 @@ def test_neither_lost_clips_nor_a_page_that_fails_end_the_training(
 
     def samples(evaluator: heldout.Evaluator, folder: Path, *more: Any) -> dict[str, dict[str, float]]:
         shutil.rmtree(held)
-        torn = folder.with_name("step00000007") / "mine/sample.json"
-        torn.parent.mkdir(parents=True)
-        torn.write_text("{")
+        (folder.parents[1] / "report.html").mkdir()
         return measure(evaluator, folder, *more)
 
     monkeypatch.setattr(heldout.Evaluator, "samples", samples)
@@ -326,83 +324,3 @@ def test_a_resumed_run_tells_each_evaluation_once(demo: Path, tmp_path: Path) ->
     metrics.write_text("".join(kept[:-1]))  # as if it was stopped between the step and its evaluation
     train(demo, tmp_path, *EVALUATES, "train.max_steps=2", resume="")
     assert lines(folder)[-1]["eval"]["eval"]["loss"] == json.loads(kept[-1])["eval"]["eval"]["loss"]
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-QUICK = ("eval.samples=1", "sample.prompts=[]", "sample.steps=2", "eval.times=[0.25,0.75]", "eval.clips=1")
-
-
-def told(out: Path) -> dict[str, Any]:
-    return json.loads((out / "eval.json").read_text())
-
-
-def test_a_run_an_adapter_and_the_base_are_evaluated(
-    run: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    places = {"run": [str(run)], "base": [str(run), "--base"]}
-    places["adapter"] = [str(demo / "config.yaml"), "--adapter", str(run / "step2/ema")]
-    for name, words in places.items():
-        assert cli.main(["eval", *words, *QUICK, "--out", str(tmp_path / name)]) == 0
-    table = capsys.readouterr().out
-    of_run, of_base, of_adapter = (told(tmp_path / name) for name in ("run", "base", "adapter"))
-    assert of_run["eval"] == of_adapter["eval"] and of_run["eval"]["eval"]["loss"] != of_base["eval"]["eval"]["loss"]
-    assert "loss at t" in table and "0.25" in table and f"{of_run['eval']['eval']['loss']['seg']['0.25']:.4f}" in table
-    assert list((tmp_path / "run/samples").glob("*/seg.mp4"))
-
-
-def test_an_adapter_is_evaluated_in_the_model_that_it_was_trained_in(run: Path, tmp_path: Path) -> None:
-    adapter = read_adapter(run / "step2")
-    for name, header in (("ours", {"rgb_attends_aux": "false", "fuse": '["style.safetensors"]'}), ("foreign", {})):
-        write_adapter(replace(adapter, metadata=header), tmp_path / name)
-    (tmp_path / "mine.yaml").write_text(f"base: {run / 'config.yaml'}\nmodel: {{fuse: [other.safetensors]}}\n")
-
-    def model(name: str, *overrides: str) -> tuple[bool, list[str]]:
-        found = trained.chosen(str(tmp_path / "mine.yaml"), overrides, adapter=str(tmp_path / name)).config.model
-        return found.rgb_attends_aux, [Path(path).name for path in found.fuse]
-
-    assert model("ours") == (False, ["style.safetensors"])
-    assert model("ours", "model.fuse=[]") == (False, [])
-    assert model("foreign") == (True, ["other.safetensors"])
-
-
-def test_each_thing_that_is_evaluated_has_a_place_of_its_own(run: Path, tmp_path: Path) -> None:
-    one, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("one", "other"))
-    loose = [tmp_path / name / "mine.safetensors" for name in ("a", "b")]
-    for file in loose:
-        file.parent.mkdir()
-        shutil.copy(one / "step2/adapter_model.safetensors", file)
-    places = {
-        (one, None): "one/eval/step00000002",
-        (one, False): "one/eval/step00000002-raw",
-        (other / "step2", None): "other/eval/step00000002",
-        (other / "step2/adapter_model.safetensors", None): "other/eval/step00000002-raw",
-        (other / "step2/ema/adapter_model.safetensors", None): "other/eval/step00000002",
-        (loose[0], None): "eval/a-mine-safetensors",
-        (loose[1], None): "eval/b-mine-safetensors",
-    }
-    for (source, ema), place in places.items():
-        found = trained.find(str(source), [f"output_dir={tmp_path}"], given=one / "config.yaml", ema=ema)
-        assert command._default_folder(found) == tmp_path / place, source
-    assert command._default_folder(trained.chosen(str(one), [], bare=True)) == one / "eval/base"
-
-
-def test_a_config_is_about_the_run_that_it_names_or_else_the_latest(run: Path, demo: Path, tmp_path: Path) -> None:
-    one, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("one", "other"))
-    (tmp_path / "latest").symlink_to("other")
-    for words, wanted in (([], other), (["run_name=one"], one)):
-        assert trained.chosen(str(demo / "config.yaml"), [f"output_dir={tmp_path}", *words]).run == wanted
-
-
-def test_what_cannot_be_evaluated_is_one_clear_line(
-    run: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    config = str(demo / "config.yaml")
-    assert cli.main(["eval", config, f"output_dir={run.parent}", "run_name=absent"]) == 2
-    assert "holds no run absent; train first" in capsys.readouterr().err
-    assert cli.main(["eval", config, f"output_dir={tmp_path}"]) == 2
-    assert "holds no run yet; train first, or add --adapter PATH or --base" in capsys.readouterr().err
-    assert cli.main(["eval", str(tmp_path)]) == 2
-    assert "holds no run; give a run's folder or a config" in capsys.readouterr().err
-    assert cli.main(["eval", str(run), "data.eval=[]"]) == 2
-    assert "data.eval: set it" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine, shape
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.training import optim, trainer
-from transpixeler.training.agreement import T_BINS, Wishes, agree
+from transpixeler.training.agreement import T_BINS, Due, agree
 
 BASE = ("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "lora.rank=2")
 FP32, FP64 = 4, 8
 NORM = ("sum", FP32)  # of all gradients, over the pipeline's ranks
 STREAMS = 2
 # the loss; each stream's errors and their number; the same for each bin of t; "unsound"; four wishes
-FACTS = ("sum", FP64 * (1 + 2 * STREAMS + 2 * T_BINS + 1 + 4))
+FACTS = ("sum", FP64 * (1 + 2 * STREAMS + 2 * T_BINS + 1 + len(astuple(Due()))))
 KINDS = {
     "allreduce_": "sum",
     "all_reduce": "sum",
@@ -81,7 +82,7 @@ def _step(rank: int, world_size: int, overrides: tuple[str, ...], twin: str) -> 
         with Listening() as listening:
             errors = torch.cat([engine.forward_backward(part, 1) for part in parts])
             norm = optim.gradient_norm(trained.values(), mesh.pipeline_group, here.device)
-            agree(errors, example, norm, Wishes(), counts=mesh.is_first_stage)
+            agree(errors, example, norm, Due(), counts=mesh.is_first_stage)
             optim.clip(trained.values(), config.optim.clip, norm)
         for parameter in trained.values():
             parameter.grad = None
@@ -169,7 +170,7 @@ def _train(rank: int, world_size: int, path: Path, output: Path) -> tuple[int, l
 
     def counted(self: trainer.Trainer) -> None:
         nonlocal numbers
-        numbers = sum(parameter.numel() for parameter in self.trained.values())
+        numbers = sum(parameter.numel() for parameter in self.state.parameters.values())
         train(self)
 
     train = trainer.Trainer.train

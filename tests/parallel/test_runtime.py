@@ -1,6 +1,8 @@
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from tests.support.ranks import RanksFailed, run_ranks
 from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
-from transpixeler.runs.checkpoint import Checkpointer
+from transpixeler.runs.checkpointer import Checkpointer
 
 
 def _sum_of_ranks(rank: int, world_size: int, scale: int) -> int:
@@ -88,7 +90,7 @@ def test_a_garbled_environment_is_the_users_to_mend(monkeypatch: pytest.MonkeyPa
 
 PROGRAM = """
 import logging, sys
-from transpixeler import runtime
+from transpixeler.parallel import runtime
 with runtime.running(device="cpu") as here:
     logging.getLogger("transpixeler").info("quiet unless first")
     logging.getLogger("transpixeler").warning("heard from all")
@@ -99,11 +101,114 @@ with runtime.running(device="cpu") as here:
 """
 
 
+# --- real torchrun ---------------------------------------------------------------------------------------------------
+
+
+def torchrun(program: Path, *options: str, ranks: int = 2) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, str(program), *options]
+
+
+WAITS = """
+import pathlib, sys, time
+from transpixeler.parallel import runtime
+with runtime.running(device="cpu") as here:
+    here.barrier()
+    pathlib.Path(sys.argv[1], str(here.rank)).write_text(str(__import__("os").getpid()))
+    time.sleep(300)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_ranks_end_when_torchrun_is_killed(tmp_path: Path) -> None:
+    program, told = tmp_path / "program.py", tmp_path / "told"
+    program.write_text(WAITS)
+    told.mkdir()
+    launcher = subprocess.Popen(torchrun(program, str(told)), stderr=subprocess.DEVNULL)
+    wait_until(lambda: sorted(file.name for file in told.iterdir() if file.read_text()) == ["0", "1"])
+    ranks = [int(file.read_text()) for file in told.iterdir()]
+    assert all(map(alive, ranks))
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not any(map(alive, ranks)), 20)
+
+
+def test_a_process_without_torchrun_outlives_its_shell(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(WAITS.replace("300", "5") + f"open({str(tmp_path / 'done')!r}, 'w').close()")
+    shell = f"nohup {sys.executable} {program} {tmp_path} >/dev/null 2>&1 & sleep 0.1"
+    subprocess.run(["bash", "-c", shell], check=True)
+    wait_until((tmp_path / "done").exists)
+
+
+FAILS = """
+import sys
+from transpixeler import cli
+from transpixeler.config import UserError
+from transpixeler.parallel import runtime
+
+def fail(arguments):
+    with runtime.running(device="cpu", timeout_minutes=float(sys.argv[2])) as here:
+        if sys.argv[1] == "all":
+            raise UserError("four ranks do not divide")
+        if sys.argv[1] == "one" and here.rank == 1:
+            raise UserError("only here")
+        if sys.argv[1] == "dies" and here.rank == 1:
+            __import__("os")._exit(9)
+        if sys.argv[1] == "hangs" and here.rank == 1:
+            __import__("time").sleep(100)
+        here.gather(1)
+
+cli.COMMANDS["report"] = fail
+raise SystemExit(cli.main(["report", "x"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "minutes", "said"),
+    [
+        ("all", 1, "transpixeler: four ranks do not divide"),
+        ("one", 1, "transpixeler: [rank 1] only here"),
+        (
+            "dies",
+            1,
+            "another rank has ended; the cause is in its own output (parallel.timeout_minutes=1 plays no part)",
+        ),
+        ("hangs", 0.05, "not answered for 3 s, which is the limit that parallel.timeout_minutes=0.05 sets"),
+    ],
+)
+def test_a_fault_of_many_ranks_is_one_line(tmp_path: Path, case: str, minutes: float, said: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(FAILS)
+    done = subprocess.run(torchrun(program, case, str(minutes)), capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("transpixeler: ")]
+    if case == "dies":  # torchrun may end the others before they notice, and names the rank itself
+        assert all(said in line for line in lines) and "rank : 1" in re.sub(" +", " ", done.stderr), done.stderr
+    else:
+        assert said in lines[0] and (len(lines) == 1 or case == "one"), done.stderr
+    own = done.stderr.split("torch/distributed/elastic")[0].split("Traceback")
+    assert program.name not in "".join(own[1:]), done.stderr
+    assert done.returncode == 1  # torchrun's own, whatever a rank ends with
+    assert "(exitcode: 2)" in done.stderr or case in ("dies", "hangs")
+
+
 def test_real_torchrun_starts_speaks_and_leaves(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(torchrun(program), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("quiet unless first") == 1
     assert "[rank 1] warning: heard from all" in done.stderr

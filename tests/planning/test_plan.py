@@ -33,7 +33,7 @@ from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.planning import estimates, plan
-from transpixeler.runs import folder as run_folder
+from transpixeler.runs import controls, opening
 from transpixeler.training import trainer
 
 WAN_1_3B = {"model_type": "t2v", "dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_dim": 16,
@@ -64,19 +64,19 @@ def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) 
     torch.set_num_threads(1)
     config = configfile.load(path, overrides)
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    run = run_folder.open_run(config, runtime, None)
-    with run_folder.listening(run, runtime) as requests:
-        made = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), run, requests)
-        made._finish = lambda: None  # a checkpoint holds copies, which on a GPU lie in host memory
+    run = opening.open_run(config, runtime, None)
+    with controls.listening(run, runtime) as asked:
+        made = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), run, asked)
+        made.keeper.finish = lambda controls: None  # a checkpoint holds copies, which on a GPU lie in host memory
         gc.collect()
         whole_text = mock.patch.object(wan, "fold_padding", lambda rows: (rows, None))  # as a GPU computes it
         with BytesHeld() as held, whole_text:
             made.train()
         facts = {
             "peak": held.peak,
-            "trained": sum(p.numel() for p in made.trained.values()),
+            "trained": sum(p.numel() for p in made.state.parameters.values()),
             "weights": sum(p.numel() * p.element_size() for _, p in made.engine.named_parameters()),
-            "steps": [made.order.steps(0), made.total],
+            "steps": [made.schedule.order.steps(0), made.schedule.total],
             "dropped": {"train": made.data.train.skipped, "eval": made.data.eval.skipped},
             "buckets": {tuple(key): n for key, n in made.data.train.buckets().items()},
         }
@@ -99,7 +99,7 @@ def test_a_run_does_what_was_planned(demo: Path, tmp_path: Path, overrides: tupl
     overrides = (f"output_dir={tmp_path}", *QUIET, "data.frames=[17]", *epoch, *overrides)
     (run,) = run_ranks(_measured, 1, demo / "config.yaml", overrides)
     made = planned(configfile.load(demo / "config.yaml", overrides))
-    assert made.trained == run["trained"]
+    assert made.trainable_parameters == run["trained"]
     assert [made.steps_first_epoch, made.steps] == run["steps"]
     assert dict(made.dropped) == run["dropped"] and made.dropped["train"]
     assert {tuple(row.bucket): row.clips for row in made.rows} == run["buckets"]
@@ -144,8 +144,8 @@ def large(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_a_published_models_figures_need_no_weights(large: Config) -> None:
     made = planned(large, device="h100")
-    assert made.parameters - made.trained == pytest.approx(1.419e9, rel=0.001)
-    assert made.trained == pytest.approx(128 * 1.18e6, rel=0.01)
+    assert made.parameters - made.trainable_parameters == pytest.approx(1.419e9, rel=0.001)
+    assert made.trainable_parameters == pytest.approx(128 * 1.18e6, rel=0.01)
     assert made.memory["none"].total > made.memory["attention"].total > made.memory["full"].total
     assert made.flop_step / made.seconds_step == pytest.approx(estimates.UTILISATION * 989e12, rel=1e-6)
 
@@ -164,7 +164,7 @@ def test_a_layout_is_named_only_where_it_fits_and_is_what_the_config_would_be(la
         config = _with(large, way.settings)
         again = planned(config, device="4090", gpus=2)
         assert again.memory[str(again.recompute)] == way.memory
-        assert way.memory.total <= estimates.USABLE * 24 * plan.GIB
+        assert way.memory.total <= estimates.USABLE_MEMORY * 24 * plan.GIB
         assert again.seconds_step == pytest.approx(way.seconds)
     assert [way.seconds for way in made.fits] == sorted(way.seconds for way in made.fits)
 
@@ -212,7 +212,7 @@ def test_gradients_are_held_whole_until_they_are_reduced(
     config = replace(large, lora=replace(large.lora, enabled=adapter))
     config = replace(config, parallel=replace(config.parallel, pipeline=pipeline, shard=4, offload=offload))
     made = planned(config, device="h100", gpus=4 * pipeline)
-    assert made.memory["full"].gradients == pytest.approx(4 * made.trained * (kept + waiting), rel=0.04)
+    assert made.memory["full"].gradients == pytest.approx(4 * made.trainable_parameters * (kept + waiting), rel=0.04)
 
 
 def test_the_first_rank_of_a_pipeline_holds_the_most_microbatches() -> None:

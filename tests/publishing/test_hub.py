@@ -39,7 +39,8 @@ from transpixeler.models.lora import inject
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.publishing import hub
-from transpixeler.sampling import trained
+from transpixeler.sampling import saves
+from transpixeler.sampling.model import open_engine
 
 ROOT = Path(__file__).parents[2]
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -217,8 +218,8 @@ def test_a_prompt_that_begins_as_a_path_does_goes_as_it_is(tmp_path: Path) -> No
 
 def test_the_card_says_what_is_in_the_base(tmp_path: Path) -> None:
     card = hub.pack(str(save_adapter(tmp_path / "step30", fused=FUSED)), TERMS).files["README.md"].decode()
-    assert "the base with `style.safetensors`, `me/speed`, `you/look` added to it" in card
-    assert "added to it" not in hub.pack(str(save_adapter(tmp_path / "step40")), TERMS).files["README.md"].decode()
+    assert "the base with `style.safetensors`, `me/speed`, `you/look` added" in card
+    assert "added: other" not in hub.pack(str(save_adapter(tmp_path / "step40")), TERMS).files["README.md"].decode()
 
 
 def test_a_whole_models_card_says_nothing_of_programs_that_do_not_read_it(tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_the_base_is_named_where_its_path_says_it(path: str, found: str) -> None
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("token", "said"), [("hf_wrong", "does not take the token"), (READER, "may not write")])
+@pytest.mark.parametrize(("token", "said"), [("hf_wrong", "rejects the token"), (READER, "may not write")])
 def test_a_token_that_will_not_do_is_the_users_to_mend(
     run: Path, server: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, token: str, said: str
 ) -> None:
@@ -329,11 +330,11 @@ def save_model(folder: Path, *, base: Path, streams: int = 2) -> Path:
     return folder
 
 
-def computed(found: trained.Trained) -> dict[str, torch.Tensor]:
+def computed(found: saves.SavedModel) -> dict[str, torch.Tensor]:
     """Every weight of the model that is sampled."""
     with runtime.running(device="cpu") as here:
         mesh = meshes.build(meshes.resolve(found.config.parallel, 1), here)
-        return {name: value.detach().clone() for name, value in trained.open_engine(found, mesh).named_parameters()}
+        return {name: value.detach().clone() for name, value in open_engine(found, mesh).named_parameters()}
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -342,10 +343,10 @@ def test_what_is_on_the_hub_is_sampled_as_what_was_pushed(full: bool, server: Hu
     export.save_model(tiny(1).named_parameters(), base, config=TINY)
     save = save_model(save, base=base) if full else save_adapter(save, base=str(base))
     hub.push(hub.pack(str(save), TERMS))
-    here, there = trained.find(str(save)), trained.find("me/flames", [f"model.path={base}"])
+    here, there = saves.load_saved(str(save)), saves.load_saved("me/flames", [f"model.path={base}"])
     assert (there.name, there.step, there.run) == ("me/flames", 30, None)
     assert (there.config.model, there.config.streams) == (here.config.model, here.config.streams)
-    found, expected, bare = computed(there), computed(here), computed(trained.base(here.config))
+    found, expected, bare = computed(there), computed(here), computed(saves.base_model(here.config))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert any(name not in bare or not torch.equal(bare[name], value) for name, value in expected.items())

@@ -126,8 +126,8 @@ def test_a_copy_that_a_user_keeps_beside_the_samples_is_left_alone(tmp_path: Pat
 
 def test_a_long_run_is_thinned_by_means_and_keeps_its_last_step() -> None:
     curves = report.thinned([{"step": n, "loss": float(n), "lr": math.nan, "samples": []} for n in range(1, 10_001)])
-    assert len(curves["step"]) <= report.POINTS and curves["step"][-1] == 10_000
-    size = math.ceil(10_000 / report.POINTS)
+    assert len(curves["step"]) <= report.CURVE_POINTS and curves["step"][-1] == 10_000
+    size = math.ceil(10_000 / report.CURVE_POINTS)
     assert curves["loss"][0] == (size + 1) / 2
     assert set(curves["lr"]) == {None}
 
@@ -145,7 +145,7 @@ def test_small_videos_are_held_by_the_page_and_large_ones_named_by_their_place(r
     held = report.gather(run)["samples"][0]["videos"]
     assert list(held) == ["rgb", "seg", "checkerboard"]
     assert all(source.startswith("data:video/mp4;base64,") for source in held.values())
-    monkeypatch.setattr(report, "EMBED_FILE", 10)
+    monkeypatch.setattr(report, "EMBEDDED_FILE", 10)
     named = report.gather(run)["samples"][0]["videos"]
     assert named["seg"] == "samples/step00000030/001/seg.mp4" and (run / named["seg"]).is_file()
 

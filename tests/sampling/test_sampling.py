@@ -26,13 +26,15 @@ from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4
 from transpixeler.families.wan import names as wan_names
 from transpixeler.families.wan.model import WanModel
+from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling import generate, trained
-from transpixeler.sampling import sampler as samplers
-from transpixeler.sampling.sampler import Request, Sampler, denoise, make_solver, start_noise
+from transpixeler.sampling import command, sampler
+from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.saves import load_saved
+from transpixeler.sampling.video import Video, video_shape
 
 SHAPE = (4, 2, 4, 6)
 STEPS = 6
@@ -42,18 +44,18 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def velocity_of(model: WanModel, layout: StreamLayout, text: Tensor) -> samplers.Velocity:
+def velocity_of(model: WanModel, layout: StreamLayout, text: Tensor) -> Velocity:
     return lambda x, times: model(x, times, text, layout=layout)
 
 
-def guided_by(model: WanModel, layout: StreamLayout, text: Tensor, negative: Tensor, scale: float) -> samplers.Velocity:
+def guided_by(model: WanModel, layout: StreamLayout, text: Tensor, negative: Tensor, scale: float) -> Velocity:
     """Through the code that asks an engine, with a model in its place."""
     engine = SimpleNamespace(
         mesh=SimpleNamespace(device=torch.device("cpu")),
         config=SimpleNamespace(pipeline=1),
         forward=lambda x, conditions, layout, size: model(x, *conditions, layout=layout),
     )
-    return samplers.guided(engine, layout, text, negative, guidance=scale)
+    return sampler.guided(engine, layout, text, negative, guidance=scale)
 
 
 # --- diffusers -------------------------------------------------------------------------------------------------------
@@ -181,14 +183,13 @@ def _sample(rank: int, world_size: int, overrides: tuple[str, ...], guidance: fl
             for name, parameter in model.named_parameters():
                 if name.endswith("lora_B"):
                     parameter.copy_(parameter + 0.05)
-    requests = []
+    videos = []
     for number, shape in enumerate(((4, 1, 4, 4), (4, 2, 4, 6), (4, 1, 4, 4))):
         layout = StreamLayout.equal(("rgb", "seg"), shape, (1, 2, 2))
         text = torch.randn(512, 16, generator=torch.Generator().manual_seed(number))
-        requests.append(Request(str(number), "", text, number, layout))
+        videos.append(Video(str(number), "", text, number, layout))
     negative = torch.zeros(512, 16) if guidance != 1 else None
-    sampler = Sampler(engine, mesh, SampleConfig(steps=3, guidance=guidance), negative)
-    return dict(sampler.each(requests))
+    return dict(Sampler(engine, mesh, SampleConfig(steps=3, guidance=guidance), negative).each(videos))
 
 
 def _layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
@@ -213,10 +214,10 @@ def test_videos_are_the_same_on_any_layout(ranks: int, overrides: tuple[str, ...
 
 def test_rounds_are_even_so_that_no_rank_waits_for_another() -> None:
     ranks = [SimpleNamespace(layout=meshes.Layout(1, 2, 2), data_rank=rank) for rank in range(4)]
-    shares = [samplers.turns(6, mesh) for mesh in ranks]
+    shares = [sampler.turns(6, mesh) for mesh in ranks]
     assert {len(share) for share in shares} == {2}
     assert sorted(number for share in shares for number, counts in share if counts) == list(range(6))
-    assert samplers.turns(0, ranks[0]) == []
+    assert sampler.turns(0, ranks[0]) == []
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -266,14 +267,16 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
     ):
         config = configfile.from_overrides([f"sample.size=[{size}]", f"data.fps={fps}"])
         with caplog.at_level("INFO"):
-            generate._read_clip("--rgb", str(clip), config)
+            shape = SimpleNamespace(**dict(zip(("width", "height", "frames"), config.sample.size)))
+            command._read_clip("--rgb", str(clip), Fraction(fps), shape)
         assert f"--rgb: {clip}: {said}" in caplog.text
 
 
 def test_a_video_is_by_default_as_large_as_what_was_trained_on(demo: Path) -> None:
     words = ["sample.size=null", "data.sizes=[]", "data.resolutions=[[76, 60]]", "data.frames=[5]"]
     config = configfile.load(demo / "config.yaml", words)
-    assert generate.video_size(config) == (80, 64, 5)
+    shape = video_shape(config, WanModel)
+    assert (shape.width, shape.height, shape.frames) == (80, 64, 5)
 
 
 def test_a_given_clip_comes_out_as_it_went_in(run: Path, demo: Path, tmp_path: Path) -> None:
@@ -295,8 +298,8 @@ def alone(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _sample_on_ranks(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], out: Path) -> list[str]:
     made = ["sample.size=[64,64,5]", "sample.steps=2", *overrides]
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    wish = generate.Wish(prompts=("a red ball", "a blue cube"), out=str(out))
-    return [folder.name for folder in generate.sample_command(trained.find(str(run), made), runtime, wish)]
+    options = command.SampleOptions(prompts=("a red ball", "a blue cube"), out=str(out))
+    return [folder.name for folder in command.sample_command(load_saved(str(run), made), runtime, options)]
 
 
 @pytest.mark.parametrize("overrides", [(), ("parallel.pipeline=2",)])
@@ -354,6 +357,6 @@ def test_a_mistake_is_one_clear_line(
 def test_a_missing_background_is_told_before_the_model_is_loaded(
     run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr(trained, "open_engine", None)
+    monkeypatch.setattr(command, "open_engine", None)
     assert cli.main(["sample", str(run), "--prompt", "x", "--format", "composite", *words]) == 2
     assert message in capsys.readouterr().err

@@ -1,14 +1,30 @@
-"""Any config: hypothesis strategies made from the dataclasses, so that a new key is drawn without a word here."""
+"""Draw any config by hypothesis strategies made from the dataclasses, so that a new key needs nothing here; load it."""
 
 import dataclasses
+import json
 import math
+import os
+import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from transpixeler import configfile
 from transpixeler.config import Config, PathKind, Range, faults
+
+EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", "20"))  # more, and others, to look for faults that these do not show
+fast = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=None,
+    derandomize="CONFIG_EXAMPLES" not in os.environ,
+)
 
 TEXT = st.text(max_size=8)
 SIDE = st.integers(16, 4096)
@@ -72,3 +88,25 @@ def limited(hint: Any) -> st.SearchStrategy:
 
 
 configs = values(Config).filter(lambda config: not list(faults(config)))
+
+
+def plain(config: object) -> dict:
+    """Return dataclasses as dicts and tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def leaves(tree: dict, key: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{key}{name}.")
+        else:
+            yield key + name, value
+
+
+def load(*files: object, overrides: tuple[str, ...] = ()) -> Config:
+    """Write files a.yaml, b.yaml …, text as it is and all else as YAML, and load the last one."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in zip("abcdefgh", files):
+            text = content if isinstance(content, str) else yaml.safe_dump(content, allow_unicode=True)
+            (Path(folder) / f"{name}.yaml").write_text(text, encoding="utf-8")
+        return configfile.load(Path(folder) / f"{'abcdefgh'[len(files) - 1]}.yaml", overrides)

@@ -1,7 +1,8 @@
-"""What the fork server loads once, so that no rank of a test pays for it."""
+"""Load once, in the server that ranks are forked from, all that a rank would else load by itself."""
 
-# ruff: noqa: E402 - quiet comes before what would speak
+# ruff: noqa: E402, F401 - imported to be there, after what they depend on is set
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,12 +18,19 @@ from transpixeler.parallel.runtime import quiet_libraries
 
 quiet_libraries()
 
-import av  # noqa: F401
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler  # noqa: F401
-from transformers import AutoTokenizer, UMT5EncoderModel  # noqa: F401
+import av
+import ftfy
+import hypothesis
+import pytest
+import torchao.optim
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from transformers import AutoTokenizer, UMT5EncoderModel
 
+import tests.support.tiny
 import transpixeler.evaluation.command
-import transpixeler.sampling.generate
-import transpixeler.training.trainer  # noqa: F401
+import transpixeler.sampling.command
+import transpixeler.training.trainer
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # a collection in a rank would else write to every object, and so copy the memory shared with the server

@@ -71,7 +71,7 @@ def test_load_tells_waits_and_what_a_million_records_take(bench: Bench) -> None:
 
 
 def test_checkpoint_tells_stalls_and_what_telling_costs(bench: Bench) -> None:
-    found = bench("checkpoint", "--ranks", 1, 2, "--blocks", 1, "--repeats", 1, TOLD=2)
+    found = bench("checkpoint", "--ranks", 1, 2, "--blocks", 1, "--repeats", 1, STEPS_TOLD=2)
     one, other = found["sizes"]
     assert other["parameters"] > one["parameters"] and 12 * other["parameters"] <= other["bytes"]
     assert {"stall_ms", "cost_ms", "rival_ms", "x_rival", "spread"} <= one.keys()

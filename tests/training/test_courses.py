@@ -13,18 +13,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from tests.support.ranks import run_ranks
-from tests.training import test_trainer
+from tests.training import trainings
 from transpixeler import configfile
 from transpixeler.adapters import files as adapter_files
 from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel import runtime
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint
+from transpixeler.runs import checkpoint, checkpointer, controls, opening, restore, training_state
 from transpixeler.runs import folder as run_folder
+from transpixeler.runs.restore import Restored
 from transpixeler.training import optim, preflight, trainer
 
 ONE = Runtime(0, 1, 0, torch.device("cpu"))
@@ -36,21 +38,21 @@ def steps(folder: Path) -> list[int]:
 
 def test_what_torch_draws_by_itself_is_drawn_again_after_a_resume(demo: Path, tmp_path: Path) -> None:
     short = ("lora.dropout=0.3", "train.max_steps=4", "checkpoint.every_steps=2")
-    whole = test_trainer.run(demo, tmp_path / "whole", *short)
-    test_trainer.run(demo, tmp_path / "part", *short, "train.max_steps=2")
-    part = test_trainer.run(demo, tmp_path / "part", *short, resume="")
-    assert test_trainer.exact(part) == test_trainer.exact(whole)
+    whole = trainings.run(demo, tmp_path / "whole", *short)
+    trainings.run(demo, tmp_path / "part", *short, "train.max_steps=2")
+    part = trainings.run(demo, tmp_path / "part", *short, resume="")
+    assert trainings.exact(part) == trainings.exact(whole)
 
 
 def test_another_course_from_an_older_checkpoint_replaces_the_first(demo: Path, tmp_path: Path) -> None:
     short = ("train.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep=1", "optim.ema=0")
     kept = ("checkpoint.keep=2",)
-    folder = test_trainer.run(demo, tmp_path, *short, *kept)
+    folder = trainings.run(demo, tmp_path, *short, *kept)
     first = load_file(folder / "step4" / "adapter_model.safetensors")
     older = folder / "checkpoints" / checkpoint.folder_name(2)
-    test_trainer.run(demo, tmp_path, *short, "optim.force_lr=0.1", "optim.ema=0.5", resume=str(older))
+    trainings.run(demo, tmp_path, *short, "optim.force_lr=0.1", "optim.ema=0.5", resume=str(older))
     second = load_file(folder / "step4" / "adapter_model.safetensors")
-    assert test_trainer.difference(first, second) > 1e-3, "the last save is the first course's"
+    assert trainings.difference(first, second) > 1e-3, "the last save is the first course's"
     state = checkpoint.read_state(folder / "checkpoints" / checkpoint.folder_name(4))
     assert state["config"]["optim"]["force_lr"] == 0.1, "the checkpoint of step 4 is the first course's"
     assert steps(folder) == [4] and steps(folder / "aside") == [4]
@@ -73,18 +75,18 @@ def _train_and_tell_what_is_copied(rank: int, world_size: int, path: Path, overr
 def test_replicas_share_the_copying_of_what_all_of_them_hold(demo: Path, tmp_path: Path) -> None:
     short = ("train.max_steps=3", "checkpoint.every_steps=2", "optim.lr=1e-3", "run_name=shared")
     layout = ("parallel.replicate=2", "parallel.shard=2")
-    overrides = (f"output_dir={tmp_path}", *test_trainer.FAST, *short, *layout)
+    overrides = (f"output_dir={tmp_path}", *trainings.FAST, *short, *layout)
     copied = [set(names) for names in run_ranks(_train_and_tell_what_is_copied, 4, demo / "config.yaml", overrides)]
     assert copied[0] == copied[1] and copied[2] == copied[3] and not copied[0] & copied[2]
     assert min(map(len, copied)) > 0.4 * len(copied[0] | copied[2])
-    whole = test_trainer.tensors(tmp_path / "shared", 2, tmp_path)
+    whole = trainings.tensors(tmp_path / "shared", 2, tmp_path)
     assert set(whole) == copied[0] | copied[2]
-    alone = test_trainer.run(demo, tmp_path / "alone", *short)
-    assert test_trainer.difference(whole, test_trainer.tensors(alone, 2, tmp_path)) < 1e-4
+    alone = trainings.run(demo, tmp_path / "alone", *short)
+    assert trainings.difference(whole, trainings.tensors(alone, 2, tmp_path)) < 1e-4
 
 
 class Counting(torch.optim.SGD):
-    """As some of other libraries: it finds its rate itself, keeps it in its groups, and counts without tensors."""
+    """Works as some of other libraries do: finds its rate itself, keeps it in its groups, counts without tensors."""
 
     def __init__(self, params: Any, lr: float = 0.1, d0: float = 1.0) -> None:
         super().__init__(params, lr=lr)
@@ -103,17 +105,17 @@ class Counting(torch.optim.SGD):
 
 def test_an_optimizer_of_another_library_resumes_with_all_that_it_knows(demo: Path, tmp_path: Path) -> None:
     short = (
-        "optim.name=tests.test_courses.Counting",
+        "optim.name=tests.training.test_courses.Counting",
         "optim.args={d0: 0.5}",
         "train.max_steps=4",
         "checkpoint.every_steps=2",
     )
-    whole = test_trainer.run(demo, tmp_path / "whole", *short)
-    test_trainer.run(demo, tmp_path / "part", *short, "train.max_steps=2")
-    part = test_trainer.run(demo, tmp_path / "part", *short, resume="")
-    assert test_trainer.exact(part) == test_trainer.exact(whole)
-    one, other = (test_trainer.tensors(folder, 4, tmp_path) for folder in (part, whole))
-    assert test_trainer.difference(one, other) == 0
+    whole = trainings.run(demo, tmp_path / "whole", *short)
+    trainings.run(demo, tmp_path / "part", *short, "train.max_steps=2")
+    part = trainings.run(demo, tmp_path / "part", *short, resume="")
+    assert trainings.exact(part) == trainings.exact(whole)
+    one, other = (trainings.tensors(folder, 4, tmp_path) for folder in (part, whole))
+    assert trainings.difference(one, other) == 0
 
 
 def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[int]:
@@ -124,13 +126,13 @@ def _state_before_any_update(rank: int, world_size: int, folder: Path) -> list[i
     if made:
         made["early"].grad = torch.ones(4)
         optimizer.step()
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
-    keeper.save(1, checkpoint.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
+    keeper.save(1, training_state.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
     found = checkpoint.latest(folder, here)
     fresh = torch.optim.AdamW(list(made.items())) if made else None
-    checkpoint.materialize(fresh)
-    checkpoint.forget_unsaved(found, made, fresh)
-    checkpoint.load(found, checkpoint.optimizer_tensors(made, fresh), same_layout=True)
+    training_state.materialize(fresh)
+    restore.forget_unsaved(Restored.read(found), made, fresh)
+    restore.load(Restored.read(found), training_state.optimizer_tensors(made, fresh), same_layout=True)
     return [len(fresh.state[p]) for p in made.values()]
 
 
@@ -145,11 +147,11 @@ def _eight_bits_on_one_rank(rank: int, world_size: int, folder: Path) -> bool:
     here = Runtime(rank, world_size, rank, torch.device("cpu"))
     made = {"wide": torch.nn.Parameter(torch.ones(64, 128))} if rank == 0 else {}
     optimizer = optim.build(made, tiny.config("optim.name=adamw8bit").optim)
-    checkpoint.materialize(optimizer)
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
-    keeper.save(1, checkpoint.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
+    training_state.materialize(optimizer)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
+    keeper.save(1, training_state.optimizer_tensors(made, optimizer), {"step": 1}, wait=True)
     found = checkpoint.latest(folder, here)
-    checkpoint.load(found, checkpoint.optimizer_tensors(made, optimizer), same_layout=True)
+    restore.load(Restored.read(found), training_state.optimizer_tensors(made, optimizer), same_layout=True)
     return True
 
 
@@ -159,7 +161,7 @@ def test_a_rank_without_quantized_moments_does_not_leave_the_others_waiting(tmp_
 
 def _blocked_save(rank: int, world_size: int, folder: Path) -> tuple[str, str]:
     here = Runtime(rank, world_size, rank, torch.device("cpu"))
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(), here)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
     if rank == 0:
         (folder / f"{checkpoint.folder_name(1)}.tmp").touch()  # a file where the folder should be made
     here.barrier()
@@ -173,11 +175,11 @@ def test_a_checkpoint_whose_folder_cannot_be_made_is_told_on_all_ranks(tmp_path:
 
 
 def _open_damaged(rank: int, world_size: int, chosen: Path) -> tuple[list[str], str]:
-    hashed, digest = [], checkpoint._digest
-    checkpoint._digest = lambda file: hashed.append(file.name) or digest(file)
+    hashed, digest = [], checkpoint.digest
+    checkpoint.digest = lambda file: hashed.append(file.name) or digest(file)
     config = configfile.from_overrides([f"output_dir={chosen.parents[2]}"])
     with pytest.raises(UserError) as told:
-        run_folder.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), str(chosen))
+        opening.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), str(chosen))
     return hashed, str(told.value)
 
 
@@ -185,10 +187,10 @@ def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_
     chosen = tmp_path / "mine" / "checkpoints" / checkpoint.folder_name(1)
     chosen.mkdir(parents=True)
     (tmp_path / "mine" / run_folder.CONFIG).touch()
-    names = [f"__{n}_0.distcp" for n in range(6)]
+    names = [".metadata", *(f"__{n}_0.distcp" for n in range(4)), "state.json"]
     for name in names:
         (chosen / name).write_text("whole")
-    listed = {name: {"size": 5, "blake2b": checkpoint._digest(chosen / name)} for name in names}
+    listed = {name: {"size": 5, "blake2b": checkpoint.digest(chosen / name)} for name in names}
     (chosen / checkpoint.MANIFEST).write_text(json.dumps({"format": 1, "files": listed}))
     (chosen / names[-1]).write_text("whale")
     hashed, told = zip(*run_ranks(_open_damaged, 2, chosen), strict=True)
@@ -198,15 +200,15 @@ def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_
 
 def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newest(demo: Path, tmp_path: Path) -> None:
     short = ("save.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep=3", "train.max_steps=4")
-    folder = test_trainer.run(demo, tmp_path, *short)
+    folder = trainings.run(demo, tmp_path, *short)
     (folder / "samples" / "step00000004" / "0-a").mkdir(parents=True)
     (folder / ".step9.tmp").mkdir()
     older = folder / "checkpoints" / checkpoint.folder_name(2)
-    test_trainer.run(demo, tmp_path, *short, "train.max_steps=3", resume=str(older))
+    trainings.run(demo, tmp_path, *short, "train.max_steps=3", resume=str(older))
     assert adapter_files.adapter_file(folder).parent.name == "step3"
     assert {f.name for f in folder.glob("step*")} == {"step2", "step3"} and not (folder / ".step9.tmp").exists()
     assert (folder / "aside/step4").is_dir() and (folder / "aside/samples/step00000004/0-a").is_dir()
-    test_trainer.run(demo, tmp_path, *short, resume="")
+    trainings.run(demo, tmp_path, *short, resume="")
     assert (folder / "step4").is_dir() and not (folder / "aside/step4").exists()
 
 
@@ -219,17 +221,17 @@ def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newes
 )
 def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tuple, then: tuple, told: str) -> None:
     plain = configfile.plain(configfile.from_overrides(first))
-    (tmp_path / checkpoint.STATE).write_text(json.dumps({"config": plain}))
-    assert run_folder._changes(configfile.from_overrides(first), tmp_path) == ()
+    restored = Restored(tmp_path, {"config": plain}, Metadata({}))
+    assert opening.changes(configfile.from_overrides(first), restored) == {}
     with pytest.raises(UserError, match=told):
-        run_folder._changes(configfile.from_overrides([*first, *then]), tmp_path)
+        opening.changes(configfile.from_overrides([*first, *then]), restored)
 
 
 def test_requests_of_a_job_that_was_killed_are_not_those_of_the_next(tmp_path: Path) -> None:
     config = configfile.from_overrides([f"output_dir={tmp_path}", "run_name=mine"])
-    made = run_folder.open_run(config, ONE, None)
+    made = opening.open_run(config, ONE, None)
     (made.folder / "save_quit").touch()
-    again = run_folder.open_run(config, ONE, str(made.folder))
+    again = opening.open_run(config, ONE, str(made.folder))
     assert not (again.folder / "save_quit").exists()
 
 
@@ -238,27 +240,27 @@ def test_resume_alone_means_the_run_that_the_config_names_or_else_the_latest(tmp
         configfile.from_overrides([f"output_dir={tmp_path}", *words])
         for words in ((), ("run_name=mine",), ("run_name=absent",))
     )
-    run_folder.open_run(mine, ONE, None)  # stopped before its first step, so that it never was the latest
-    latest = run_folder.open_run(unnamed, ONE, None)
-    run_folder.begin(latest, unnamed)
-    assert run_folder.open_run(unnamed, ONE, "").folder == latest.folder
-    assert run_folder.open_run(mine, ONE, "").folder == tmp_path / "mine"
+    opening.open_run(mine, ONE, None)  # stopped before its first step, so that it never was the latest
+    latest = opening.open_run(unnamed, ONE, None)
+    opening.begin(latest, unnamed)
+    assert opening.open_run(unnamed, ONE, "").folder == latest.folder
+    assert opening.open_run(mine, ONE, "").folder == tmp_path / "mine"
     with pytest.raises(UserError, match=r"absent is no folder; leave --resume out"):
-        run_folder.open_run(absent, ONE, "")
+        opening.open_run(absent, ONE, "")
 
 
 def test_sigterm_ends_a_run_that_has_not_begun_and_saves_one_that_has(tmp_path: Path) -> None:
-    with run_folder.listening(run_folder.Run(tmp_path), ONE) as requests:
+    with controls.listening(run_folder.Run(tmp_path), ONE) as asked:
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert left.value.code == 143 and requests.poll() == (False, False)
-        requests.started = True
+        assert left.value.code == 143 and asked.poll() == (False, False)
+        asked.started = True
         os.kill(os.getpid(), signal.SIGTERM)
-        assert requests.poll() == (True, True)
+        assert asked.poll() == (True, True)
 
 
 def _fails_inside(rank: int, world_size: int) -> bool:
-    """Whether a group is left alone by a rank that fails, and taken apart by one that does not."""
+    """Check that a group is left alone by a rank that fails, and taken apart by one that does not."""
     os.environ["MASTER_ADDR"] = "localhost"
     for error in (ValueError, None):
         try:

@@ -20,7 +20,8 @@ from tests.support.ranks import run_ranks
 from transpixeler.config import CheckpointConfig
 from transpixeler.files import write_text
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import checkpoint
+from transpixeler.runs import checkpoint, checkpointer, restore
+from transpixeler.runs.restore import Restored
 
 ROOT = Path(__file__).parents[2]
 FAST = ("save.every_epochs=0", "eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false")
@@ -28,10 +29,12 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
 @contextmanager
-def launched(demo: Path, output: Path, ranks: int, *overrides: str) -> Iterator[subprocess.Popen]:
+def launched(
+    demo: Path, output: Path, ranks: int, *overrides: str, options: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen]:
     words = ["-m", "transpixeler", "train", str(demo / "config.yaml"), f"output_dir={output}", *FAST, *overrides]
     process = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", str(ranks), *words],
+        [*TORCHRUN, *options, "--nproc-per-node", str(ranks), *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -119,9 +122,9 @@ def test_two_real_ranks_train_what_one_process_trains(demo: Path, tmp_path: Path
 
 
 def _save_for_ever(rank: int, world_size: int, folder: Path, begin: int) -> None:
-    """Saves a state that names its step, over and over, until it is killed."""
+    """Save a state that names its step, over and over, until it is killed."""
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    keeper = checkpoint.Checkpointer(folder, CheckpointConfig(keep=2), runtime)
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(keep=2), runtime)
     for step in range(begin, begin + 10_000):
         keeper.save(step, {f"model.{rank}": torch.full((200_000,), float(step))}, {"step": step})
         write_text(folder / f"begun_{rank}", str(step))
@@ -133,7 +136,7 @@ def _load_latest(rank: int, world_size: int, folder: Path) -> int | None:
     if found is None:
         return None
     values = {f"model.{r}": torch.zeros(200_000) for r in range(2)}
-    checkpoint.load(found, values, same_layout=False)
+    restore.load(Restored.read(found), values, same_layout=False)
     step = checkpoint.step_of(found)
     assert all(bool((value == step).all()) for value in values.values()), "a torn checkpoint was taken for whole"
     assert checkpoint.read_state(found)["step"] == step
@@ -161,3 +164,30 @@ def kill_during_saves(folder: Path, times: int) -> list[int]:
 def test_a_kill_during_saves_always_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     resumed = kill_during_saves(tmp_path, 30)
     assert resumed == sorted(resumed) and len(set(resumed)) > 5
+
+
+# --- torchrun: restarts and Ctrl-C -----------------------------------------------------------------------------------
+
+
+def test_a_restart_by_torchrun_goes_on_with_the_run_that_the_job_made(demo: Path, tmp_path: Path) -> None:
+    overrides = ("train.max_steps=8", "checkpoint.every_steps=2", "checkpoint.asynchronous=false")
+    options = ("--max-restarts", "1", "--monitor-interval", "0.1")
+    with launched(demo, tmp_path, 2, *overrides, options=options) as process:
+        wait_for(process, tmp_path, 4)
+        os.kill(workers(process)[1], signal.SIGKILL)
+        _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    (run,) = [folder for folder in tmp_path.iterdir() if not folder.is_symlink()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, 9)] and "resumed" in said
+
+
+def test_ctrl_c_under_torchrun_saves_on_all_ranks(demo: Path, tmp_path: Path) -> None:
+    with launched(demo, tmp_path, 2, "train.max_steps=1000", "checkpoint.every_steps=0") as process:
+        wait_for(process, tmp_path, 2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to torchrun, and to ranks in its group
+        _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    checkpoint.check(newest(tmp_path))
+    assert checkpoint.step_of(newest(tmp_path)) == steps(tmp_path)
+    assert said.count("--resume") == 1, said

@@ -20,7 +20,7 @@ from transpixeler.models.backbone import Conditions
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.build import build_engine
-from transpixeler.runs import checkpoint
+from transpixeler.runs import training_state
 from transpixeler.training import optim
 from transpixeler.training.ema import Ema
 
@@ -60,9 +60,9 @@ def test_every_optimizer_lowers_a_simple_loss_and_resumes_from_its_tensors(
     assert losses[-1] < losses[0]
     other = {n: nn.Parameter(p.detach().clone()) for n, p in ours.items()}
     copied = optim.build(other, config)
-    checkpoint.materialize(copied)
+    training_state.materialize(copied)
     assert all(torch.equal(other[n], ours[n]) for n in ours), "making the state moved a parameter"
-    from_, into = checkpoint.optimizer_tensors(ours, optimizer), checkpoint.optimizer_tensors(other, copied)
+    from_, into = training_state.optimizer_tensors(ours, optimizer), training_state.optimizer_tensors(other, copied)
     assert from_.keys() == into.keys()
     for key, tensor in into.items():
         tensor.copy_(from_[key])
@@ -71,7 +71,7 @@ def test_every_optimizer_lowers_a_simple_loss_and_resumes_from_its_tensors(
 
 
 def test_compiled_updates_of_one_family_are_not_kept_for_another() -> None:
-    """In a process of its own, as a user's: the tests' others turn that cache off before torch is loaded."""
+    """Runs in a process of its own, as a user's: the tests' others turn that cache off before torch is loaded."""
     program = (
         "import torch; from tests import tiny; from transpixeler import optim, trainer\n"
         "from torch._functorch import config\n"
@@ -157,7 +157,7 @@ def test_orthogonalized_singular_values_are_near_one() -> None:
 
 
 def _shared_steps(rank: int, world_size: int) -> tuple[bool, list[int]]:
-    """Whether parameters that steps share are those that each rank steps alone, and how many matrices each made."""
+    """Check that parameters that steps share are those that each rank steps alone, and how many matrices each made."""
     made: list[int] = []
     orthogonalize = optim.orthogonalize
 

@@ -1,24 +1,18 @@
-"""A run is exact: stopped and resumed anywhere, on another layout, it trains the same samples to the same numbers."""
+"""A run does what its user expects: its folder, its saves, its answers to signals and to what goes wrong."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.support.ranks import RanksFailed, run_ranks
+from tests.training.trainings import FAST, difference, layout, metrics, run, run_here, start, wait_for_step
 from transpixeler import configfile
 from transpixeler.adapters import export
 from transpixeler.adapters.adapter import Adapter
@@ -30,147 +24,8 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.planning import plan
 from transpixeler.planning.estimates import Machine
 from transpixeler.runs import checkpoint
-from transpixeler.sampling.trained import base_weights, make_model
+from transpixeler.sampling.model import base_weights, make_model
 from transpixeler.training import preflight, trainer
-
-ROOT = Path(__file__).parents[2]
-FAST = (
-    "train.max_steps=8",
-    "checkpoint.every_steps=4",
-    "save.every_steps=0",
-    "save.every_epochs=0",
-    "log.tensorboard=false",
-    "optim.ema=0.5",
-    "optim.warmup_steps=0",
-    "optim.schedule=constant",
-    "objective.tasks={joint: 0.5, rgb_to_aux: 0.5}",
-    "eval.before_first_step=false",
-    "eval.every_epochs=0",
-)
-EXACT = ("step", "epoch", "loss", "loss_rgb", "loss_seg", "grad_norm", "lr", "loss_by_t", "samples")
-
-
-def _run(rank: int, world_size: int, path: Path, overrides: tuple[str, ...], resume: str | None) -> str:
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling an 8-bit update costs a minute and changes nothing here
-    config = configfile.load(path, overrides)
-    runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    return str(trainer.train(config, runtime, resume=resume))
-
-
-def run(demo: Path, output: Path, *overrides: str, ranks: int = 1, resume: str | None = None) -> Path:
-    overrides = (f"output_dir={output}", *FAST, *overrides)
-    return Path(run_ranks(_run, ranks, demo / "config.yaml", overrides, resume)[0])
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def exact(folder: Path) -> list[dict[str, Any]]:
-    return [{key: line[key] for key in EXACT} for line in metrics(folder)]
-
-
-def tensors(folder: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint, whatever layout wrote it."""
-    out = scratch / f"whole-{time.monotonic_ns()}.pt"
-    dcp_to_torch_save(folder / "checkpoints" / checkpoint.folder_name(step), out)
-    return torch.load(out, weights_only=True)
-
-
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
-
-
-@pytest.fixture(scope="module")
-def straight(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps without a stop."""
-    return run(demo, tmp_path_factory.mktemp("straight"))
-
-
-def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
-    return (f"parallel.pipeline={pipeline}", f"parallel.replicate={replicate}", f"parallel.shard={shard}")
-
-
-# --- resume ----------------------------------------------------------------------------------------------------------
-
-
-def start(demo: Path, output: Path, *overrides: str) -> subprocess.Popen:
-    words = ["train", str(demo / "config.yaml"), f"output_dir={output}", *FAST, *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "transpixeler", *words], env=environment, stderr=subprocess.PIPE)
-
-
-def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        lines = list(output.glob("latest/metrics.jsonl"))
-        if lines and lines[0].read_text().count("\n") >= step:
-            return
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("killed_after", [2, 6])
-def test_a_killed_run_resumes_bit_for_bit(demo: Path, straight: Path, tmp_path: Path, killed_after: int) -> None:
-    process = start(demo, tmp_path)
-    wait_for_step(process, tmp_path, killed_after)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    folder = run(demo, tmp_path, resume="")
-    assert exact(folder) == exact(straight)
-    assert difference(tensors(folder, 8, tmp_path), tensors(straight, 8, tmp_path)) == 0.0
-    for name in ("step8", "step8/ema"):
-        ours, theirs = (load_file(f / name / "adapter_model.safetensors") for f in (folder, straight))
-        assert difference(ours, theirs) == 0.0
-
-
-def test_the_eighth_step_is_not_the_fourth(straight: Path, tmp_path: Path) -> None:
-    assert difference(tensors(straight, 8, tmp_path), tensors(straight, 4, tmp_path)) > 1e-4
-
-
-@pytest.mark.parametrize("after", [(1, 1, 1), (1, 4, 1), (2, 2, 1)])
-def test_a_run_goes_on_on_another_layout(demo: Path, straight: Path, tmp_path: Path, after: tuple) -> None:
-    first = run(demo, tmp_path, *layout(2, 1, 2), "train.max_steps=4", ranks=4)
-    folder = run(demo, tmp_path, *layout(*after), resume=str(first), ranks=after[0] * after[1] * after[2])
-    ours, theirs = exact(folder), exact(straight)
-    assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-5
-    assert difference(tensors(folder, 8, tmp_path), tensors(straight, 8, tmp_path)) < 1e-4
-
-
-def test_eight_bit_moments_resume_bit_for_bit(demo: Path, tmp_path: Path) -> None:
-    options = ("optim.name=adamw8bit", "lora.rank=64", "optim.ema=0")
-    whole = run(demo, tmp_path / "whole", *options)
-    part = run(demo, tmp_path / "part", *options, "train.max_steps=4")
-    folder = run(demo, tmp_path / "part", *options, resume=str(part))
-    assert exact(folder) == exact(whole)
-    ours, theirs = tensors(folder, 8, tmp_path), tensors(whole, 8, tmp_path)
-    assert difference(ours, theirs) == 0.0
-    assert any(name.endswith(".codes.0") for name in ours), "nothing was quantized"
-
-
-def test_another_rate_may_resume_and_another_model_may_not(demo: Path, tmp_path: Path) -> None:
-    folder = run(demo, tmp_path, "train.max_steps=4")
-    with pytest.raises(RanksFailed, match=r"UserError: --resume: .*lora.rank: 32 there, 4 here"):
-        run(demo, tmp_path, "lora.rank=4", resume="")
-    run(demo, tmp_path, "optim.force_lr=1e-5", resume="")
-    own = configfile.load(demo / "config.yaml").optim.lr
-    assert [line["lr"] for line in metrics(folder)] == [own] * 4 + [1e-5] * 4
-    assert "optim.force_lr was None, is 1e-05" in (folder / "log.txt").read_text()
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_the_reason(demo: Path, tmp_path: Path) -> None:
-    folder = run(demo, tmp_path)
-    newest = folder / "checkpoints" / checkpoint.folder_name(8)
-    file = next(newest.glob("*.distcp"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    run(demo, tmp_path, "train.max_steps=9", resume="")
-    log = (folder / "log.txt").read_text()
-    assert "resumed" in log and "at step 4" in log
-
 
 # --- what the user finds ---------------------------------------------------------------------------------------------
 
@@ -213,7 +68,7 @@ def test_a_stage_that_trains_nothing_saves_means_and_starts_from_an_adapter(demo
 
 
 def published(config: Config, file: Path) -> Path:
-    """As the published code writes its adapters: on ten linears of each block, some of them on all streams."""
+    """Write an adapter as the published code does: on ten linears of each block, some of them on all streams."""
     torch.manual_seed(3)
     model, stored = make_model(config), {}
     for name, linear in lora.targets(model).items():
@@ -242,7 +97,9 @@ def test_training_starts_and_goes_on_as_the_published_adapter_that_it_starts_fro
     one_scope = replace(adapter, scopes=dict.fromkeys(adapter.targets, "all"))
     assert (output(config, adapter) - output(config, one_scope)).abs().max() > 0.01
     words = ("lora.targets=[self_attn.*, cross_attn.*, ffn.*]", "lora.rank=4", f"lora.init_from={file}")
-    assert plan.make_plan(configfile.load(demo / "config.yaml", words), "cpu", Machine(1, 0, 0, "cpu")).trained
+    assert plan.make_plan(
+        configfile.load(demo / "config.yaml", words), "cpu", Machine(1, 0, 0, "cpu")
+    ).trainable_parameters
     words = (*words, "optim.lr=1e-12", "optim.ema=0", "checkpoint.every_steps=1")
     folder = run(demo, tmp_path / "out", *words, "train.max_steps=1")
     file.unlink()  # a resumed run does not ask for it
@@ -257,7 +114,7 @@ def test_what_was_there_before_a_run_is_never_removed(demo: Path, tmp_path: Path
     (tmp_path / "clips" / "a.mp4").touch()
     made = run(demo, tmp_path, "run_name=mine", "train.max_steps=1")
     for words, resume, message in (
-        (("run_name=clips",), None, "clips: holds something that is no run"),
+        (("run_name=clips",), None, "clips: holds files that are not a run"),
         ((), str(tmp_path), "is no run, as it has no config.yaml"),
         ((), str(tmp_path / "clips"), "is no run"),
         (("data.train=[nowhere]",), str(made), "the source does not exist"),
@@ -272,7 +129,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_is_not_begun_anew(demo: Path, t
     for found in checkpoint.candidates(folder / "checkpoints"):
         (found / checkpoint.MANIFEST).unlink()
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(RanksFailed, match=r"none of the checkpoints in .* is whole"):
+    with pytest.raises(RanksFailed, match=r"no checkpoint in .* is valid"):
         run(demo, tmp_path, "train.max_steps=2", resume="")
     assert (folder / "metrics.jsonl").read_bytes() == before and (folder / "step1").is_dir()
 
@@ -320,13 +177,13 @@ def test_a_project_of_wandb_without_wandb_is_told_before_anything_is_made(
 
 def _frozen_before_and_after(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> tuple[int, int]:
     from transpixeler.parallel import mesh
-    from transpixeler.runs import folder as run_folder
+    from transpixeler.runs import controls, opening
 
     config = configfile.load(path, overrides)
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
-    place = run_folder.open_run(config, runtime, None)
-    with run_folder.listening(place, runtime) as requests:
-        it = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), place, requests)
+    place = opening.open_run(config, runtime, None)
+    with controls.listening(place, runtime) as asked:
+        it = trainer.Trainer(config, runtime, mesh.resolve(config.parallel, world_size), place, asked)
         frozen = {n: p.clone() for n, p in it.engine.named_parameters() if not p.requires_grad}
         it.train()
         it.close()
@@ -388,13 +245,13 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(demo: Path, tmp_path:
 
 
 def _nonfinite(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> str:
-    """Trains with a base that overflows."""
+    """Train with a base that overflows."""
     from transpixeler.parallel import pipeline
 
     original = pipeline.mean_squared_errors
     pipeline.mean_squared_errors = lambda *arguments: original(*arguments) * float("inf")
     try:
-        _run(rank, world_size, path, overrides, None)
+        run_here(rank, world_size, path, overrides, None)
     except trainer.TrainingFailed as error:
         return str(error)
     return ""

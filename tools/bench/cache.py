@@ -1,4 +1,4 @@
-"""Random reads of one pair's latents: the cache against a safetensors file a sample and against pickled shards.
+"""Time random reads of a pair's latents: the cache against a safetensors file a sample and against pickled shards.
 
 All hold the same bf16 numbers on the same disk, are read in the same random order by one thread with the page cache
 warm, and end in the same preallocated tensor. The pickled shards are what shard-wise tools leave: one `torch.save` of a
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import alternate, finish, parser
+from rounds import COARSE, Rounds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,10 +33,11 @@ from transpixeler.data.cache.records import Cache, CacheWriter, Record
 SHAPE = (16, 9, 60, 104)  # of one stream: 33 frames of 480×832
 STREAMS = 2
 SHARD = 64  # samples in a pickled shard
+PICKLE_SHARE = 8  # one in so many pairs is read from pickles, which takes long
 PROBE = """
 import sys, time
 from pathlib import Path
-from transpixeler.data import index
+from transpixeler.data.cache import index
 path = Path(sys.argv[1])
 segment = next(path.parent.glob("*.seg"))
 start = time.perf_counter()
@@ -65,25 +67,24 @@ def write(folder: Path, count: int) -> None:
                 shard = []
 
 
-def rates(ways: dict[str, Callable[[int], object]], order: list[int], repeats: int) -> dict[str, float]:
-    """Pairs a second of each way; the first round warms the page cache."""
-    some = dict.fromkeys(ways, order) | {"pickle": order[: len(order) // 8]}
+def run(ways: dict[str, Callable[[int], object]], order: list[int], repeats: int) -> Rounds:
+    """Read all pairs each way, an eighth of them from pickles; the first round warms the page cache."""
+    some = dict.fromkeys(ways, order) | {"pickle": order[: len(order) // PICKLE_SHARE]}
 
     def all_of(name: str) -> None:
         for number in some[name]:
             ways[name](number)
 
-    taken = alternate({name: partial(all_of, name) for name in ways}, repeats=repeats)
-    return {name: len(some[name]) / times.median for name, times in taken.items()}
+    return alternate({name: partial(all_of, name) for name in ways}, repeats=repeats)
 
 
 def million(folder: Path, count: int) -> tuple[float, float]:
-    """Seconds and resident megabytes of a fresh process that opens an index of so many rows, a million by default."""
+    """Return seconds and resident megabytes of a fresh process that opens an index of so many rows."""
     spec = index.Spec("latent", "bfloat16", (2, 1, 4, 4))
     data = np.random.default_rng(0).bytes(64 * count)
     keys = [data[64 * n : 64 * n + 16] for n in range(count)]
     crcs = np.array([zlib.crc32(data[64 * n : 64 * n + 64]) for n in range(count)], np.uint32)
-    rows = index.make_rows(keys, spec, segment=0, offsets=np.arange(count) * 64, crcs=crcs)
+    rows = index.make_rows(keys, spec, segment=0, offsets=np.arange(count) * 64, crcs=crcs.tolist())
     folder.mkdir()
     (folder / "w.idx").write_bytes(index.header() + rows.tobytes())
     (folder / f"w.00000.{spec.segment}.seg").write_bytes(data)
@@ -95,15 +96,21 @@ def million(folder: Path, count: int) -> tuple[float, float]:
 
 def ways_to_read(folder: Path, count: int, out: Tensor) -> dict[str, Callable[[int], object]]:
     cache = Cache(folder / "cache")
-    numbers = torch.stack([cache.get(key(n, stream)) for n in range(count) for stream in range(STREAMS)])
+
+    def latent(number: int, stream: int) -> Tensor:
+        found = cache.get(key(number, stream))
+        assert found is not None
+        return found
+
+    numbers = torch.stack([latent(n, stream) for n in range(count) for stream in range(STREAMS)])
     numbers = numbers.view(count, *out.shape)
 
-    def view(number: int) -> list[Tensor | None]:
-        return [cache.get(key(number, stream)) for stream in range(STREAMS)]
+    def view(number: int) -> list[Tensor]:
+        return [latent(number, stream) for stream in range(STREAMS)]
 
     def copied(number: int) -> None:
         for stream in range(STREAMS):
-            out[stream].copy_(cache.get(key(number, stream)))
+            out[stream].copy_(latent(number, stream))
 
     def verified(number: int) -> None:
         for stream in range(STREAMS):
@@ -126,7 +133,7 @@ def ways_to_read(folder: Path, count: int, out: Tensor) -> dict[str, Callable[[i
 
 
 def check(ways: dict[str, Callable[[int], object]], out: Tensor) -> None:
-    """All of them read the same numbers."""
+    """Check that all ways read the same numbers."""
     for number in (0, 7):
         reads = []
         for name, read in ways.items():
@@ -138,7 +145,7 @@ def check(ways: dict[str, Callable[[int], object]], out: Tensor) -> None:
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--count", type=int, default=128, help="pairs in the data set")
     given.add_argument("--rows", type=int, default=1_000_000, help="of the index whose opening is timed")
     given.add_argument("--folder", default=None, help="where to write the data sets")
@@ -151,17 +158,19 @@ def main() -> None:
         out = torch.empty(STREAMS, *SHAPE, dtype=torch.bfloat16)
         ways = ways_to_read(folder, count, out)
         check(ways, out)
-        found = rates(ways, np.random.default_rng(0).permutation(count).tolist(), arguments.repeats)
+        taken = run(ways, np.random.default_rng(0).permutation(count).tolist(), arguments.repeats)
         seconds, resident = million(folder / "million", arguments.rows)
+    found = {name: count / (PICKLE_SHARE if name == "pickle" else 1) / times.median for name, times in taken.items()}
     for name, pairs in found.items():
         print(f"{name:12} {pairs:10.1f} pairs/s {pairs * out.nbytes / 1e9:8.2f} GB/s")
     print(f"{arguments.rows:,} records open in {seconds:.3f} s, {resident:.0f} MB resident")
+    over = partial(taken.ratio, precision=COARSE)
     figures = {
-        "x_safetensors": round(found["cache"] / found["safetensors"], 2),
-        "x_pickle": round(found["cache"] / found["pickle"], 1),
+        "x_safetensors": over("safetensors", "cache").figure,
+        "x_pickle": over("pickle", "cache").times(PICKLE_SHARE).figure,
         "records_per_s": round(found["cache"] * STREAMS),
-        "x_limit": round(found["memory"] / found["safetensors"], 2),
-        "x_safetensors_view": round(found["view"] / found["safetensors"], 1),
+        "x_limit": over("safetensors", "memory").figure,
+        "x_safetensors_view": over("safetensors", "view").figure,
         "verified_records_per_s": round(found["verified"] * STREAMS),
         "million_open_seconds": round(seconds, 3),
         "million_resident_mb": round(resident),

@@ -1,4 +1,4 @@
-"""How fast the 33 frames of a clip come out of a 300-frame 1080p video, against decoding the whole file.
+"""Time reading a clip's 33 frames from a 300-frame 1080p video, against decoding the whole file.
 
 The other way is the common one: every frame to an RGB array, then Pillow resizes those that are wanted. Both run by
 turns in this process. A second part shows that memory does not grow with the length of a video.
@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import alternate, finish, parser, ratio
+from harness import alternate, finish, parser
+from rounds import COARSE
 
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import frame_numbers, read_frames
@@ -26,7 +27,7 @@ SOURCE = (1080, 1920)
 
 
 def pictures(count: int) -> Iterator[np.ndarray]:
-    """A textured picture that moves, so that the encoder has motion and detail to code."""
+    """Yield a textured picture that moves, so that the encoder has motion and detail to code."""
     from PIL import Image
 
     random = np.random.default_rng(0)
@@ -40,7 +41,7 @@ def pictures(count: int) -> Iterator[np.ndarray]:
 
 
 def write_clip(path: Path, count: int) -> None:
-    """H.264 as cameras and platforms make it: a bit rate of some Mbit/s, key frames far apart."""
+    """Write H.264 as cameras and platforms make it: a bit rate of some Mbit/s, key frames far apart."""
     import av
 
     with av.open(path, "w") as out:
@@ -70,7 +71,7 @@ def ours(path: Path, first: int) -> np.ndarray:
 
 
 def whole_file(path: Path, first: int) -> np.ndarray:
-    """Every frame to an array, the wanted ones through Pillow's antialiased bicubic, then the centre crop."""
+    """Decode every frame, resize the wanted ones with Pillow's antialiased bicubic, then crop the centre."""
     import av
     from PIL import Image
 
@@ -86,7 +87,7 @@ def whole_file(path: Path, first: int) -> np.ndarray:
 
 
 def peak_rss_mb(path: Path) -> float:
-    """Of a child process that reads the clip from the middle of a video."""
+    """Return the peak memory of a child process that reads the clip from the middle of a video."""
     code = (
         "import sys; from pathlib import Path; from decode import ours; ours(Path(sys.argv[1]), 16);"
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
@@ -97,16 +98,16 @@ def peak_rss_mb(path: Path) -> float:
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--frames", type=int, nargs=2, default=(300, 1200), help="of the short and the long video")
     options = given.parse_args()
     short, long = (cached_clip(count) for count in options.frames)
-    figures: dict[str, float] = {}
+    figures: dict[str, float | str] = {}
     for name, first in (("", 0), ("_middle", 63)):
         print(f"frames {first}…{first + 32} at 16 fps")
         ways = {"whole file": partial(whole_file, short, first), "ours": partial(ours, short, first)}
         times = alternate(ways, repeats=options.repeats)
-        figures[f"x_whole_file{name}"] = ratio(times, "whole file", "ours")
+        figures[f"x_whole_file{name}"] = times.ratio("whole file", "ours", precision=COARSE).figure
         figures[f"frames_per_s{name}"] = round(33 / times["ours"].median, 1)
     off = np.abs(ours(short, 0).astype(int) - whole_file(short, 0)).mean()
     figures["mean_difference"] = round(float(off), 3)

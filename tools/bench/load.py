@@ -1,4 +1,4 @@
-"""How long a training step waits for its data: the loader over a million records against files opened in the step.
+"""Time a training step's wait for data: the loader over a million records against files opened in the step.
 
 Every side reads samples of two streams of 33 frames at 480×832 and a caption, in bf16 and in random order, and hands
 over the same fp32 batch. The loader also draws the noise, as in training; its rivals need not. A step is a pause, since
@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Times, alternate, finish, parser, ratio, seconds
+from harness import alternate, finish, parser, seconds
+from rounds import COARSE, Times, ratio
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,19 +39,19 @@ STREAMS = ("rgb", "seg")
 PATCH = (1, 2, 2)
 BUCKET = (33, 480, 832)
 TEXT_LEN = 512
-TOKENS = 160  # of a caption
+CAPTION_TOKENS = 160
 EPOCHS_ORDERED = 3
-READY = 5  # batches that the loader holds at most, and the one in its hands
-BUCKETS = 5  # of the million samples that are put in order
+BATCHES_HELD = 5  # by the loader at most, the one at work included
+BUCKETS = 5  # among the samples that are put in order
 
 
 def sample(number: int, shape: Sequence[int], text_dim: int) -> dict[str, Tensor]:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(number))
-    return {"latents": draw(len(STREAMS), *shape).bfloat16(), "text": draw(TOKENS, text_dim).bfloat16()}
+    return {"latents": draw(len(STREAMS), *shape).bfloat16(), "text": draw(CAPTION_TOKENS, text_dim).bfloat16()}
 
 
 def write(folder: Path, count: int, shape: Sequence[int], text_dim: int) -> None:
-    """The same samples as records, as safetensors files and as pickles."""
+    """Write the same samples as records, as safetensors files and as pickles."""
     with CacheWriter(folder / "cache") as writer:
         for number in range(count):
             made = sample(number, shape, text_dim)
@@ -62,7 +63,7 @@ def write(folder: Path, count: int, shape: Sequence[int], text_dim: int) -> None
 
 
 def widen(folder: Path, samples: int) -> np.ndarray:
-    """Gives the index a row for each record of so many samples; returns their keys [samples, records, 16]."""
+    """Give the index a row for each record of so many samples; return their keys [samples, records, 16]."""
     path = next(folder.glob("*.idx"))
     written = path.read_bytes()
     rows = np.resize(np.frombuffer(written[index.ROW_BYTES :], index.ROW), samples * (len(STREAMS) + 1))
@@ -96,7 +97,7 @@ def prepare(batch: Batch) -> objective.Example:
 
 
 def files(read: Callable[[int], dict[str, Tensor]], *, count: int, batch: int, layout: StreamLayout) -> Iterator[Any]:
-    """Batches without end, each read when it is asked for."""
+    """Yield batches without end, each read when it is asked for."""
     random = np.random.default_rng(0)
     while True:
         samples = [read(int(number)) for number in random.integers(0, count, batch)]
@@ -105,12 +106,12 @@ def files(read: Callable[[int], dict[str, Tensor]], *, count: int, batch: int, l
         for place, one in enumerate(samples):
             for stream, out in enumerate(layout.unpack(latents)):
                 out[place].copy_(one["latents"][stream])
-            text[place, :TOKENS].copy_(one["text"])
+            text[place, :CAPTION_TOKENS].copy_(one["text"])
         yield latents, text
 
 
 def waits(ways: dict[str, Iterator[Any]], *, steps: int, pause: float, repeats: int) -> dict[str, Times]:
-    """What a step of each way waits for its batch: the mean of a round of steps, for every round."""
+    """Return the seconds that a step of each way waits for its batch: a mean for every round of steps."""
     found: dict[str, list[float]] = {name: [] for name in ways}
 
     def steps_of(name: str) -> None:
@@ -128,7 +129,7 @@ def waits(ways: dict[str, Iterator[Any]], *, steps: int, pause: float, repeats: 
 
 
 def busy(loader: Loader, *, pause: float, repeats: int) -> float:
-    """The work of a step beside the thread that reads, over the same work alone."""
+    """Return the time of a step's work beside the thread that reads, over the same work alone."""
     small = torch.ones(16)
 
     def work(count: int) -> None:
@@ -147,7 +148,7 @@ def busy(loader: Loader, *, pause: float, repeats: int) -> float:
 
 
 def ordering(samples: int) -> dict[str, float]:
-    """Seconds to put so many samples in order, and to find a place in the middle of a later epoch."""
+    """Return the seconds to put samples in order, and to find a place in the middle of a later epoch."""
     buckets = [(n % BUCKETS, 8, 8) for n in range(samples)]
     start = time.perf_counter()
     order = make_order(buckets=buckets, repeats=[1] * samples, seed=0, global_batch=min(64, samples // 50))
@@ -190,8 +191,8 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         "wait_share": round(found["loader"].median / (options.step + found["loader"].median), 6),
         "wait_ms": round(1e3 * found["loader"].median, 3),
         "step_seconds": options.step,
-        "x_safetensors": ratio(found, "safetensors", "loader"),
-        "x_pickle": ratio(found, "pickle", "loader"),
+        "x_safetensors": _over_the_loader(found, "safetensors"),
+        "x_pickle": _over_the_loader(found, "pickle"),
         **{f"{name}_wait_ms": round(1e3 * found[name].median, 2) for name in rivals},
         "x_busy_step": round(beside, 3),
         "batch_ms": round(1e3 * made.median, 1),
@@ -203,18 +204,23 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+def _over_the_loader(waits: dict[str, Times], rival: str) -> float | str:
+    theirs, ours = waits[rival].seconds, waits["loader"].seconds
+    return ratio(theirs, ours, rounds=len(ours), precision=COARSE).figure
+
+
 def drained(loader: Loader) -> float:
-    """Seconds of a batch when nothing lies ready any more and the thread works alone."""
-    for _ in range(READY):
+    """Return the seconds of a batch when nothing lies ready any more and the thread works alone."""
+    for _ in range(BATCHES_HELD):
         next(loader)
     start = time.perf_counter()
-    for _ in range(READY):
+    for _ in range(BATCHES_HELD):
         next(loader)
-    return (time.perf_counter() - start) / READY
+    return (time.perf_counter() - start) / BATCHES_HELD
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--records", type=int, default=1_000_000)
     given.add_argument("--files", type=int, default=48, help="samples whose bytes differ")
     given.add_argument("--grid", type=int, nargs=2, default=(60, 104), help="latent rows and columns")

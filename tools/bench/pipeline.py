@@ -1,4 +1,4 @@
-"""How much of a step pipeline ranks wait, for every schedule, against the arithmetic that a run reports.
+"""Measure the share of a step that pipeline ranks wait, for every schedule, against the formula that a run reports.
 
 Four processes run our engine over a tiny model whose blocks only sleep: in forward, and in backward where it comes to
 the input's gradient and to the weights'. So all stages cost the same, and four of them fit on two cores. The bubble is
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import Times, finish, parser
+from harness import finish, parser
+from rounds import Times
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from transpixeler import configfile
 from transpixeler.config import Config
@@ -43,7 +43,7 @@ WAN = {
     "ffn_dim": 24,
 }
 STREAMS = ("rgb", "seg")
-BACKWARD = 2.0  # forwards that a backward pass takes
+BACKWARD_OVER_FORWARD = 2.0
 
 
 class Clock:
@@ -58,38 +58,38 @@ class Clock:
 
 
 class InputCost(torch.autograd.Function):
-    """Costs a forward, and the part of a backward pass that the stage before waits for."""
+    """Take the time of a forward pass, and of the part of a backward pass that the stage before waits for."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, clock: Clock, forward: float, backward: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, clock: Clock, forward: float, backward: float) -> Tensor:
         ctx.clock, ctx.seconds = clock, backward
         clock.sleep(forward)
         return hidden.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         ctx.clock.sleep(ctx.seconds)
-        return gradient, None, None, None
+        return *gradients, None, None, None
 
 
 class WeightCost(torch.autograd.Function):
-    """Costs the part of a backward pass that nobody waits for."""
+    """Take the time of the part of a backward pass that nobody waits for."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, weight: Tensor, clock: Clock, seconds: float) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, clock: Clock, seconds: float) -> Tensor:
         ctx.clock, ctx.seconds = clock, seconds
         return weight.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         ctx.clock.sleep(ctx.seconds)
-        return gradient, None, None
+        return *gradients, None, None
 
 
 def slow(block: Any, clock: Clock, *, seconds: float, weights: float) -> None:
-    """Makes a block cost time, and nothing else."""
+    """Make a block cost time, and nothing else."""
     block.cost = nn.Parameter(torch.zeros(()))
-    inputs, others = seconds * BACKWARD * (1 - weights), seconds * BACKWARD * weights
+    inputs, others = seconds * BACKWARD_OVER_FORWARD * (1 - weights), seconds * BACKWARD_OVER_FORWARD * weights
 
     def compute(_: Any, hidden: Tensor, *state: Any) -> Tensor:
         out = InputCost.apply(hidden, clock, seconds, inputs)
@@ -99,13 +99,14 @@ def slow(block: Any, clock: Clock, *, seconds: float, weights: float) -> None:
 
 
 def build(config: Config, mesh: meshes.Mesh, clock: Clock, options: Any) -> pipeline.Engine:
-    """Our engine over this rank's stages; only costs and the stream embedding are trained."""
+    """Return our engine over this rank's stages; only costs and the stream embedding are trained."""
     torch.manual_seed(0)
     stages = []
     ranges = pipeline.split_blocks(config.parallel, options.blocks)
+    with torch.device("meta"):
+        dimensions = WanModel.from_config(WAN | {"num_layers": options.blocks}, streams=STREAMS).dimensions()
     for index in pipeline.local_stages(config.parallel, mesh):
         model = WanModel.from_config(WAN | {"num_layers": options.blocks}, streams=STREAMS)
-        dimensions = model.dimensions()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("stream_embedding" in name)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
@@ -126,10 +127,11 @@ def example(samples: int) -> objective.Example:
 
 
 def work(rank: int, options: Any, store: str, results: Any) -> None:
-    """One rank: every schedule by turns."""
+    """Run every schedule by turns, on one rank."""
     torch.set_num_threads(1)
     count = options.ranks
-    dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
+    files = dist.FileStore(store, count)  # pyright: ignore[reportPrivateImportUsage] - public, but not in torch's __all__
+    dist.init_process_group("gloo", store=files, rank=rank, world_size=count)
     here = runtime.Runtime(rank, count, rank, torch.device("cpu"))
     engines = {}
     for name in options.schedules:
@@ -152,7 +154,7 @@ def work(rank: int, options: Any, store: str, results: Any) -> None:
 
 
 def run(options: Any) -> list[dict[str, list[tuple[float, float]]]]:
-    """What each rank took: (seconds, of which its stages computed) of every step of every schedule."""
+    """Return for each rank, schedule and step the seconds of the step and of its stages' computing."""
     here = multiprocessing.get_context("fork")
     results = here.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -168,13 +170,13 @@ def run(options: Any) -> list[dict[str, list[tuple[float, float]]]]:
 
 
 def bubbles(found: list[dict[str, list[tuple[float, float]]]], name: str) -> Times:
-    """Of each step, the mean over the ranks."""
+    """Return the bubble of each step, the mean over the ranks."""
     steps = zip(*(rank[name] for rank in found))
     return Times(tuple(mean(1 - busy / seconds for seconds, busy in step) for step in steps))
 
 
 def main() -> None:
-    given = parser(__doc__.splitlines()[0])
+    given = parser(__doc__)
     given.add_argument("--ranks", type=int, default=4)
     given.add_argument("--microbatches", type=int, default=8)
     given.add_argument("--blocks", type=int, default=8)

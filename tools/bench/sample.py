@@ -1,8 +1,8 @@
-"""A denoising step against the model's forward alone, and guidance in one batch of two against two forwards.
+"""Time a denoising step against the model's forward alone, and guidance in one batch of two against two forwards.
 
-In each measure a whole video is denoised by `sampling.denoise` with UniPC, asking the engine as the sampler does; the
-bar is the same number of the model's own forwards on the same inputs. All ratios are ours over theirs, so smaller is
-better: `x_forward` without guidance, `x_forward_guided` with it (against twice as many forwards), and `x_one_batch`,
+In each measure a whole video is denoised by `flow.solver.denoise` with UniPC, asking the engine as the sampler does;
+the bar is the same number of the model's own forwards on the same inputs. All ratios are ours over theirs, so smaller
+is better: `x_forward` without guidance, `x_forward_guided` with it (against twice as many forwards), and `x_one_batch`,
 what one batch of both halves takes of two forwards one after the other; `…_short` is that on a sequence of an eighth,
 where it matters more. Both ways must agree on the latents before anything is timed.
 """
@@ -14,22 +14,24 @@ from collections.abc import Callable, Sequence
 
 import harness
 import torch
+from rounds import Rounds
 from torch import Tensor
 
 from transpixeler.config import LoraConfig, ParallelConfig
 from transpixeler.families.wan.model import WanModel
+from transpixeler.flow.solver import denoise, make_solver, start_noise
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.pipeline import Engine, Stage
-from transpixeler.sampling import sampler as samplers
+from transpixeler.sampling import sampler
 
 GUIDANCE = 5.0
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = harness.parser(__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, repeats=12)
     harness.wan_arguments(parser)
     parser.add_argument("--text", type=int, default=512, help="width of a text's embedding")
     parser.add_argument("--steps", type=int, default=2)
@@ -37,7 +39,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_engine(args: argparse.Namespace, here: runtime.Runtime) -> Engine:
-    """One stage with an adapter on its companion, in place, as `sample` runs it."""
+    """Return an engine of one stage with an adapter on its companion, in place, as `sample` runs it."""
     torch.manual_seed(0)
     model = WanModel.from_config(harness.wan_config(args, text_dim=args.text), streams=("rgb", "seg"))
     inject(model, LoraConfig(rank=args.rank))
@@ -52,7 +54,7 @@ class Denoising:
         f, h, w = grid
         self.engine, self.steps, (self.model,) = engine, args.steps, engine.models()
         self.layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
-        self.noise = samplers.start_noise(self.layout, seed=0)
+        self.noise = start_noise(self.layout, seed=0)
         self.text, self.negative = torch.randn(2, 512, args.text)
 
     def plain(self) -> Tensor:
@@ -65,23 +67,23 @@ class Denoising:
         return self._denoise(self.negative, together=False)
 
     def _denoise(self, negative: Tensor | None, *, together: bool) -> Tensor:
-        limit, samplers.TOGETHER = samplers.TOGETHER, self.layout.tokens if together else 0
+        limit, sampler.GUIDANCE_BATCH_TOKENS = sampler.GUIDANCE_BATCH_TOKENS, self.layout.tokens if together else 0
         try:
-            velocity = samplers.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
+            velocity = sampler.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
         finally:
-            samplers.TOGETHER = limit
-        solver = samplers.make_solver("unipc", steps=self.steps, shift=5.0)
-        return samplers.denoise(velocity, self.noise, self.layout, solver)
+            sampler.GUIDANCE_BATCH_TOKENS = limit
+        solver = make_solver("unipc", steps=self.steps, shift=5.0)
+        return denoise(velocity, self.noise, self.layout, solver)
 
     @torch.no_grad()
     def forwards(self, times: int = 1) -> None:
-        """The model alone, as often as it is asked without guidance, times `times`."""
+        """Run the model alone, as often as denoising without guidance does, times `times`."""
         steps = torch.ones(1, 2)
         for _ in range(self.steps * times):
             self.model(self.noise, steps, self.text[None], layout=self.layout)
 
 
-def measure(denoising: Denoising, *, repeats: int) -> dict[str, harness.Times]:
+def measure(denoising: Denoising, *, repeats: int) -> Rounds:
     torch.testing.assert_close(denoising.guided(), denoising.guided_apart(), atol=1e-4, rtol=1e-4)
     actions: dict[str, Callable[[], object]] = {
         "forwards": denoising.forwards,
@@ -91,11 +93,12 @@ def measure(denoising: Denoising, *, repeats: int) -> dict[str, harness.Times]:
         "guided, one by one": denoising.guided_apart,
     }
     print(f"{denoising.layout.tokens} tokens")
-    return harness.alternate(actions, repeats=repeats)
+    return harness.alternate(actions, repeats=repeats, clock=harness.step_clock())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
+    torch.set_num_threads(1)
     f, h, w = args.grid
     with runtime.running(device="cpu") as here:
         engine = make_engine(args, here)
@@ -105,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     figures = {
         "step_seconds": round(long["guided"].median / args.steps, 4),
-        "x_forward": harness.ratio(long, "plain", "forwards"),
-        "x_forward_guided": harness.ratio(long, "guided", "two forwards each"),
-        "x_one_batch": harness.ratio(long, "guided", "guided, one by one"),
-        "x_forward_short": harness.ratio(short, "plain", "forwards"),
-        "x_one_batch_short": harness.ratio(short, "guided", "guided, one by one"),
+        "x_forward": long.ratio("plain", "forwards").figure,
+        "x_forward_guided": long.ratio("guided", "two forwards each").figure,
+        "x_one_batch": long.ratio("guided", "guided, one by one").figure,
+        "x_forward_short": short.ratio("plain", "forwards").figure,
+        "x_one_batch_short": short.ratio("guided", "guided, one by one").figure,
         "spread": round(max(t.spread for times in (long, short) for t in times.values()), 3),
         "tokens": 2 * f * h * w,
     }

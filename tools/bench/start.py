@@ -1,4 +1,4 @@
-"""`transpixeler train` from the command to the end of its first step, and where the time goes.
+"""Time `transpixeler train` from the command to the end of its first step, part by part.
 
 Every run is a fresh process of the real command on a demo's clips, stopped after one step; evaluations are off. `cold`
 finds an empty cache and encodes the clips first; the others find all of them encoded. What remains of the whole after
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("interpreter", "torch", "imports", "group", "cache", "build", "weights", "first_step", "other")
-OFF = ("eval.before_first_step=false", "eval.every_epochs=0", "train.max_steps=1")
+ONE_STEP_ALONE = ("eval.before_first_step=false", "eval.every_epochs=0", "train.max_steps=1")
 
 
 def child(spawned: float, argv: list[str]) -> None:
-    """Runs the command with a clock around its parts, and prints them once the first step is told."""
+    """Run the command with a clock around its parts, and print them once the first step is told."""
     spent = {"interpreter": time.time() - spawned}
     taken(spent, "torch", lambda: __import__("torch"))
     taken(spent, "imports", lambda: __import__("transpixeler.training.trainer"))
@@ -51,7 +51,8 @@ def child(spawned: float, argv: list[str]) -> None:
         print(json.dumps(spent | {"whole": whole, "other": whole - sum(spent.values())}), flush=True)
         os._exit(0)
 
-    trainer.Trainer.train, trainer.Trainer._tell = train_once, told
+    for name, replacement in (("train", train_once), ("_record", told)):
+        setattr(trainer.Trainer, name, replacement)
     cli.main(argv)
 
 
@@ -69,8 +70,17 @@ def clock(spent: dict[str, float], owner: Any, name: str, part: str) -> None:
 
 
 def run(config: Path, *overrides: str) -> dict[str, float]:
-    """Seconds of each part of one start."""
-    command = [sys.executable, __file__, "--child", repr(time.time()), "train", str(config), *OFF, *overrides]
+    """Return the seconds of each part of one start."""
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        repr(time.time()),
+        "train",
+        str(config),
+        *ONE_STEP_ALONE,
+        *overrides,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not done.stdout:
         raise SystemExit(f"the command failed:\n{done.stderr}")
@@ -78,17 +88,19 @@ def run(config: Path, *overrides: str) -> dict[str, float]:
 
 
 def write(folder: Path) -> Path:
-    """A demo without its cache; in a process of its own, since this one loads no encoders."""
-    code = "import sys, pathlib; from transpixeler.demo import write_demo as w; w(pathlib.Path(sys.argv[1]), "
+    """Write a demo without its cache, in a process of its own, since this one loads no encoders."""
+    code = "import sys, pathlib; from transpixeler.demo.write import write_demo as w; w(pathlib.Path(sys.argv[1]), "
     made = [sys.executable, "-c", code + "train_clips=10, eval_clips=2)", str(folder)]
     subprocess.run(made, check=True, capture_output=True)
     return folder / "config.yaml"
 
 
 def main() -> None:
-    import harness  # not above: the child's clock would find torch loaded
+    # not above: the child's clock would find torch loaded
+    import harness
+    from rounds import Times
 
-    parser = harness.parser(__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--cached", type=Path, help="config of a demo whose clips are encoded: no cold start then")
     options = parser.parse_args()
     cold: dict[str, float] = {}
@@ -99,7 +111,7 @@ def main() -> None:
             cold = run(config, output)
         runs = [run(config, output) for _ in range(options.repeats)]
     warm = {part: statistics.median(found[part] for found in runs) for part in (*PARTS, "whole")}
-    whole = harness.Times(tuple(found["whole"] for found in runs))
+    whole = Times(tuple(found["whole"] for found in runs))
     print(f"{'':12} {'cold s':>8} {'second s':>9}")
     for part in (*PARTS, "whole"):
         print(f"{part:12} {cold.get(part, float('nan')):8.2f} {warm[part]:9.2f}")

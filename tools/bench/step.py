@@ -1,4 +1,4 @@
-"""One training step of joint blocks against its own arithmetic, and against diffusers' blocks with a peft LoRA.
+"""Time a training step of joint blocks against its own arithmetic, and against diffusers' blocks with a peft LoRA.
 
 `limit` is what any such step must multiply, and nothing else, on tensors that are there already: every projection
 forward and for its input's gradient, the adapter's products on its scope with both weight gradients, both attentions
@@ -7,9 +7,12 @@ outputs (all projections but the last, whose result no gradient needs). The riva
 diffusers' blocks, a peft LoRA whose output is masked, every block checkpointed whole.
 
 All ratios are ours over theirs, so smaller is better: `x_limit` (time), `x_rival_time`, `x_rival_memory`, and
-`x_rival_memory_full`, where ours keeps as little between blocks as the rival. Both sides hold the same weights, start
-from the same hidden states, which want a gradient as between two blocks, and must agree on every gradient of the
-adapter before anything is timed. Memory is the peak of live tensor bytes within a step, counted operator by operator.
+`x_rival_memory_full`, where ours keeps as little between blocks as the rival. On CPUs time is one thread's CPU time.
+`--against PATH` compares ours with ours of another checkout; `limit`, the same in both, shows how far to trust it.
+
+Both sides hold the same weights, start from the same hidden states, which want a gradient as between two blocks, and
+must agree on every gradient of the adapter before anything is timed. Memory is the peak of live tensor bytes within a
+step, counted operator by operator.
 """
 
 from __future__ import annotations
@@ -29,26 +32,26 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from transpixeler.config import LoraConfig
-from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.model import WanBlock, WanModel
 from transpixeler.families.wan.names import from_diffusers, module_to_diffusers
 from transpixeler.models.linear import Linear
 from transpixeler.models.lora import LoraLinear, inject, lora_linears
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.shard import set_recompute
 
-TEXT = 512
-LAST = "ffn.2"  # of a block's projections: its result is only added
+TEXT_TOKENS = 512
+LAST_PROJECTION = "ffn.2"  # of a block; no gradient needs its result, which is only added
 
-Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6, D], context [B, TEXT, D]
+Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6, D], context [B, TEXT_TOKENS, D]
 
 
 # -- the limit
 
 
 class Limit:
-    """The products of one step, each on preallocated tensors; `flops` is what they amount to."""
+    """Run the products of one step, each on preallocated tensors; `flops` is their sum."""
 
-    def __init__(self, blocks: Sequence[nn.Module], *, tokens: int, batch: int, recompute: bool = True) -> None:
+    def __init__(self, blocks: Sequence[WanBlock], *, tokens: int, batch: int, recompute: bool = True) -> None:
         self.tokens, self.batch, self.flops = tokens, batch, 0
         self.tensor = cache(lambda slot, *shape: torch.randn(shape) / 8)
         self.products: list[Callable[[], object]] = []
@@ -56,19 +59,19 @@ class Limit:
             for name, linear in block.named_modules():
                 if isinstance(linear, Linear):
                     self._projection(name, linear, again=recompute)
-            for keys in (tokens, TEXT):
-                self._attention(block.self_attn.heads, keys, linear.out_features)
+            for keys in (tokens, TEXT_TOKENS):
+                self._attention(block.self_attn.heads, keys, width=block.self_attn.q.weight.shape[1])
 
     def __call__(self) -> None:
         for product in self.products:
             product()
 
     def _projection(self, name: str, linear: Linear, *, again: bool) -> None:
-        """Forward, again, and backward."""
+        """Add a projection's products: forward, once more if recomputed, and backward."""
         on_text, (wide, narrow) = name in ("cross_attn.k", "cross_attn.v"), linear.weight.shape
-        rows = self.batch * (TEXT if on_text else self.tokens)
+        rows = self.batch * (TEXT_TOKENS if on_text else self.tokens)
         x, y, weight = self.tensor("x", rows, narrow), self.tensor("y", rows, wide), linear.weight.detach()
-        for _ in range(1 + (again and name != LAST)):
+        for _ in range(1 + (again and name != LAST_PROJECTION)):
             self._multiply(x, weight.t(), y)
         if not on_text:  # the text wants no gradient
             self._multiply(y, weight, self.tensor("gx", rows, narrow))
@@ -81,7 +84,7 @@ class Limit:
         inner, grad = self.tensor("inner", rows, len(down)), self.tensor("gx", 2 * rows, down.shape[1])[:rows]
         for _ in range(1 + again):
             self._multiply(x, down.t(), inner)
-        for _ in range(1 + (again and name != LAST)):
+        for _ in range(1 + (again and name != LAST_PROJECTION)):
             self._multiply(inner, up.t(), y, add=True)
         grad_inner = self.tensor("ginner", rows, len(down))
         self._multiply(y, up, grad_inner)
@@ -95,13 +98,13 @@ class Limit:
             partial(torch.addmm, out, a, b, beta=1e-3, alpha=1e-3, out=out) if add else partial(torch.mm, a, b, out=out)
         )
 
-    def _attention(self, heads: int, keys: int, width: int) -> None:
+    def _attention(self, heads: int, keys: int, *, width: int) -> None:
         def tensor(slot: str, length: int) -> Tensor:
             return self.tensor(slot, self.batch, length, heads, width // heads).transpose(1, 2)
 
         q, k, v, grad = tensor("q", self.tokens), tensor("k", keys), tensor("v", keys), tensor("g", self.tokens)
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*leaves)
+        leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+        out = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2])
         self.flops += 14 * q.numel() * keys  # two products forward, five backward
         self.products.append(partial(F.scaled_dot_product_attention, q, k, v))
         self.products.append(partial(torch.autograd.grad, out, leaves, grad, retain_graph=True))
@@ -115,7 +118,7 @@ class Rival(nn.Module):
 
     def __init__(self, config: dict[str, Any], lora: LoraConfig, grid: tuple[int, int, int]) -> None:
         super().__init__()
-        from diffusers import WanTransformer3DModel
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
         from peft.tuners.lora import Linear as PeftLinear
@@ -123,14 +126,20 @@ class Rival(nn.Module):
         model = WanTransformer3DModel(**config)
         wanted = [module_to_diffusers(f"blocks.0.{target}").removeprefix("blocks.0.") for target in lora.targets]
         peft = PeftConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=wanted)
-        self.blocks = inject_adapter_in_model(peft, model).blocks
+        blocks = inject_adapter_in_model(peft, model).blocks
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
         f, h, w = grid
         cos, sin = model.rope(torch.empty(1, 1, f, 2 * h, 2 * w))
         self.rope = torch.cat([cos, cos], 1), torch.cat([sin, sin], 1)
         mask = torch.cat([torch.zeros(1, f * h * w, 1), torch.ones(1, f * h * w, 1)], 1)
+
+        def masked(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+            return out * mask
+
         for module in self.blocks.modules():
             if isinstance(module, PeftLinear):
-                module.lora_B["default"].register_forward_hook(lambda _, __, out: out * mask)
+                module.lora_B["default"].register_forward_hook(masked)
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         for block in self.blocks:
@@ -149,7 +158,11 @@ class Ours(nn.Module):
         self.keep("attention")
 
     def keep(self, mode: str) -> None:
-        set_recompute(list(self.blocks.values()), mode)
+        set_recompute(self.layers(), mode)
+
+    def layers(self) -> list[WanBlock]:
+        """Return the blocks in order."""
+        return [block for block in self.blocks.values() if isinstance(block, WanBlock)]
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         for block in self.blocks.values():
@@ -158,7 +171,7 @@ class Ours(nn.Module):
 
 
 def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """The rival's weights and adapter into ours; returns the pairs of adapter parameters."""
+    """Copy the rival's weights and adapter into ours; return the pairs of adapter parameters."""
     theirs = {name.replace(".base_layer", ""): p for name, p in rival.named_parameters()}
     mine = dict(ours.named_parameters())
     with torch.no_grad():
@@ -175,23 +188,38 @@ def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.
     return pairs
 
 
-def both(args: argparse.Namespace) -> tuple[Ours, Rival, Inputs]:
-    """The two with the same weights, what they start from, and the proof that they compute the same."""
-    torch.manual_seed(0)
-    config = harness.wan_config(args, text_dim=64)
+def layout_of(args: argparse.Namespace) -> StreamLayout:
+    """Return the layout of two streams of the asked grid."""
     f, h, w = args.grid
-    layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
-    lora = LoraConfig(rank=args.rank)
-    rival, ours = Rival(config, lora, (f, h, w)), Ours(config, lora, layout)
+    return StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
+
+
+def make_ours(args: argparse.Namespace) -> Ours:
+    """Return our blocks with their adapter."""
+    return Ours(harness.wan_config(args, text_dim=64), LoraConfig(rank=args.rank), layout_of(args))
+
+
+def make_inputs(args: argparse.Namespace) -> Inputs:
+    """Return what enters the first block; hidden states want a gradient, as between two blocks."""
+    tokens, width = layout_of(args).tokens, args.width
+    hidden, context = torch.randn(args.batch, tokens, width), torch.randn(args.batch, TEXT_TOKENS, width)
+    modulation = torch.randn(args.batch, 1, 6, width).expand(-1, 2, -1, -1) / 4
+    return hidden.requires_grad_(), modulation, context
+
+
+def both(args: argparse.Namespace) -> tuple[Ours, Rival, Inputs]:
+    """Return both sides with the same weights and what they start from, once they are seen to compute the same."""
+    torch.manual_seed(0)
+    rival = Rival(harness.wan_config(args, text_dim=64), LoraConfig(rank=args.rank), args.grid)
+    ours = make_ours(args)
     pairs = share_weights(ours, rival)
-    hidden, context = torch.randn(args.batch, layout.tokens, args.width), torch.randn(args.batch, TEXT, args.width)
-    modulation = torch.randn(args.batch, 1, 6, args.width).expand(-1, 2, -1, -1) / 4
-    inputs = hidden.requires_grad_(), modulation, context
+    inputs = make_inputs(args)
     entering = []
     for model in (ours, rival):
         step(model, inputs)
-        entering.append(hidden.grad)
+        entering.append(inputs[0].grad)
     for name, (mine, other) in {**{n: (m.grad, o.grad) for n, (m, o) in pairs.items()}, "hidden": entering}.items():
+        assert mine is not None and other is not None, name
         torch.testing.assert_close(mine, other, atol=1e-4 * float(other.abs().max()), rtol=1e-3, msg=name)
     return ours, rival, inputs
 
@@ -206,7 +234,7 @@ def step(model: nn.Module, inputs: Inputs) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The peak of bytes in storages that operators made and that are still alive."""
+    """Count the bytes in storages that operators made and that are still alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +268,7 @@ def peak_bytes(model: nn.Module, inputs: Inputs) -> int:
 
 
 def peaks(ours: Ours, rival: Rival, inputs: Inputs) -> Iterator[int]:
-    """Of ours, of ours when it keeps nothing but what enters a block, and of the rival."""
+    """Yield the peaks of ours, of ours when it keeps only what enters a block, and of the rival."""
     yield peak_bytes(ours, inputs)
     ours.keep("full")
     yield peak_bytes(ours, inputs)
@@ -252,14 +280,14 @@ def peaks(ours: Ours, rival: Rival, inputs: Inputs) -> Iterator[int]:
 
 
 def profile(model: nn.Module, inputs: Inputs, rows: int) -> None:
-    """Where a step's time goes, by operator and shapes."""
+    """Print the time of a step by operator and shapes."""
     with torch.profiler.profile(record_shapes=True) as profiler:
         step(model, inputs)
     print(profiler.key_averages(group_by_input_shape=True).table("self_cpu_time_total", row_limit=rows))
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = harness.parser(__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, repeats=12, comparable=True)
     harness.wan_arguments(parser)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile our blocks, as on a GPU")
@@ -267,26 +295,45 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def limit_of(ours: Ours, inputs: Inputs, args: argparse.Namespace) -> Limit:
+    """Return the limit of our blocks, which are compiled if that is asked for."""
+    if args.compile:
+        for block in ours.layers():
+            block.compile()
+    return Limit(ours.layers(), tokens=inputs[0].shape[1], batch=args.batch)
+
+
+def actions(argv: Sequence[str]) -> dict[str, Callable[[], object]]:
+    """Return what `--against` compares with another checkout's."""
     args = arguments(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    ours, inputs = make_ours(args), make_inputs(args)
+    return {"limit": limit_of(ours, inputs, args), "ours": partial(step, ours, inputs)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare in this process, or with another checkout in two processes."""
+    args = arguments(argv)
+    if args.against:
+        harness.compare("step", args, argv)
+        return
+    torch.set_num_threads(1)
     ours, rival, inputs = both(args)
     if args.profile:
         profile(ours, inputs, args.profile)
         return
     mine, mine_full, other = peaks(ours, rival, inputs)
-    if args.compile:
-        for block in ours.blocks.values():
-            block.compile()
-    limit = Limit(list(ours.blocks.values()), tokens=inputs[0].shape[1], batch=args.batch)
-    actions = {"limit": limit, "ours": partial(step, ours, inputs), "rival": partial(step, rival, inputs)}
-    times = harness.alternate(actions, repeats=args.repeats)
+    limit = limit_of(ours, inputs, args)
+    sides = {"limit": limit, "ours": partial(step, ours, inputs), "rival": partial(step, rival, inputs)}
+    times = harness.alternate(sides, repeats=args.repeats, clock=harness.step_clock())
     figures = {
         "seconds": round(times["ours"].median, 4),
         "limit_seconds": round(times["limit"].median, 4),
         "rival_seconds": round(times["rival"].median, 4),
         "spread": round(max(t.spread for t in times.values()), 3),
-        "x_limit": harness.ratio(times, "ours", "limit"),
-        "x_rival_time": harness.ratio(times, "ours", "rival"),
+        "x_limit": times.ratio("ours", "limit").figure,
+        "x_rival_time": times.ratio("ours", "rival").figure,
         "x_rival_memory": round(mine / other, 3),
         "x_rival_memory_full": round(mine_full / other, 3),
         "mib": round(mine / 2**20, 1),

@@ -1,19 +1,22 @@
-"""ComfyUI nodes for joint adapters of transpixeler on Wan: RGB and its alpha from one sampling. Copy this one file into
-ComfyUI's `custom_nodes`; it needs nothing else.
+"""ComfyUI nodes that load a joint adapter of transpixeler on Wan and give RGB and its alpha from one sampling.
+
+To install, copy this one file into ComfyUI's `custom_nodes`.
 
     Load Diffusion Model → Joint Adapter (Wan) → KSampler → Joint Decode (Wan) → image, mask
     Joint Latent (Wan) → KSampler
 
-The streams lie one after another in the latent's frames. The adapter node lets them share their positions, adds the
-stream embeddings, and puts the low-rank weights on the tokens of their own streams alone, as in training. A second one
-of the same streams may follow; ordinary LoRAs, samplers, shift and guidance work as usual.
+The latent holds the streams' frames one after another. The adapter node gives all streams the same positions, adds the
+stream embeddings, and applies the low-rank weights to the tokens of their own streams only, as in training. A second
+adapter of the same streams may follow. Ordinary LoRAs, samplers, shift and guidance work as usual.
 
-Limits. Text-to-video models of ComfyUI's own `WanModel` only: no image-to-video, VACE, camera or other variants, and no
-nodes that look at the video in windows or replace the model's forward. All streams are generated together: giving one
-of them clean (matting) is not possible here. Time and memory are those of a video of all streams' frames; ComfyUI does
-not count the adapter's own weights in its memory. Previews show the streams one after another. Adapters of other
-programs, or under their names, must first go through `transpixeler export --format comfyui`. The file is tested against
-transpixeler's own forward on a model with ComfyUI's names, not inside ComfyUI.
+Limits:
+- Only text-to-video models of ComfyUI's own `WanModel`: no image-to-video, VACE, camera or other variants, and no nodes
+  that split the video into windows or replace the model's forward.
+- All streams are generated together. Giving one of them (matting) is not possible here.
+- Time and memory are those of a video with the frames of all streams. ComfyUI does not count the adapter's own weights.
+- Previews show the streams one after another.
+- Adapters of other programs, or under their names, must first go through `transpixeler export --format comfyui`.
+- It is tested against transpixeler's own forward on a model with ComfyUI's names, not inside ComfyUI.
 """
 
 from __future__ import annotations
@@ -44,14 +47,14 @@ Span = tuple[int, int]  # first stream, and one past the last
 
 @dataclass
 class Joint:
-    """The streams of one adapter, and what all its patches have to know of the tokens in front of them."""
+    """The streams of one adapter, shared by all its patches."""
 
     streams: tuple[str, ...]
     attends: bool  # whether RGB tokens see the other streams
-    alone: bool = False  # the tokens at hand are those of the first stream
+    alone: bool = False  # the input holds only the first stream's tokens
 
     def slice(self, span: Span, tokens: int) -> slice:
-        """A span's tokens, from the input at hand; streams are equally long."""
+        """Return the tokens of a span of streams in an input of so many tokens; all streams are equally long."""
         if span == (0, len(self.streams)):
             return slice(0, tokens)
         if self.alone:
@@ -83,7 +86,7 @@ class AdapterFile:
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """An adapter as `transpixeler` writes it."""
+    """Read an adapter that `transpixeler` wrote."""
     with safe_open(path, framework="pt", device="cpu") as file:
         header = file.metadata() or {}
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -124,8 +127,10 @@ def _span(scope: str, streams: tuple[str, ...]) -> Span:
 
 
 class LowRank:
-    """A linear's forward, and the adapter's share on the tokens of its streams. Not a module, so that the model's own
-    names stay as ComfyUI knows them."""
+    """Run a linear's own forward, then add the adapter's update to the tokens of its streams.
+
+    This is not a module, so that the model's parameters keep the names that ComfyUI knows.
+    """
 
     def __init__(self, original: Callable[..., Tensor], target: Target, joint: Joint, strength: float) -> None:
         self.original, self.target, self.joint, self.strength = original, target, joint, strength
@@ -149,7 +154,7 @@ class LowRank:
 
 
 class Embedded:
-    """The patch embedding [B, D, frames, h, w], and each stream's own vector on its frames."""
+    """Run the patch embedding [B, D, frames, h, w], then add each stream's embedding to its frames."""
 
     def __init__(self, original: Callable[[Tensor], Tensor], embeddings: Mapping[str, Tensor], joint: Joint) -> None:
         self.original, self.embeddings, self.joint = original, embeddings, joint
@@ -165,7 +170,7 @@ class Embedded:
 
 
 class SharedPositions:
-    """Positions of one stream's frames, [1, tokens, …], said again for each stream."""
+    """Compute the positions of one stream's frames, [1, tokens, …], and repeat them for each stream."""
 
     def __init__(self, original: Callable[..., Tensor], joint: Joint) -> None:
         self.original, self.joint = original, joint
@@ -176,7 +181,7 @@ class SharedPositions:
 
 
 class OwnAttention:
-    """Self-attention in which the first stream sees itself alone, and the others see all."""
+    """Run self-attention in which the first stream attends to itself only, and the others to all."""
 
     def __init__(self, original: Callable[..., Tensor], joint: Joint) -> None:
         self.original, self.joint = original, joint
@@ -192,7 +197,7 @@ class OwnAttention:
 
 
 def patched(model: Any, adapter: AdapterFile, strength: float) -> Any:
-    """A clone of ComfyUI's model that generates all streams; the model itself is left as it is."""
+    """Return a clone of ComfyUI's model that generates all streams; the model itself does not change."""
     wan = model.get_model_object("diffusion_model")
     _check(wan, adapter)
     clone = model.clone()
@@ -214,14 +219,14 @@ def patched(model: Any, adapter: AdapterFile, strength: float) -> Any:
 
 
 def _shared(first: Joint, second: Joint) -> Joint:
-    """Two adapters on one model have the same streams in front of them."""
+    """Return the streams that an earlier adapter on this model has; refuse an adapter with others."""
     if (first.streams, first.attends) != (second.streams, second.attends):
         raise ValueError(f"two adapters on one model need the same streams: {first.streams} and {second.streams}")
     return first
 
 
 def _check(wan: Any, adapter: AdapterFile) -> None:
-    """Another model would run, and give noise."""
+    """Refuse a model that the adapter does not fit: it would run, and give noise."""
     absent = [name for name in NEEDED if not hasattr(wan, name)]
     other = [name for name in REFUSED if getattr(wan, name, None) is not None]
     if absent or other:
@@ -244,14 +249,14 @@ class JointAdapter:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        import folder_paths
+        import folder_paths  # pyright: ignore[reportMissingImports] - ComfyUI's own
 
         strength = ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05})
         names = (folder_paths.get_filename_list("loras"),)
         return {"required": {"model": ("MODEL",), "adapter": names, "strength": strength}}
 
     def load(self, model: Any, adapter: str, strength: float) -> tuple[Any]:
-        import folder_paths
+        import folder_paths  # pyright: ignore[reportMissingImports] - ComfyUI's own
 
         return (patched(model, read_adapter(folder_paths.get_full_path_or_raise("loras", adapter)), strength),)
 
@@ -278,7 +283,7 @@ class JointLatent:
 
 
 class JointSplit:
-    """The first stream's latent and another's, to be decoded or worked on by themselves."""
+    """Split off the latents of the first stream and of one companion."""
 
     CATEGORY, FUNCTION = CATEGORY, "split"
     RETURN_TYPES, RETURN_NAMES = ("LATENT", "LATENT"), ("rgb", "companion")
@@ -298,7 +303,7 @@ class JointSplit:
 
 
 class JointDecode:
-    """Pictures, and the companion as a mask in which white is visible (turned over for Join Image with Alpha)."""
+    """Decode the pictures, and the companion as a mask where white is visible (inverted for Join Image with Alpha)."""
 
     CATEGORY, FUNCTION = CATEGORY, "decode"
     RETURN_TYPES, RETURN_NAMES = ("IMAGE", "MASK", "IMAGE"), ("rgb", "mask", "companion")
@@ -318,14 +323,14 @@ class JointDecode:
 
 
 def split_latent(latent: Tensor, streams: int) -> tuple[Tensor, ...]:
-    """[B, C, frames of all streams, h, w] → one for each stream."""
+    """Cut a latent [B, C, frames of all streams, h, w] into one for each stream."""
     if latent.ndim != 5 or latent.shape[2] % streams:
         raise ValueError(f"a latent of {list(latent.shape)} does not hold {streams} streams")
     return latent.chunk(streams, dim=2)
 
 
 def _pictures(vae: Any, latent: Tensor) -> Tensor:
-    """[frames of the whole batch, H, W, 3]; each stream by itself, as the VAE looks back in time."""
+    """Decode to [frames of the whole batch, H, W, 3]. Each stream goes alone, since the VAE looks back in time."""
     return vae.decode(latent).flatten(0, -4)
 
 

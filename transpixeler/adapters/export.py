@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import FORMATS, read_adapter, step_header, with_whole_blocks, write_adapter
+from transpixeler.adapters.tensorfile import save_tensors
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.families.wan import names as wan_names
 from transpixeler.families.wan.model import WanConfig, WanModel
@@ -247,7 +247,7 @@ def _write_shards(
 
 
 def _save(tensors: dict[str, Tensor], file: Path, header: Mapping[str, str]) -> None:
-    save_file(tensors, file, metadata=dict(header))
+    save_tensors(tensors, file, header)
     with file.open("rb") as written:
         os.fsync(written.fileno())
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from transpixeler.adapters import peft_config
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
+from transpixeler.adapters.tensorfile import save_tensors
 from transpixeler.config import UserError
 from transpixeler.families.wan import names as wan_names
 from transpixeler.files import whole, write_text
@@ -28,6 +28,7 @@ from transpixeler.models.streams import Scope
 from transpixeler.models.weights import resolve
 
 ADAPTER_FILE = "adapter_model.safetensors"
+MODEL_FOLDER = "transformer"  # in a save, a model that was trained in full
 VERSION = "1"
 
 _OURS = "transpixeler."  # of header keys, and of what is no LoRA weight
@@ -112,7 +113,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
     if file != path:
         write_text(path / CONFIG_FILE, peft_config.beside(stored, _ours(header)))
     with whole(file, synced=True) as draft:
-        save_file(_spelled(stored, FORMATS[format]), draft, metadata=header)
+        save_tensors(_spelled(stored, FORMATS[format]), draft, header)
         assert adapter.matches(_read_file(draft, alpha=None, stream="")), (
             f"{draft} does not read back as it was written"
         )
@@ -190,8 +191,25 @@ def _scope_text(scope: Scope) -> str:
     return scope if isinstance(scope, str) else json.dumps(scope)
 
 
-def _scope_of(text: str) -> Scope:
-    return tuple(json.loads(text)) if text.startswith("[") else text
+def _scope_of(file: Path, text: object) -> Scope:
+    if not isinstance(text, str) or not text.startswith("["):
+        names = [text]
+    else:
+        names = _header_value(file, {f"{_OURS}scope": text}, "scope", [])
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: damaged, its header's scope is no stream and no list of streams")
+    return str(text) if names == [text] else tuple(names)
+
+
+def _header_value(file: Path, header: Mapping[str, str], key: str, default: Any) -> Any:
+    """Return the JSON value of one of our header keys, which must be of the default's type."""
+    try:
+        value = json.loads(header.get(_OURS + key, "null"))
+    except (ValueError, RecursionError) as fault:
+        raise UserError(f"{file}: damaged, its header's {key} cannot be read: {fault}") from None
+    if value is not None and not isinstance(value, type(default)):
+        raise UserError(f"{file}: damaged, its header's {key} holds {type(value).__name__}")
+    return default if value is None else value
 
 
 # -- in
@@ -217,19 +235,45 @@ def adapter_file(path: Path) -> Path:
         return path
     if (path / ADAPTER_FILE).exists():
         return path / ADAPTER_FILE
-    run = path / "latest" if (path / "latest").exists() else path
-    saves = [file for pattern in ("epoch*", "step*") for file in run.glob(f"{pattern}/{ADAPTER_FILE}")]
-    if saves:
-        return max(saves, key=lambda file: (step_of(file), file.stat().st_mtime))
+    newest = newest_save(path / "latest" if (path / "latest").exists() else path)
+    if newest is not None and (newest / ADAPTER_FILE).exists():
+        return newest / ADAPTER_FILE
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"{path} holds {len(files)} .safetensors files and no {ADAPTER_FILE}; name the file itself")
     return files[0]
 
 
+def is_save(folder: Path) -> bool:
+    """Return whether a folder holds what training saves: an adapter, or a model that was trained in full."""
+    return (folder / MODEL_FOLDER).is_dir() or (folder / ADAPTER_FILE).is_file()
+
+
+def newest_save(run: Path) -> Path | None:
+    """Return the save of a run's last step; None where nothing is saved yet."""
+    saves = [folder for pattern in ("epoch*", "step*") for folder in run.glob(pattern) if is_save(folder)]
+    return max(saves, key=lambda save: (saved_step(save), _weights_of(save).stat().st_mtime), default=None)
+
+
+def saved_step(save: Path) -> int:
+    """Return the step that a save's weights are of, as their header says; -1 where it does not."""
+    weights = _weights_of(save)
+    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    return step_of(files[0]) if files else -1
+
+
+def _weights_of(save: Path) -> Path:
+    return save / MODEL_FOLDER if (save / MODEL_FOLDER).is_dir() else save / ADAPTER_FILE
+
+
 def step_of(file: Path) -> int:
-    """When it was saved, as its header says; -1 where it does not."""
-    return int(_open(file)[1].get(f"{_OURS}step", -1))
+    """Return the step that a file's weights are of, as its header says; -1 where it does not."""
+    return step_number(_open(file)[1].get(f"{_OURS}step", ""))
+
+
+def step_number(text: str) -> int:
+    """Return the step that a header's text says; -1 where it says none."""
+    return int(text) if text.isdecimal() and len(text) < 19 else -1
 
 
 def _open(file: Path) -> tuple[Any, dict[str, str]]:
@@ -247,7 +291,7 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     published = [stored.pop(key) for key in _PUBLISHED_EMBEDDINGS if key in stored]
     if published:  # an averaged file holds it twice: the first is averaged as its LoRA keys are, the second is not
         embeddings = {stream: published[0].flatten()}
-    left_alone = json.loads(header.get(f"{_OURS}zeros", "[]"))
+    left_alone = _header_value(file, header, "zeros", [])
     parts = {target: part for target, part in _by_target(file, stored).items() if target not in left_alone}
     if not parts and not embeddings:
         raise UserError(f"{file} holds no LoRA weights")
@@ -258,7 +302,8 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
         tensors[f"{target}.lora_B"] /= alphas[target] / ranks[target]
     ours = _ours(header)
     metadata = {key: value for key, value in ours.items() if key not in _DERIVED}
-    return Adapter(tensors, alphas, _scopes(ours, parts, published=bool(published)), embeddings, metadata)
+    scopes = _scopes(file, header, parts, published=bool(published))
+    return Adapter(tensors, alphas, scopes, embeddings, metadata)
 
 
 def _by_target(file: Path, stored: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -314,7 +359,11 @@ def _alphas(
 ) -> tuple[dict[str, float], bool]:
     """Each target's alpha, and whether its scale is folded into the weights already (and is to be taken out)."""
     if f"{_OURS}folded" in header:
-        return json.loads(header[f"{_OURS}folded"]), True
+        folded = _header_value(file, header, "folded", {})
+        known = [value for value in folded.values() if isinstance(value, int | float) and 0 < abs(value) < 1e30]
+        if not set(parts) <= set(folded) or len(known) < len(folded):
+            raise UserError(f"{file}: damaged, its header's folded alphas are not those of its targets")
+        return folded, True
     own = {target: part["alpha"].item() for target, part in parts.items() if "alpha" in part}
     absent = [target for target in parts if target not in own]
     if not absent:
@@ -334,10 +383,10 @@ def _alphas(
     return own | rest, False
 
 
-def _scopes(ours: Mapping[str, str], targets: Iterable[str], *, published: bool) -> dict[str, Scope]:
+def _scopes(file: Path, header: Mapping[str, str], targets: Iterable[str], *, published: bool) -> dict[str, Scope]:
     """Ours say it; the published code masks all but three linears of cross-attention; others touch all tokens."""
     if published:
         return {target: "all" if target.endswith(_PUBLISHED_UNMASKED) else "aux" for target in targets}
-    default = _scope_of(ours.get("scope", "all"))
-    odd = {target: _scope_of(text) for target, text in json.loads(ours.get("scopes", "{}")).items()}
+    default = _scope_of(file, header.get(f"{_OURS}scope", "all"))
+    odd = {target: _scope_of(file, text) for target, text in _header_value(file, header, "scopes", {}).items()}
     return {target: odd.get(target, default) for target in targets}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transpixeler.config import UserError
 from transpixeler.families.wan import names as wan_names
+from transpixeler.files import read_json
 
 if TYPE_CHECKING:
     from transpixeler.adapters.adapter import Adapter
@@ -62,8 +63,13 @@ def read(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """The config that PEFT leaves beside a file, or diffusers in its header."""
     config = file.with_name(CONFIG_FILE)
     if config.exists():
-        return json.loads(config.read_text())
-    stored = json.loads(header.get(IN_HEADER, "{}"))
+        return read_json(config)
+    try:
+        stored = json.loads(header.get(IN_HEADER, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged, the config in its header cannot be read: {error}") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{file}: damaged, the config in its header is no JSON object")
     return {key.removeprefix("transformer."): value for key, value in stored.items()}
 
 
@@ -78,4 +84,7 @@ def way_out(file: Path) -> str:
 def alpha_of(file: Path, config: Mapping[str, Any], rank: int) -> float:
     if config.get("alpha_pattern"):
         raise UserError(f"{file}: its config gives alphas by pattern, which we do not read; {way_out(file)}")
-    return float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+    alpha = config["lora_alpha"]
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
+        raise UserError(f"{file}: damaged, its config's lora_alpha is no number; {way_out(file)}")
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)

@@ -11,6 +11,7 @@ import gc
 import heapq
 import logging
 import os
+import platform
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -332,7 +333,10 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datase
         kept = tuple(item for item in items if item.id not in reasons)
         keys = [key for item in kept for key in (*item.latent_keys, item.text_key)]
         if absent := cache.missing([*keys, found.empty_text_key]):
-            raise UserError(f"{found.folders[0]}: {len(absent)} records are gone; was `cache --gc` run? start again")
+            raise UserError(
+                f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
+                "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
+            )
         skipped = (*found.skipped[name], *reasons.items())
         sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_key, cache, name, skipped, found.prompts)
     return Datasets(sets["train"], sets["eval"])

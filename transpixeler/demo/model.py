@@ -1,4 +1,4 @@
-"""The demo's tiny Wan pipeline: the real classes in diffusers' layout, with weights that really learned.
+"""A folder goes in; the demo's tiny Wan pipeline comes out in it: real classes, diffusers' layout, trained weights.
 
 `tools/train_demo_weights.py` made the weights; `assets/README.md` says how, and how good they are.
 """
@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,35 +23,36 @@ from transpixeler.demo.scenes import Format, all_attributes, render, scenes
 from transpixeler.files import whole
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import T5TokenizerFast, UMT5EncoderModel
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 ASSETS = Path(__file__).parent / "assets"
 TEXT_DIM = 64
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "num_attention_heads": 8,  # wide enough to hold a companion's noise and, beside it, what it reads off the RGB
     "attention_head_dim": 24,  # splits over time, height and width as 8/8/8
     "num_layers": 4,  # enough to be cut into pipeline stages
     "ffn_dim": 384,
     "text_dim": TEXT_DIM,
 }
-VAE = {"base_dim": 8, "num_res_blocks": 1}
-TEXT_ENCODER = {"d_model": TEXT_DIM, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
-SCALES = ("latents_mean", "latents_std")
+VAE: dict[str, Any] = {"base_dim": 8, "num_res_blocks": 1}
+TEXT_ENCODER: dict[str, Any] = {"d_model": TEXT_DIM, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2}
+LATENT_SCALES = ("latents_mean", "latents_std")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a pipeline is made of."""
+    """The parts of a pipeline."""
 
-    tokenizer: T5TokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     text_encoder: UMT5EncoderModel
     vae: AutoencoderKLWan
     transformer: WanTransformer3DModel
 
 
 def write_model(folder: Path, *, seed: int | None = None) -> None:
-    """The trained pipeline; with a seed one of random weights, for whoever needs another model of the same shape."""
+    """Write the trained pipeline; with a seed, random weights for tests that need another model of its shape."""
     if seed is not None:
         parts = random_parts(seed)
         measure_latents(parts.vae, seed)
@@ -61,7 +62,9 @@ def write_model(folder: Path, *, seed: int | None = None) -> None:
 
 
 def random_parts(seed: int) -> Parts:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    """Make every part with random weights."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = _tokenizer()
@@ -74,7 +77,7 @@ def random_parts(seed: int) -> Parts:
 
 
 def trained_parts(folder: Path) -> Parts:
-    """From the files that `tools/train_demo_weights.py` leaves."""
+    """Load the weights that `tools/train_demo_weights.py` leaves in a folder."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -89,7 +92,7 @@ def trained_parts(folder: Path) -> Parts:
 
 
 def weights_digest() -> str:
-    """Which weights these are, in eight letters."""
+    """Return eight letters that tell these weights from others."""
     digest = hashlib.blake2b(digest_size=4)
     for file in sorted(ASSETS.glob("*.safetensors")):
         digest.update(file.read_bytes())
@@ -97,18 +100,19 @@ def weights_digest() -> str:
 
 
 def write_pipeline(folder: Path, parts: Parts) -> None:
-    """In diffusers' layout, in place of what is there; the folder appears when it is whole."""
-    from diffusers import UniPCMultistepScheduler, WanPipeline
+    """Write FOLDER in diffusers' layout, in place of what is there; it appears when it is whole."""
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipeline = WanPipeline(
-        tokenizer=parts.tokenizer,
+        tokenizer=parts.tokenizer,  # pyright: ignore[reportArgumentType]  AutoTokenizer makes it, and is no base class
         text_encoder=parts.text_encoder,
         vae=parts.vae,
         transformer=parts.transformer,
-        scheduler=scheduler,
+        scheduler=scheduler,  # pyright: ignore[reportArgumentType]  the stubs name one of the schedulers that it takes
     )
     with whole(folder) as unfinished:
         pipeline.save_pretrained(unfinished)
@@ -116,21 +120,24 @@ def write_pipeline(folder: Path, parts: Parts) -> None:
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, seed: int) -> None:
-    """Puts the latents' mean and deviation into the VAE's config, so that what the transformer sees has unit scale."""
+    """Put the latents' mean and deviation into the VAE's config, so that the transformer sees unit scale."""
     size = Format(64, 64, 9, Fraction(16))
     clips = [np.stack(list(render(scene))) for scene in scenes(32, formats=[size], held_out=False, seed=seed)]
     pictures = [view for clip in clips for view in (clip[..., :3], np.repeat(clip[..., 3:], 3, axis=3))]
     videos = torch.from_numpy(np.stack(pictures)).permute(0, 4, 1, 2, 3) / 127.5 - 1
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in videos.split(8)])
+    encoded = [vae.encode(part, return_dict=False) for part in videos.split(8)]
+    latents = torch.cat([distribution.mean for (distribution,) in encoded])
     latents = latents.transpose(0, 1).flatten(1)
     values = (latents.mean(1), latents.std(1))
-    vae.register_to_config(**{n: [round(v, 4) for v in value.tolist()] for n, value in zip(SCALES, values)})
+    vae.register_to_config(**{n: [round(v, 4) for v in value.tolist()] for n, value in zip(LATENT_SCALES, values)})
 
 
-def _tokenizer() -> T5TokenizerFast:
-    """Each word of the caption grammar is a token, and every printable character, for words from outside; scores are
-    counted, as the library's own trainer gives other pieces at each run."""
-    from transformers import T5TokenizerFast
+def _tokenizer() -> PreTrainedTokenizerBase:
+    """Make a tokenizer with a token for each word of the captions, and for every printable character.
+
+    Scores are counted here because the library's own trainer finds other pieces in each run.
+    """
+    from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  its stubs do not list it
 
     words: Counter[str] = Counter()
     for attributes in all_attributes():

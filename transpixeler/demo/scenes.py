@@ -1,4 +1,4 @@
-"""A seed in, captioned scenes out, and from each its true RGBA frames: paired clips whose every pixel is known.
+"""A seed goes in; captioned scenes come out, and from each its true RGBA frames: pairs whose every pixel is known.
 
 One shape, anti-aliased and opaque or half transparent, drifts over nothing. Colours are straight: every pixel with any
 alpha has the shape's own colour, which darkens within the last two pixels of its edge, and `FILL` stands under zero
@@ -17,7 +17,7 @@ import numpy as np
 
 FILL = (0, 0, 0)
 # The mean of the channels, which is what alpha is read from, is below one half: a picture of a shape is not its alpha.
-# White alone has the strength of one, so that a model of RGB can draw what looks like a matte, as large models can.
+# White alone has a strength of one, so that a model of RGB can draw what looks like a matte, as large models can.
 COLORS = {
     "red": (225, 35, 35),
     "green": (35, 190, 55),
@@ -34,7 +34,7 @@ OPACITIES = {"opaque": 1.0, "half transparent": 0.7}
 
 @dataclass(frozen=True)
 class Attributes:
-    """All that a caption says."""
+    """Everything that a caption says."""
 
     shape: str
     color: str
@@ -47,7 +47,7 @@ class Attributes:
 
     @property
     def held_out(self) -> bool:
-        """One combination in six is kept for eval; each pair of its values is still seen in training."""
+        """Keep one combination in six for eval; each pair of its values is still seen in training."""
         places = (
             list(SHAPES).index(self.shape),
             list(COLORS).index(self.color),
@@ -58,7 +58,7 @@ class Attributes:
 
 @dataclass(frozen=True)
 class Format:
-    """The size and rate of a clip; one frame is an image."""
+    """A clip's size and rate; one frame is an image."""
 
     width: int
     height: int
@@ -68,7 +68,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip, fully told: lengths in pixels, speed in pixels a second."""
+    """Everything that one clip is drawn from: lengths in pixels, speed in pixels a second."""
 
     attributes: Attributes
     format: Format
@@ -83,7 +83,7 @@ def all_attributes() -> tuple[Attributes, ...]:
 
 
 def scenes(count: int, *, formats: Sequence[Format], held_out: bool, seed: int) -> tuple[Scene, ...]:
-    """Seeded scenes that go round the training or the held-out combinations and the formats evenly."""
+    """Draw scenes that cover the training or the held-out combinations, and the formats, evenly."""
     rng = np.random.default_rng([seed, held_out])
     choices = [attributes for attributes in all_attributes() if attributes.held_out == held_out]
     order = [i for _ in range(0, count, len(choices)) for i in rng.permutation(len(choices))]
@@ -91,7 +91,7 @@ def scenes(count: int, *, formats: Sequence[Format], held_out: bool, seed: int) 
 
 
 def render(scene: Scene) -> Iterator[np.ndarray]:
-    """The scene's frames, uint8 [H, W, 4] with straight alpha."""
+    """Yield the scene's frames, uint8 [H, W, 4] with straight alpha."""
     color = np.array(COLORS[scene.attributes.color]) * scene.tint
     opacity = OPACITIES[scene.attributes.opacity]
     for distance in _distances(scene):
@@ -103,14 +103,14 @@ def render(scene: Scene) -> Iterator[np.ndarray]:
 
 
 def heights(scene: Scene) -> Iterator[np.ndarray]:
-    """Depth-like: how far each pixel rises, uint8 [H, W, 1]; a dome over the shape, nothing beside it."""
+    """Yield frames like depth, uint8 [H, W, 1]: how far each pixel rises; a dome over the shape, nothing beside it."""
     for distance in _distances(scene):
         dome = np.clip(0.35 - 1.3 * distance / scene.radius, 0, 1)
         yield np.rint(255 * dome * np.clip(0.5 - distance, 0, 1)).astype(np.uint8)[..., None]
 
 
 def _distances(scene: Scene) -> Iterator[np.ndarray]:
-    """[H, W] of each frame: pixels to the shape's edge, negative inside."""
+    """Yield, for each frame, the distance [H, W] to the shape's edge in pixels, negative inside."""
     y, x = np.mgrid[0 : scene.format.height, 0 : scene.format.width] + 0.5
     for number in range(scene.format.frames):
         center_x, center_y = center(scene, number)
@@ -118,14 +118,14 @@ def _distances(scene: Scene) -> Iterator[np.ndarray]:
 
 
 def center(scene: Scene, number: int) -> tuple[float, float]:
-    """Where the shape stands in one frame."""
+    """Return where the shape is in one frame."""
     way = scene.speed * float(number / scene.format.fps)
     dx, dy = DIRECTIONS[scene.attributes.direction]
     return scene.start[0] + way * dx, scene.start[1] + way * dy
 
 
 def _scene(attributes: Attributes, format: Format, rng: np.random.Generator) -> Scene:
-    """Draws a place from which the shape crosses part of the frame and never leaves it."""
+    """Draw a start from which the shape crosses part of the frame and never leaves it."""
     side = min(format.width, format.height)
     radius = side * rng.uniform(0.3, 0.36)
     direction = DIRECTIONS[attributes.direction]
@@ -153,7 +153,10 @@ def _ring(points: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _polygon(*corners: complex) -> Callable[[np.ndarray, float], np.ndarray]:
+    """Return the distance to a polygon whose corners are at radius 1."""
+
     def distance(points: np.ndarray, radius: float) -> np.ndarray:
+        x, y = np.real(points), np.imag(points)
         nearest = np.full(points.shape, np.inf)
         inside = np.zeros(points.shape, bool)
         for a, b in itertools.pairwise((*corners, corners[0])):
@@ -161,16 +164,16 @@ def _polygon(*corners: complex) -> Callable[[np.ndarray, float], np.ndarray]:
             along = np.clip(((points - a) * np.conj(edge)).real / abs(edge) ** 2, 0, 1)
             nearest = np.minimum(nearest, np.abs(points - a - along * edge))
             if edge.imag:
-                crossing = a.real + (points.imag - a.imag) * edge.real / edge.imag
-                spans = (points.imag < a.imag) != (points.imag < a.imag + edge.imag)
-                inside ^= spans & (points.real < crossing)
+                crossing = a.real + (y - a.imag) * edge.real / edge.imag
+                spans = (y < a.imag) != (y < a.imag + edge.imag)
+                inside ^= spans & (x < crossing)
         return np.where(inside, -nearest, nearest)
 
     return distance
 
 
 def _spokes(*lengths: float) -> tuple[complex, ...]:
-    """Corners at equal angles round the centre, the first straight up."""
+    """Return corners at equal angles round the centre, the first straight up."""
     step = 2 * math.pi / len(lengths)
     return tuple(length * complex(math.sin(i * step), -math.cos(i * step)) for i, length in enumerate(lengths))
 

@@ -1,7 +1,7 @@
-"""A folder in, a small world in it: a tiny Wan pipeline, synthetic RGBA pairs, and a config that trains on them.
+"""A folder goes in; a tiny Wan pipeline, synthetic RGBA pairs and a config that trains on them come out in it.
 
-It lets everyone see every command work in minutes, on a CPU and without a network. The same seed and the same library
-versions give byte-identical files; another ffmpeg build may encode the same pictures to other bytes.
+With it everyone can try every command in minutes, on a CPU and without a network. The same seed and library versions
+give byte-identical files; another ffmpeg build may encode the same pictures to other bytes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transpixeler.config import UserError
 from transpixeler.data.media.write import write_mp4, write_png, write_png_sequence, write_prores4444, write_webm_alpha
 from transpixeler.demo.model import weights_digest, write_model
 from transpixeler.demo.scenes import Format, Scene, heights, render, scenes
-from transpixeler.files import write_text
+from transpixeler.files import check_place, write_text, writing_to
 
 log = logging.getLogger("transpixeler")
 
-# Raised when the files below change, so that an older demo is not taken for this one.
+# Raise it when the files below change, so that an older demo is not taken for this one.
 RECIPE = 9
 MARKER = "demo.txt"
-PARTS = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
-RGBA_CLIPS = 3
+WRITTEN = ("model", "data/train", "data/eval", "data/rgba", "config.yaml")
+RGBA_CLIPS = 3  # clips that are written with their alpha inside as well
 FORMATS = tuple(
     Format(width, height, frames, Fraction(fps))
     for width, height, frames, fps in (
@@ -41,8 +41,8 @@ FORMATS = tuple(
     )
 )
 
-PAIR = 'streams: {rgb: "", seg: _seg}         # NAME.mp4 and NAME_seg.mp4, with their caption in NAME.txt'
-TRIPLE = (
+STREAMS_PAIR = 'streams: {rgb: "", seg: _seg}         # NAME.mp4 and NAME_seg.mp4, with their caption in NAME.txt'
+STREAMS_WITH_DEPTH = (
     'streams: {rgb: "", seg: _seg, depth: _depth}   # NAME.mp4, NAME_seg.mp4 and NAME_depth.mp4, caption in NAME.txt'
 )
 CONFIG = f"""\
@@ -54,7 +54,7 @@ model:
   family: wan
   path: model
 
-{PAIR}
+{STREAMS_PAIR}
 
 data:
   train: data/train
@@ -114,22 +114,30 @@ def write_demo(
     depth: bool = False,
     force: bool = False,
 ) -> None:
-    """Writes the whole demo; one that is already there with the same seed and sizes stays as it is."""
+    """Write the whole demo; one that is already there with the same seed and sizes stays as it is."""
     recipe = f"recipe {RECIPE}, weights {weights_digest()}, seed {seed}, {train_clips} training clips"
     recipe += f", {eval_clips} eval clips{', with depth' if depth else ''}"
     started, finished = f"unfinished: {recipe}\n", f"{recipe}\n"
-    found = _found(folder)
-    if found == finished and all((folder / part).exists() for part in PARTS) and not force:
+    found = _read_marker(folder)
+    if found == finished and all((folder / part).exists() for part in WRITTEN) and not force:
         log.info("%s: the demo of seed %d is already there", folder, seed)
         return
     if found not in (None, started, finished) and not force:
-        what = "is another demo or an older one" if found else "is not empty"
+        problem = "is another demo or an older one" if found else "is not empty"
         raise UserError(
-            f"{folder}: {what}; choose another folder, or `transpixeler demo {folder} --force` to replace its "
-            f"{', '.join(PARTS)}"
+            f"{folder}: {problem}; choose another folder, or `transpixeler demo {folder} --force` to replace its "
+            f"{', '.join(WRITTEN)}"
         )
-    write_text(folder / MARKER, started)
-    _clear(folder)
+    check_place(folder, "demo")
+    with writing_to(folder, "demo"):
+        write_text(folder / MARKER, started)
+        _remove_written(folder)
+        _write_parts(folder, seed=seed, train_clips=train_clips, eval_clips=eval_clips, depth=depth)
+        write_text(folder / MARKER, finished)
+    log.info("%s: trains on it", folder / "config.yaml")
+
+
+def _write_parts(folder: Path, *, seed: int, train_clips: int, eval_clips: int, depth: bool) -> None:
     log.info("%s: a tiny Wan pipeline", folder / "model")
     write_model(folder / "model")
     train = scenes(train_clips, formats=FORMATS, held_out=False, seed=seed)
@@ -139,38 +147,30 @@ def write_demo(
         write_pairs(folder / "data" / name, clips, depth=depth)
     log.info("%s: some of them with alpha, as ProRes 4444, VP9 and PNG sequences", folder / "data/rgba")
     write_rgba(folder / "data/rgba", [scene for scene in train if scene.format.frames > 1][:RGBA_CLIPS])
-    write_text(folder / "config.yaml", CONFIG.replace(PAIR, TRIPLE) if depth else CONFIG)
-    write_text(folder / MARKER, finished)
-    log.info("%s: trains on it", folder / "config.yaml")
+    write_text(folder / "config.yaml", CONFIG.replace(STREAMS_PAIR, STREAMS_WITH_DEPTH) if depth else CONFIG)
 
 
 def write_pairs(folder: Path, clips: Sequence[Scene], *, depth: bool = False) -> None:
-    """NAME.mp4, NAME_seg.mp4 and NAME.txt for each clip, as .png where it is one frame; the caption last."""
+    """Write NAME.mp4, NAME_seg.mp4 and NAME.txt for each clip, or .png for one frame; the caption last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, scene in zip(_names(clips), clips):
+    for name, scene in zip(clip_names(clips), clips):
         _write_grey(folder, f"{name}_seg", (frame[..., 3:] for frame in render(scene)), scene.format)
         if depth:
             _write_grey(folder, f"{name}_depth", heights(scene), scene.format)
-        _write_rgb(folder, name, scene)
-
-
-def write_rgb(folder: Path, clips: Sequence[Scene]) -> None:
-    """The same without the mattes: what a text-to-video model learns from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, scene in zip(_names(clips), clips):
-        _write_rgb(folder, name, scene)
+        write_rgb_clip(folder, name, scene)
 
 
 def write_rgba(folder: Path, clips: Sequence[Scene]) -> None:
-    """Each clip with its alpha inside, in every form that the import tools read."""
-    for name, scene in zip(_names(clips), clips):
+    """Write each clip with its alpha inside, in every form that the import tools read."""
+    for name, scene in zip(clip_names(clips), clips):
         write_prores4444(folder / f"{name}.mov", render(scene), fps=scene.format.fps)
         write_webm_alpha(folder / f"{name}.webm", render(scene), fps=scene.format.fps)
         write_png_sequence(folder / name, render(scene))
         write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
 
 
-def _write_rgb(folder: Path, name: str, scene: Scene) -> None:
+def write_rgb_clip(folder: Path, name: str, scene: Scene) -> None:
+    """Write a clip's RGB, then its caption: all that a text-to-video model learns from."""
     _write_video(folder, name, (frame[..., :3] for frame in render(scene)), scene.format)
     write_text(folder / f"{name}.txt", scene.attributes.caption + "\n")
 
@@ -186,23 +186,24 @@ def _write_video(folder: Path, stem: str, frames: Iterable[np.ndarray], format: 
         write_mp4(folder / f"{stem}.mp4", frames, fps=format.fps)
 
 
-def _names(clips: Sequence[Scene]) -> Iterable[str]:
+def clip_names(clips: Sequence[Scene]) -> Iterable[str]:
+    """Number the clips: 001, 002, …"""
     return (f"{number:03d}" for number in range(1, len(clips) + 1))
 
 
-def _found(folder: Path) -> str | None:
-    """What the folder's marker says: None for a new or empty folder, nothing where other files stand."""
+def _read_marker(folder: Path) -> str | None:
+    """Return the text of a demo's marker: None in a new or empty folder, "" where other files are."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, where the demo needs a folder")
+        raise UserError(f"{folder}: is a file; give a folder to write the demo to")
     if not folder.exists() or not any(folder.iterdir()):
         return None
     marker = folder / MARKER
     return marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else ""
 
 
-def _clear(folder: Path) -> None:
-    """Removes what an earlier demo wrote, and nothing else."""
-    for part in PARTS:
+def _remove_written(folder: Path) -> None:
+    """Remove what an earlier demo wrote, and nothing else."""
+    for part in WRITTEN:
         if (folder / part).is_dir():
             shutil.rmtree(folder / part)
         else:

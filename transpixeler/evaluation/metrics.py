@@ -18,13 +18,13 @@ from transpixeler.evaluation.regions import label_regions, largest_region
 
 Values: TypeAlias = np.ndarray | Tensor
 
-LUMA = (0.2126, 0.7152, 0.0722)  # BT.709
-SIGMA = 1.4  # of Grad's Gaussian derivatives
-STEP = 0.1  # between Conn's thresholds
-TOLERANCE = 0.15  # distance from connectedness that Conn forgives
-HIDDEN = 5 / 255  # alpha up to here shows nothing: a decoded zero is never quite zero
-FLAT = 1 / 255  # a luma gradient up to here is no edge
-BEST_PSNR = 100.0
+BT709_LUMA = (0.2126, 0.7152, 0.0722)
+GRAD_SIGMA = 1.4  # of Grad's Gaussian derivatives
+CONN_STEP = 0.1  # between Conn's thresholds
+CONN_TOLERANCE = 0.15  # distance from connectedness that Conn ignores
+TRANSPARENT_ALPHA = 5 / 255  # alpha up to here counts as zero: a decoded zero is never quite zero
+EDGE_GRADIENT = 1 / 255  # a luma gradient up to here is no edge
+PSNR_OF_EQUALS = 100.0  # instead of infinity
 
 
 def alpha_metrics(
@@ -34,7 +34,7 @@ def alpha_metrics(
     reference_alpha: Values | None = None,
     fill: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """All that is known of one sample, of its RGB and its aux stream [F,H,W,3]; more with a reference."""
+    """Measure one sample's RGB and aux stream [F,H,W,3], also against a reference where there is one."""
     rgb, aux = _array(rgb), _array(aux)
     alpha = aux.mean(-1)
     found = {
@@ -54,56 +54,63 @@ def alpha_metrics(
 
 
 def mad(alpha: Values, reference: Values) -> float:
-    """Mean absolute difference."""
+    """Return the mean absolute difference."""
     return _mean(np.abs(_difference(alpha, reference)))
 
 
 def mse(alpha: Values, reference: Values) -> float:
-    """Mean squared error."""
+    """Return the mean squared error."""
     return _mean(_difference(alpha, reference) ** 2)
 
 
 def sad(alpha: Values, reference: Values) -> float:
-    """Sum of absolute differences (Rhemann et al. 2009), in thousands, per frame."""
+    """Return the sum of absolute differences (Rhemann et al. 2009), in thousands, per frame."""
     difference = np.abs(_difference(alpha, reference))
     return float(difference.sum(dtype=np.float64)) / len(difference) / 1000
 
 
 def grad(alpha: Values, reference: Values) -> float:
-    """Gradient error (Rhemann et al. 2009): squared difference of the gradients' lengths, taken with Gaussian
-    derivatives of sigma 1.4, summed, in thousands, per frame."""
+    """Return the gradient error (Rhemann et al. 2009), in thousands, per frame.
+
+    It sums the squared differences of the gradients' lengths, taken with Gaussian derivatives of sigma 1.4.
+    """
     pairs = zip(_array(alpha), _array(reference), strict=True)
-    return _per_frame([((_steepness(a) - _steepness(b)) ** 2).sum() for a, b in pairs])
+    return _per_frame([((_gradient_length(a) - _gradient_length(b)) ** 2).sum() for a, b in pairs])
 
 
 def conn(alpha: Values, reference: Values) -> float:
-    """Connectivity error (Rhemann et al. 2009): how much further the alpha is from being connected with the largest
-    region that both mattes hold opaque, over thresholds in steps of 0.1, summed, in thousands, per frame."""
+    """Return the connectivity error (Rhemann et al. 2009), in thousands, per frame.
+
+    It sums how differently the two mattes are connected with the largest region that is opaque in both, over
+    thresholds in steps of 0.1.
+    """
     pairs = zip(_array(alpha), _array(reference), strict=True)
     return _per_frame([_connectivity_error(a, b) for a, b in pairs])
 
 
 def dtssd(alpha: Values, reference: Values) -> float:
-    """Temporal error (Erofeev et al. 2015): root mean square of the difference of the frame-to-frame changes, mean over
-    the changes."""
+    """Return the temporal error (Erofeev et al. 2015): the root mean square difference of frame-to-frame changes.
+
+    It is the mean over the changes.
+    """
     changes = np.diff(_difference(alpha, reference).astype(np.float64), axis=0)
     return float(np.sqrt((changes**2).mean((1, 2))).mean()) if len(changes) else math.nan
 
 
 def iou(alpha: Values, reference: Values) -> float:
-    """Intersection over union of what is at least half opaque; two empty mattes agree."""
+    """Return the intersection over union of what is at least half opaque: 1 for two empty mattes."""
     ours, theirs = _array(alpha) >= 0.5, _array(reference) >= 0.5
     union = np.count_nonzero(ours | theirs)
     return np.count_nonzero(ours & theirs) / union if union else 1.0
 
 
 def psnr(values: Values, reference: Values) -> float:
-    """Peak signal-to-noise ratio in dB; 100 at most, so that equal videos have a number."""
-    return min(BEST_PSNR, -10 * math.log10(max(mse(values, reference), 1e-12)))
+    """Return the peak signal-to-noise ratio in dB: 100 at most, so that equal videos have a number."""
+    return min(PSNR_OF_EQUALS, -10 * math.log10(max(mse(values, reference), 1e-12)))
 
 
 def rgb_drift(rgb: Values, base: Values) -> float:
-    """Mean absolute difference from the base model's RGB of the same seed."""
+    """Return the mean absolute difference from the base model's RGB of the same seed."""
     return mad(rgb, base)
 
 
@@ -111,28 +118,32 @@ def rgb_drift(rgb: Values, base: Values) -> float:
 
 
 def channel_spread(aux: Values) -> float:
-    """Largest minus smallest channel, mean over pixels: 0 for a grey matte, more where the stream still is RGB."""
+    """Return largest minus smallest channel, mean over pixels: 0 for a grey matte, more where it still is RGB."""
     aux = _array(aux)
     return _mean(aux.max(-1) - aux.min(-1))
 
 
 def edge_alignment(alpha: Values, rgb: Values) -> float:
-    """How far the matte's edges run along the picture's: |cosine| between their gradients, weighted by the matte's;
-    an edge where the picture has none counts 0."""
+    """Return how well the matte's edges follow the picture's: |cosine| of their gradients, weighted by the matte's.
+
+    An edge where the picture has none counts 0.
+    """
     total = weight = 0.0
-    for a, luma in zip(_array(alpha), _array(rgb) @ np.array(LUMA, np.float32), strict=True):
+    for a, luma in zip(_array(alpha), _array(rgb) @ np.array(BT709_LUMA, np.float32), strict=True):
         (ay, ax), (ly, lx) = np.gradient(_padded(a)), np.gradient(_padded(luma))
         steep, edge = np.hypot(ay, ax), np.hypot(ly, lx)
-        along = np.abs(ay * ly + ax * lx) / np.maximum(edge, FLAT)  # |∇alpha| · |cos|
-        total += float(np.where(edge > FLAT, along, 0).sum(dtype=np.float64))
+        along = np.abs(ay * ly + ax * lx) / np.maximum(edge, EDGE_GRADIENT)  # |∇alpha| · |cos|
+        total += float(np.where(edge > EDGE_GRADIENT, along, 0).sum(dtype=np.float64))
         weight += float(steep.sum(dtype=np.float64))
     return total / weight if weight else math.nan
 
 
 def fill_deviation(rgb: Values, alpha: Values, fill: Sequence[float] | None = None) -> float:
-    """Mean absolute difference from the fill colour where nothing is shown; from that region's own mean colour where
-    no fill is given, which says whether it is flat."""
-    hidden = _array(rgb)[_array(alpha) <= HIDDEN].astype(np.float64)
+    """Return the mean absolute difference from the fill colour where alpha is zero.
+
+    Without a fill it is the difference from that region's own mean colour, which tells whether the region is flat.
+    """
+    hidden = _array(rgb)[_array(alpha) <= TRANSPARENT_ALPHA].astype(np.float64)
     if not len(hidden):
         return math.nan
     ground = hidden.mean(0) if fill is None else np.asarray(fill, np.float64)
@@ -140,8 +151,10 @@ def fill_deviation(rgb: Values, alpha: Values, fill: Sequence[float] | None = No
 
 
 def holes(alpha: Values) -> float:
-    """Share of the shapes' area that is see-through yet closed in: less than half opaque, and not connected with the
-    frame's border. A ring has a hole by right: compare with the reference's."""
+    """Return the share of the shapes' area that is a hole: less than half opaque, and cut off from the frame's border.
+
+    A ring has one too, rightly: compare with the reference's value.
+    """
     closed = solid = 0
     for frame in _array(alpha):
         regions = label_regions(frame < 0.5)
@@ -152,8 +165,11 @@ def holes(alpha: Values) -> float:
 
 
 def flicker(alpha: Values) -> float:
-    """What comes and goes from one frame to the next: the lesser of the changes before and after a frame where they
-    have opposite signs, mean over pixels. What moves or fades steadily does not flicker."""
+    """Return how much comes and goes from frame to frame, mean over pixels.
+
+    Where the changes before and after a frame have opposite signs, the lesser one counts: steady motion or fading does
+    not.
+    """
     changes = np.diff(_array(alpha), axis=0)
     if len(changes) < 2:
         return math.nan
@@ -165,7 +181,7 @@ def flicker(alpha: Values) -> float:
 
 
 def _array(values: Values) -> np.ndarray:
-    """float32, on the host."""
+    """Convert to float32 on the host."""
     if isinstance(values, Tensor):
         values = values.detach().float().cpu().numpy()
     return np.asarray(values, np.float32)
@@ -186,16 +202,16 @@ def _per_frame(sums: Sequence[float]) -> float:
 
 
 def _padded(frame: np.ndarray) -> np.ndarray:
-    """One pixel more on each side, so that a line of one pixel at the border has gradients too."""
+    """Add a pixel on each side, so that a line of one pixel at the border has gradients too."""
     return np.pad(frame, 1, mode="edge")
 
 
-def _steepness(frame: np.ndarray) -> np.ndarray:
-    """[H,W]: length of the gradient under Gaussian derivatives, the border repeated."""
-    reach = math.ceil(SIGMA * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * SIGMA * 0.01)))
+def _gradient_length(frame: np.ndarray) -> np.ndarray:
+    """Return the gradient's length [H,W] under Gaussian derivatives, with the border repeated."""
+    reach = math.ceil(GRAD_SIGMA * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * GRAD_SIGMA * 0.01)))
     at = np.arange(-reach, reach + 1)
-    gauss = np.exp(-(at**2) / (2 * SIGMA**2)) / (SIGMA * math.sqrt(2 * math.pi))
-    slope = -at * gauss / SIGMA**2
+    gauss = np.exp(-(at**2) / (2 * GRAD_SIGMA**2)) / (GRAD_SIGMA * math.sqrt(2 * math.pi))
+    slope = -at * gauss / GRAD_SIGMA**2
     norm = math.sqrt((gauss**2).sum() * (slope**2).sum())
     padded = np.pad(frame.astype(np.float64), reach, mode="edge")
     across = _filtered(_filtered(padded, slope, axis=1), gauss, axis=0)
@@ -211,10 +227,10 @@ def _filtered(frame: np.ndarray, kernel: np.ndarray, *, axis: int) -> np.ndarray
 
 def _connectivity_error(alpha: np.ndarray, reference: np.ndarray) -> float:
     alpha, reference = alpha.astype(np.float64), reference.astype(np.float64)
-    connected = np.ones(alpha.shape)  # the highest threshold up to which a pixel hangs together with the largest region
+    connected = np.ones(alpha.shape)  # the highest threshold at which a pixel still is in the largest region
     unknown = np.ones(alpha.shape, bool)
     lesser = np.minimum(alpha, reference)
-    for number in range(1, round(1 / STEP) + 1):
+    for number in range(1, round(1 / CONN_STEP) + 1):
         lost = unknown & ~largest_region(lesser >= number / 10)
         connected[lost] = (number - 1) / 10
         unknown &= ~lost
@@ -222,4 +238,4 @@ def _connectivity_error(alpha: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _connectedness(distance: np.ndarray) -> np.ndarray:
-    return 1 - np.where(distance >= TOLERANCE, distance, 0)
+    return 1 - np.where(distance >= CONN_TOLERANCE, distance, 0)

@@ -1,4 +1,4 @@
-"""A mask goes in, its connected regions come out, by runs of pixels rather than pixels: fast without a library for it.
+"""A mask goes in, its connected regions come out. It joins runs of pixels, not pixels: fast without a library.
 
 Pixels are neighbours across edges, not corners (4-connectivity), as the matting literature counts them.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def label_regions(mask: np.ndarray) -> np.ndarray:
-    """int [H,W]: 0 outside the mask [H,W], and 1, 2, … for its regions in the order in which a reader meets them."""
+    """Label a mask [H,W]: int [H,W], 0 outside the mask and 1, 2, … for its regions in reading order."""
     starts, ends = _runs(mask)
     regions = _joined(starts, ends, mask.shape[1] + 1)
     labels = np.zeros((mask.shape[0], mask.shape[1] + 1), np.int64)
@@ -21,7 +21,7 @@ def label_regions(mask: np.ndarray) -> np.ndarray:
 
 
 def largest_region(mask: np.ndarray) -> np.ndarray:
-    """bool [H,W]: the region with the most pixels, the first of equals; nothing of an empty mask."""
+    """Return bool [H,W] of the region with the most pixels, the first of equals; all false for an empty mask."""
     labels = label_regions(mask)
     sizes = np.bincount(labels.reshape(-1))
     sizes[0] = 0
@@ -29,14 +29,14 @@ def largest_region(mask: np.ndarray) -> np.ndarray:
 
 
 def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where runs of true start and end, as positions in rows that are one pixel longer, so that none spans two rows."""
+    """Return the starts and ends of runs, as positions in rows padded by one pixel, so that none spans two rows."""
     flat = np.pad(mask.astype(np.int8), ((0, 0), (0, 1))).reshape(-1)
     steps = np.diff(flat, prepend=np.int8(0))
     return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
 
 
 def _joined(starts: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:
-    """For each run the first run of its region. Runs that touch take the lesser of their regions until none changes."""
+    """Return, for each run, the first run of its region: runs that touch take the lesser number until none changes."""
     upper, lower = _touching(starts, ends, width)
     parent = np.arange(len(starts))
     while True:
@@ -49,7 +49,7 @@ def _joined(starts: np.ndarray, ends: np.ndarray, width: int) -> np.ndarray:
 
 
 def _touching(starts: np.ndarray, ends: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (run, run one row below) that share a column. Shifted up by a row, runs overlap as intervals of a line."""
+    """Return pairs (run, run one row below) that share a column: shifted up by a row, they overlap as intervals."""
     first = np.searchsorted(ends, starts - width, side="right")  # the first run that ends after this one's start
     last = np.searchsorted(starts, ends - width, side="left")  # and the first that begins after its end
     counts = np.maximum(last - first, 0)

@@ -1,4 +1,4 @@
-"""Held-out results as they are told: numbers for TensorBoard, a line for the log, a table for the terminal."""
+"""Held-out results go in; numbers for TensorBoard, lines for the log and a table for the terminal come out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def scalars(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """Every number by a name for TensorBoard."""
+    """Yield every number under its name on TensorBoard."""
     for name, values in found.items():
         for kind in ("loss", "loss_ema"):
             for stream, by_time in values.get(kind, {}).items():
@@ -18,7 +18,7 @@ def scalars(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float
 
 
 def summary(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each set."""
+    """Yield a line for each set."""
     for name, values in found.items():
         parts = [
             f"{kind}_{s} {mean_over_times(t):.4f}"
@@ -29,11 +29,12 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def mean_over_times(by_time: Mapping[str, float]) -> float:
+    """Return the mean of the losses at all noise levels."""
     return math.fsum(by_time.values()) / len(by_time)
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Losses by time, a row for each set and stream, then measures of the samples."""
+    """Lay out losses by time, a row for each set and stream, then the samples' metrics."""
     losses = {f"{name} {s}": times for name, values in found.items() for s, times in values.get("loss", {}).items()}
     measured = {f"{name} {m}": v for name, values in found.items() for m, v in values.get("metrics", {}).items()}
     width = max((len(name) for name in (*losses, *measured)), default=0)

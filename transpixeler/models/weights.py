@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from transpixeler.config import UserError
+from transpixeler.files import read_json
+from transpixeler.models.damage import naming_damage
 from transpixeler.models.lora import is_adapter
 from transpixeler.models.quantize import quantize_weight
 
@@ -105,8 +107,9 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if (folder / _INDEX).exists():
-        named = json.loads((folder / _INDEX).read_text())["weight_map"].values()
-        files = [folder / name for name in sorted(set(named))]
+        index = read_json(folder / _INDEX)
+        with naming_damage(folder / _INDEX):
+            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
         absent = [file.name for file in files if not file.exists()]
         if absent:
             raise UserError(f"{folder / _INDEX} names files that are not there: {_listing(absent)}; download them")

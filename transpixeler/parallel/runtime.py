@@ -1,76 +1,90 @@
-"""The process this rank runs in: its device, its process group, its voice, and the moment it leaves.
+"""Join and leave the process group, and log so that many ranks read like one program.
 
-Comes from torchrun's environment, or from nothing for a single process. Everything above asks this value for
-rank, device and group, and never looks at the environment itself.
+In: torchrun's environment, or none for a single process. Out: a `Runtime` with rank, device and object collectives.
+Everything above asks this value and never reads the environment itself.
 """
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import logging
 import os
 import random
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented as public
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from transpixeler.config import UserError
+from transpixeler.files import printable
+from transpixeler.parallel.contact import naming_lost_ranks
+from transpixeler.parallel.launch import launch
 
 logger = logging.getLogger("transpixeler")
+T = TypeVar("T")
+SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands among the others."""
+    """This process among the others."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
-    timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # how long it waits for another, in any group
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of every collective, in every group
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
 
-    def broadcast(self, value: object) -> object:
-        """Rank 0's value, on every rank."""
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
         if self.world_size == 1:
             return value
-        box = [value]
+        box: list[T] = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather(self, value: object) -> list:
-        """Every rank's value, in rank order, on every rank."""
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        values: list = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
 
 @contextmanager
 def running(*, timeout_minutes: float = 10.0, device: str | None = None) -> Iterator[Runtime]:
-    """Joins the process group that torchrun describes, and leaves it cleanly.
+    """Join the process group that torchrun describes, and leave it when the work is done.
 
-    A rank that fails leaves it to the end of its process: taking the group apart waits for the others, who may wait
-    for this one, and then nobody would learn why.
+    A rank that fails does not leave the group: destroying it waits for the others, who may wait for this rank, and
+    then nobody would learn why.
     """
     runtime = start(timeout_minutes=timeout_minutes, device=device)
     failed = True
     try:
-        yield runtime
+        with naming_lost_ranks(runtime.timeout):
+            yield runtime
         failed = False
     finally:
         if dist.is_initialized() and not (failed and runtime.world_size > 1):
@@ -78,6 +92,8 @@ def running(*, timeout_minutes: float = 10.0, device: str | None = None) -> Iter
 
 
 def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtime:
+    """Join the process group, set this rank's device and start logging."""
+    _end_with_launcher()
     rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
     local_rank = _from_environment("LOCAL_RANK", 0)
     where = _device(device, local_rank)
@@ -87,15 +103,54 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
         torch.cuda.set_device(where)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        # gloo beside nccl carries host tensors: object collectives and checkpoint plans
+        # Object collectives and checkpoint plans are host tensors: they need gloo beside nccl.
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        options: dict = {"device_id": where} if where.type == "cuda" else {}
-        if "MASTER_ADDR" not in os.environ:  # alone, without torchrun: a group of one needs no rendezvous
-            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        options: dict[str, Any] = {"device_id": where} if where.type == "cuda" else {}
+        if "MASTER_ADDR" not in os.environ:  # no torchrun: a group of one needs no rendezvous
+            options |= {"store": HashStore(), "rank": 0, "world_size": 1}
+        elif restarts := launch().restarts:
+            # torch 2.13 leaves the addresses of the failed attempt in the store, and ranks would try to reach them
+            shared, _, _ = next(rendezvous("env://", timeout=timeout))
+            options |= {"store": PrefixStore(f"restart{restarts}", shared), "rank": rank, "world_size": world_size}
         dist.init_process_group(backend, timeout=timeout, **options)
     log_to_terminal(rank)
     quiet_libraries()
     return Runtime(rank, world_size, local_rank, where, timeout)
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when torchrun dies: without it, ranks would train on and nobody would know of them.
+
+    Only under torchrun: a process that was started from a shell outlives it, as with nohup.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died before this call
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main_tells(seconds: float) -> bool:
+    """Return whether rank 0 tells an error too, which other ranks with the same one then need not repeat.
+
+    Rank 0 leaves a mark in torchrun's store, which outlives it; the others wait so long for the mark.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return False
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+        mark = f"transpixeler/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if os.environ.get("RANK", "0") == "0":
+            store.set(mark, "")
+            return False
+        deadline = time.monotonic() + seconds
+        while not (told := store.check([mark])) and time.monotonic() < deadline:
+            time.sleep(0.1)  # `store.wait` would log a warning when it ends
+        return told
+    except (RuntimeError, ValueError, KeyError):  # there is no such store
+        return False
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -119,11 +174,11 @@ def _device(wanted: str | None, local_rank: int) -> torch.device:
     return torch.device(wanted)
 
 
-# --- voice -----------------------------------------------------------------------------------------------------------
+# --- logging ---------------------------------------------------------------------------------------------------------
 
 
 class _RankFilter(logging.Filter):
-    """Rank 0 says everything; another rank speaks when something is wrong, and says which it is."""
+    """Let rank 0 log everything and other ranks only warnings and errors, with their rank in front."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -131,21 +186,21 @@ class _RankFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        record.voice = (f"[rank {self.rank}] " if self.rank else "") + level
+        record.speaker = (f"[rank {self.rank}] " if self.rank else "") + level
         return self.rank == 0 or record.levelno >= logging.WARNING
 
 
 class _Terminal(logging.Handler):
-    """Writes above a progress bar rather than through it."""
+    """Write log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def quiet_libraries() -> None:
-    """What torchao, diffusers and transformers say when they are loaded is nothing that a user can act on."""
+    """Silence what torchao, diffusers and transformers log on import: nothing that a user can act on."""
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("torchao", "torch.utils._pytree"):
@@ -153,15 +208,16 @@ def quiet_libraries() -> None:
 
 
 def log_to_terminal(rank: int) -> None:
+    """Log to stderr, in place of an earlier call's handler."""
     for handler in list(logger.handlers):
         if isinstance(handler, _Terminal):
             logger.removeHandler(handler)
-    _add(_Terminal(), rank, "%(voice)s%(message)s")
+    _add(_Terminal(), rank, "%(speaker)s%(message)s")
 
 
 def log_to_file(path: Path, rank: int) -> logging.Handler:
-    """Adds RUN/log.txt; the caller removes the handler when the run ends."""
-    return _add(logging.FileHandler(path, encoding="utf-8"), rank, "%(asctime)s %(voice)s%(message)s")
+    """Log to RUN/log.txt too; the caller removes the handler when the run ends."""
+    return _add(logging.FileHandler(path, encoding="utf-8"), rank, "%(asctime)s %(speaker)s%(message)s")
 
 
 def _add(handler: logging.Handler, rank: int, form: str) -> logging.Handler:
@@ -178,7 +234,7 @@ def _add(handler: logging.Handler, rank: int, form: str) -> logging.Handler:
 
 @contextmanager
 def steady_garbage(every: int) -> Iterator[Callable[[int], None]]:
-    """Collects on the same steps on all ranks: a collection on one rank alone makes all the others wait."""
+    """Collect garbage on the same steps on all ranks; whenever one rank collects alone, all others wait for it."""
 
     def tick(step: int) -> None:
         if step % every == 0:
@@ -193,6 +249,6 @@ def steady_garbage(every: int) -> Iterator[Callable[[int], None]]:
 
 
 def run_stamp() -> str:
-    """A run's folder name: sorts by time, and two runs of one second differ."""
+    """Return a new run's name, which sorts by time; a random end tells two runs of one second apart."""
     now = datetime.datetime.now()
     return f"{now:%Y%m%d-%H%M%S}-{random.SystemRandom().randrange(16**4):04x}"

@@ -1,8 +1,7 @@
-"""What a rank holds and how long a step takes, for any layout, known before anything is loaded.
+"""A model on meta, a config and a data set's buckets go in; bytes and seconds come out, for any layout.
 
-In: the whole model on meta, the config and what a step is made of. Out: bytes by part, seconds, and the layouts that
-fit a machine, the fastest first. For one sample `models.costs` has the formulas; here they meet stages, shards and
-microbatches.
+It also finds the layouts that fit a machine, the fastest first. `models.costs` has the formulas for one sample; here
+they are applied to stages, shards and microbatches.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count
 from transpixeler.parallel.shard import reduces_often, splits_backward
 
-MODES = ("none", "attention", "full", "offload")  # of `parallel.recompute`, the fastest first
-UTILISATION = 0.45  # of a device's peak that steps are taken to reach, recomputing counted as work
-LINK = 50e9  # bytes a second between GPUs, and between a GPU and its host
-HOST_LINK = 20e9
-SHOWING = 0.1  # of gathering, even where work hides it
-USABLE = 0.92  # of a device's memory: the rest is the context's and lost between allocations
-FP32 = 4
-# bytes of state for each trained number of n bytes; those of torchao hold a scale for each block of numbers beside them
-STATE = {
+RECOMPUTE_MODES = ("none", "attention", "full", "offload")  # of `parallel.recompute`, the fastest first
+UTILISATION = 0.45  # share of a device's peak that steps are assumed to reach, counting recomputation as work
+GPU_LINK = 50e9  # bytes a second between GPUs
+HOST_LINK = 20e9  # bytes a second between a GPU and its host
+UNHIDDEN_GATHER = 0.1  # share of all-gather time that compute does not overlap
+USABLE_MEMORY = 0.92  # share of a device's memory; the context and fragmentation take the rest
+FP32_BYTES = 4
+# Bytes of optimizer state for a trained number of n bytes. torchao's optimizers keep a scale for each block of numbers.
+STATE_BYTES = {
     "adamw": lambda n, config: 2 * n,
     "sgd": lambda n, config: n if config.momentum else 0,
     "muon": lambda n, config: n,
@@ -44,7 +43,7 @@ STATE = {
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank."""
+    """Bytes that one rank holds."""
 
     weights: int
     gradients: int
@@ -59,15 +58,17 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Load:
-    """One bucket, as the model sees it."""
+    """A bucket, as the model sees it."""
 
     bucket: Bucket
     layout: StreamLayout
-    steps: float  # an epoch
+    steps: float  # in an epoch
 
 
 @dataclass(frozen=True)
 class Machine:
+    """The GPUs that a plan is for."""
+
     gpus: int
     memory: float  # bytes of one GPU
     flops: float  # a second at its peak
@@ -76,41 +77,41 @@ class Machine:
 
 @dataclass(frozen=True)
 class Fit:
-    """One way to run, with what to set for it."""
+    """A way to run that fits a machine."""
 
-    settings: tuple[str, ...]
+    settings: tuple[str, ...]  # the config keys to set for it
     memory: Memory
     seconds: float
     why: str
 
 
 class Part(NamedTuple):
-    """Bytes of a model's part, its numbers, and how many of them are trained in how many bytes."""
+    """The size of a part of a model."""
 
-    weights: int = 0
+    weights: int = 0  # bytes
     numbers: int = 0
-    trained: int = 0
-    trained_bytes: int = 0
+    trainable: int = 0  # numbers
+    trainable_bytes: int = 0
 
     def __add__(self, other: Part) -> Part:  # type: ignore[override]
         return Part(*(a + b for a, b in zip(self, other)))
 
 
 def parts_of(model: VideoModel) -> dict[str, Part]:
-    """`embed`, `head` and each block by its number."""
+    """Measure `embed`, `head` and each block, under its number."""
     parts: dict[str, Part] = {}
     for name, p in model.named_parameters():
         kind, index, *_ = name.split(".")
         key = index if kind == "blocks" else kind
-        trained = p.numel() if p.requires_grad else 0
-        part = Part(p.numel() * p.element_size(), p.numel(), trained, trained * p.element_size())
+        trainable = p.numel() if p.requires_grad else 0
+        part = Part(p.numel() * p.element_size(), p.numel(), trainable, trainable * p.element_size())
         parts[key] = parts.get(key, Part()) + part
     return parts
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A config's model on some ranks; asked for memory and time."""
+    """Estimates the memory and time that a config's model takes on some ranks."""
 
     config: Config
     parts: dict[str, Part]
@@ -134,7 +135,7 @@ class Estimate:
     # -- memory
 
     def memory(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute) -> Memory:
-        """Of the rank that holds the most, in the bucket that takes the most."""
+        """Return what the fullest rank holds in the largest bucket."""
         ranges = self._ranges(layout)
         found = []
         for rank in range(layout.pipeline):
@@ -146,7 +147,7 @@ class Estimate:
         return max(found, key=lambda memory: memory.total)
 
     def _ranges(self, layout: Layout) -> list[range]:
-        """Blocks of each stage; a split by hand is for the pipeline that the config names."""
+        """Return the blocks of each stage; `parallel.split` counts only for the pipeline that the config names."""
         parallel = self.config.parallel
         split = parallel.split if layout.pipeline == parallel.pipeline else ()
         return split_blocks(replace(parallel, pipeline=layout.pipeline, split=split), self.dimensions.blocks)
@@ -157,30 +158,30 @@ class Estimate:
         return part + (self.parts["head"] if blocks is ranges[-1] else Part())
 
     def _state(self, stages: Sequence[Part], layout: Layout, activations: int) -> Memory:
-        """What is sharded, and what a shard gathers while it works."""
+        """Return what a rank holds of its stages: its shard, and what it gathers while it works."""
         whole = sum(stages, Part())
         optim, offload = self.config.optim, self.config.parallel.offload
-        trained = Part(*(math.ceil(n / layout.shard) for n in whole))
-        state = optimizer_bytes(optim, trained)
-        ema = FP32 * trained.trained if optim.ema else 0
-        if offload:  # weights and optimizer wait in host memory, the means beside them
+        shard = Part(*(math.ceil(n / layout.shard) for n in whole))
+        state = optimizer_bytes(optim, shard)
+        ema = FP32_BYTES * shard.trainable if optim.ema else 0
+        if offload:  # weights, optimizer state and averages are kept in host memory
             return Memory(self._gathered(), self._unreduced(whole, layout), 0, 0, activations)
         if layout.shard == 1:
-            return Memory(whole.weights, whole.trained_bytes, state, ema, activations)
+            return Memory(whole.weights, whole.trainable_bytes, state, ema, activations)
         gathered = whole.weights if layout.pipeline > 1 else self._gathered()
-        gradients = trained.trained_bytes + self._unreduced(whole, layout)
-        return Memory(trained.weights + gathered, gradients, state, ema, activations)
+        gradients = shard.trainable_bytes + self._unreduced(whole, layout)
+        return Memory(shard.weights + gathered, gradients, state, ema, activations)
 
     def _unreduced(self, whole: Part, layout: Layout) -> int:
-        """Gradients that are not cut into shards yet: all until the last microbatch, or a block's."""
+        """Return bytes of gradients that are not sharded yet: all until the last microbatch, or one block's."""
         if layout.pipeline > 1:
             waits = not self.config.parallel.offload
         else:
-            waits = not reduces_often(whole.trained, whole.numbers)
-        return whole.trained_bytes if waits else self._largest().trained_bytes
+            waits = not reduces_often(whole.trainable, whole.numbers)
+        return whole.trainable_bytes if waits else self._largest().trainable_bytes
 
     def _gathered(self) -> int:
-        """Two blocks, the one at work and the next, and the ends, which stay."""
+        """Return bytes of gathered weights: the block at work, the next one, and embed and head, which stay."""
         return 2 * self._largest().weights + self.parts["embed"].weights + self.parts["head"].weights
 
     def _largest(self) -> Part:
@@ -195,8 +196,8 @@ class Estimate:
         work = max(0, 2 * once - twice)
         kept = max(0, self._of_blocks(blocks, lengths, recompute) - work)
         held = in_flight(self.config.parallel, layout.pipeline, rank, share // micro)
-        head = 3 * FP32 * load.layout.tokens * self.dimensions.width  # taken in, normed, modulated: before any block
-        outer = 3 * FP32 * load.layout.elements  # the noisy input, the target and how far off it is
+        head = 3 * FP32_BYTES * load.layout.tokens * self.dimensions.width  # its input, normed and modulated
+        outer = 3 * FP32_BYTES * load.layout.elements  # the noisy input, the target and their difference
         hidden = load.layout.tokens * self.dimensions.width * self.size
         received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden
         return int(micro * (max(work, head) + held * kept + outer) + received + share * self._example(load.layout))
@@ -209,14 +210,14 @@ class Estimate:
         return costs.activation_bytes(cut, lengths, size=self.size, recompute=recompute, full=full, compiled=compiled)
 
     def _example(self, layout: StreamLayout) -> int:
-        """Of one sample: latents, noise and text."""
+        """Return bytes of one sample's latents, noise and text."""
         d = self.dimensions
-        return FP32 * (2 * layout.elements + d.text_len * d.text_dim)
+        return FP32_BYTES * (2 * layout.elements + d.text_len * d.text_dim)
 
     # -- time
 
     def flops(self, loads: Sequence[Load], recompute: costs.Recompute = "none") -> float:
-        """Of a mean step, on all ranks."""
+        """Return FLOPs of a mean step, on all ranks."""
         full, steps = not self.config.lora.enabled, sum(load.steps for load in loads)
         each = (
             load.steps * costs.step_flops(self.dimensions, load.layout.lengths, recompute=recompute, full=full)
@@ -225,8 +226,10 @@ class Estimate:
         return self.config.train.global_batch * sum(each) / steps
 
     def seconds(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute, machine: Machine) -> float:
-        """Of a mean step: work, stretched by the pipeline's waiting, or gathering, whichever takes longer; 0 where the
-        machine's peak is not known."""
+        """Return seconds of a mean step; 0 where the machine's peak is not known.
+
+        Compute, lengthened by the pipeline's bubbles, overlaps all-gathers: the longer of the two counts.
+        """
         if not machine.flops:
             return 0.0
         share = self.config.train.global_batch // layout.data
@@ -236,33 +239,33 @@ class Estimate:
         waiting = (passes + layout.pipeline - 1) / passes
         work = self.flops(loads, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
         if recompute == "offload":
-            work += self._carried(loads) / layout.data / HOST_LINK
+            work += self._offloaded_inputs(loads) / layout.data / HOST_LINK
         whole = sum(self.parts.values(), Part())
         gathered = 0.0
         if self.config.parallel.offload:
             gathered = 2 * passes * whole.weights / layout.pipeline / HOST_LINK
         elif layout.shard > 1:
             times = 1 if layout.pipeline > 1 else 2 * passes
-            gathered = times * whole.weights / layout.pipeline * (1 - 1 / layout.shard) / LINK
-        reduced = 2 * whole.trained_bytes / layout.pipeline / LINK if layout.data > 1 else 0.0
-        return max(work, gathered) + SHOWING * gathered + reduced
+            gathered = times * whole.weights / layout.pipeline * (1 - 1 / layout.shard) / GPU_LINK
+        reduced = 2 * whole.trainable_bytes / layout.pipeline / GPU_LINK if layout.data > 1 else 0.0
+        return max(work, gathered) + UNHIDDEN_GATHER * gathered + reduced
 
-    def _carried(self, loads: Sequence[Load]) -> float:
-        """Bytes of blocks' inputs that a mean step takes to host memory and back."""
+    def _offloaded_inputs(self, loads: Sequence[Load]) -> float:
+        """Return bytes of block inputs that a mean step moves to host memory and back."""
         steps = sum(load.steps for load in loads)
         tokens = sum(load.steps * load.layout.tokens for load in loads) / steps
         d = self.dimensions
         return 2 * self.config.train.global_batch * tokens * d.width * d.blocks * self.size
 
 
-def optimizer_bytes(config: OptimConfig, trained: Part) -> int:
-    """Of optimizers that we do not know, two moments are taken."""
-    per = trained.trained_bytes // trained.trained if trained.trained else 0
-    return int(trained.trained * STATE.get(config.name.lower(), STATE["adamw"])(per, config))
+def optimizer_bytes(config: OptimConfig, part: Part) -> int:
+    """Return bytes of optimizer state; an unknown optimizer is taken to keep two moments."""
+    per = part.trainable_bytes // part.trainable if part.trainable else 0
+    return int(part.trainable * STATE_BYTES.get(config.name.lower(), STATE_BYTES["adamw"])(per, config))
 
 
 def in_flight(config: ParallelConfig, pipeline: int, rank: int, count: int) -> float:
-    """Microbatches whose activations a rank of the pipeline holds at a time, at most."""
+    """Return how many microbatches' activations a pipeline rank holds at a time, at most."""
     if pipeline == 1:
         return 1
     if config.schedule in INTERLEAVED:
@@ -274,7 +277,7 @@ def in_flight(config: ParallelConfig, pipeline: int, rank: int, count: int) -> f
 
 
 def receive_buffers(config: ParallelConfig, pipeline: int, rank: int) -> int:
-    """Hidden states of each microbatch that a rank has room for: one from either side of each of its stages."""
+    """Return how many hidden states a rank has buffers for in each microbatch: one a side of each of its stages."""
     if pipeline == 1:
         return 0
     pieces = stage_count(replace(config, pipeline=pipeline)) // pipeline
@@ -285,7 +288,7 @@ def receive_buffers(config: ParallelConfig, pipeline: int, rank: int) -> int:
 
 
 def layouts(config: Config, blocks: int, gpus: int) -> Iterator[Layout]:
-    """Every one that the batch and the model can be divided by."""
+    """Yield every layout that divides the batch and the model."""
     for pipeline in _divisors(gpus):
         parallel = replace(config.parallel, pipeline=pipeline)
         if stage_count(parallel) > blocks or (parallel.offload and splits_backward(parallel)):
@@ -298,17 +301,18 @@ def layouts(config: Config, blocks: int, gpus: int) -> Iterator[Layout]:
 
 
 def fits(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
-    """For each layout its fastest way that fits, the best first; nothing where nothing fits."""
+    """Return the fastest fitting way of each layout, the best first; nothing where nothing fits."""
     found = []
     for layout in layouts(estimate.config, estimate.dimensions.blocks, machine.gpus):
-        ways = [way(estimate, loads, layout, mode, machine) for mode in MODES]
-        fitting = [fit for fit in ways if fit.memory.total <= USABLE * machine.memory]
+        ways = [way(estimate, loads, layout, mode, machine) for mode in RECOMPUTE_MODES]
+        fitting = [fit for fit in ways if fit.memory.total <= USABLE_MEMORY * machine.memory]
         if fitting:
             found.append(min(fitting, key=lambda fit: (fit.seconds, fit.memory.total)))
     return sorted(found, key=lambda fit: (fit.seconds, fit.memory.total))
 
 
 def way(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str, machine: Machine) -> Fit:
+    """Estimate one layout with one `parallel.recompute`."""
     settings = (
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.replicate={layout.replicate}",
@@ -325,18 +329,18 @@ def _why(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str) -
             "none": "nothing is recomputed",
             "attention": "all but attention is recomputed",
             "full": "every block is recomputed",
-            "offload": "every block is recomputed, its input waits in host memory",
+            "offload": "every block is recomputed, and its input waits in host memory",
         }[mode]
     ]
     if layout.pipeline > 1:
         share = estimate.config.train.global_batch // layout.data
         passes = max(share // estimate.micro_batch(load, layout) for load in loads)
         lost = (layout.pipeline - 1) / (passes + layout.pipeline - 1)
-        reasons.append(f"a GPU holds 1/{layout.pipeline} of the blocks and waits {lost:.0%} of the time")
+        reasons.append(f"a GPU holds 1/{layout.pipeline} of the blocks and idles {lost:.0%} of the time")
     if layout.shard > 1:
-        reasons.append(f"weights are cut over {layout.shard} GPUs and gathered when used")
+        reasons.append(f"weights are sharded over {layout.shard} GPUs and gathered when used")
     elif layout.replicate > 1:
-        reasons.append("weights are whole on each GPU, only gradients travel")
+        reasons.append("every GPU has all weights, and only gradients are exchanged")
     return "; ".join(reasons)
 
 

@@ -1,7 +1,7 @@
-"""`transpixeler plan`: what a config will do, before anything is loaded or encoded.
+"""The command `transpixeler plan`: a config goes in; what its training will take comes out, before anything is loaded.
 
-In: a config, and the media that it names, looked at but not decoded. Out: its buckets, what is dropped and why, steps,
-parameters, FLOPs, time and memory, and the layouts that fit a machine. No weights are read: config.json will do.
+Media are probed, not decoded, and of the model config.json is enough. The plan holds the buckets, the clips that are
+dropped and why, steps, parameters, FLOPs, time, memory, and the layouts that fit a machine.
 """
 
 from __future__ import annotations
@@ -25,24 +25,19 @@ from transpixeler.data.survey import Survey, survey
 from transpixeler.models.backbone import VideoModel
 from transpixeler.models.costs import step_flops
 from transpixeler.models.streams import StreamLayout
-from transpixeler.parallel import build, shard
+from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning import estimates
 from transpixeler.planning.estimates import Estimate, Fit, Load, Machine, Memory
-from transpixeler.runs import telemetry
-from transpixeler.sampling.trained import first_adapter, first_scopes, make_model
-from transpixeler.training import preflight, trainer
+from transpixeler.sampling.model import initial_adapter, initial_scopes, make_model
+from transpixeler.training import preflight
+from transpixeler.training.schedule import total_steps
 
 GIB = 2**30
-ASSUMED = "H100"
-# GiB of the devices whose peak telemetry knows
-DEVICE_MEMORY = {
-    "B200": 180, "H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "A100": 80, "A800": 80, "L40S": 48,
-    "RTX PRO 6000": 96, "5090": 32, "4090": 24, "3090": 24, "A6000": 48,
-}  # fmt: skip
-LETTERS_A_TOKEN = 4
-BF16 = 2
-LISTED = 40  # dropped clips that the text names
+DEFAULT_DEVICE = "H100"  # where there is no GPU and none is named
+LETTERS_PER_TOKEN = 4
+BF16_BYTES = 2
+LISTED_CLIPS = 40  # dropped clips that the text names
 
 
 class Row(NamedTuple):
@@ -50,22 +45,22 @@ class Row(NamedTuple):
 
     bucket: Bucket
     clips: int
-    seen: int  # an epoch, with repeats
+    seen: int  # in an epoch, with repeats
     micro_batch: int
-    steps: float  # a mean epoch
-    tokens: int  # of a sample in all streams
-    tflop: float  # of a sample's step, what is recomputed counted in
+    steps: float  # in a mean epoch
+    tokens: int  # of a sample, in all streams
+    tflop: float  # of a sample's step, with recomputation
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known beforehand."""
+    """Everything that is known before training."""
 
     config: Config
     device: str
     machine: Machine
     layout: meshes.Layout
-    trained: int
+    trainable_parameters: int
     parameters: int
     rows: tuple[Row, ...]
     dropped: Mapping[str, tuple[tuple[str, str], ...]]  # by set: (sample, reason)
@@ -73,10 +68,10 @@ class Plan:
     steps_epoch: float
     steps: int
     whole_epochs: bool  # the run ends with its last epoch, not before
-    flop_step: float  # of all ranks, what is recomputed counted in
+    flop_step: float  # of all ranks, with recomputation
     seconds_step: float
-    recompute: str | int  # of the config, `auto` resolved
-    memory: Mapping[str, Memory]  # by what is recomputed
+    recompute: str | int  # the config's, with `auto` resolved
+    memory: Mapping[str, Memory]  # by `parallel.recompute`
     cache_latents: int
     cache_texts: int
     fits: tuple[Fit, ...]
@@ -87,7 +82,7 @@ class Plan:
 
 
 def make_plan(config: Config, device: str, machine: Machine) -> Plan:
-    """`machine` is what layouts are looked for; the config's own layout is judged on it as it stands."""
+    """Plan a config on a machine, as its own layout would run there, and find the layouts that fit."""
     layout = meshes.resolve(config.parallel, machine.gpus)
     preflight.check(config, layout)
     model = _model(config, machine)
@@ -104,18 +99,20 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         device=device,
         machine=machine,
         layout=layout,
-        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         parameters=sum(p.numel() for p in parameters),
         rows=tuple(_row(load, train, estimate, layout, mode) for load in loads),
         dropped={"train": train.skipped, "eval": evaluation.skipped},
         steps_first_epoch=order.steps(0),
         steps_epoch=sum(load.steps for load in loads),
-        steps=trainer.total_steps(config, order),
-        whole_epochs=trainer.total_steps(config, order) == order.first_step(config.train.epochs),
+        steps=total_steps(config, order),
+        whole_epochs=total_steps(config, order) == order.first_step(config.train.epochs),
         flop_step=estimate.flops(loads, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
-        memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *estimates.MODES])},
+        memory={
+            str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *estimates.RECOMPUTE_MODES])
+        },
         cache_latents=sum(_latent_bytes(model, data) for data in (train, evaluation)),
         cache_texts=_text_bytes(model, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
         fits=tuple(_fits(config, estimate, loads, machine)),
@@ -124,9 +121,9 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
 
 
 def _model(config: Config, machine: Machine) -> VideoModel:
-    """As a rank builds it, on meta."""
+    """Build the model as a rank does, on meta."""
     dtype = build.compute_dtype(config, torch.device(machine.kind))
-    scopes = first_scopes(config, first_adapter(config))
+    scopes = initial_scopes(config, initial_adapter(config))
     return build.shape(config, partial(make_model, config), dtype, scopes=scopes)
 
 
@@ -137,7 +134,7 @@ def _estimate(config: Config, model: VideoModel, machine: Machine) -> Estimate:
 
 
 def _dataset(config: Config, model: VideoModel, key: str) -> Dataset:
-    """Return a set's clips without their records."""
+    """Return the clips of `data.KEY`, without cache records."""
     sources, found = getattr(config.data, key), Survey()
     if sources:
         found = survey(
@@ -157,7 +154,7 @@ def _dataset(config: Config, model: VideoModel, key: str) -> Dataset:
 
 
 def _loads(model: VideoModel, order: Order, train: Dataset) -> list[Load]:
-    """The buckets in their order, each with its share of the steps."""
+    """Return the buckets in training's order, each with its share of the steps."""
     loads = []
     for row in order.rows:
         bucket = Bucket(*train.items[row.items[0]].bucket)
@@ -176,7 +173,7 @@ def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, 
 
 def _latent_bytes(model: VideoModel, data: Dataset) -> int:
     layouts = {bucket: _layout(model, Bucket(*bucket)) for bucket in data.buckets()}
-    return BF16 * sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
+    return BF16_BYTES * sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
 
 
 def _layout(model: VideoModel, bucket: Bucket) -> StreamLayout:
@@ -184,22 +181,23 @@ def _layout(model: VideoModel, bucket: Bucket) -> StreamLayout:
 
 
 def _text_bytes(model: VideoModel, captions: set[str]) -> int:
-    tokens = sum(min(model.text_len, 1 + len(caption) // LETTERS_A_TOKEN) for caption in captions)
-    return BF16 * tokens * model.text_dim
+    tokens = sum(min(model.text_len, 1 + len(caption) // LETTERS_PER_TOKEN) for caption in captions)
+    return BF16_BYTES * tokens * model.text_dim
 
 
 def _fits(config: Config, estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
-    """Ways that fit; where there are none, with the base in eight bits, then with all that can wait in host memory."""
+    """Return the ways that fit; where none does, those with an int8 base, then those with offload as well."""
     if found := estimates.fits(estimate, loads, machine):
         return found
-    for key, changed in _savers(config):
+    for key, changed in _memory_savers(config):
         model = _model(changed, machine)
         if found := estimates.fits(_estimate(changed, model, machine), loads, machine):
             return [replace(way, settings=(*way.settings, *key.split())) for way in found]
     return []
 
 
-def _savers(config: Config) -> list[tuple[str, Config]]:
+def _memory_savers(config: Config) -> list[tuple[str, Config]]:
+    """Return what takes less memory, the least change first: (overrides, the config with them)."""
     eight = replace(config, model=replace(config.model, quantize="int8"))
     found = [("model.quantize=int8", eight)] if config.lora.enabled and not config.quantized else []
     for keys, changed in [("", config), *found]:
@@ -213,25 +211,23 @@ def _savers(config: Config) -> list[tuple[str, Config]]:
 
 
 def find_machine(config: Config, *, gpus: int, memory: float, device: str, peak: float) -> tuple[str, Machine]:
-    """What is asked for, else the GPU that is here, else one that many have. 0 and "" leave things open."""
+    """Return the machine that is asked for, else the GPU that is here, else a common one. 0 and "" leave it open."""
     parallel = config.parallel
     gpus = gpus or parallel.pipeline * max(1, parallel.replicate) * max(1, parallel.shard)
     if device.lower() == "cpu":
         return "cpu", Machine(gpus, memory * GIB, 1e12 * (peak or config.log.peak_tflops), "cpu")
     here = torch.cuda.is_available() and not device
-    asked = device or (torch.cuda.get_device_name() if here else ASSUMED)
-    known = dict(telemetry.PEAKS)
+    asked = device or (torch.cuda.get_device_name() if here else DEFAULT_DEVICE)
     memory = memory or _memory(asked, here=here)
-    exact = [name for name in known if name.lower() == asked.lower()]
-    name = next(iter([*exact, *(name for name in known if name.lower() in asked.lower())]), "")
-    if not name and not (peak and memory):
+    known = devices.find(asked) or devices.Device(asked, peak, 0)
+    if not known.tflops or not (memory or known.memory):
         raise UserError(f"--device: {asked!r} is not known; give --peak TFLOPS and --memory GB, or one of {_listed()}")
-    peak = peak or config.log.peak_tflops or known[name]
-    return name or asked, Machine(gpus, (memory or DEVICE_MEMORY[name]) * GIB, 1e12 * peak)
+    peak = peak or config.log.peak_tflops or known.tflops
+    return known.name, Machine(gpus, (memory or known.memory) * GIB, 1e12 * peak)
 
 
 def _memory(asked: str, *, here: bool) -> float:
-    """GiB of the GPU that is here, or that a name such as A100-SXM4-40GB tells, as some come in several sizes; or 0."""
+    """Return GiB of the GPU that is here, or that a name such as A100-SXM4-40GB says; else 0."""
     if here:
         return torch.cuda.get_device_properties(0).total_memory / GIB
     said = re.search(r"(\d+) ?GB", asked, re.IGNORECASE)
@@ -239,16 +235,16 @@ def _memory(asked: str, *, here: bool) -> float:
 
 
 def _listed() -> str:
-    return ", ".join(name.lower() for name in DEVICE_MEMORY)
+    return ", ".join(name.lower() for name, *_ in devices.KNOWN)
 
 
 # --- as values and as text -------------------------------------------------------------------------------------------
 
 
 def plain(plan: Plan) -> dict[str, Any]:
-    """For other programs: bytes, seconds, FLOP."""
+    """Return a plan for other programs: bytes, seconds, FLOP."""
     return {
-        "parameters": {"trained": plan.trained, "all": plan.parameters},
+        "parameters": {"trained": plan.trainable_parameters, "all": plan.parameters},
         "device": {"name": plan.device, "gpus": plan.machine.gpus, "memory": plan.machine.memory,
                    "peak": plan.machine.flops, "utilisation": estimates.UTILISATION},
         "layout": str(plan.layout),
@@ -269,6 +265,7 @@ def plain(plan: Plan) -> dict[str, Any]:
 
 
 def text(plan: Plan) -> str:
+    """Return a plan for people."""
     return "\n\n".join(
         ["\n".join(part) for part in (_head(plan), _buckets(plan), _dropped(plan), _held(plan), _ways(plan))]
     )
@@ -279,13 +276,13 @@ def _head(plan: Plan) -> list[str]:
     kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
     epochs = config.train.epochs if plan.whole_epochs else plan.steps / plan.steps_epoch
     lines = {
-        "trains": f"{plan.trained:,} parameters ({kind}) of {plan.parameters:,}",
+        "trains": f"{plan.trainable_parameters:,} parameters ({kind}) of {plan.parameters:,}",
         "layout": f"{plan.layout}, {batch} samples a step, {batch // plan.layout.data} a data rank",
         "steps": f"{plan.steps:,} in all, {plan.steps_epoch:.4g} an epoch; {epochs:.3g} epochs",
         "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",
         "time": _time(plan),
         "cache": f"{_bytes(plan.cache_latents)} of latents, about {_bytes(plan.cache_texts)} of texts",
-        "scan": f"{plan.scan_seconds:.2g} s to look at the files",
+        "scan": f"{plan.scan_seconds:.2g} s to probe the files",
     }
     return [f"{name:8} {said}" for name, said in lines.items()]
 
@@ -293,7 +290,7 @@ def _head(plan: Plan) -> list[str]:
 def _time(plan: Plan) -> str:
     peak, gpus = plan.machine.flops, plan.machine.gpus
     if not peak:
-        return "not known; give --peak TFLOPS"
+        return "unknown; give --peak TFLOPS"
     hours = plan.seconds_step * plan.steps / 3600
     assumed = f"at {estimates.UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s on {gpus} × {plan.device} (an assumption)"
     return f"{plan.seconds_step:.3g} s a step, {hours:.3g} h in all, {assumed}"
@@ -323,8 +320,10 @@ def _dropped(plan: Plan) -> list[str]:
     for key, pairs in plan.dropped.items():
         if pairs:
             lines.append(f"dropped from data.{key}: {len(pairs):,}")
-            lines += [f"  {name}: {reason}" for name, reason in pairs[:LISTED]]
-            lines += [f"  … and {len(pairs) - LISTED:,} more, which --json names"] if len(pairs) > LISTED else []
+            lines += [f"  {name}: {reason}" for name, reason in pairs[:LISTED_CLIPS]]
+            lines += (
+                [f"  … and {len(pairs) - LISTED_CLIPS:,} more, which --json names"] if len(pairs) > LISTED_CLIPS else []
+            )
     return lines
 
 
@@ -339,14 +338,13 @@ def _held(plan: Plan) -> list[str]:
 
 def _ways(plan: Plan) -> list[str]:
     machine = plan.machine
-    what = (
-        f"{machine.gpus} × {plan.device}, {machine.memory / GIB:g} GiB each ({estimates.USABLE:.0%} of it used at most)"
-    )
+    used = f"{estimates.USABLE_MEMORY:.0%} of it used at most"
+    machines = f"{machine.gpus} × {plan.device}, {machine.memory / GIB:g} GiB each ({used})"
     if not machine.memory:
-        return ["layouts  give --memory GB to find those that fit"]
+        return ["layouts  give --memory GB to find the ones that fit"]
     if not plan.fits:
-        return [f"no layout fits {what}; take smaller or shorter clips, a smaller train.micro_batch, or more GPUs"]
-    lines = [f"layouts that fit {what}, the fastest first"]
+        return [f"no layout fits {machines}; use smaller or shorter clips, a smaller train.micro_batch, or more GPUs"]
+    lines = [f"layouts that fit {machines}, the fastest first"]
     for way in plan.fits:
         lines.append(f"  {_bytes(way.memory.total):>9}  {way.seconds:8.3g} s a step  {' '.join(way.settings)}")
         lines.append(f"             {way.why}")

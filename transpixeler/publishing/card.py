@@ -1,34 +1,36 @@
-"""A model card: what was trained goes in, the README.md of its Hub repository comes out.
+"""A saved model and its run go in; the model card, the README.md of a Hub repository, comes out.
 
-Everything it says is read from what training left: the adapter's header, the config, metrics and samples.
+Everything on it is read from what training left: the adapter's header, the config, metrics and samples.
 """
 
 from __future__ import annotations
 
-import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
+from transpixeler.adapters.files import ADAPTER_FILE
 from transpixeler.config import Config
-from transpixeler.runs.folder import SAMPLES, sampled
-from transpixeler.runs.telemetry import METRICS
-from transpixeler.sampling.files import FACTS, STILL
-from transpixeler.sampling.trained import Trained
+from transpixeler.publishing.received import own_samples, read_manifest, read_metrics, sample_files
+from transpixeler.runs.folder import SAMPLES
+from transpixeler.sampling.files import STILL
+from transpixeler.sampling.saves import SavedModel
 
-SHOWN = 4  # samples
-RECENT = 100  # steps that the loss is a mean of
-WEIGHT = "adapter_model.safetensors"
+SHOWN_SAMPLES = 4
+MEAN_STEPS = 100  # last steps that the loss is averaged over
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One sample, and its files by their path in the repository."""
+class ShownSample:
+    """A sample on the card, and its files by their path in the repository."""
 
     prompt: str
     files: Mapping[str, Path]
@@ -39,19 +41,19 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Told:
-    """All that the card says."""
+class Card:
+    """Everything that the card says."""
 
     repo: str
-    base: str  # a Hub id, or nothing
-    fused: Sequence[str]  # adapters in that base
+    base: str  # a Hub id, or ""
+    fused: Sequence[str]  # adapters that were added to that base
     license: str
     config: Config
-    trained: Trained
+    model: SavedModel
     steps: Sequence[Mapping[str, Any]]  # lines of metrics, up to the saved step
     evals: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    samples: Sequence[Shown]
+    samples: Sequence[ShownSample]
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -59,120 +61,119 @@ class Told:
 
     @property
     def plain(self) -> bool:
-        """Whether other programs need to know nothing of streams."""
-        return len(self.streams) == 1 and (self.trained.adapter is None or self.trained.adapter.is_plain)
+        """Return whether programs that know nothing of streams can load it."""
+        return len(self.streams) == 1 and (self.model.adapter is None or self.model.adapter.is_plain)
 
 
-def gather(trained: Trained, run: Path | None, *, repo: str, base: str, fused: Sequence[str], license: str) -> Told:
-    step = trained.step
-    lines = [line for line in _lines(run) if step is None or line["step"] <= step]
+def gather(model: SavedModel, run: Path | None, *, repo: str, base: str, fused: Sequence[str], license: str) -> Card:
+    """Collect what the card says from a saved model and its run."""
+    step = model.step
+    records = read_metrics(run) if run else []
+    lines = [line for line in records if step is None or line["step"] <= step]
     evals = [line["eval"] for line in lines if "eval" in line]
-    manifest = _json(run / "manifest.json") if run else {}
+    manifest = read_manifest(run) if run else {}
     steps = [line for line in lines if "loss" in line]
     samples, measured = tuple(_samples(run, step)) if run else (), evals[-1] if evals else {}
-    return Told(repo, base, fused, license, trained.config, trained, steps, measured, manifest, samples)
+    return Card(repo, base, fused, license, model.config, model, steps, measured, manifest, samples)
 
 
-def _lines(run: Path | None) -> Iterator[dict[str, Any]]:
-    """Whole lines; training may be writing the last."""
-    text = (run / METRICS).read_text(encoding="utf-8") if run else ""
-    return (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _samples(run: Path, step: int | None) -> Iterator[Shown]:
-    """The first few of the newest step that is not beyond the saved one."""
-    steps = sampled(run)
-    newest = max((number for number in steps if step is None or number <= step), default=None)
-    for folder in sorted(steps[newest].iterdir())[:SHOWN] if newest is not None else ():
-        facts = _json(folder / FACTS)
-        named = [folder / name for name in facts.get("files", {}).values()]
-        files = {f"{SAMPLES}/{folder.name}/{file.name}": file for file in named if file.is_file()}
+def _samples(run: Path, step: int | None) -> Iterator[ShownSample]:
+    """Yield the first few samples of the newest step up to the saved one."""
+    made = [sample for sample in own_samples(run) if step is None or sample[0] <= step]
+    newest = max((number for number, _, _ in made), default=None)
+    for _, folder, facts in [sample for sample in made if sample[0] == newest][:SHOWN_SAMPLES]:
+        found = sample_files(folder, facts).values()
+        files = {f"{SAMPLES}/{folder.name}/{file.name}": file for file in found}
         if files:
-            yield Shown(facts.get("prompt", ""), files)
+            yield ShownSample(facts.get("prompt") or "", files)
 
 
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
-def write(told: Told) -> str:
-    parts = [_header(told), f"# {told.repo.split('/')[1]}", _what(told), *_shown(told), *_use(told), *_training(told)]
+def write(card: Card) -> str:
+    """Return the card's text."""
+    parts = [
+        _header(card),
+        f"# {card.repo.split('/')[1]}",
+        _summary(card),
+        *_sample_section(card),
+        *_use_section(card),
+        *_training_section(card),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
-def _header(told: Told) -> str:
-    """What the Hub reads."""
-    adapter = told.trained.weights is None
-    fields: dict[str, Any] = {"license": told.license}
-    if told.base:
-        fields |= {"base_model": told.base, "base_model_relation": "adapter" if adapter else "finetune"}
-    fields |= {"library_name": "diffusers" if told.plain else "transpixeler", "pipeline_tag": "text-to-video"}
+def _header(card: Card) -> str:
+    """Return the YAML that the Hub reads."""
+    adapter = card.model.weights is None
+    fields: dict[str, Any] = {"license": card.license}
+    if card.base:
+        fields |= {"base_model": card.base, "base_model_relation": "adapter" if adapter else "finetune"}
+    fields |= {"library_name": "diffusers" if card.plain else "transpixeler", "pipeline_tag": "text-to-video"}
     kind = ["lora"] if adapter else []
-    fields["tags"] = ["text-to-video", told.config.model.family, "transpixeler", *kind]
-    if not told.plain:
-        fields["tags"] += ["joint-generation", *told.streams[1:]]
+    fields["tags"] = ["text-to-video", card.config.model.family, "transpixeler", *kind]
+    if not card.plain:
+        fields["tags"] += ["joint-generation", *card.streams[1:]]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
-def _what(told: Told) -> str:
-    base = f"[{told.base}](https://huggingface.co/{told.base})" if told.base else "a Wan text-to-video model"
-    adapter = told.trained.adapter
-    kind = "A fine-tuned model" if told.trained.weights else f"A LoRA adapter{_rank(told)} for {base}"
+def _summary(card: Card) -> str:
+    base = f"[{card.base}](https://huggingface.co/{card.base})" if card.base else "a Wan text-to-video model"
+    adapter = card.model.adapter
+    kind = "A fine-tuned model" if card.model.weights else f"A LoRA adapter{_rank(card)} for {base}"
     does = (
         "that makes videos from captions"
-        if len(told.streams) == 1
-        else f"that makes {len(told.streams)} aligned videos from one caption: {', '.join(told.streams)}"
+        if len(card.streams) == 1
+        else f"that makes {len(card.streams)} aligned videos from one caption: {_inline(', '.join(card.streams))}"
     )
     averaged = ", averaged weights" if adapter is not None and adapter.metadata.get("ema") == "true" else ""
-    after = "" if told.trained.step is None else f" Step {told.trained.step:,}{averaged}."
+    after = "" if card.model.step is None else f" Step {card.model.step:,}{averaged}."
     return f"{kind} {does}.{after}"
 
 
-def _rank(told: Told) -> str:
-    adapter = told.trained.adapter
+def _rank(card: Card) -> str:
+    adapter = card.model.adapter
     ranks = sorted({adapter.rank(target) for target in adapter.targets}) if adapter else []
     return f" of rank {'–'.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}" if ranks else ""
 
 
-def _shown(told: Told) -> list[str]:
-    if not told.samples:
+def _sample_section(card: Card) -> list[str]:
+    if not card.samples:
         return []
-    lines = ["## Samples", "First, middle and last frame; a row for each stream, and one over a checkerboard."]
-    for sample in told.samples:
-        videos = ", ".join(f"[{Path(path).name}]({path})" for path in sample.files if path != sample.still)
-        lines.append(f"![a sample]({sample.still})\n\n> {_inline(sample.prompt)}\n\n{videos}")
+    lines = ["## Samples", "First, middle and last frame: a row for each stream, and one over a checkerboard."]
+    for sample in card.samples:
+        paths = [path for path in sample.files if path != sample.still]
+        videos = ", ".join(f"[{_inline(Path(path).name)}]({quote(path)})" for path in paths)
+        lines.append(f"![a sample]({quote(sample.still)})\n\n> {_inline(sample.prompt)}\n\n{videos}")
     return lines
 
 
-def _use(told: Told) -> list[str]:
-    base, size = told.base or "PATH_OF_THE_BASE", told.config.sample.size
+def _use_section(card: Card) -> list[str]:
+    base, size = card.base or "PATH_OF_THE_BASE", card.config.sample.size
     sized = f" --size {'x'.join(map(str, size))}" if size else ""
-    ours = f'transpixeler sample {told.repo} --model {base}{sized} --prompt "…"'
-    lines = ["## Use", *_beside(told), "### transpixeler", f"```sh\n{ours}\n```", "### diffusers"]
-    full = told.trained.weights is not None
-    if told.plain:
-        whole = f'WanTransformer3DModel.from_pretrained("{told.repo}", subfolder="transformer")'
-        lora = f'pipe.load_lora_weights("{told.repo}", weight_name="{WEIGHT}")'
+    ours = f'transpixeler sample {card.repo} --model {base}{sized} --prompt "…"'
+    lines = ["## Use", *_fused_note(card), "### transpixeler", f"```sh\n{ours}\n```", "### diffusers"]
+    full = card.model.weights is not None
+    if card.plain:
+        whole = f'WanTransformer3DModel.from_pretrained("{card.repo}", subfolder="transformer")'
+        lora = f'pipe.load_lora_weights("{card.repo}", weight_name="{ADAPTER_FILE}")'
         lines.append(_python(whole if full else lora, base, full=full))
-        comfy = f"Put `{WEIGHT}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
+        comfy = f"Put `{ADAPTER_FILE}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
     else:
         lines.append(
-            "diffusers knows one stream: it cannot make the companions. Use the command above, which writes them as "
-            "videos of their own and with their alpha inside."
+            "diffusers generates one stream and cannot make the companions. Use the command above: it writes every "
+            "stream as a video, and RGBA files with the alpha inside."
         )
-        comfy = (
-            f"Put `{WEIGHT}` into `models/loras`; the streams need the custom node of transpixeler's `tools/comfyui`."
-        )
+        node = "the streams need the custom node of transpixeler's `tools/comfyui`"
+        comfy = f"Put `{ADAPTER_FILE}` into `models/loras`; {node}."
     return lines if full else [*lines, "### ComfyUI", comfy]
 
 
-def _beside(told: Told) -> list[str]:
-    names = ", ".join(f"`{_inline(name)}`" for name in told.fused)
-    text = f"It was trained on the base with {names} added to it, and belongs on that: other programs must load both."
-    return [text] if names and told.trained.weights is None else []
+def _fused_note(card: Card) -> list[str]:
+    names = ", ".join(_code(name) for name in card.fused)
+    text = f"It was trained on the base with {names} added: other programs must load both."
+    return [text] if names and card.model.weights is None else []
 
 
 def _python(line: str, base: str, *, full: bool) -> str:
@@ -187,44 +188,44 @@ def _python(line: str, base: str, *, full: bool) -> str:
     )
 
 
-def _training(told: Told) -> list[str]:
-    rows = [(name, value) for name, value in _figures(told).items() if value]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {_inline(str(value))} |" for name, value in rows)])
-    made = "Made with transpixeler; `config.yaml` holds every setting."
+def _training_section(card: Card) -> list[str]:
+    rows = [(name, value) for name, value in _figures(card).items() if value]
+    table = "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(str(value))} |" for name, value in rows)])
+    made = "Trained with transpixeler; `config.yaml` holds every setting."
     return ["## Training", table, made]
 
 
-def _figures(told: Told) -> dict[str, Any]:
-    config, steps = told.config, told.steps
+def _figures(card: Card) -> dict[str, Any]:
+    config, steps = card.config, card.steps
     lora, optim = config.lora, config.optim
     seconds = sum(line.get("seconds", 0.0) for line in steps)
     found: dict[str, Any] = {
-        "steps": f"{told.trained.step:,}" if told.trained.step is not None else "",
+        "steps": f"{card.model.step:,}" if card.model.step is not None else "",
         "epochs": steps[-1]["epoch"] if steps else "",
-        "clips": told.manifest.get("clips", {}).get("train", ""),
+        "clips": card.manifest.get("clips", {}).get("train", ""),
         "batch": config.train.global_batch,
         "optimizer": f"{optim.name}, rate {optim.lr:g}, {optim.schedule}",
-        "adapter": f"rank {lora.rank}, scope {_scopes(told)}, on {', '.join(lora.targets)}" if lora.enabled else "",
+        "adapter": f"rank {lora.rank}, scope {_scopes(card)}, on {', '.join(lora.targets)}" if lora.enabled else "",
         "tasks": ", ".join(f"{name} {share:g}" for name, share in config.objective.tasks.items()),
         "frames a second": f"{config.data.fps:g}",
         "fill of transparent RGB": config.data.fill,
-        f"loss, mean of the last {min(RECENT, len(steps))} steps": _mean([s["loss"] for s in steps[-RECENT:]]),
+        f"loss, mean of the last {min(MEAN_STEPS, len(steps))} steps": _mean([s["loss"] for s in steps[-MEAN_STEPS:]]),
         "time": f"{seconds / 3600:.2f} h of steps" if seconds else "",
-        "device": told.manifest.get("machine", {}).get("device", ""),
+        "device": card.manifest.get("machine", {}).get("device", ""),
     }
-    for name, measured in told.evals.items():
+    for name, measured in card.evals.items():
         for stream, by_time in measured.get("loss", {}).items():
-            found[f"held-out loss of {stream} ({_inline(name)})"] = _mean(list(by_time.values()))
+            found[f"held-out loss of {stream} ({name})"] = _mean(list(by_time.values()))
         for metric, value in measured.get("metrics", {}).items():
-            found[f"{metric.replace('_', ' ')} ({_inline(name)})"] = f"{value:.4g}" if value is not None else ""
+            found[f"{metric.replace('_', ' ')} ({name})"] = f"{value:.4g}" if value is not None else ""
     return found
 
 
-def _scopes(told: Told) -> str:
-    """Where training started from an adapter, they may be other than the config's."""
-    adapter = told.trained.adapter
+def _scopes(card: Card) -> str:
+    """Name the adapter's scopes; where training started from another adapter, they may not be the config's."""
+    adapter = card.model.adapter
     own = adapter.scopes.values() if adapter is not None else ()
-    return " and ".join(scope for scope, _ in Counter(map(str, own)).most_common()) or str(told.config.lora.scope)
+    return " and ".join(scope for scope, _ in Counter(map(str, own)).most_common()) or str(card.config.lora.scope)
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -232,17 +233,37 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{mean(known):.4f}" if known else ""
 
 
+# --- text that may hold anything -------------------------------------------------------------------------------------
+
+# Words, numbers and marks that mean nothing to Markdown wherever they stand in a line; all else is shown as code.
+_HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,.;()%'’/+=–…-]|(?<=[^\W_])_(?=[^\W_]))*")
+_LIST_OR_LINK = re.compile(r"\d+[.)]|www\.", re.IGNORECASE)
+_CONTROL = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what is no visible character
+
+
 def _inline(text: str) -> str:
-    """A caption may hold anything; here it is words in a line."""
-    line = " ".join(text.split())
-    for mark, harmless in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("|", "\\|"),
-        ("`", "'"),
-        ("[", "\\["),
-        ("]", "\\]"),
-    ):
-        line = line.replace(mark, harmless)
-    return line
+    """Return a text that may hold anything as words in a line of Markdown: as it is, or as code where it could act."""
+    line = _line(text)
+    return line if _HARMLESS.fullmatch(line) and not _LIST_OR_LINK.search(line) else _code(line)
+
+
+def _cell(text: str) -> str:
+    """Return a text as the cell of a table, where a bar ends the cell even within code."""
+    line = _line(text)
+    return (line if _HARMLESS.fullmatch(line) and "www." not in line.lower() else _code(line)).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """Return a text as a code span, which no mark in it can end."""
+    line = _line(text)
+    if not line:
+        return ""
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", line)), default=0))
+    space = " " if line[0] == "`" or line[-1] == "`" else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _line(text: str) -> str:
+    """Return a text in one line, with a mark in the place of each invisible character."""
+    visible = "".join("\ufffd" if unicodedata.category(c) in _CONTROL and not c.isspace() else c for c in text)
+    return " ".join(visible.split())

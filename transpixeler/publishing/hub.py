@@ -1,7 +1,6 @@
-"""What was trained goes to the Hub: weights, config, samples and a card, in one commit of only what has changed.
+"""A run, a save or an adapter file goes in; its weights, config, samples and card are pushed to the Hub.
 
-In: a run, a save or an adapter file, and the terms. Out: the repository's address. The token is the Hub client's own
-affair: it is never read into a value that is kept, written or logged here.
+A push is one commit of what has changed. Only the Hub client reads the token: it is never kept, written or logged here.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from transpixeler import configfile
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
+from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, MODEL_FOLDER
 from transpixeler.config import REPO, Config, Fault, PathKind, UserError
 from transpixeler.publishing import card
+from transpixeler.publishing.received import check_within, read_table, read_yaml
 from transpixeler.runs.folder import CONFIG
-from transpixeler.sampling import trained
-from transpixeler.sampling.trained import MODEL, Trained
+from transpixeler.sampling.saves import Save, SavedModel, find_save, read_save
 
 logger = logging.getLogger("transpixeler")
 
 CARD = "README.md"
-PATIENCE = 600.0  # seconds that the end of training waits for a push under way
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+LAST_PUSH_SECONDS = 600.0  # that the end of training waits for a push that is under way
+_CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Where it goes and what the card says that no file does."""
+    """Where a model is pushed to, and what the card says that no file does."""
 
     repo: str
     private: bool = True
@@ -44,7 +43,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Parcel:
-    """Everything that goes, by its path there."""
+    """Everything that is pushed, by its path in the repository."""
 
     terms: Terms
     files: Mapping[str, Path | bytes]
@@ -52,69 +51,71 @@ class Parcel:
 
 
 def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
-    """Reads what is to go, so that what is damaged does not."""
+    """Read everything that would be pushed, so that nothing damaged is."""
     if not REPO.fullmatch(terms.repo):
         raise UserError(f"--repo: {terms.repo!r} is no Hub id; write it as user/name")
     if terms.base and not REPO.fullmatch(terms.base):
         raise UserError(f"--base: {terms.base!r} is no Hub id; write it as user/name")
-    found = trained.find(source, ema=ema)
-    save = _save_of(found)
+    save = find_save(source, ema=ema)
+    _check_own(save, source)
+    found = read_save(save, source)
     base = terms.base or _base_of(found.config.model.path)
     fused = _without_folders(list(found.config.model.fuse))
-    told = card.gather(found, trained.run_of(save), repo=terms.repo, base=base, fused=fused, license=terms.license)
-    files: dict[str, Path | bytes] = {**_weights(found, save, base), CONFIG: _config(found.config, base)}
-    files |= {path: file for sample in told.samples for path, file in sample.files.items()}
-    files[CARD] = card.write(told).encode()
+    made = card.gather(found, found.run, repo=terms.repo, base=base, fused=fused, license=terms.license)
+    files: dict[str, Path | bytes] = {**_weights(found, save.path, base), CONFIG: _config(found.config, base)}
+    files |= {path: file for sample in made.samples for path, file in sample.files.items()}
+    files[CARD] = card.write(made).encode()
     return Parcel(terms, dict(sorted(files.items())), f"Step {found.step}" if found.step is not None else "Upload")
 
 
 def listing(parcel: Parcel) -> str:
-    """What would go, for people."""
+    """Return what would be pushed, for people."""
     kind = "private" if parcel.terms.private else "public"
-    lines = [f"to {parcel.terms.repo} (made as a {kind} repo if it does not exist):"]
-    for path, what in parcel.files.items():
-        size = len(what) if isinstance(what, bytes) else what.stat().st_size
+    lines = [f"to {parcel.terms.repo} (created as a {kind} repository if it does not exist):"]
+    for path, content in parcel.files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         lines.append(f"  {size:>13,}  {path}")
-    written = parcel.files[CARD]
-    assert isinstance(written, bytes)
-    return "\n".join([*lines, "", f"{CARD}:", written.decode()])
+    text = parcel.files[CARD]
+    assert isinstance(text, bytes)
+    return "\n".join([*lines, "", f"{CARD}:", text.decode()])
 
 
 def push(parcel: Parcel) -> str:
-    """One commit, or none where nothing has changed; after a break only what had not arrived is sent again."""
+    """Push in one commit, or none where nothing has changed, and return the repository's address.
+
+    After an interruption only what had not arrived is sent again.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     terms = parcel.terms
     if not get_token():
         raise UserError("push: there is no Hub token here; log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi(library_name="transpixeler")
-    with _plainly(terms.repo):
+    with _one_line_errors(terms.repo):
         url = api.create_repo(terms.repo, private=terms.private, exist_ok=True)
         operations = [
-            CommitOperationAdd(path, what if isinstance(what, bytes) else str(what))
-            for path, what in parcel.files.items()
+            CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+            for path, content in parcel.files.items()
         ]
         api.create_commit(terms.repo, operations, commit_message=parcel.message)
     return str(url)
 
 
 @contextmanager
-def _plainly(repo: str) -> Iterator[None]:
-    """Whatever the client throws as one line: what the user can mend, or a fault."""
+def _one_line_errors(repo: str) -> Iterator[None]:
+    """Turn whatever the client raises into one line: a mistake that the user can mend, or a fault."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Its bases are the errors of the HTTP library that the client uses, which has changed between versions.
+    of_http = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     try:
         yield
-    except (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__) as error:
+    except (OSError, RuntimeError, ValueError, *of_http) as error:
         code = _status(error)
         if code == 401:
-            raise UserError(
-                "push: the Hub does not take the token; log in with `hf auth login`, or set HF_TOKEN"
-            ) from error
+            raise UserError("push: the Hub rejects the token; log in with `hf auth login`, or set HF_TOKEN") from error
         if code == 403:
-            raise UserError(
-                f"push: the token may not write to {repo}; take one with write access to it, or name another --repo"
-            ) from error
+            raise UserError(f"push: the token may not write to {repo}; use one that may, or another --repo") from error
         if code == 400:
             raise UserError(f"push: the Hub refuses {repo}: {_line(error)}") from error
         again = "run push again: what has arrived is not sent twice"
@@ -124,7 +125,7 @@ def _plainly(repo: str) -> Iterator[None]:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """Of the answer behind an error, which may be wrapped."""
+    """Return the HTTP status behind an error, which may be wrapped."""
     while error is not None:
         code = getattr(getattr(error, "response", None), "status_code", None)
         if code is not None:
@@ -140,83 +141,98 @@ def _line(error: BaseException) -> str:
 # --- what goes -------------------------------------------------------------------------------------------------------
 
 
-def _save_of(found: Trained) -> Path:
-    path = Path(found.name).expanduser()
-    if not path.exists():
-        raise UserError(f"push: {found.name} is not here; give a run's folder, a save or an adapter file")
-    return path
+def _check_own(save: Save, source: str) -> None:
+    """Refuse a save with files that links lead elsewhere: whoever made it chose what would be pushed."""
+    if not Path(source).expanduser().exists():
+        raise UserError(f"push: {source} is not on this machine; give a run's folder, a save or an adapter file")
+    root = save.run or save.folder.resolve()
+    path = save.path if save.run else save.path.resolve()
+    weights = sorted(save.weights.iterdir()) if save.weights else ()
+    files = [path] if path.is_file() else [path / ADAPTER_FILE, path / CONFIG_FILE, *weights]
+    for file in (path, *files, save.config):
+        check_within(file, root)
+    if save.config.is_file() and "base" in read_yaml(save.config):
+        raise UserError(f"{save.config}: base: a run's config builds on no other file; put its keys into it instead")
 
 
-def _weights(found: Trained, save: Path, base: str) -> dict[str, Path | bytes]:
-    """Byte for byte as they were saved, but for folders of this machine in what an adapter says of itself."""
+def _weights(found: SavedModel, save: Path, base: str) -> dict[str, Path | bytes]:
+    """Return the weights byte for byte as they were saved, but without this machine's folders in their headers."""
     files: dict[str, Path | bytes] = {}
     if found.weights is not None:
-        files |= {f"{MODEL}/{file.name}": file for file in sorted(found.weights.iterdir()) if file.is_file()}
+        files |= {f"{MODEL_FOLDER}/{file.name}": file for file in sorted(found.weights.iterdir()) if file.is_file()}
     adapter, config = (save, None) if save.is_file() else (save / ADAPTER_FILE, save / CONFIG_FILE)
     if adapter.is_file():
         files[ADAPTER_FILE] = _adapter(adapter, base)
     if config and config.is_file():
-        told = json.loads(config.read_text(encoding="utf-8"))
-        files[CONFIG_FILE] = (json.dumps(_told(told, base), indent=2) + "\n").encode()
+        said = read_table(config, {})
+        files[CONFIG_FILE] = (json.dumps(_public_header(said, base), indent=2) + "\n").encode()
     return files
 
 
 def _adapter(file: Path, base: str) -> Path | bytes:
-    """The file, or where its header must not go as it is, its bytes under another."""
+    """Return the file, or its bytes under another header where the header holds folders of this machine."""
     with file.open("rb") as stored:
         header = json.loads(stored.read(int.from_bytes(stored.read(8), "little")))
         said = header.get("__metadata__", {})
-        told = _told(said, base)
-        if told == said:
+        public = _public_header(said, base)
+        if public == said:
             return file
-        text = json.dumps(header | {"__metadata__": told}, separators=(",", ":")).encode()
+        text = json.dumps(header | {"__metadata__": public}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of their numbers' size
         return len(text).to_bytes(8, "little") + text + stored.read()
 
 
-def _told(said: dict[str, Any], base: str) -> dict[str, Any]:
-    """What an adapter says of itself, with its base and what is fused into that by their names on the Hub."""
-    told = _without_folders(said)
-    for key, value in told.items():
+def _public_header(said: dict[str, Any], base: str) -> dict[str, Any]:
+    """Return an adapter's header with its base and fused adapters under their names on the Hub."""
+    public = _without_folders(said)
+    for key, value in public.items():
         if isinstance(value, dict):
-            told[key] = _told(value, base)
+            public[key] = _public_header(value, base)
         elif base and key.endswith(("base_model", "base_model_name_or_path")):
-            told[key] = base
-        elif key.endswith("fuse"):
-            told[key] = json.dumps(_without_folders(json.loads(value)))
-    return told
+            public[key] = base
+        elif key.endswith("fuse") and isinstance(value, str):
+            public[key] = _public_paths(value)
+    return public
+
+
+def _public_paths(text: str) -> str:
+    """Return a JSON list of paths without this machine's folders; nothing can be told of what is no list."""
+    try:
+        return json.dumps(_without_folders(json.loads(text)))
+    except (ValueError, RecursionError):
+        return "[]"
 
 
 def _base_of(path: str) -> str:
-    """A Hub id where a path says it: itself, or a folder of the Hub client's cache."""
+    """Return the Hub id that a path is, or whose folder in the Hub client's cache it is in; else ""."""
     if REPO.fullmatch(path) and not Path(path).exists():
         return path
-    cached = next((match for part in Path(path).parts if (match := _CACHED.fullmatch(part))), None)
+    cached = next((match for part in Path(path).parts if (match := _CACHE_FOLDER.fullmatch(part))), None)
     return f"{cached[1]}/{cached[2]}" if cached else ""
 
 
 def _config(config: Config, base: str) -> bytes:
-    """Its paths alone are changed: a prompt may begin as one does."""
-    told = _by_last_parts(Config, config)
+    """Return config.yaml without this machine's folders: only paths change, as a prompt may look like one."""
+    public = _paths_shortened(Config, config)
     if base:
-        told = replace(told, model=replace(told.model, path=base))
-    return configfile.dump(told).encode()
+        public = replace(public, model=replace(public.model, path=base))
+    return configfile.dump(public).encode()
 
 
-def _by_last_parts(hint: Any, value: Any) -> Any:
-    """What a config's type says is a path, without its folder."""
+def _paths_shortened(hint: Any, value: Any) -> Any:
+    """Return a config's value with the last part of each path, where its type says that it is one."""
     if any(isinstance(mark, PathKind) for mark in getattr(hint, "__metadata__", ())):
         return _last_part(value)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         hints = get_type_hints(type(value), include_extras=True)
-        return replace(value, **{name: _by_last_parts(hint, getattr(value, name)) for name, hint in hints.items()})
+        return replace(value, **{name: _paths_shortened(hint, getattr(value, name)) for name, hint in hints.items()})
     if isinstance(value, tuple) and get_args(hint)[1:] == (...,):
-        return tuple(_by_last_parts(get_args(hint)[0], part) for part in value)
+        return tuple(_paths_shortened(get_args(hint)[0], part) for part in value)
     return value
 
 
 def _without_folders(value: Any) -> Any:
-    """Every text that is a path, where no type says which ones are."""
+    """Return a value with the last part of each text that is an absolute path, where no type says what is one."""
     if isinstance(value, dict):
         return {key: _without_folders(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -225,7 +241,7 @@ def _without_folders(value: Any) -> Any:
 
 
 def _last_part(path: str) -> str:
-    """Folders of this machine say nothing to others, and may say too much."""
+    """Return a path without this machine's folders, which are of no use to others and may be private."""
     return _base_of(path) or Path(path).name if Path(path).is_absolute() else path
 
 
@@ -233,35 +249,36 @@ def _last_part(path: str) -> str:
 
 
 class Pusher:
-    """Sends saves in the background; a failure is told and stops nothing. Of saves that wait, the newest goes."""
+    """Pushes saves in the background: the newest that waits. A failure is logged and stops nothing."""
 
     def __init__(self, config: Config) -> None:
         self.terms = Terms(config.hub.repo, private=config.hub.private)
         self.every = config.hub.every_saves
         self._saves = 0
-        self._left: Path | None = None  # the newest save, where it is not sent yet
+        self._unsent: Path | None = None  # the newest save, if it is not sent yet
         self._waiting: queue.Queue[Path | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
         self._thread.start()
 
     def saved(self, folder: Path) -> None:
+        """Take note of a save, and push it if it is its turn."""
         self._saves += 1
-        self._left = folder
+        self._unsent = folder
         if self._saves % self.every == 0:
-            self._send_left()
+            self._send_newest()
 
-    def _send_left(self) -> None:
-        self._waiting.put(self._left)
-        self._left = None
+    def _send_newest(self) -> None:
+        self._waiting.put(self._unsent)
+        self._unsent = None
 
     def close(self) -> None:
-        """What is on the Hub in the end is the newest save."""
-        if self._left is not None:
-            self._send_left()
+        """Push the newest save if it is not on the Hub yet, and wait for that."""
+        if self._unsent is not None:
+            self._send_newest()
         self._waiting.put(None)
-        self._thread.join(PATIENCE)
+        self._thread.join(LAST_PUSH_SECONDS)
         if self._thread.is_alive():
-            logger.warning("hub: %s: a push is still under way and is given up", self.terms.repo)
+            logger.warning("hub: %s: a push was still under way and was given up", self.terms.repo)
 
     def _work(self) -> None:
         ended = False
@@ -276,9 +293,10 @@ class Pusher:
     def _push(self, folder: Path) -> None:
         try:
             logger.info("hub: %s is at %s", folder.name, push(pack(str(folder), self.terms)))
-        except Exception as fault:  # training is worth more than a push, whatever went wrong with it
+        except Exception as fault:  # whatever went wrong, a push is not worth the training
             logger.warning("hub: %s was not pushed; training goes on: %s", folder, _line(fault))
 
 
 def pusher(config: Config) -> Pusher | None:
+    """Start pushing in the background, if `hub.repo` is set."""
     return Pusher(config) if config.hub.repo else None

@@ -1,8 +1,7 @@
-"""A run's folder goes in, RUN/report.html comes out: what was trained, how it went and what it makes, on one page.
+"""A run's folder goes in; RUN/report.html comes out: its config, curves, evaluations and samples on one page.
 
-Reads only what stands in the folder, so that it works on any machine, while the run goes on and after it has died.
-The page draws itself from one JSON value and asks nothing of a network; videos too large to hold it names by their
-place in the folder.
+It reads only the folder, so it works on any machine, during the run and after it. The page draws itself from one JSON
+value and needs no network; videos that are too large to embed are linked by their path in the folder.
 """
 
 from __future__ import annotations
@@ -15,25 +14,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from transpixeler import configfile
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.files import write_text
-from transpixeler.runs.folder import CONFIG, sampled
-from transpixeler.runs.telemetry import METRICS
-from transpixeler.sampling.files import FACTS
+from transpixeler.publishing.received import (
+    check_within,
+    own_samples,
+    read_manifest,
+    read_metrics,
+    read_yaml,
+    sample_files,
+)
+from transpixeler.runs.folder import CONFIG, METRICS
 
 PAGE = "report.html"
-MANIFEST = "manifest.json"
-POINTS = 1200  # of a curve; more are averaged in groups, as no screen shows them
-EMBED_FILE, EMBED_ALL = 1 << 20, 12 << 20  # bytes of videos that the page holds itself
+CURVE_POINTS = 1200  # more are averaged in groups, as no screen shows them
+EMBEDDED_FILE, EMBEDDED_ALL = 1 << 20, 12 << 20  # most bytes of one video and of all that the page embeds
 ASSETS = Path(__file__).parent / "assets"
-UNDRAWN = ("step", "samples")  # of a step's line
+NO_CURVES = ("step", "samples")  # keys of a metrics line that are not drawn
 
 
 def write_report(run: Path) -> Path:
-    """Writes the page anew and returns where it is."""
+    """Write the page and return its path."""
     for name in (CONFIG, METRICS):
         if not (run / name).is_file():
             raise UserError(f"{run}: holds no {name}, so it is no run's folder; give OUTPUT_DIR/latest or /RUN")
@@ -43,10 +45,10 @@ def write_report(run: Path) -> Path:
 
 
 def gather(run: Path) -> dict[str, Any]:
-    """All that the page shows, as one JSON value."""
-    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    manifest = _json(run / MANIFEST)
-    lines = list(_lines(run / METRICS))
+    """Collect everything that the page shows into one JSON value."""
+    config = read_yaml(check_within(run / CONFIG, run))
+    manifest = read_manifest(run)
+    lines = read_metrics(run)
     steps = [line for line in lines if "loss" in line]
     return {
         "name": run.resolve().name,
@@ -55,7 +57,7 @@ def gather(run: Path) -> dict[str, Any]:
         "manifest": manifest,
         "skipped": manifest.get("skipped", []),
         "steps": thinned(steps),
-        "last": {key: value for key, value in (steps[-1] if steps else {}).items() if key not in UNDRAWN},
+        "last": {key: value for key, value in (steps[-1] if steps else {}).items() if key not in NO_CURVES},
         "seconds": sum(line.get("seconds", 0) for line in steps),
         "evals": [line for line in lines if "eval" in line],
         "samples": list(_samples(run)),
@@ -63,7 +65,7 @@ def gather(run: Path) -> dict[str, Any]:
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The template with its scripts and the value in it; nothing in the value can end the script that holds it."""
+    """Fill the template with its scripts and the value; nothing in the value can end the script that holds it."""
     value = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = (ASSETS / "report.html").read_text(encoding="utf-8")
     for name in ("chart.js", "report.js"):
@@ -75,8 +77,8 @@ def render(data: Mapping[str, Any]) -> str:
 
 
 def thinned(steps: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-    """Curves by name: the steps' numbers, each point the mean of as many steps as keep it under POINTS."""
-    size = max(1, math.ceil(len(steps) / POINTS))
+    """Return curves by name; each point is the mean of so many steps that at most CURVE_POINTS are left."""
+    size = max(1, math.ceil(len(steps) / CURVE_POINTS))
     groups = [steps[start : start + size] for start in range(0, len(steps), size)]
     flat = [[_numbers(line) for line in group] for group in groups]
     names = dict.fromkeys(name for group in flat for line in group for name in line)
@@ -85,10 +87,10 @@ def thinned(steps: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """A step's line with its lists spread out: `loss_by_t.0`."""
+    """Return the numbers of a metrics line, with its lists spread out: `loss_by_t.0`."""
     spread: dict[str, Any] = {}
     for name, value in line.items():
-        if name in UNDRAWN:
+        if name in NO_CURVES:
             continue
         spread |= {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
     return {name: value for name, value in spread.items() if isinstance(value, int | float)}
@@ -100,7 +102,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON for browsers knows no NaN: what is no number is nothing."""
+    """Replace NaN and infinity by None, as browsers' JSON has neither."""
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -109,13 +111,13 @@ def _finite(value: Any) -> Any:
 
 
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The keys that were set to something else than their default."""
+    """List the keys whose value is not the default."""
     default = dict(_flat(configfile.plain(Config())))
-    return [(key, _set(value)) for key, value in _flat(config) if default.get(key) != value]
+    return [(key, _brief(value)) for key, value in _flat(config) if default.get(key) != value]
 
 
-def _set(value: Any) -> Any:
-    """Of a list of data sets or rules what was said of each, without what nobody said."""
+def _brief(value: Any) -> Any:
+    """Leave out the defaults in a list of data sets or rules."""
     if not isinstance(value, list):
         return value
     unset = configfile.plain(SourceConfig(""))
@@ -134,36 +136,23 @@ def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines; the last may still be in the making."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return (json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n"))
-
-
 def _samples(run: Path) -> Iterator[dict[str, Any]]:
-    """Every sample of every step that has videos left; those of the latest are held by the page as far as they fit."""
-    left = EMBED_ALL
-    made = [(step, folder) for step, place in sampled(run).items() for folder in sorted(place.glob("*/"), reverse=True)]
-    for step, folder in made:
-        facts = _json(folder / FACTS)
-        if not facts or folder.name.startswith("."):
-            continue
+    """Yield every sample that has videos, the latest step first; its videos are embedded as far as they fit."""
+    left = EMBEDDED_ALL
+    made = sorted(own_samples(run), key=lambda sample: (sample[0], sample[1].name), reverse=True)
+    for step, folder, facts in made:
         videos = {}
-        for name, file in facts["files"].items():
-            if file.endswith(".mp4") and (folder / file).is_file():
-                videos[name], used = _source(folder / file, run, left)
+        for name, file in sample_files(folder, facts).items():
+            if file.suffix == ".mp4":
+                videos[name], used = _source(file, run, left)
                 left -= used
         if videos:
             yield facts | {"name": folder.name, "step": step, "videos": videos}
 
 
 def _source(path: Path, run: Path, left: int) -> tuple[str, int]:
-    """What a page names a video by, and how much it grows by that."""
+    """Return the source of a video on the page, and how many bytes the page grows by it."""
     size = path.stat().st_size
-    if size > min(left, EMBED_FILE):
+    if size > min(left, EMBEDDED_FILE):
         return path.relative_to(run).as_posix(), 0
     return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}", size

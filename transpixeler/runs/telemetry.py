@@ -1,17 +1,13 @@
-"""What a run says of itself: one line of metrics a step, TensorBoard, a bar, and a manifest of what it was made from.
+"""Write what was measured: to RUN/metrics.jsonl, TensorBoard and wandb, and as a bar or lines on the terminal.
 
-In: numbers that the trainer measured, on rank 0. Out: RUN/metrics.jsonl, event files, the terminal. Nothing here
-touches the device, so that telling costs no step anything.
+In: records of steps and evaluations, on rank 0. Nothing here touches the device, so that it costs a step no time there.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import logging
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,80 +15,40 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 
 from transpixeler.config import LogConfig, UserError
-from transpixeler.files import write_text
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.runs import metrics_file
+from transpixeler.runs.folder import METRICS, Run
 
 logger = logging.getLogger("transpixeler")
 
-METRICS = "metrics.jsonl"
-BOARD_SIDE = 480  # pixels at most of a video on TensorBoard
-PLAIN_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
-# dense bf16 TFLOP/s of one device, by a part of its name; the first that fits
-PEAKS = (
-    ("B200", 2250.0),
-    ("H200", 989.0),
-    ("H100 PCIe", 756.0),
-    ("H100", 989.0),
-    ("H800", 989.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("L40S", 362.0),
-    ("RTX PRO 6000", 504.0),
-    ("5090", 209.0),
-    ("4090", 165.0),
-    ("3090", 71.0),
-    ("A6000", 155.0),
-)
-
-
-def peak_tflops(config: LogConfig, device: torch.device) -> float:
-    """The device's peak, or 0 where it is not known."""
-    if config.peak_tflops or device.type != "cuda":
-        return config.peak_tflops
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS if part in name), 0.0)
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB at most since `forget_peak`; of the process, since it began, where there is no device of its own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    scale = 2**10 if sys.platform == "darwin" else 1
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale / 2**20
+BOARD_SIDE = 480  # the longest side of a video on TensorBoard, in pixels
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
 
 
 def check(config: LogConfig) -> None:
-    """What is needed to tell is missed before clips are encoded and the model is built, not after."""
+    """Refuse a missing package now, before clips are encoded and the model is built."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb: needs wandb; pip install 'transpixeler[wandb]', or set log.wandb empty")
 
 
-def forget_peak(device: torch.device) -> None:
-    """What encoders and evaluations took says nothing of a step."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 class Telemetry:
-    """Rank 0's voice in numbers; on other ranks there is none."""
+    """All that a run's numbers are written to. Only rank 0 has one."""
 
     def __init__(self, run: Path, config: LogConfig, *, step: int, total: int, name: str) -> None:
         self.config = config
-        self.metrics: IO[bytes] = _reopen(run / METRICS, step)
-        self.unwritten = b""  # what a full disk has not taken yet
+        self.metrics: IO[bytes] = metrics_file.reopen(run / METRICS, step)
+        self.unwritten = b""  # what a full disk refused so far
         self.board = _board(run, step) if config.tensorboard else None
         self.wandb = _wandb(config.wandb, run, name) if config.wandb else None
         self.bar = _bar(step, total)
         self.total = total
-        self.trained_seconds, self.first_step = 0.0, step
-        self._said = 0.0
+        self.trained_seconds, self.first_step = 0.0, step  # for the pace
+        self._line_at = 0.0  # when the last line of progress was written
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One line for the step that just ended."""
+        """Write the record of a step that ended."""
         self.write(record)
         step = record["step"]
         if step % self.config.every_steps == 0:
@@ -100,7 +56,7 @@ class Telemetry:
         self._progress(record)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A killed process loses no line; what a full disk refuses is kept and tried again at the next."""
+        """Append a line unbuffered, so that a kill loses none; try again later what a full disk refuses."""
         refused = bool(self.unwritten)
         self.unwritten += (json.dumps(record) + "\n").encode()
         fault = self._flush()
@@ -116,6 +72,8 @@ class Telemetry:
         return None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Draw points on TensorBoard and wandb."""
+
         def draw(board: Any) -> None:
             for name, value in values.items():
                 board.add_scalar(name, value, step)
@@ -125,20 +83,20 @@ class Telemetry:
             self.wandb.log(dict(values), step=step)
 
     def _on_board(self, draw: Callable[[Any], object]) -> None:
-        """Its writer's thread meets a full disk, and tells of it at a later call; training needs no board."""
+        """Draw, and give TensorBoard up on a full disk, which its writer's thread reports at a later call."""
         if self.board is None:
             return
         try:
             draw(self.board)
         except OSError as fault:
-            logger.error("TensorBoard is told no more: %s", fault)
+            logger.error("TensorBoard gets nothing more: %s", fault)
             self.board = None
 
     def video(self, step: int, name: str, frames: np.ndarray, *, fps: float) -> None:
-        """uint8 [F,H,W,3] frames as an animated picture, which is how the board plays videos."""
+        """Show uint8 [F,H,W,3] frames as a GIF, the only form in which TensorBoard plays videos."""
         if self.board is None:
             return
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  made at run time
 
         small = frames[:, :: (skip := 1 + max(frames.shape[1:3]) // (BOARD_SIDE + 1)), ::skip]
         image = Summary.Image(
@@ -165,12 +123,17 @@ class Telemetry:
             self.bar.update(1)
             return
         now, step = time.monotonic(), record["step"]
-        if now - self._said >= PLAIN_SECONDS or step in (self.first_step + 1, self.total):
-            self._said = now
+        if now - self._line_at >= SECONDS_BETWEEN_LINES or step in (self.first_step + 1, self.total):
+            self._line_at = now
             pace = self.trained_seconds / (step - self.first_step)
             left = _clock(pace * (self.total - step))
             text = ", ".join(f"{key} {value}" for key, value in shown.items())
             logger.info("step %d of %d, %s, %.3g s a step, %s left", step, self.total, text, pace, left)
+
+
+def open_telemetry(run: Run, config: LogConfig, step: int, total: int, runtime: Runtime) -> Telemetry | None:
+    """Open everything on rank 0 from a step on. Lines of later steps, which will be trained again, are removed."""
+    return Telemetry(run.folder, config, step=step, total=total, name=run.name) if runtime.is_main else None
 
 
 def _gif(frames: np.ndarray, fps: float) -> bytes:
@@ -208,50 +171,6 @@ def _board(run: Path, step: int) -> Any:
 
 
 def _wandb(project: str, run: Path, name: str) -> Any:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  an optional extra
 
     return wandb.init(project=project, name=name, id=name, dir=str(run), resume="allow")
-
-
-def _reopen(path: Path, step: int) -> IO[bytes]:
-    """Metrics after a resume go on from its step: what was written beyond it is trained, and written, again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-    return path.open("ab", buffering=0)
-
-
-# --- the manifest ----------------------------------------------------------------------------------------------------
-
-
-def manifest(**facts: Any) -> dict[str, Any]:
-    """What made the run: versions, code, machine, and the given facts of data, model and layout."""
-    packages = ["transpixeler", "torch", "diffusers", "transformers", "safetensors", "torchao", "av"]
-    return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-        "git": _commit(),
-        "machine": {
-            "host": platform.node(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        },
-        "command": sys.argv,
-        **facts,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of this code where it is a checkout; an installed package has none."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -1,7 +1,7 @@
-"""A generated sample goes in as one array a stream, and comes out as files that players, editors and browsers open.
+"""A generated sample goes in as one array a stream; files that players, editors and browsers open come out.
 
-Always: an mp4 a stream, a still grid and sample.json, which says what it was made with. By choice: the same with its
-alpha inside, or laid over something. The folder appears under its name only when all of it is whole.
+Always: an mp4 a stream, a still grid, and sample.json with the settings that made it. By choice: files with the alpha
+inside, or laid over a background. The folder appears under its name only when all of it is whole.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from transpixeler.files import whole
 
 FACTS = "sample.json"
 STILL = "still.png"
-SQUARE = 8  # pixels of a checkerboard's side
-LIGHT, DARK = 204, 153
-GAP = 4  # white pixels between the pictures of a grid
+CHECKER_SIDE = 8  # pixels
+CHECKER_LIGHT, CHECKER_DARK = 204, 153
+GRID_GAP = 4  # white pixels between the pictures of a grid
 
 
 def write_sample(
@@ -45,8 +45,10 @@ def write_sample(
     background: str = "",
     facts: Mapping[str, Any],
 ) -> dict[str, Path]:
-    """Writes uint8 [F,H,W,3] streams, the first RGB and the second its alpha, and replaces a sample that was there;
-    without a second stream there is no alpha, and no format that would show it. Paths by stream or format."""
+    """Write uint8 [F,H,W,3] streams in place of a sample that was there; returns paths by stream or format.
+
+    The first stream is RGB and the second its alpha. Without a second one, formats that show alpha are left out.
+    """
     sample = _Sample(streams, fps, alpha_mode, background)
     with whole(folder) as unfinished:
         unfinished.mkdir()
@@ -59,31 +61,31 @@ def write_sample(
             write(sample, unfinished / file)
             files[name] = file
         files["still"] = STILL
-        told = {**facts, **sample.facts(), "files": files}
-        (unfinished / FACTS).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+        said = {**facts, **sample.facts(), "files": files}
+        (unfinished / FACTS).write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
     return {name: folder / file for name, file in files.items()} | {"facts": folder / FACTS}
 
 
 def alpha_of(aux: np.ndarray) -> np.ndarray:
-    """uint8 [F,H,W]: the mean of an aux stream's channels, which are one value where the model has learned a matte."""
+    """Return alpha uint8 [F,H,W]: the mean of an aux stream's channels, which are equal once a matte is learned."""
     return np.rint(aux.mean(-1, dtype=np.float32)).astype(np.uint8)
 
 
 def over(rgb: np.ndarray, alpha: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """uint8 [...,H,W,3]: straight colour laid over a ground."""
+    """Lay straight colour over a ground: uint8 [...,H,W,3]."""
     share = alpha[..., None].astype(np.float32) / 255
     return np.rint(rgb * share + ground * (1 - share)).astype(np.uint8)
 
 
 def checkerboard(height: int, width: int) -> np.ndarray:
-    """uint8 [H,W,3], the ground that says `transparent` to everyone."""
-    y, x = np.mgrid[0:height, 0:width] // SQUARE
-    return np.where((x + y) % 2, DARK, LIGHT).astype(np.uint8)[..., None].repeat(3, axis=2)
+    """Draw the ground uint8 [H,W,3] that everyone reads as transparent."""
+    y, x = np.mgrid[0:height, 0:width] // CHECKER_SIDE
+    return np.where((x + y) % 2, CHECKER_DARK, CHECKER_LIGHT).astype(np.uint8)[..., None].repeat(3, axis=2)
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """All that the formats are made from."""
+    """Everything that the formats are made from."""
 
     streams: Mapping[str, np.ndarray]
     fps: Fraction
@@ -103,8 +105,14 @@ class _Sample:
         return None if self.aux is None else alpha_of(self.aux)
 
     @property
+    def matte(self) -> np.ndarray:
+        """Return the aux stream, for formats that are written only where there is one."""
+        assert self.aux is not None
+        return self.aux
+
+    @property
     def tags(self) -> dict[str, str]:
-        """Formats have no field for it that readers agree on, so it stands as a tag: what the RGB is multiplied by."""
+        """Name the alpha mode in a tag, as formats have no field for it that readers agree on."""
         return {"alpha": self.alpha_mode}
 
     def facts(self) -> dict[str, Any]:
@@ -113,19 +121,19 @@ class _Sample:
         return {"streams": list(self.streams), **size, "alpha_mode": None if self.aux is None else self.alpha_mode}
 
     def frames(self, *, deep: bool = False) -> Iterator[np.ndarray]:
-        """[H,W,4] in the alpha mode, uint8 or, `deep`, uint16."""
+        """Yield frames [H,W,4] in the alpha mode, uint8 or, `deep`, uint16."""
         kind, top = (np.uint16, 65535) if deep else (np.uint8, 255)
-        for rgb, aux in zip(self.rgb, self.aux, strict=True):
+        for rgb, aux in zip(self.rgb, self.matte, strict=True):
             alpha = aux.mean(-1, dtype=np.float32) if deep else alpha_of(aux)
             share = alpha[..., None] / 255 if self.alpha_mode == "premultiplied" else 1.0
             color = rgb * np.asarray(share, np.float32)
             yield np.rint(np.concatenate([color, alpha[..., None]], axis=2) * (top / 255)).astype(kind)
 
     def laid_over(self, grounds: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        return (over(rgb, alpha_of(aux), ground) for rgb, aux, ground in zip(self.rgb, self.aux, grounds))
+        return (over(rgb, alpha_of(aux), ground) for rgb, aux, ground in zip(self.rgb, self.matte, grounds))
 
     def still(self) -> np.ndarray:
-        """First, middle and last frame: a row for each stream, and one over a checkerboard."""
+        """Lay out the first, middle and last frame: a row for each stream, and one over a checkerboard."""
         count, height, width, _ = self.rgb.shape
         picked = sorted({0, count // 2, count - 1})
         rows = [frames[picked] for frames in self.streams.values()]
@@ -136,8 +144,8 @@ class _Sample:
 
 def _grid(rows: Sequence[np.ndarray]) -> np.ndarray:
     columns, height, width, _ = rows[0].shape
-    tall, wide = height + GAP, width + GAP
-    grid = np.full((len(rows) * tall - GAP, columns * wide - GAP, 3), 255, np.uint8)
+    tall, wide = height + GRID_GAP, width + GRID_GAP
+    grid = np.full((len(rows) * tall - GRID_GAP, columns * wide - GRID_GAP, 3), 255, np.uint8)
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             grid[y * tall : y * tall + height, x * wide : x * wide + width] = picture
@@ -185,14 +193,14 @@ _FORMATS: dict[str, tuple[str, Callable[[_Sample, Path], None]]] = {
 
 
 def _plate(sample: _Sample) -> Iterator[np.ndarray]:
-    """The background at the sample's size and rate; a short one goes round."""
+    """Yield the background at the sample's size and rate, from the start again when it ends."""
     count, height, width, _ = sample.rgb.shape
     plate = read_background(sample.background, fps=sample.fps, frames=count, height=height, width=width)
     return (plate[number % len(plate)] for number in range(count))
 
 
 def read_background(background: str, *, fps: Fraction, frames: int, height: int, width: int) -> np.ndarray:
-    """uint8 [n,H,W,3]: its beginning, at most so many frames."""
+    """Read a background's first frames, at most `frames`: uint8 [n,H,W,3]."""
     path = Path(background)
     try:
         length = min(frames, decode.probe(path).frames_at(fps))

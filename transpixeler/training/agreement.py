@@ -1,13 +1,13 @@
-"""What all ranks know of a step once it ran: its losses, whether it is sound, and what was asked for meanwhile.
+"""Share with all ranks what each knows of a step: its losses, whether they are finite, and what is due after it.
 
-In: each rank's errors and wishes. Out: the same `Facts` on every rank, from one small all-reduce. Whatever a rank
-decides on is decided from here, so that no rank ever waits for another that decided otherwise.
+In: each rank's errors and what it wants. Out: the same `Facts` on every rank, from one small all-reduce. Ranks decide
+from these alone, so that none waits for another that decided otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,40 +15,44 @@ from torch import Tensor
 
 from transpixeler.flow.objective import Example
 
-T_BINS = 5  # equal parts of [0, 1] that losses are told by
+T_BINS = 5  # equal parts of [0, 1], by which losses are told
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What this rank asks for; one rank's wish is everyone's."""
+class Due:
+    """Saves that are due at a step boundary, and reasons to stop; what is due on one rank is due on all."""
 
     save: bool = False  # a checkpoint, by file or signal
-    quit: bool = False
+    quit: bool = False  # likewise, with the end of training
     checkpoint: bool = False  # by the clock
-    adapter: bool = False  # by the clock
+    adapter: bool = False  # a save, by the clock
+    lost: bool = False  # the run's folder, so that nothing can be saved
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The same on every rank."""
+    """Results of a step; the same on every rank."""
 
     loss: float
     grad_norm: float
     by_stream: dict[str, float | None]
     by_time: tuple[float | None, ...]
     finite: bool
-    wishes: Wishes
+    due: Due
 
 
-def agree(errors: Tensor, example: Example, grad_norm: Tensor, wishes: Wishes, *, counts: bool) -> Facts:
-    """`errors` [b, S] of this rank's samples; `counts` on one rank of each pipeline, whose ranks hold the same."""
+def agree(errors: Tensor, example: Example, grad_norm: Tensor, due: Due, *, counts: bool) -> Facts:
+    """Sum over all ranks. A collective call.
+
+    errors: [b, S] of this rank's samples. counts: true on one rank of each pipeline, whose ranks hold the same errors.
+    """
     weights, times = example.weights.to(errors.device), example.timesteps.to(errors.device)
     counted = (weights > 0).double() * float(counts)
     bins = (times * T_BINS).long().clamp(max=T_BINS - 1)
     by_bin = torch.nn.functional.one_hot(bins, T_BINS) * counted[..., None]  # [b, S, T_BINS]
     values = torch.where(counted > 0, errors, 0.0).double()
     sound = torch.isfinite(errors).all() & torch.isfinite(grad_norm)
-    flags = [wishes.save, wishes.quit, wishes.checkpoint, wishes.adapter]
+    flags = astuple(due)
     parts = [
         (errors.double() * weights).sum()[None] * float(counts),
         values.sum(0),
@@ -69,7 +73,7 @@ def agree(errors: Tensor, example: Example, grad_norm: Tensor, wishes: Wishes, *
         by_stream=dict(zip(example.layout.names, _ratios(streams, stream_counts), strict=True)),
         by_time=tuple(_ratios(times_sum, time_counts)),
         finite=not unsound[0],
-        wishes=Wishes(*map(bool, asked)),
+        due=Due(*map(bool, asked)),
     )
 
 

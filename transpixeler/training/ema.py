@@ -1,6 +1,6 @@
-"""A slow copy of the trained parameters, in fp32 and sharded as they are.
+"""Average the trained parameters over the steps, in fp32 and sharded as they are.
 
-In: the parameters after each step. Out: their exponential mean, swapped in for evaluation and saving.
+In: the parameters after each step. Out: their exponential moving average, swapped in for evaluation and saving.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Ema:
-    """Follows named parameters; `decay` 0 follows nothing."""
+    """Averages named parameters; with `decay` 0 it averages none."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
@@ -29,12 +30,14 @@ class Ema:
     def update(self) -> None:
         if self.shadow:
             now = [local(p.detach()).float() for p in self.parameters.values()]
-            torch._foreach_lerp_([local(s) for s in self.shadow.values()], now, 1 - self.decay)
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  the stubs miss it
+                [local(s) for s in self.shadow.values()], now, 1 - self.decay
+            )
 
     @contextmanager
     @torch.no_grad()
     def swapped(self) -> Iterator[None]:
-        """The parameters hold the mean inside, and exactly what they held before afterwards."""
+        """Put the averages in place of the parameters, and give back exactly what they held before."""
         pairs = [(local(self.parameters[name].detach()), local(mean)) for name, mean in self.shadow.items()]
         kept = [p.clone() for p, _ in pairs]
         for parameter, mean in pairs:

@@ -1,4 +1,4 @@
-"""Evaluates a run as it trains, when that is due, and leaves training as it found it.
+"""Evaluate a run as it trains, when that is due, and leave training as it was, to the last bit.
 
 In: an `Evaluator` and the number of steps done. Out: eval lines of metrics.jsonl, TensorBoard, samples/, the report.
 """
@@ -6,7 +6,6 @@ In: an `Evaluator` and the number of steps done. Out: eval lines of metrics.json
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -16,36 +15,44 @@ from typing import Any
 
 import torch
 
-from transpixeler.config import Config
-from transpixeler.data.order import Order
-from transpixeler.evaluation.heldout import Evaluator, read_video
+from transpixeler.data.dataset import Dataset
+from transpixeler.evaluation.heldout import Evaluator
+from transpixeler.evaluation.measures import read_video
 from transpixeler.evaluation.results import scalars, summary
+from transpixeler.parallel import devices
+from transpixeler.parallel.pipeline import Engine
 from transpixeler.publishing import report
-from transpixeler.runs import telemetry
-from transpixeler.runs.folder import SAMPLES, Stopped, sample_folder
-from transpixeler.training.ema import Ema
+from transpixeler.runs import metrics_file
+from transpixeler.runs.controls import Stopped
+from transpixeler.runs.folder import METRICS, SAMPLES, Run, sample_folder
+from transpixeler.runs.telemetry import Telemetry
+from transpixeler.training.schedule import Schedule
+from transpixeler.training.state import TrainingState
 
 logger = logging.getLogger("transpixeler")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates a run as it trains, and leaves training as it found it, to the last bit."""
+    """Evaluates the training state; every rank calls it at the same time."""
 
     evaluator: Evaluator
-    ema: Ema
+    state: TrainingState
     run: Path
-    telemetry: telemetry.Telemetry | None  # on rank 0
-    due: Callable[[int], bool]  # of the number of steps that are done
+    telemetry: Telemetry | None  # on rank 0
+    due: Callable[[int], bool]  # by the number of steps that are done
 
     def catch_up(self, step: int) -> None:
-        """Before the first step, and after a resume that follows a stop between a step and its evaluation."""
-        told = self.evaluator.runtime.is_main and step in _evaluated(self.run / telemetry.METRICS)
+        """Evaluate the state that training begins with, unless an earlier process of this run did."""
+        told = self.evaluator.runtime.is_main and step in self._evaluated_steps()
         if not self.evaluator.runtime.broadcast(told):
             self.if_due(step)
 
     def if_due(self, step: int, *, hurry: bool = False) -> bool:
-        """Whether someone asked to stop meanwhile; then, and in a hurry, the evaluation is left to `catch_up`."""
+        """Evaluate if that is due; return whether training shall stop.
+
+        With `hurry`, or if someone asks to stop meanwhile, the evaluation is left to `catch_up`.
+        """
         if hurry or not self.due(step) or not self.evaluator.has_work:
             return hurry
         device = self.evaluator.mesh.device
@@ -56,15 +63,17 @@ class Evaluation:
             logger.info("asked to stop: the evaluation of step %d is made when the run is resumed", step)
             return True
         if self.telemetry is not None:
-            self._tell(step, found)
+            self._record(step, found, self.telemetry)
         gc.collect()
-        telemetry.forget_peak(device)
+        devices.forget_peak(device)
         return False
 
     def _evaluate(self, step: int) -> dict[str, dict[str, Any]]:
-        evaluator, averaged = self.evaluator, self.ema.decay > 0
+        """Return losses of the raw and the averaged weights, and measures of videos by the averaged ones."""
+        evaluator, ema = self.evaluator, self.state.ema
+        averaged = ema.decay > 0
         found: dict[str, dict[str, Any]] = {name: {"loss": loss} for name, loss in evaluator.losses().items()}
-        with self.ema.swapped() if averaged else nullcontext():
+        with ema.swapped() if averaged else nullcontext():
             if averaged:
                 for name, loss in evaluator.losses().items():
                     found[name]["loss_ema"] = loss
@@ -75,42 +84,36 @@ class Evaluation:
             found.setdefault(name, {})["metrics"] = values
         return found
 
-    def _tell(self, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
-        self.telemetry.write({"step": step, "eval": found})
-        self.telemetry.scalars(step, dict(scalars(found)))
-        self._show(step)
+    def _record(self, step: int, found: Mapping[str, Mapping[str, Any]], telemetry: Telemetry) -> None:
+        """Write what was found to metrics.jsonl, TensorBoard, the log and the report."""
+        telemetry.write({"step": step, "eval": found})
+        telemetry.scalars(step, dict(scalars(found)))
+        fps = self.evaluator.config.data.fps
+        for file in sorted((self.run / SAMPLES / sample_folder(step)).glob("*/*.mp4")):
+            telemetry.video(step, f"{file.parent.name}/{file.stem}", read_video(file), fps=fps)
         for line in summary(found):
             logger.info("step %d, held out: %s", step, line)
         try:
             report.write_report(self.run)
-        except Exception as fault:  # training is worth more than a page, whatever went wrong with it
+        except Exception as fault:  # a page that fails for any reason must not end a training
             logger.error("%s was not written: %s", self.run / report.PAGE, fault)
 
-    def _show(self, step: int) -> None:
-        """The videos that were written, on TensorBoard."""
-        fps = self.evaluator.config.data.fps
-        for file in sorted((self.run / SAMPLES / sample_folder(step)).glob("*/*.mp4")):
-            self.telemetry.video(step, f"{file.parent.name}/{file.stem}", read_video(file), fps=fps)
+    def _evaluated_steps(self) -> set[int]:
+        """Return the steps whose evaluation is in metrics.jsonl."""
+        records = metrics_file.read_records(self.run / METRICS)
+        return {record["step"] for record in records if "eval" in record}
 
 
-def due_at(config: Config, order: Order, total: int) -> Callable[[int], bool]:
-    """Whether the state after so many steps is evaluated: a pure function, so that a resumed run agrees."""
-    every_steps, every_epochs = config.eval.every_steps, config.eval.every_epochs
-
-    def due(step: int) -> bool:
-        if step == 0:
-            return config.eval.before_first_step
-        by_steps = every_steps > 0 and (step % every_steps == 0 or step == total)
-        ended = order.ended(step)
-        by_epochs = every_epochs > 0 and (step == total or any(epoch % every_epochs == 0 for epoch in ended))
-        return by_steps or by_epochs
-
-    return due
-
-
-def _evaluated(path: Path) -> set[int]:
-    """The steps whose evaluation is told already."""
-    if not path.is_file():
-        return set()
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if '"eval"' in line)
-    return {line["step"] for line in lines if "eval" in line}
+def open_evaluation(
+    engine: Engine,
+    state: TrainingState,
+    data: Dataset,
+    schedule: Schedule,
+    run: Run,
+    telemetry: Telemetry | None,
+    *,
+    pause: Callable[[], object],
+) -> Evaluation:
+    """Build what evaluates the state on `data`. pause: as `Evaluator` takes it."""
+    evaluator = Evaluator(state.config, state.runtime, engine, data, pause=pause)
+    return Evaluation(evaluator, state, run.folder, telemetry, schedule.evaluation_due)

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and clipping, over parameters that may be plain or sharded.
+"""Make the optimizer, and compute learning rates, gradient norms and clipping, for plain and sharded parameters.
 
 In: named parameters and `optim.*`. Out: a torch optimizer, the rate of each step as a pure function, and the norm of
 all gradients over every stage and shard.
@@ -7,6 +7,7 @@ all gradients over every stage and shard.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -26,7 +27,7 @@ TORCHAO = {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit", "adamw_fp8": "Ada
 
 
 def build(parameters: Named, config: OptimConfig, ranks: dist.ProcessGroup | None = None) -> Optimizer | None:
-    """The configured optimizer; none for a stage where nothing is trained. `ranks` are those that step alike."""
+    """Return the configured optimizer, or None for a stage that trains nothing. ranks: those that hold the same."""
     if not parameters:
         return None
     groups = list(_groups(parameters, config))
@@ -35,30 +36,38 @@ def build(parameters: Named, config: OptimConfig, ranks: dist.ProcessGroup | Non
     except (TypeError, ValueError) as fault:
         if config.args:
             raise UserError(f"optim.args: {config.name} does not take {dict(config.args)}: {fault}") from None
+        if "." in config.name:
+            raise UserError(f"optim.name: {config.name!r} cannot be made: {fault}") from None
         raise
 
 
+def check(config: OptimConfig) -> None:
+    """Refuse a name that is no optimizer, before anything is encoded or built."""
+    _maker(config, None)
+
+
 def _groups(parameters: Named, config: OptimConfig) -> Iterator[dict[str, Any]]:
-    """One group for each rule, first match wins, and one for the rest; empty ones are left out."""
+    """Yield one group for each rule and one for the rest; the first rule that matches a name takes it."""
     rules = [(rule.pattern, rule.lr, rule.weight_decay) for rule in config.groups]
     left = dict(parameters)
     for number, (pattern, lr, decay) in enumerate([*rules, ("*", None, None)]):
         chosen = {name: p for name, p in left.items() if fnmatchcase(name, pattern)}
         left = {name: p for name, p in left.items() if name not in chosen}
         base = config.lr if lr is None else lr
-        for flat, members in _by_rank(chosen):
+        for flat, members in _by_dimensions(chosen):
             weight_decay = config.weight_decay if decay is None else decay
             yield {
                 "name": f"{number}{' vectors' if flat else ''}",  # the same on every stage
                 "params": list(members.items()),
                 "lr": base,
                 "base_lr": base,
-                # vectors (norms, biases, tables, stream embeddings) are not shrunk unless a rule says so
+                # vectors (norms, biases, tables, stream embeddings) have no weight decay unless a rule sets it
                 "weight_decay": 0.0 if flat and decay is None else weight_decay,
             }
 
 
-def _by_rank(parameters: Named) -> Iterator[tuple[bool, dict[str, nn.Parameter]]]:
+def _by_dimensions(parameters: Named) -> Iterator[tuple[bool, dict[str, nn.Parameter]]]:
+    """Yield (False, the matrices) and (True, the vectors), where there are any."""
     for flat in (False, True):
         members = {name: p for name, p in parameters.items() if (p.ndim < 2) is flat}
         if members:
@@ -66,7 +75,7 @@ def _by_rank(parameters: Named) -> Iterator[tuple[bool, dict[str, nn.Parameter]]
 
 
 def check_groups(names: Iterable[str], config: OptimConfig) -> None:
-    """A pattern that matches nothing is a slip; `names` are the trained parameters of all stages."""
+    """Refuse a pattern that matches nothing. names: the trained parameters of all stages."""
     known = list(names)
     for i, rule in enumerate(config.groups):
         if not any(fnmatchcase(name, rule.pattern) for name in known):
@@ -77,7 +86,8 @@ def check_groups(names: Iterable[str], config: OptimConfig) -> None:
 
 
 def _maker(config: OptimConfig, ranks: dist.ProcessGroup | None) -> Callable[[list[dict[str, Any]]], Optimizer]:
-    adam = {"betas": config.betas, "eps": config.eps, **config.args}
+    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps, **config.args}
+    args: dict[str, Any] = dict(config.args)
     name = config.name.lower()
     if config.bf16_parameters and name != "adamw" and name not in TORCHAO:
         known = ", ".join(["adamw", *TORCHAO])
@@ -87,9 +97,9 @@ def _maker(config: OptimConfig, ranks: dist.ProcessGroup | None) -> Callable[[li
     if name == "adamw":
         return lambda groups: torch.optim.AdamW(groups, **{"fused": True, **adam})
     if name == "sgd":
-        return lambda groups: torch.optim.SGD(groups, momentum=config.momentum, **config.args)
+        return lambda groups: torch.optim.SGD(groups, momentum=config.momentum, **args)
     if name == "adafactor":
-        return lambda groups: torch.optim.Adafactor(groups, **config.args)
+        return lambda groups: torch.optim.Adafactor(groups, **args)
     if name == "muon":
         return lambda groups: Muon(groups, momentum=config.momentum or 0.95, ranks=ranks, **adam)
     if name in TORCHAO:
@@ -101,7 +111,7 @@ def _maker(config: OptimConfig, ranks: dist.ProcessGroup | None) -> Callable[[li
 
 
 def _torchao(cls: str, options: dict[str, Any], *, stochastic: bool) -> Callable[[list[dict[str, Any]]], Optimizer]:
-    # the compiled update of one family is taken for another's from this cache
+    # this cache confuses the compiled updates of different optimizers
     functorch.enable_autograd_cache = False
     from torchao import optim as torchao_optim
 
@@ -111,24 +121,31 @@ def _torchao(cls: str, options: dict[str, Any], *, stochastic: bool) -> Callable
 
 
 def _imported(config: OptimConfig) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    """Import an optimizer of another library, and refuse what is none or cannot be stepped from outside."""
     module, _, cls = config.name.rpartition(".")
     try:
         made = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"optim.name: {config.name!r} cannot be imported: {error}") from None
-    return lambda groups: made(_unnamed(groups), **config.args)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"optim.name: {config.name!r} cannot be imported as module.Class: {error}") from None
+    if not (isinstance(made, type) and issubclass(made, Optimizer)):
+        raise UserError(f"optim.name: {config.name!r} is no class of optimizers; name a subclass of torch's Optimizer")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(f"optim.name: {config.name!r} runs the model itself in a step, which training cannot let it do")
+    args: dict[str, Any] = dict(config.args)
+    return lambda groups: made(_unnamed(groups), **args)
 
 
 def _unnamed(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Optimizers of others know no (name, parameter) pairs."""
+    """Return the groups without names, since other libraries take no (name, parameter) pairs."""
     return [{**group, "params": [p for _, p in group["params"]]} for group in groups]
 
 
 class Muon(Optimizer):
-    """Matrices step by their orthogonalised momentum, everything else by AdamW.
+    """Steps matrices by their orthogonalised momentum, and everything else by AdamW.
 
-    A sharded matrix is gathered for its step, because orthogonality is a property of the whole. Ranks that step alike
-    share that work: each orthogonalises every so many matrices, and tells the others.
+    A sharded matrix is gathered for its step, because orthogonality is a property of the whole. Ranks that hold the
+    same matrices share that work: each orthogonalises some of them and broadcasts the result.
     """
 
     def __init__(
@@ -144,21 +161,21 @@ class Muon(Optimizer):
         self.ranks = ranks
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  no closure here
         given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, group in given:
             if parameter.ndim != 2:
                 _move(parameter, self._vector(parameter, group), group)
-        # by size, so that what ranks do at once takes them equally long
+        # sorted by size, so that matrices that ranks orthogonalise at once take equally long
         matrices = sorted(((p, group) for p, group in given if p.ndim == 2), key=lambda one: -one[0].numel())
         at_once = dist.get_world_size(self.ranks) if self.ranks else 1
         for first in range(0, len(matrices), at_once):
             self._step_matrices(matrices[first : first + at_once])
 
     def _step_matrices(self, matrices: Sequence[tuple[nn.Parameter, dict[str, Any]]]) -> None:
-        """At most one for each rank."""
+        """Step at most one matrix for each rank."""
         own = dist.get_rank(self.ranks) if self.ranks else 0
-        ours = None
+        ours: Tensor | None = None
         for place, (parameter, group) in enumerate(matrices):
             momentum = self._momentum(parameter, group)
             if place == own:
@@ -167,38 +184,43 @@ class Muon(Optimizer):
                 ours = (scale * orthogonalize(momentum)).contiguous()
         for place, (parameter, group) in enumerate(matrices):
             whole = ours if place == own else torch.empty(parameter.shape, device=parameter.device)
+            assert whole is not None, "this rank orthogonalised the matrix at its own place"
             if self.ranks:
                 dist.broadcast(whole, group=self.ranks, group_src=place)
             _move(parameter, _like(whole, parameter), group)
 
     def _momentum(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """Nesterov's, whole."""
-        state = self.state[parameter]
+        """Return the matrix's Nesterov momentum, gathered from its shards."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None, "only parameters with a gradient step"
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        update = torch.lerp(parameter.grad, buffer, group["momentum"])
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = torch.lerp(gradient, buffer, group["momentum"])
         return update.full_tensor() if isinstance(update, DTensor) else update
 
     def _vector(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        """Return AdamW's update of a vector."""
+        state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
+        assert gradient is not None, "only parameters with a gradient step"
         if not state:
             state |= {"step": torch.tensor(0.0)}
             state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         state["step"] += 1
         count = float(state["step"])
-        mean = state["exp_avg"].lerp_(parameter.grad, 1 - beta1) / (1 - beta1**count)
-        square = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - beta2) / (1 - beta2**count)
+        mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1**count)
+        square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - beta2) / (1 - beta2**count)
         return mean / (square.sqrt() + group["eps"])
 
 
 def _move(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
+    """Decay the parameter and subtract its update."""
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     parameter.add_(update, alpha=-group["lr"])
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton–Schulz: singular values towards one, in a few matmuls."""
+    """Bring singular values near one by Newton–Schulz iterations, which are matmuls alone."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     x = x.mT if matrix.shape[0] > matrix.shape[1] else x
@@ -210,7 +232,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor cut as a parameter is."""
+    """Return a whole tensor, sharded as a parameter is."""
     if not isinstance(parameter, DTensor):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -218,22 +240,23 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-# --- what is no tensor -----------------------------------------------------------------------------------------------
+# --- numbers in checkpoints ------------------------------------------------------------------------------------------
 
-SET_ANEW = ("lr", "base_lr", "weight_decay")  # by the config, whatever a checkpoint says
+FROM_CONFIG = ("lr", "base_lr", "weight_decay")  # a resumed run takes these from its config
 
 
 def numbers(parameters: Named, optimizer: Optimizer | None) -> dict[str, dict[str, float]]:
-    """What an optimizer of another library keeps beside tensors, of its groups and parameters, by their names."""
+    """Return the numbers that an imported optimizer keeps beside tensors, by group and by parameter."""
     if optimizer is None:
         return {}
     kept = {f"group {group['name']}": group for group in optimizer.param_groups}
     kept |= {name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state}
-    found = {name: {k: v for k, v in it.items() if _is_number(v) and k not in SET_ANEW} for name, it in kept.items()}
+    found = {name: {k: v for k, v in it.items() if _is_number(v) and k not in FROM_CONFIG} for name, it in kept.items()}
     return {name: values for name, values in found.items() if values}
 
 
 def set_numbers(parameters: Named, optimizer: Optimizer | None, values: Mapping[str, Mapping[str, float]]) -> None:
+    """Give an optimizer the numbers that `numbers` returned."""
     if optimizer is None:
         return
     for group in optimizer.param_groups:
@@ -251,7 +274,7 @@ def _is_number(value: object) -> bool:
 
 
 def rate(config: OptimConfig, step: int, total: int) -> float:
-    """The learning rate of a step (the first is 1), as a factor of `optim.lr`'s schedule; a pure function."""
+    """Return the learning rate of a step; the first is 1."""
     if config.force_lr is not None:
         return config.force_lr
     if step <= config.warmup_steps:
@@ -265,7 +288,7 @@ def rate(config: OptimConfig, step: int, total: int) -> float:
 
 
 def set_rate(optimizer: Optimizer, config: OptimConfig, lr: float) -> None:
-    """Each group's own rate follows the same curve."""
+    """Set each group's own rate, which follows the same curve."""
     for group in optimizer.param_groups:
         value = lr * (group["base_lr"] / config.lr if config.lr else 1.0)
         if isinstance(group["lr"], Tensor):
@@ -280,7 +303,7 @@ def set_rate(optimizer: Optimizer, config: OptimConfig, lr: float) -> None:
 def gradient_norm(
     parameters: Iterable[nn.Parameter], pipeline_group: dist.ProcessGroup, device: torch.device
 ) -> Tensor:
-    """Over all stages and shards; the same number on every rank."""
+    """Return the norm over all stages and shards, the same on every rank. A collective call."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     total = torch.zeros((), device=device)
     for sharded in (False, True):
@@ -294,10 +317,10 @@ def gradient_norm(
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
-    """Scales all gradients so that their norm is at most `limit`; 0 clips nothing."""
+    """Scale all gradients so that their norm is at most `limit`; 0 clips nothing."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not limit or not gradients:
         return
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    torch._foreach_mul_(local, scale.to(local[0].device))
+    torch._foreach_mul_(local, scale.to(local[0].device))  # pyright: ignore[reportPrivateImportUsage]  not in the stubs

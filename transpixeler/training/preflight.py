@@ -1,20 +1,26 @@
-"""A config and a layout in; out nothing, or the first thing that will not do, before anything is loaded.
+"""Check a config before anything is loaded: what several keys, or the layout, do not allow together.
 
-Each key by itself is checked where configs are read; here stands what several of them, or the layout, do not allow.
+In: a config and a layout. Out: nothing, or a `UserError`. Each key by itself is checked where configs are read.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import torch
+import yaml
+
+from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
 from transpixeler.config import Config, UserError
 from transpixeler.flow import objective
 from transpixeler.parallel import shard
 from transpixeler.parallel.mesh import Layout
+from transpixeler.runs.folder import MANIFEST, METRICS
 
 
 def check(config: Config, layout: Layout) -> None:
-    """Of a training."""
+    """Refuse what cannot be trained."""
     if not config.model.path:
         raise UserError("model.path: set it to a Wan folder or Hub id, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     if not config.data.train:
@@ -40,7 +46,7 @@ def check(config: Config, layout: Layout) -> None:
     gpu = torch.device("cuda")
     keeps = shard.recompute_mode(config.parallel, gpu) == "attention"
     if keeps and config.model.attention == "flex" and not shard.wants_compile(config.parallel, gpu):
-        raise UserError(  # flex is compiled by itself then, and no policy sees into that
+        raise UserError(  # flex then compiles itself, and what it keeps cannot be chosen
             "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "
             "set full, or parallel.compile=auto"
         )
@@ -50,3 +56,30 @@ def check(config: Config, layout: Layout) -> None:
             "parallel.shard to 1 and parallel.offload to false"
         )
     objective.check_tasks(config.objective, tuple(config.streams))
+
+
+WRITTEN_BY_TRAINING = (METRICS, MANIFEST, ADAPTER_FILE, CONFIG_FILE)  # beside the config.yaml of a run or an adapter
+
+
+def check_import(config: Config, file: str, overrides: Sequence[str]) -> None:
+    """Refuse to import an optimizer that only the config of a run or an adapter names.
+
+    Such a folder may be somebody else's, and importing a module executes it. On the command line it is the user's word.
+    """
+    if "." not in config.optim.name or any(override.startswith("optim.name=") for override in overrides):
+        return
+    for path in _config_files(Path(file)):
+        if any((path.parent / name).exists() for name in WRITTEN_BY_TRAINING):
+            raise UserError(
+                f"optim.name: {config.optim.name} is named by {path}, which training wrote, and importing it would "
+                f"execute it. If you trust it, add optim.name={config.optim.name} to the command"
+            )
+
+
+def _config_files(path: Path) -> Iterator[Path]:
+    """Yield a config file and the files that it names as `base`, which were read before."""
+    yield path
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    bases = content.get("base", []) if isinstance(content, dict) else []
+    for base in [bases] if isinstance(bases, str) else bases:
+        yield from _config_files(path.parent / base)

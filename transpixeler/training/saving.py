@@ -1,17 +1,17 @@
-"""What training hands over: an adapter folder, or a whole model's, from stages and shards that no rank holds together.
+"""Write what is trained: an adapter, or a whole model, gathered from stages and shards that no rank holds together.
 
-In: the engine, the mesh and the EMA. Out: RUN/epoch1/ or RUN/step1000/ with the weights, the config, and the same under
-ema/. A collective call: every rank gives its part, rank 0 writes.
+In: the engine and the EMA. Out: RUN/epoch1/ or RUN/step1000/ with the weights and the config, and the averaged weights
+under ema/. A collective call: every rank gives its part, rank 0 writes.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,51 +25,51 @@ from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.config import Config
 from transpixeler.files import write_text
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.backbone import model_class
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs.folder import ASIDE
+from transpixeler.runs.folder import ASIDE, CONFIG
 from transpixeler.training.ema import Ema
-
-logger = logging.getLogger("transpixeler")
 
 
 @dataclass(frozen=True)
 class Saver:
-    """Writes what is trained; holds what does not change from one save to the next."""
+    """Writes saves; holds what does not change from one to the next."""
 
     config: Config
     runtime: Runtime
-    mesh: Mesh
     engine: Engine
-    model_cls: type[VideoModel]
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.engine.mesh
 
     def save(self, folder: Path, ema: Ema, step: int) -> str:
-        """The raw weights and, where there are any, their means; a folder appears when it is whole.
+        """Write the raw weights and, with `optim.ema`, the averaged ones; the folder appears when it is whole.
 
-        Returns why it was not written, the same on all ranks: a full disk here is no reason to stop training.
+        Return why it was not written, or "", the same on all ranks: a full disk is no reason to stop training.
         """
         draft = folder.with_name(f".{folder.name}.tmp")
         if self.runtime.is_main:
             shutil.rmtree(draft, ignore_errors=True)
         self.runtime.barrier()
         faults = [self._write(draft, {}, self._metadata(step, averaged=False))]
-        if ema.decay:  # a stage that trains nothing has no means, and takes part all the same
+        if ema.decay:  # also on a stage that trains nothing, since this is a collective call
             faults.append(self._write(draft / "ema", ema.shadow, self._metadata(step, averaged=True)))
         if self.runtime.is_main and not any(faults):
             faults.append(_attempt(lambda: self._publish(draft, folder)))
         fault = str(self.runtime.broadcast(next(filter(None, faults), "")))
         if fault and self.runtime.is_main:
-            logger.error("%s was not written: %s; training goes on", folder, fault)
             shutil.rmtree(draft, ignore_errors=True)
         return fault
 
     def _publish(self, draft: Path, folder: Path) -> None:
-        write_text(draft / "config.yaml", configfile.dump(self.config))
+        write_text(draft / CONFIG, configfile.dump(self.config))
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)
-        shutil.rmtree(folder.with_name(ASIDE) / folder.name, ignore_errors=True)  # of the course that this one replaces
+        # a save that was set aside is replaced by this one
+        shutil.rmtree(folder.with_name(ASIDE) / folder.name, ignore_errors=True)
 
     def _metadata(self, step: int, *, averaged: bool) -> dict[str, str]:
         return {
@@ -95,24 +95,24 @@ class Saver:
         return _attempt(lambda: adapter_files.write_adapter(adapter_files.join(parts), folder))
 
     def _gather_stages(self, own: Adapter) -> list[Adapter]:
-        """One of each pipeline rank, on rank 0; data ranks hold the same."""
+        """Return the adapter of each pipeline rank, on rank 0; data ranks hold the same."""
         if self.mesh.data_rank or self.mesh.layout.pipeline == 1:
             return [own]
-        parts: list = [None] * self.mesh.layout.pipeline if self.runtime.is_main else None
-        dist.gather_object(own, parts, dst=0, group=self.mesh.pipeline_group)
-        return parts or []
+        parts: list[Any] = [None] * self.mesh.layout.pipeline
+        dist.gather_object(own, parts if self.runtime.is_main else None, dst=0, group=self.mesh.pipeline_group)
+        return parts
 
     def _write_model(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         whole, fault = self._whole_tensors(values), ""
         if self.runtime.is_main:
-            config = self.model_cls.read_config(self.config.model.path)
+            config = model_class(self.config.model.family).read_config(self.config.model.path)
             fault = _attempt(lambda: export.save_model(whole, folder, config=config, metadata=metadata))
-        for _ in whole:  # the other ranks give their tensors whether or not the disk took them
+        for _ in whole:  # all ranks give the rest of their tensors, even if the disk refused one
             continue
         return fault
 
     def _whole_tensors(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in one order, gathered from its shards and sent by its stage; one at a time in memory."""
+        """Yield every tensor on rank 0, in the same order on all ranks, gathered from shards and stages one by one."""
         own = {name: values.get(name, p) for name, p in self.engine.named_parameters()}
         described = {name: (tuple(t.shape), t.dtype, self.mesh.pipeline_rank) for name, t in own.items()}
         everyone = {name: it for part in self.runtime.gather(described) for name, it in part.items()}
@@ -125,11 +125,14 @@ class Saver:
             if stage != 0 and self.mesh.data_rank == 0:
                 whole = self._to_first(whole, shape, dtype, stage)
             if self.runtime.is_main:
+                assert whole is not None, "rank 0 holds the tensor or received it"
                 yield name, whole.cpu()
 
     def _to_first(self, whole: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, stage: int) -> Tensor | None:
+        """Send a tensor from its stage to the first one, which returns it."""
         group = self.mesh.pipeline_group
         if self.mesh.pipeline_rank == stage:
+            assert whole is not None, "the stage holds its own tensor"
             dist.send(whole.to(self.mesh.device).contiguous(), dst=dist.get_global_rank(group, 0), group=group)
         elif self.mesh.pipeline_rank == 0:
             whole = torch.empty(shape, dtype=dtype, device=self.mesh.device)
@@ -138,7 +141,7 @@ class Saver:
 
 
 def _attempt(write: Callable[[], object]) -> str:
-    """What the disk said against it."""
+    """Write, and return why the disk refused, or ""."""
     try:
         write()
     except (OSError, SafetensorError) as fault:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.models.test_weights import original_vae_name
+from tests.families.wan.test_original import original_vae_name
 from transpixeler.config import UserError
 from transpixeler.families.wan.encoders import WanTextEncoder, WanVae, clean_caption
 from transpixeler.families.wan.model import WanModel

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import html
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,9 @@ from transpixeler.families.wan.original import (
     original_vae_config,
     original_vae_state,
 )
+from transpixeler.files import read_json
 from transpixeler.models.backbone import Digest, file_digest
+from transpixeler.models.damage import naming_damage
 from transpixeler.models.weights import resolve
 
 if TYPE_CHECKING:
@@ -151,10 +152,12 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> W
 
     folder = _vae_folder(path)
     if (folder / _VAE_CONFIG).exists():
-        network = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True)
+        with naming_damage(folder / "vae"):
+            network = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True)
     else:
         network = AutoencoderKLWan(**original_vae_config(folder))
-        network.load_state_dict(original_vae_state(folder))
+        with naming_damage(folder / VAE_FILE):
+            network.load_state_dict(original_vae_state(folder))
         network.to(dtype)
     return WanVae(network, folder, device=device)
 
@@ -166,15 +169,18 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
     disable_progress_bar()  # it would break the caller's own
     folder = _text_folder(path)
     if (folder / _TEXT_CONFIG).exists():
-        network = UMT5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype, local_files_only=True)
-        tokenizer = folder / "tokenizer"
+        tokenizer, encoder = folder / "tokenizer", folder / "text_encoder"
+        with naming_damage(encoder):
+            network = UMT5EncoderModel.from_pretrained(encoder, torch_dtype=dtype, local_files_only=True)
     else:
         with torch.device("meta"):
             network = UMT5EncoderModel(UMT5Config(**original_t5_config(folder)))
-        network.load_state_dict(original_t5_state(folder), assign=True)
+        with naming_damage(folder / T5_FILE):
+            network.load_state_dict(original_t5_state(folder), assign=True)
         network.to(dtype)
         tokenizer = folder / TOKENIZER_FOLDER
-    tokenize = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    with naming_damage(tokenizer):  # by default transformers offers to run code from the folder
+        tokenize = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
     return WanTextEncoder(network, tokenize, folder, device=device)
 
 
@@ -192,12 +198,13 @@ def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
     """(stride in frames, height and width; latent channels), read off the config's levels."""
     folder = _vae_folder(path)
     if (folder / _VAE_CONFIG).exists():
-        config = json.loads((folder / _VAE_CONFIG).read_text())
+        config = read_json(folder / _VAE_CONFIG)
     else:
         config = original_vae_config(folder)
-    levels = config.get("dim_mult", [1, 2, 4, 4])
-    side = 2 ** (len(levels) - 1) * (config.get("patch_size") or 1)
-    return (2 ** sum(config.get("temperal_downsample", [False, True, True])), side, side), config.get("z_dim", 16)
+    with naming_damage(folder / _VAE_CONFIG):
+        levels = config.get("dim_mult", [1, 2, 4, 4])
+        side = 2 ** (len(levels) - 1) * (config.get("patch_size") or 1)
+        return (2 ** sum(config.get("temperal_downsample", [False, True, True])), side, side), config.get("z_dim", 16)
 
 
 def _fingerprint(folder: Path, patterns: Sequence[str], digest: Digest) -> str:

@@ -7,7 +7,6 @@ sequence, share RoPE positions, and have each its own timestep: modulation is `[
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transpixeler.config import UserError
 from transpixeler.families.wan.config import TEXT_LEN, WanConfig
 from transpixeler.families.wan.names import config_from_shapes, internal_names
+from transpixeler.files import read_json
 from transpixeler.models.attention import attention, fold_padding, pick_kernel, unfold_padding
 from transpixeler.models.backbone import (
     Block,
@@ -248,7 +248,7 @@ class Head(nn.Module):
 
 def _has_two_experts(folder: Path) -> bool:
     """In diffusers' layout by the pipeline's own list, in Wan's by its folders."""
-    index = json.loads((folder / PIPELINE).read_text(encoding="utf-8")) if (folder / PIPELINE).is_file() else {}
+    index = read_json(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
     return any(index.get("transformer_2") or ()) or (folder / "high_noise_model").is_dir()
 
 
@@ -299,7 +299,7 @@ class WanModel(VideoModel):
         found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
         if not found:
             raise UserError(f"model.path: {path} holds neither transformer/config.json nor config.json")
-        return json.loads(found[0].read_text(encoding="utf-8"))
+        return read_json(found[0])
 
     @property
     def patch(self) -> Grid:

@@ -1,7 +1,7 @@
-"""A data set goes in, every problem it has comes out: as values, as text, and as one HTML page to look at.
+"""A data set goes in; its problems come out: as values, as text, and as one HTML page to look at.
 
-The page shows what training would see and flags what a person should look at: a matte that is blank, full, frozen or
-no matte at all, and colours that lie hidden under it.
+Every sample is opened and judged from a few frames. Flags mark what a person should look at: a matte that is blank,
+opaque, frozen or no matte at all, and colours that are hidden under it.
 """
 
 from __future__ import annotations
@@ -27,27 +27,32 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.sources.candidate import BadSample
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.data.survey import survey
+from transpixeler.files import write_text
 
 PAGE = "inspect.html"
 FLAGS = {
-    "blank alpha": "the matte shows nothing in any frame that was looked at",
+    "blank alpha": "the matte is empty in every frame that was looked at",
     "all opaque": "the matte hides nothing, so there is nothing to learn from it",
     "static alpha": "the matte stays the same while the picture moves",
     "colored alpha": "the matte has colours: perhaps the wrong file, or a picture",
     "hidden color": "the colour under zero alpha is not the fill that data.fill names",
 }
 TILE = (200, 150)  # width and height that a frame is fitted into
-LOOKED_AT = 5  # frames of a clip that are judged; the first, the middle and the last are shown
-SHOWN = slice(0, None, 2)
-GAP = 4
-CUT_OUT = "cut out"
-CARDS = 400  # more make a page that no browser likes; flagged samples come first
-BLANK, FULL, STILL, MOVING, SPREAD, ASTRAY = 3, 252, 0.5, 1.0, 10, 10
+JUDGED_FRAMES = 5  # of a clip
+SHOWN_FRAMES = slice(0, None, 2)  # of those: the first, the middle and the last
+STRIP_GAP = 4  # pixels between frames
+CUT_OUT = "cut out"  # title of the strip that shows RGB through its matte
+PAGE_CARDS = 400  # more slow a browser down; flagged samples come first
+# All in levels of 0 to 255; motion is the mean change from one judged frame to the next.
+BLANK_ALPHA, OPAQUE_ALPHA = 3, 252
+STILL_MATTE, MOVING_PICTURE = 0.5, 1.0
+COLORED_SPREAD = 10  # between a matte's channels
+FILL_DISTANCE = 10  # of hidden colour from the fill
 
 
 @dataclass(frozen=True)
 class Card:
-    """One sample as the page shows it: a strip of frames for each stream, as image bytes."""
+    """A sample as the page shows it: a strip of frames for each stream, as image bytes."""
 
     sample: Sample
     strips: tuple[tuple[str, bytes], ...]
@@ -56,7 +61,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found, for the terminal and for exit codes."""
+    """Everything that was found, for the terminal and for exit codes."""
 
     samples: int
     bad: tuple[BadSample, ...]
@@ -67,7 +72,7 @@ class Inspection:
     expected: str  # the files that make a sample
 
     def lines(self) -> Iterator[str]:
-        """The same as the page, without its pictures."""
+        """Yield what the page says, without its pictures."""
         yield f"{self.samples} samples can be used, {len(self.bad)} cannot"
         if not self.samples:
             yield f"expected {self.expected}"
@@ -91,7 +96,7 @@ def inspect_dataset(
     patch: tuple[int, int, int] = (1, 2, 2),
     seed: int,
 ) -> Inspection:
-    """Opens and judges every sample, and writes the page, in `out` where that is a folder; no bad sample stops it."""
+    """Open and judge every sample, and write the page, into `out` if it is a folder; no bad sample stops it."""
     page = _page_at(out)
     found = survey(sources, streams, replace(data, on_bad="skip"), vae_stride=vae_stride, patch=patch, seed=seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -105,13 +110,12 @@ def inspect_dataset(
     counts = Counter(flag for card in cards for flag in card.flags)
     flags = tuple((flag, counts[flag]) for flag in FLAGS)
     report = Inspection(len(cards), bad, dropped, tuple(buckets), flags, page, _expected(streams))
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_page(report, cards, sources), encoding="utf-8")
+    write_text(page, _page(report, cards, sources))
     return report
 
 
 def _page_at(out: Path) -> Path:
-    """Told before the work: a place where no page can be written."""
+    """Return the page's path; refuse a place that cannot be written before the work, not after it."""
     try:
         page = out / PAGE if out.is_dir() else out
         there = next(place for place in (page, *page.parents) if place.exists())
@@ -123,7 +127,7 @@ def _page_at(out: Path) -> Path:
 
 def _expected(streams: Mapping[str, str]) -> str:
     videos = ", ".join(f"NAME{suffix}.mp4" for suffix in streams.values())
-    return f"{videos} and NAME.txt in a folder, or a manifest of such files; endings of other videos and images will do"
+    return f"{videos} and NAME.txt in a folder, or a manifest of such files; other video and image endings work too"
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -131,24 +135,24 @@ def _expected(streams: Mapping[str, str]) -> str:
 
 def _card(sample: Sample, data: DataConfig) -> Card | BadSample:
     try:
-        frames = _looks(sample, Fill(alpha=data.alpha))
+        frames = _judged_frames(sample, Fill(alpha=data.alpha))
     except BadMedia as error:
         return BadSample(sample.id, str(sample.paths[0][1]), str(error))
     names = list(frames)
     flags = flags_of(frames[names[0]], frames[names[1]], data) if len(names) > 1 else ()
-    shown = {name: stack[SHOWN] if len(stack) > 1 else stack for name, stack in frames.items()}
+    shown = {name: stack[SHOWN_FRAMES] if len(stack) > 1 else stack for name, stack in frames.items()}
     strips = [(name, _strip(stack)) for name, stack in shown.items()]
     if len(names) > 1:
         strips.append((CUT_OUT, _strip(np.concatenate([shown[names[0]], shown[names[1]][..., :1]], axis=3))))
     return Card(sample, tuple(strips), flags)
 
 
-def _looks(sample: Sample, fill: Fill) -> dict[str, np.ndarray]:
-    """Small frames [n,h,w,3] of each stream at the same few frame numbers, each sought by itself."""
+def _judged_frames(sample: Sample, fill: Fill) -> dict[str, np.ndarray]:
+    """Read small frames [n,h,w,3] of each stream at the same few frame numbers, each sought by itself."""
     media = sample.media
     scale = min(TILE[0] / media.width, TILE[1] / media.height)
     size = {"height": max(2, round(media.height * scale)), "width": max(2, round(media.width * scale)), "threads": 1}
-    last, count = media.frames - 1, 1 if media.image else LOOKED_AT
+    last, count = media.frames - 1, 1 if media.image else JUDGED_FRAMES
     numbers = [round(last * k / max(1, count - 1)) for k in range(count)]
     if sample.rgba:
         pairs = [read_rgba(sample.paths[0][1], [number], fill=fill, **size) for number in numbers]
@@ -159,25 +163,26 @@ def _looks(sample: Sample, fill: Fill) -> dict[str, np.ndarray]:
 
 
 def flags_of(rgb: np.ndarray, alpha: np.ndarray, data: DataConfig) -> tuple[str, ...]:
-    """What a person should look at, judged from a few frames uint8 [n,h,w,3] of a picture and its matte."""
+    """Return the flags that a few frames uint8 [n,h,w,3] of a picture and its matte raise."""
     picture, matte = rgb.astype(np.int16), alpha.astype(np.int16)
     found = []
-    if matte.max() <= BLANK:
+    if matte.max() <= BLANK_ALPHA:
         found.append("blank alpha")
-    elif matte.min() >= FULL:
+    elif matte.min() >= OPAQUE_ALPHA:
         found.append("all opaque")
-    elif len(matte) > 1 and _motion(matte) < STILL and _motion(picture) > MOVING:
+    elif len(matte) > 1 and _motion(matte) < STILL_MATTE and _motion(picture) > MOVING_PICTURE:
         found.append("static alpha")
-    if (matte.max(axis=3) - matte.min(axis=3)).mean() > SPREAD:
+    if (matte.max(axis=3) - matte.min(axis=3)).mean() > COLORED_SPREAD:
         found.append("colored alpha")
-    hidden = picture[matte[..., 0] <= BLANK]
+    hidden = picture[matte[..., 0] <= BLANK_ALPHA]
     fill = {"black": (0, 0, 0), "color": data.fill_color}.get(data.fill)
-    if fill is not None and len(hidden) and np.abs(hidden - np.array(fill)).mean() > ASTRAY:
+    if fill is not None and len(hidden) and np.abs(hidden - np.array(fill)).mean() > FILL_DISTANCE:
         found.append("hidden color")
     return tuple(found)
 
 
 def _motion(frames: np.ndarray) -> float:
+    """Return the largest mean change from one frame to the next."""
     return float(np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3)).max())
 
 
@@ -185,13 +190,13 @@ def _motion(frames: np.ndarray) -> float:
 
 
 def _strip(frames: np.ndarray) -> bytes:
-    """Frames side by side as one image; the gaps are transparent where there is alpha."""
+    """Lay frames side by side as one image; the gaps are transparent."""
     from PIL import Image
 
     count, height, width, channels = frames.shape
-    strip = np.zeros((height, count * (width + GAP) - GAP, 4), np.uint8)
+    strip = np.zeros((height, count * (width + STRIP_GAP) - STRIP_GAP, 4), np.uint8)
     for k, frame in enumerate(frames):
-        left = k * (width + GAP)
+        left = k * (width + STRIP_GAP)
         strip[:, left : left + width, :channels] = frame
         if channels == 3:
             strip[:, left : left + width, 3] = 255
@@ -201,8 +206,8 @@ def _strip(frames: np.ndarray) -> bytes:
 
 
 def _page(report: Inspection, cards: Sequence[Card], sources: Sequence[SourceConfig]) -> str:
-    """The template with every part filled in; nothing on the page comes from elsewhere."""
-    shown = sorted(cards, key=lambda card: not card.flags)[:CARDS]
+    """Fill in the template; the page needs nothing else."""
+    shown = sorted(cards, key=lambda card: not card.flags)[:PAGE_CARDS]
     shown.sort(key=lambda card: card.sample.id)
     parts = {
         "title": html.escape(", ".join(Path(source.path).resolve().name for source in sources)),
@@ -263,7 +268,7 @@ def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, o
 
 def _histogram(buckets: Sequence[tuple[Bucket, int]]) -> str:
     if not buckets:
-        return "<p class=none>No clip fits any bucket: see the clips dropped for why."
+        return "<p class=none>No clip fits a bucket; the dropped clips say why."
     most = max(count for _, count in buckets)
     return "".join(
         f"<div class=bar><span>{bucket.width}×{bucket.height}</span><span>{_length(bucket.frames)}</span>"

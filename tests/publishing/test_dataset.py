@@ -13,8 +13,8 @@ from PIL import Image
 from transpixeler import cli
 from transpixeler.config import DataConfig, SourceConfig
 from transpixeler.data.media.write import write_mp4, write_png, write_webm_alpha
-from transpixeler.publishing import inspection
-from transpixeler.publishing.inspection import FLAGS, Inspection, inspect_dataset
+from transpixeler.publishing import dataset
+from transpixeler.publishing.dataset import FLAGS, Inspection, inspect_dataset
 
 STREAMS = {"rgb": "", "seg": "_seg"}
 DATA = DataConfig(resolutions=((96, 64),), frames=(1, 5), fill="black")
@@ -138,7 +138,7 @@ def test_a_page_goes_into_a_folder_and_a_place_that_takes_none_is_told_before_th
     assert (tmp_path / "inspect.html").stat().st_size > 1000
     assert cli.main([*words, str(tmp_path / "new/folder/page.html")]) == 0
     assert (tmp_path / "new/folder/page.html").is_file()
-    monkeypatch.setattr(inspection, "survey", None)
+    monkeypatch.setattr(dataset, "survey", None)
     for place in (tmp_path / "inspect.html/page.html", tmp_path / ("x" * 300), Path("/proc/page.html")):
         assert cli.main([*words, str(place)]) == 2
         assert f"--out: {place} cannot be written" in capsys.readouterr().err

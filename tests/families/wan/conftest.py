@@ -1,0 +1,14 @@
+"""Fixtures of Wan's tests."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from tests.support.weights import diffusers_wan
+from transpixeler.families.wan import names as wan_names
+
+
+@pytest.fixture(scope="module")
+def original() -> dict[str, Tensor]:
+    return {wan_names.from_diffusers(name): tensor for name, tensor in diffusers_wan().state_dict().items()}

@@ -1,0 +1,57 @@
+"""Every spelling of a weight's name leads to every other, one to one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.support.weights import diffusers_wan
+from transpixeler.families.wan import names as wan_names
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_the_names_of_each_spelling_are_golden(original: dict[str, Tensor]) -> None:
+    for spelling, rename in (
+        ("original", str),
+        ("diffusers", wan_names.to_diffusers),
+        ("internal", wan_names.to_internal),
+    ):
+        names = sorted({re.sub(r"^blocks\.\d+", "blocks.N", rename(name)) for name in original})
+        assert names == (GOLDEN / f"wan_{spelling}.txt").read_text().splitlines()
+
+
+def test_the_diffusers_names_are_those_of_diffusers(original: dict[str, Tensor]) -> None:
+    assert {wan_names.to_diffusers(name) for name in original} == set(diffusers_wan().state_dict())
+
+
+ORIGINAL_NAMES = (GOLDEN / "wan_original.txt").read_text().splitlines()
+original_names = st.builds(
+    lambda name, block: name.replace("blocks.N", f"blocks.{block}"), st.sampled_from(ORIGINAL_NAMES), st.integers(0, 99)
+)
+
+
+@given(original_names)
+def test_the_name_maps_are_bijections(name: str) -> None:
+    assert wan_names.from_diffusers(wan_names.to_diffusers(name)) == name
+    assert wan_names.from_internal(wan_names.to_internal(name)) == name
+    module = name.removesuffix(".weight").removesuffix(".bias")
+    assert wan_names.module_from_flat(wan_names.module_to_flat(module)) == module
+    assert wan_names.module_from_diffusers(wan_names.module_to_diffusers(module)) == module
+
+
+@given(st.sets(original_names, min_size=2))
+def test_two_weights_never_share_a_name(names: set[str]) -> None:
+    for rename in (wan_names.to_diffusers, wan_names.to_internal):
+        assert len({rename(name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.norm2.weight", "blocks.00.norm3.weight", "blocks.0.modulation.weight", "x"])
+def test_a_name_outside_the_table_is_refused(name: str) -> None:
+    with pytest.raises(wan_names.UnknownName):
+        wan_names.to_diffusers(name)

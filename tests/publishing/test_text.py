@@ -1,0 +1,139 @@
+"""What a prompt, a caption or a name says is text wherever it is shown: in the card, in both pages, in a terminal."""
+
+from __future__ import annotations
+
+import html.parser
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.publishing.test_hub import TERMS, save_adapter
+from tests.publishing.test_report import write_run
+from transpixeler import cli
+from transpixeler.data.media.write import write_png
+from transpixeler.publishing import card, hub, report
+from transpixeler.sampling.files import write_sample
+
+ATTACKS = (
+    r"\[x\](https://evil.example)",
+    "[x](https://evil.example)",
+    "![x](https://evil.example/track.png)",
+    "see https://evil.example now",
+    "see www.evil.example now",
+    "mail me@evil.example",
+    "<https://evil.example>",
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "<!-- data --> <!-- cards -->",
+    "a`b ``c`` [x](https://evil.example) `",
+    "# a\n\n## b",
+    "1. one",
+    "- one",
+    "> quoted",
+    "| a | b |",
+    "*bold* _it_ **b** ~~s~~ $x$",
+    "&lt;b&gt; &#91;x&#93;",
+    "a\\",
+    "--- \x1b[2J \u202e \0",
+)
+
+
+def spans(line: str) -> list[str]:
+    """The code spans of a line of Markdown, by CommonMark's rule: a run of backticks closes one of its own length."""
+    found, i = [], 0
+    while i < len(line):
+        if line[i] != "`":
+            i += 1
+            continue
+        length = len(line[i:]) - len(line[i:].lstrip("`"))
+        end = i + length
+        while end < len(line):
+            if line[end] != "`":
+                end += 1
+                continue
+            run = len(line[end:]) - len(line[end:].lstrip("`"))
+            if run == length:
+                break
+            end += run
+        found.append(line[i + length : end])
+        i = end + length
+    return found
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_prompt_is_text_in_the_card(attack: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3, samples=False)
+    rgb = np.zeros((1, 16, 16, 3), np.uint8)
+    how = {"fps": Fraction(8), "formats": (), "alpha_mode": "straight"}
+    write_sample(run / "samples/step00000003/000", {"rgb": rgb}, facts={"prompt": attack}, **how)
+    save_adapter(run / "step30")
+    text = hub.pack(str(run), TERMS).files["README.md"].decode()
+    (shown,) = [line.removeprefix("> ") for line in text.splitlines() if line.startswith("> ")]
+    (inside,) = spans(shown)
+    line = " ".join("".join("\ufffd" if c in "\x1b\u202e\0" else c for c in attack).split())
+    assert inside.strip(" ") == line.strip(" ")
+    assert shown.startswith("`") and shown.endswith("`"), "all of it is code"
+
+
+def test_a_plain_prompt_stays_as_it_is() -> None:
+    prompt = "a red ball drifts left, half transparent (slowly) at 50% – the artist’s self_attn.q"
+    assert card._inline(prompt) == card._cell(prompt) == prompt
+    assert card._cell("a|b") == r"`a\|b`" and card._cell("1.5 h of steps") == "1.5 h of steps"
+
+
+class _Page(html.parser.HTMLParser):
+    """What a browser would make of a page: its tags and attributes, and the text outside of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_captions_and_names_are_text_on_the_data_sets_page(tmp_path: Path) -> None:
+    folder = tmp_path / "a<b onclick=x>"
+    for number, attack in enumerate(ATTACKS):
+        stem = f"{number:02}<img src=y onerror=alert(1)>"
+        write_png(folder / f"{stem}.png", np.full((16, 16, 3), 90, np.uint8))
+        write_png(folder / f"{stem}_seg.png", np.full((16, 16, 3), 255 * (number % 2), np.uint8))
+        (folder / f"{stem}.txt").write_text(attack.replace("\n", " "))
+    words = ["data.sizes=[[16, 16, 1]]", "--out", str(tmp_path / "page.html")]
+    assert cli.main(["inspect", str(folder), *words]) in (0, 2)
+    page = _Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "onerror" not in page.attributes and "onclick" not in page.attributes
+    assert page.tags.count("script") == (tmp_path / "page.html").read_text().count("<script>") <= 1
+    assert any("</script><script>alert(1)</script>" in text for text in page.text)
+
+
+def test_a_name_that_is_no_utf8_is_on_the_page_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for ending in (".png", "_seg.png"):
+        write_png(tmp_path / "clips" / "plain.png", np.full((16, 16, 3), 90, np.uint8))
+        (tmp_path / "clips" / "plain.png").rename(tmp_path / "clips" / f"{name}{ending}")
+    (tmp_path / "clips" / f"{name}.txt").write_text("a")
+    code = cli.main(["inspect", str(tmp_path / "clips"), "data.sizes=[[16, 16, 1]]", "--out", str(tmp_path / "p.html")])
+    assert code in (0, 2) and b"caf\xe9" in (tmp_path / "p.html").read_bytes()
+    capsys.readouterr().out.encode("utf-8")
+
+
+def test_prompts_are_text_in_the_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3, samples=False)
+    rgb = np.zeros((1, 16, 16, 3), np.uint8)
+    how = {"fps": Fraction(8), "formats": (), "alpha_mode": "straight"}
+    for number, attack in enumerate(ATTACKS):
+        write_sample(run / f"samples/step00000003/{number:03}", {"rgb": rgb}, facts={"prompt": attack}, **how)
+    page = _Page(report.write_report(run).read_text(encoding="utf-8"))
+    template = _Page((report.ASSETS / "report.html").read_text(encoding="utf-8"))
+    assert page.tags == template.tags and page.attributes == template.attributes

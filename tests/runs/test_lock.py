@@ -1,0 +1,119 @@
+"""One training at a time in a run's folder: the second is told who holds it, and a dead holder holds nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.ranks import run_ranks
+from transpixeler import configfile
+from transpixeler.config import Config, UserError
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.runs import opening
+from transpixeler.runs.folder import CONFIG, Run
+from transpixeler.runs.lock import LOCK, RunLock
+
+ONE = Runtime(0, 1, 0, torch.device("cpu"))
+ROOT = Path(__file__).parents[2]
+TRAINS = """
+import sys, time, torch
+from transpixeler import configfile
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.runs import opening
+resume = sys.argv[2] if len(sys.argv) > 2 else None
+config = configfile.from_overrides([f"output_dir={sys.argv[1]}", "run_name=mine"])
+run = opening.open_run(config, Runtime(0, 1, 0, torch.device("cpu")), resume)
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+def config(output: Path) -> Config:
+    return configfile.from_overrides([f"output_dir={output}", "run_name=mine"])
+
+
+@contextmanager
+def training(output: Path, *resume: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a process that has opened the run, and kill it at the end."""
+    command = [sys.executable, "-c", TRAINS, str(output), *resume]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_that_trains_is_not_resumed_by_another(tmp_path: Path) -> None:
+    with training(tmp_path) as holder, pytest.raises(UserError) as told:
+        opening.open_run(config(tmp_path), ONE, "")
+    assert f"trained by process {holder.pid} on {socket.gethostname()}" in str(told.value)
+    run = opening.open_run(config(tmp_path), ONE, "")  # killed with signal 9, it holds nothing
+    with pytest.raises(UserError, match=f"trained by process {os.getpid()}"):
+        opening.open_run(config(tmp_path), ONE, "")
+    run.close()
+    opening.open_run(config(tmp_path), ONE, "").close()
+
+
+def test_two_new_runs_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    holder = RunLock(tmp_path / "mine")  # another has made the folder, and is about to write its config
+    with pytest.raises(UserError, match="trained by process"):
+        opening.open_run(config(tmp_path), ONE, None)
+    (tmp_path / "mine" / CONFIG).touch()
+    holder.release()
+    with pytest.raises(UserError, match="a run of this name exists"):
+        opening.open_run(config(tmp_path), ONE, None)
+
+
+def test_a_fault_while_a_run_is_opened_leaves_no_lock(tmp_path: Path) -> None:
+    opening.open_run(config(tmp_path), ONE, None).close()
+    (tmp_path / "mine" / "checkpoints" / "global_step00000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint"):
+        opening.open_run(config(tmp_path), ONE, "")
+    RunLock(tmp_path / "mine").release()
+
+
+def _opens(rank: int, world_size: int, output: Path) -> str:
+    try:
+        opening.open_run(config(output), Runtime(rank, world_size, rank, torch.device("cpu")), "")
+    except UserError as error:
+        return str(error)
+    return "opened"
+
+
+def test_all_ranks_are_told_that_a_run_trains(tmp_path: Path) -> None:
+    with training(tmp_path):
+        first, second = run_ranks(_opens, 2, tmp_path)
+    assert "trained by process" in first and first == second
+
+
+def test_a_file_system_without_locks_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    run: Run = opening.open_run(config(tmp_path), ONE, None)
+    assert caplog.text.count("this file system has no locks (No locks available)") == 1
+    run.close()
+    assert (run.folder / LOCK).read_text() == ""
+
+
+@pytest.mark.parametrize("resume", [None, ""])
+def test_a_folder_where_the_link_to_the_newest_run_belongs_is_one_line(tmp_path: Path, resume: str | None) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(UserError, match=r"latest: is not the link .*move it away"):
+        opening.open_run(config(tmp_path), ONE, resume)

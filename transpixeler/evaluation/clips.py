@@ -1,0 +1,91 @@
+"""Choose the held-out clips and the tasks that each is evaluated under, and read them from the cache.
+
+In: `data.eval` and a config. Out: pieces (a clip under a task) in a fixed order, and examples with fixed noise. Every
+clip meets the same noise at the same times at each evaluation, on any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from transpixeler.config import Config
+from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.loader import Assembler, Batch
+from transpixeler.flow import objective
+from transpixeler.flow.objective import Example
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One clip under one task."""
+
+    item: int  # its place in the data set
+    task: str
+    given: frozenset[int]  # streams
+    name: str  # SET, or SET/TASK where the task is not joint
+
+
+class HeldOut:
+    """The clips of `data.eval`, as evaluations read them."""
+
+    def __init__(self, config: Config, data: Dataset, *, patch: tuple[int, int, int], text_len: int) -> None:
+        self.config, self.data = config, data
+        self.assembler = Assembler(data, patch=patch, text_len=text_len) if data.items else None
+        self.pieces = pieces(data, config)
+
+    def item(self, piece: Piece) -> Item:
+        return self.data.items[piece.item]
+
+    def batch(self, piece: Piece) -> Batch:
+        """Return the clip's latents and caption as a batch of one."""
+        assert self.assembler is not None, "without clips there are no pieces"
+        return self.assembler.batch(np.array([piece.item]), slots=range(1))
+
+    def example(self, piece: Piece) -> Example:
+        """Return the clip at every one of `eval.times`, each with its own noise: a pure function of (clip, time)."""
+        return at_all_times(self.batch(piece), self.config, piece.given)
+
+
+def pieces(data: Dataset, config: Config) -> tuple[Piece, ...]:
+    """Return every evaluated clip under every trained task, in the order of sets, tasks and ids."""
+    known = objective.tasks(data.streams)
+    trained_tasks = [name for name in known if config.objective.tasks.get(name, 0) > 0]
+    by_set: dict[str, list[int]] = {}
+    for number in sorted(range(len(data.items)), key=lambda n: data.items[n].id):
+        by_set.setdefault(data.items[number].source, []).append(number)
+    found: list[Piece] = []
+    for name, numbers in by_set.items():
+        for task in trained_tasks:
+            title = name if not known[task] else f"{name}/{task}"
+            chosen = spread(numbers, config.eval.clips or len(numbers))
+            found += [Piece(number, task, known[task], title) for number in chosen]
+    return tuple(found)
+
+
+def spread(things: Sequence[T], count: int) -> list[T]:
+    """Return at most `count` things, evenly spread over all of them."""
+    count = min(count, len(things))
+    return [things[i * len(things) // count] for i in range(count)]
+
+
+def at_all_times(batch: Batch, config: Config, given: frozenset[int]) -> Example:
+    """Return the one clip of a batch, once for each of `eval.times`."""
+    times = torch.tensor(config.eval.times, dtype=torch.float32)[:, None].repeat(1, len(batch.layout.names))
+    times[:, sorted(given)] = 0
+    rows = len(times)
+    noise = [objective.draw_noise(batch.layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
+    return Example(
+        layout=batch.layout,
+        latents=batch.latents.expand(rows, -1),
+        noise=torch.stack(noise),
+        timesteps=times,
+        text=batch.text.expand(rows, -1, -1),
+        weights=torch.ones_like(times),
+    )

@@ -1,0 +1,68 @@
+"""Measure the loss on held-out clips at fixed times, with fixed noise.
+
+In: an engine and the held-out clips. Out: a mean error for each set, stream and time, the same on any layout: clips are
+shared among the data ranks, and their values are summed in one order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from transpixeler.evaluation.clips import HeldOut, Piece
+from transpixeler.flow.objective import mean_squared_errors
+from transpixeler.models.backbone import Conditions
+from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.sampling.sampler import turns
+
+Losses = dict[str, dict[str, dict[str, float]]]  # SET or SET/TASK: stream: time: mean squared error
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Measures losses with an engine as it is; every rank calls it at the same time."""
+
+    runtime: Runtime
+    engine: Engine
+    held_out: HeldOut
+    pause: Callable[[], object]  # called before each clip, equally often on all ranks
+
+    def measure(self) -> Losses:
+        """Return each stream's error at each time, mean over the clips. A collective call."""
+        pieces, mesh = self.held_out.pieces, self.engine.mesh
+        mine: dict[int, list[list[float]]] = {}
+        with self.engine.evaluating():
+            for number, counts in turns(len(pieces), mesh):
+                self.pause()
+                errors = self._errors(pieces[number])
+                if counts and mesh.is_first_stage:
+                    mine[number] = errors.tolist()
+        values = {number: rows for part in self.runtime.gather(mine) for number, rows in part.items()}
+        return {
+            name: self._means([(pieces[n], values[n]) for n in sorted(values) if pieces[n].name == name])
+            for name in dict.fromkeys(piece.name for piece in pieces)
+        }
+
+    def _errors(self, piece: Piece) -> Tensor:
+        """Return the errors [times, streams] of one clip."""
+        example = self.held_out.example(piece).to(self.engine.mesh.device)
+        conditions = Conditions(example.timesteps, example.text)
+        micro_batch = self.held_out.config.eval.micro_batch
+        found = self.engine.forward(example.noisy(), conditions, example.layout, micro_batch)
+        return mean_squared_errors(found, example.velocity(), example.layout).double().cpu()
+
+    def _means(self, rows: Sequence[tuple[Piece, list[list[float]]]]) -> dict[str, dict[str, float]]:
+        """Return the mean over clips of one set and task, by stream and time, without the streams that are given."""
+        streams, given = self.held_out.data.streams, rows[0][0].given
+        return {
+            name: {
+                f"{t:g}": math.fsum(values[q][stream] for _, values in rows) / len(rows)
+                for q, t in enumerate(self.held_out.config.eval.times)
+            }
+            for stream, name in enumerate(streams)
+            if stream not in given
+        }

@@ -1,0 +1,75 @@
+"""Noise and a velocity function go in, clean latents come out.
+
+Nothing here knows a model: `denoise` asks a function for the velocity at (x, t). Noise is a pure function of (seed,
+stream name), drawn on the CPU, so that the same seed gives the same video on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transpixeler.flow.objective import draw_noise
+from transpixeler.models.streams import StreamLayout
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, S] in [0, 1]) → [B, N]
+TRAIN_TIMESTEPS = 1000  # diffusers' schedulers count a flow's times from 1000 to 0
+
+
+def make_solver(name: str, *, steps: int, shift: float) -> Any:
+    """Return the diffusers scheduler of a `sample.scheduler`, set to noise levels from 1 down to 0."""
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    if name == "euler":
+        solver = FlowMatchEulerDiscreteScheduler(shift=shift)
+        # Without explicit levels it applies the shift twice, and the last steps start where almost no noise is left.
+        solver.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist())
+    else:
+        scheduler = DPMSolverMultistepScheduler if name == "dpm++" else UniPCMultistepScheduler
+        solver = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        solver.set_timesteps(steps)
+    solver.set_begin_index(0)
+    return solver
+
+
+def start_noise(layout: StreamLayout, seed: int) -> Tensor:
+    """Return the noise [1, N] that a video starts from; a stream's part does not depend on the other streams."""
+    streams = zip(layout.names, layout.sizes, strict=True)
+    return torch.cat([draw_noise(size, "sample", seed, name) for name, size in streams])[None]
+
+
+@torch.no_grad()
+def denoise(
+    velocity: Velocity,
+    noise: Tensor,
+    layout: StreamLayout,
+    solver: Any,
+    *,
+    given: Mapping[int, Tensor] | None = None,
+    after_step: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Return the latents [B, N] that noise [B, N] becomes.
+
+    `given` holds clean latents [C, F, H, W] by stream: they stay as they are, at time 0 in every step.
+    """
+    held = {stream: latents.to(noise.device).float().flatten() for stream, latents in (given or {}).items()}
+    x = _with_held(noise.float(), held, layout)
+    for t in solver.timesteps:
+        times = torch.full((len(x), len(layout.names)), float(t) / TRAIN_TIMESTEPS, device=x.device)
+        times[:, sorted(held)] = 0
+        x = _with_held(solver.step(velocity(x, times), t, x, return_dict=False)[0], held, layout)
+        after_step()
+    return x
+
+
+def _with_held(x: Tensor, held: Mapping[int, Tensor], layout: StreamLayout) -> Tensor:
+    x = x.clone() if held else x
+    for stream, latents in held.items():
+        x[:, layout.element_slice(stream)] = latents
+    return x

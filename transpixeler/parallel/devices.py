@@ -1,0 +1,64 @@
+"""Look up a GPU's peak speed and memory by its name, and measure how much memory this process used.
+
+In: a device or its name. Out: TFLOP/s and GiB, for plans and for the records of steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+
+
+class Device(NamedTuple):
+    """A GPU that many have."""
+
+    name: str  # a part of the name that its driver gives
+    tflops: float  # dense bf16 peak
+    memory: int  # GiB
+
+
+# A name that holds another stands before it, since the first that fits is taken.
+KNOWN = (
+    Device("B200", 2250.0, 180),
+    Device("H200", 989.0, 141),
+    Device("H100 PCIe", 756.0, 80),
+    Device("H100", 989.0, 80),
+    Device("H800", 989.0, 80),
+    Device("A100", 312.0, 80),
+    Device("A800", 312.0, 80),
+    Device("L40S", 362.0, 48),
+    Device("RTX PRO 6000", 504.0, 96),
+    Device("5090", 209.0, 32),
+    Device("4090", 165.0, 24),
+    Device("3090", 71.0, 24),
+    Device("A6000", 155.0, 48),
+)
+
+
+def find(name: str) -> Device | None:
+    """Return the known device whose name is a part of the given one."""
+    return next((device for device in KNOWN if device.name.lower() in name.lower()), None)
+
+
+def peak_tflops(device: torch.device) -> float:
+    """Return the dense bf16 peak of the device, or 0 where it is not known."""
+    known = find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known.tflops if known else 0.0
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most GiB held since `forget_peak`; on a CPU, by the process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not there on Windows
+
+    scale = 2**10 if sys.platform == "darwin" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale / 2**20
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start measuring anew, so that the memory of encoders and evaluations does not count as a step's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

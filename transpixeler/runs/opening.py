@@ -1,0 +1,283 @@
+"""Open a run's folder: make a new one, or find the one to resume and the checkpoint to go on from.
+
+In: `output_dir`, `run_name` and the argument of `--resume`. Out: a `Run`, the same on every rank, whose folder holds
+nothing beyond the step that training starts at.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transpixeler import configfile
+from transpixeler.config import Config, UserError
+from transpixeler.files import write_text
+from transpixeler.parallel.launch import launch
+from transpixeler.parallel.runtime import Runtime, run_stamp
+from transpixeler.runs import checkpoint
+from transpixeler.runs.controls import CONTROL_FILES
+from transpixeler.runs.folder import ASIDE, CONFIG, JOB, LATEST, METRICS, Run, configured_run
+from transpixeler.runs.lock import LOCK, take_lock
+from transpixeler.runs.restore import Restored
+
+logger = logging.getLogger("transpixeler")
+
+# With another value of these, the tensors of a checkpoint have other names or shapes, or another meaning.
+FIXED = ("streams", "model.family", "model.trainable", "model.fuse", "lora", "optim.name", "optim.bf16_parameters")
+FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
+SHARED = ".shared"  # a file that shows which hosts see a run's folder
+SHOWN_SECONDS = 5.0  # until a network disk shows a new file to every host
+# These say where a run writes and what it runs on; they do not change what it trains.
+UNTOLD = (
+    "output_dir",
+    "run_name",
+    "parallel",
+    "log",
+    "checkpoint",
+    "save",
+    "hub",
+    "data.workers",
+    "train.gc_every",
+    "train.allow_changed",
+)
+
+
+def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
+    """Make a new run, or find the one to resume; the same on every rank. A collective call."""
+    link = Path(config.output_dir) / LATEST
+    if runtime.broadcast(link.exists() and not link.is_symlink()):
+        raise UserError(f"{link}: is not the link to the newest run that belongs there; move it away or rename it")
+    folder, chosen = _place(config, runtime, resume)
+    if folder is None:
+        return _new(config, runtime)
+    lock = take_lock(folder, runtime)
+    try:
+        _check_shared(folder, runtime)
+        return replace(_resumed(config, runtime, folder, chosen), lock=lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _resumed(config: Config, runtime: Runtime, folder: Path, chosen: Path | None) -> Run:
+    """Return the run to resume, at the chosen or its newest valid checkpoint."""
+    if chosen is not None:
+        _check_valid(chosen, runtime)
+    found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
+    if runtime.is_main:
+        for name in CONTROL_FILES:  # left from a job that was killed before it saw them
+            (folder / name).unlink(missing_ok=True)
+    if found is not None:
+        restored = Restored.read(found)
+        return Run(folder, restored, changes(config, restored))
+    if runtime.broadcast(bool(checkpoint.candidates(folder / "checkpoints"))):
+        raise UserError(
+            f"--resume: no checkpoint in {folder} is valid, for the reasons above; "
+            "start a new run without --resume, perhaps with lora.init_from set to one of this run's saves"
+        )
+    logger.info("%s: there is no checkpoint to resume yet; training starts from the beginning", folder)
+    return Run(folder)
+
+
+def _place(config: Config, runtime: Runtime, resume: str | None) -> tuple[Path | None, Path | None]:
+    """Return (run folder, chosen checkpoint), or nothing for a new run.
+
+    When torchrun starts its processes again after a failure, they go on with the newest checkpoint of the run that
+    this job trained before, whatever the command says.
+    """
+    mine = str(runtime.broadcast(str((_run_of_this_job(config) if runtime.is_main else None) or "")))
+    if mine:
+        logger.info("started again by torchrun: going on with %s", mine)
+        return Path(mine), None
+    return (None, None) if resume is None else _find(config, resume)
+
+
+def _run_of_this_job(config: Config) -> Path | None:
+    """Return the run that earlier attempts of this job trained; None in a first attempt."""
+    here = launch()
+    marks = Path(config.output_dir).glob(f"*/{JOB}") if here.restarts else ()
+    mine = [mark for mark in marks if mark.read_text() == here.job and mark.with_name(CONFIG).is_file()]
+    return max(mine, key=lambda mark: mark.stat().st_mtime).parent.resolve() if mine else None
+
+
+def _new(config: Config, runtime: Runtime) -> Run:
+    name = str(runtime.broadcast(config.run_name or run_stamp()))
+    folder = Path(config.output_dir) / name
+    if runtime.broadcast((folder / CONFIG).exists()):
+        raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
+    if runtime.broadcast(_holds_other_files(folder)):
+        raise UserError(f"{folder}: holds files that are not a run's; change run_name or output_dir")
+    if runtime.is_main:
+        _make(folder)
+    lock = take_lock(folder, runtime)
+    if runtime.broadcast((folder / CONFIG).exists()):  # made by another while this one looked
+        raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
+    if runtime.is_main:
+        _remove_drafts(folder)
+        write_text(folder / JOB, launch().job)
+        write_text(folder / CONFIG, configfile.dump(config))
+    runtime.barrier()
+    run = Run(folder, made=True, lock=lock)
+    try:
+        _check_shared(folder, runtime)
+    except UserError:
+        if runtime.is_main:
+            discard(run)
+        raise
+    return run
+
+
+def _check_shared(folder: Path, runtime: Runtime) -> None:
+    """Refuse hosts that do not see the run's folder, as each rank writes its part of a checkpoint there."""
+    if runtime.world_size == 1:
+        return
+    mark = folder / SHARED
+    if runtime.is_main:
+        mark.touch()
+    runtime.barrier()
+    deadline = time.monotonic() + SHOWN_SECONDS
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [host for host, sees in runtime.gather((platform.node(), seen)) if not sees]
+    if runtime.is_main:
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"output_dir: {folder}, which rank 0 sees, is not there for {len(blind)} ranks on "
+            f"{', '.join(dict.fromkeys(blind))}; all hosts must share the folder"
+        )
+
+
+def begin(run: Run, config: Config) -> None:
+    """Write the run's config and job, and point `latest` to it. Rank 0 calls this once everything is built."""
+    write_text(run.folder / JOB, launch().job)
+    write_text(run.folder / CONFIG, configfile.dump(config))
+    _point(run.folder.parent / LATEST, run.name)
+
+
+def discard(run: Run) -> None:
+    """Remove a new run that a user's mistake kept from starting, so that its name stays free."""
+    metrics = run.folder / METRICS
+    if run.made and (not metrics.exists() or not metrics.stat().st_size):
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+
+def _holds_other_files(folder: Path) -> bool:
+    """Return whether a folder holds more than what a process leaves that is killed before it wrote its config."""
+    return folder.is_dir() and any(not _is_draft(path) and path.name not in (JOB, LOCK) for path in folder.iterdir())
+
+
+def _is_draft(path: Path) -> bool:
+    """Return whether a file or folder was being written when its process was killed, as `files.whole` names it."""
+    return re.fullmatch(r"\..+\.(tmp|old|new)", path.name) is not None or path.name == SHARED
+
+
+def _remove_drafts(folder: Path) -> None:
+    for draft in filter(_is_draft, list(folder.iterdir())):
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def resume_hint(run: Run) -> str:
+    """Return how to go on after training has failed."""
+    found = checkpoint.candidates(run.checkpoints)
+    return f"--resume goes on from {found[0].name}" if found else "there is no checkpoint yet to go on from"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot make {folder}: {error.strerror}") from None
+
+
+def _point(link: Path, name: str) -> None:
+    """Replace the link in one move, so that it is never missing."""
+    fresh = link.with_name(f".{LATEST}.{os.getpid()}")
+    fresh.symlink_to(name)
+    fresh.replace(link)
+
+
+def _find(config: Config, resume: str) -> tuple[Path, Path | None]:
+    """Return (run folder, checkpoint or None) for an argument of --resume; "" stands for the config's own run."""
+    path = Path(resume) if resume else configured_run(config)
+    if not path.is_dir():
+        wanted = f"{path} is no folder" if resume or config.run_name else f"{config.output_dir} holds no run yet"
+        raise UserError(f"--resume: {wanted}; leave --resume out to start one, or give a run or checkpoint folder")
+    path = path.resolve()
+    chosen = path if path.name.startswith(checkpoint.PREFIX) else None
+    folder = path.parents[1] if chosen else path
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume: {folder} is no run, as it has no {CONFIG}; give a run or checkpoint folder")
+    return folder, chosen
+
+
+def _check_valid(folder: Path, runtime: Runtime) -> None:
+    fault = checkpoint.fault_of(folder, runtime)
+    if fault:
+        raise UserError(f"--resume: {folder}: {fault}; give the run's folder to take its newest valid checkpoint")
+
+
+def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
+    """Move saves, samples and checkpoints of later steps to RUN/aside, and remove drafts.
+
+    They are damaged, or belong to a training that was left when an older checkpoint was resumed; under their old names
+    they would be taken for the newest. `first_step`: the number of steps in so many epochs.
+    """
+    _remove_drafts(run.folder)
+    later = [folder for folder in checkpoint.candidates(run.checkpoints) if checkpoint.step_of(folder) > step]
+    for pattern in ("step*/", "epoch*/", "samples/step*/"):
+        for folder in run.folder.glob(pattern):
+            named = re.fullmatch(r"(step|epoch)(\d+)", folder.name)
+            if named and (int(named[2]) if named[1] == "step" else first_step(int(named[2]))) > step:
+                later.append(folder)
+    for folder in later:
+        name = folder.relative_to(run.folder)
+        aside = run.folder / ASIDE / name
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        folder.replace(aside)
+        logger.warning("%s is later than step %d: it is kept as %s", name, step, aside.relative_to(run.folder))
+
+
+# --- another config --------------------------------------------------------------------------------------------------
+
+
+def changes(config: Config, restored: Restored) -> dict[str, str]:
+    """Return by key what differs from the checkpoint's config; refuse a model that its tensors do not fit."""
+    before, after = _flat(restored.state["config"]), _flat(configfile.plain(config))
+    changed = {
+        key: (before.get(key), after.get(key))
+        for key in after | before
+        if before.get(key) != after.get(key) and not _under(key, UNTOLD)
+    }
+    refused = [key for key in changed if _under(key, FIXED) and not _under(key, FREE_IN_FIXED)]
+    if refused:
+        lines = "; ".join(f"{key}: {changed[key][0]!r} there, {changed[key][1]!r} here" for key in refused)
+        raise UserError(
+            f"--resume: {restored.folder.name} was trained with another model: {lines}; "
+            "start a new run without --resume"
+        )
+    return {key: f"was {old!r}, is {new!r}" for key, (old, new) in changed.items()}
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by their dotted keys; an empty dict has none."""
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

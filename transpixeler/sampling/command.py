@@ -1,0 +1,146 @@
+"""The command `transpixeler sample`: a run, an adapter or a base and prompts go in, folders of videos come out.
+
+No data set is needed. A clip may be given: its RGB, and the model makes the mattes of it; or its mattes, and the model
+paints the RGB. Under torchrun the prompts are shared out, or one model is spread over the processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from transpixeler.config import Config, SampleConfig, UserError
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.decode import frame_numbers, probe, read_frames
+from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.prompts import prompt_lines, read_prompts
+from transpixeler.files import check_place, writing_to
+from transpixeler.models.backbone import model_class
+from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.model import fit_layout, open_engine
+from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.saves import SavedModel
+from transpixeler.sampling.texts import encode_prompts
+from transpixeler.sampling.video import (
+    Video,
+    VideoShape,
+    check_background,
+    frame_rate,
+    name_part,
+    video_shape,
+    write_video,
+)
+
+logger = logging.getLogger("transpixeler")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The command's options that are no keys of `sample.*`."""
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: str = ""
+    count: int = 1  # videos of each prompt
+    out: str = "samples"
+    rgb: str = ""  # a clip to make mattes of
+    alpha: str = ""  # a clip of mattes to paint
+    asked_layout: bool = False  # whether the user set parallel.*
+
+
+def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions) -> list[Path]:
+    """Make every prompt's videos; returns the folders that this rank wrote."""
+    config, layout = fit_layout(source.config, runtime, asked=options.asked_layout)
+    source = replace(source, config=config)
+    model_cls = model_class(config.model.family)
+    shape = video_shape(config, model_cls)
+    check_background(config)
+    check_place(Path(options.out), "--out")
+    prompts = _prompts(config.sample, options)
+    frames = Frames(model_cls, config.model.path, runtime.device)
+    clips = _given_clips(config, options, shape)
+    texts = encode_prompts(config, prompts, model_cls, runtime)
+    given = {stream: frames.encode(clip) for stream, clip in clips.items()}
+    videos = _videos(config.sample, prompts, texts.by_prompt, shape, given, count=options.count)
+    mesh = meshes.build(layout, runtime)
+    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative)
+    facts = {"model": config.model.path, "adapter": source.name, "step": source.step}
+    facts |= {"rgb": options.rgb, "alpha": options.alpha} if given else {}
+    written = []
+    for number, latents in sampler.each(videos):
+        if mesh.is_first_stage:
+            streams = frames.decode(latents, shape.layout)
+            streams |= {shape.layout.names[stream]: clip for stream, clip in clips.items()}  # not through the VAE
+            with writing_to(Path(options.out), "--out"):
+                written.append(write_video(Path(options.out), videos[number], streams, config, facts))
+            logger.info("%s", written[-1])
+    runtime.barrier()
+    return written
+
+
+def _prompts(config: SampleConfig, options: SampleOptions) -> Sequence[str]:
+    asked = (*options.prompts, *prompt_lines(options.prompts_file, key="--prompts"))
+    prompts = asked or read_prompts(config)
+    if prompts or options.rgb or options.alpha:
+        return prompts or ("",)
+    raise UserError('sample: nothing to make; give --prompt "…", --prompts FILE, or set sample.prompts')
+
+
+def _videos(
+    config: SampleConfig,
+    prompts: Sequence[str],
+    texts: Mapping[str, Tensor],
+    shape: VideoShape,
+    given: Mapping[int, Tensor],
+    *,
+    count: int,
+) -> list[Video]:
+    """List the videos to make. Each has a seed of its own, so that it can be made again by itself."""
+    videos = []
+    for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count)):
+        seed = config.seed + number
+        name = f"{number:03}-{name_part(prompt)}-seed{seed}"
+        videos.append(Video(name, prompt, texts[prompt], seed, shape.layout, given))
+    return videos
+
+
+# --- given clips -----------------------------------------------------------------------------------------------------
+
+
+def _given_clips(config: Config, options: SampleOptions, shape: VideoShape) -> dict[int, np.ndarray]:
+    """Return the frames uint8 [F, H, W, 3] of --rgb and --alpha by stream."""
+    paths = {0: ("--rgb", options.rgb), 1: ("--alpha", options.alpha)}
+    paths = {stream: (option, path) for stream, (option, path) in paths.items() if path}
+    if paths and len(config.streams) < 2:
+        raise UserError(f"{paths.popitem()[1][0]}: the model has one stream, and nothing to make from it")
+    if len(paths) == len(config.streams):
+        raise UserError("--rgb, --alpha: every stream is given and none is left to make; leave one out")
+    return {stream: _read_clip(option, path, frame_rate(config), shape) for stream, (option, path) in paths.items()}
+
+
+def _read_clip(option: str, path: str, fps: Fraction, shape: VideoShape) -> np.ndarray:
+    """Read a clip's beginning at the rate and size that are sampled, and log what that leaves out."""
+    width, height, frames = shape.width, shape.height, shape.frames
+    try:
+        media = probe(Path(path))
+        there = media.frames_at(fps)
+        if there < frames:
+            fits = max(0, there - 1) // 4 * 4 + 1
+            raise BadMedia(
+                f"has {there} frames at {float(fps):g} fps, not {frames}; try --size {width}x{height}x{fits}"
+            )
+        if (media.frames, media.width, media.height) != (frames, width, height):
+            taken = f"the first {frames} of {there} frames at {float(fps):g} fps"
+            fitted = f"scaled and cropped from {media.width}×{media.height} to {width}×{height}"
+            logger.info("%s: %s: %s, %s (--size)", option, path, taken, fitted)
+        clip = Clip(path, Fraction(0), frames, fps, height, width)
+        return read_frames(Path(path), frame_numbers(Path(path), clip), height=height, width=width)
+    except BadMedia as fault:
+        raise UserError(f"{option}: {path} {fault}") from None

@@ -1,0 +1,55 @@
+"""Latents go in, frames come out, and back: the VAE as `sample` and `eval` use it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transpixeler.models.backbone import Vae, VideoModel
+from transpixeler.models.streams import StreamLayout
+
+
+class Frames:
+    """Convert latents to frames and back. The VAE is loaded when first used, and on the device only while it works."""
+
+    def __init__(self, model_cls: type[VideoModel], path: str, device: torch.device) -> None:
+        self.model_cls, self.path, self.device = model_cls, path, device
+        self._vae: Vae | None = None
+
+    def decode(self, latents: Tensor, layout: StreamLayout) -> dict[str, np.ndarray]:
+        """Return uint8 [F, H, W, 3] by stream, from packed latents [N]."""
+        with self._vae_on_device() as vae:
+            streams = zip(layout.names, layout.unpack(latents[None]), strict=True)
+            return {name: to_pixels(vae.decode(part)[0]) for name, part in streams}
+
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """Return latents [C, f, h, w] of frames uint8 [F, H, W, 3]."""
+        with self._vae_on_device() as vae:
+            return vae.encode(torch.from_numpy(frames)[None])[0].cpu()
+
+    @contextmanager
+    def _vae_on_device(self) -> Iterator[Vae]:
+        if self._vae is None:
+            self._vae = self.model_cls.load_vae(self.path, device=self.device, dtype=torch.float32)
+        try:
+            yield self._vae.to(self.device)
+        finally:
+            self._vae.to(torch.device("cpu"))
+            release_memory(self.device)
+
+
+def to_pixels(video: Tensor) -> np.ndarray:
+    """Return uint8 [F, H, W, 3] of a video [3, F, H, W] in [-1, 1]."""
+    return video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give the memory of what is no longer used back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

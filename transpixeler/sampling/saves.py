@@ -1,0 +1,196 @@
+"""A path, a run or a Hub id goes in; what was saved there comes out, with the config that belongs to it.
+
+`find_save` only looks where the files are. `load_saved` also reads the adapter and the config: a `SavedModel` is all
+that `sample`, `eval` and `push` need to know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transpixeler import configfile
+from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    is_save,
+    newest_save,
+    read_adapter,
+    saved_step,
+    step_number,
+)
+from transpixeler.config import Config, UserError
+from transpixeler.configfile import Tree
+from transpixeler.models.weights import resolve
+from transpixeler.runs.folder import CONFIG, LATEST, METRICS, configured_run
+
+EMA = "ema"
+_PUSHED = (f"{MODEL_FOLDER}/*", "*.safetensors", CONFIG, CONFIG_FILE)  # of a repository, what is needed to sample
+
+
+@dataclass(frozen=True)
+class Save:
+    """What was saved, on this machine."""
+
+    path: Path  # the save's folder, or an adapter file by itself
+    run: Path | None  # the run that it belongs to
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def weights(self) -> Path | None:
+        """The folder of a model that was trained in full."""
+        return self.path / MODEL_FOLDER if (self.path / MODEL_FOLDER).is_dir() else None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter; a model that was trained in full has one if it has stream embeddings."""
+        return self.weights is None or (self.path / ADAPTER_FILE).is_file()
+
+    @property
+    def config(self) -> Path:
+        """Where its config would be: beside it, or beside the raw weights that averaged ones stand in."""
+        own = self.folder / CONFIG
+        return own if own.is_file() or self.folder.name != EMA else self.folder.parent / CONFIG
+
+
+@dataclass(frozen=True, eq=False)
+class SavedModel:
+    """A model to sample from, evaluate or publish: what training saved, or the base model alone."""
+
+    config: Config
+    name: str  # as the user knows it: a path, a Hub id or `base`
+    adapter: Adapter | None = None  # of a model that was trained in full: its stream embeddings
+    weights: Path | None = None  # of a model that was trained in full
+    run: Path | None = None
+    raw: bool = False  # raw weights were chosen although averaged ones, the default, were saved too
+
+    @property
+    def step(self) -> int | None:
+        step = step_number(self.adapter.metadata.get("step", "")) if self.adapter else -1
+        if step < 0 and self.weights:
+            step = saved_step(self.weights.parent)
+        return step if step >= 0 else None
+
+
+# --- a save ----------------------------------------------------------------------------------------------------------
+
+
+def find_save(source: str, *, ema: bool | None = None) -> Save:
+    """Find the save that is meant by a run (its newest), a save, an adapter file or a Hub id.
+
+    `ema`: averaged weights, or not; None for averaged ones where they were saved.
+    """
+    path = resolve(source, only=_PUSHED, key="adapter")
+    run = _run_of(path)
+    if run is None or is_save(run):
+        save = _choose_weights(path, ema)
+        return Save(save, _run_around(save))
+    newest = newest_save(run)
+    if newest is None:
+        raise UserError(f"{run}: nothing is saved there yet; save.every_steps and save.every_epochs say when")
+    return Save(_choose_weights(newest, ema), run)
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run that a path means: itself, or the latest in it."""
+    return next((folder.resolve() for folder in (path / LATEST, path) if (folder / CONFIG).is_file()), None)
+
+
+def _run_around(save: Path) -> Path | None:
+    """Return the run that a save stands in; one that was copied elsewhere has none."""
+    return next((folder for folder in save.resolve().parents[:3] if (folder / METRICS).is_file()), None)
+
+
+def _choose_weights(save: Path, ema: bool | None) -> Path:
+    """Return the folder of averaged or of raw weights."""
+    if ema is False or not save.is_dir() or save.name == EMA:
+        return save
+    if is_save(save / EMA):
+        return save / EMA
+    if ema:
+        raise UserError(f"--ema: {save} holds no {EMA}; it was trained with optim.ema=0. Leave the option out")
+    return save
+
+
+# --- with its config -------------------------------------------------------------------------------------------------
+
+
+def base_model(config: Config) -> SavedModel:
+    """Return the model as it is before anything is learned."""
+    return SavedModel(config, "base")
+
+
+def base_model_alone(overrides: Sequence[str]) -> SavedModel:
+    """Return a base model that no config describes: it has one stream."""
+    config = configfile.from_overrides(["streams={rgb: ''}", "lora.enabled=false", *overrides])
+    if not config.model.path:
+        raise UserError("sample: name a run or an adapter, or give a base with --model")
+    return base_model(config)
+
+
+def load_saved(source: str, overrides: Sequence[str] = (), *, ema: bool | None = None) -> SavedModel:
+    """Load what `find_save` finds, with the config beside it; an adapter file by itself says which model it is for."""
+    return read_save(find_save(source, ema=ema), source, overrides)
+
+
+def load_for_eval(
+    config_or_run: str, overrides: Sequence[str], *, adapter: str = "", base: bool = False, ema: bool | None = None
+) -> SavedModel:
+    """Load what is evaluated on a config's or run's data: its run's newest save, another adapter, or the base alone."""
+    path = Path(config_or_run).expanduser()
+    run = _run_of(path) if path.is_dir() else None
+    if path.is_dir() and run is None:
+        raise UserError(f"{path}: holds no run; give a run's folder or a config")
+    tree = configfile.read(run / CONFIG if run else path)
+    config = configfile.build(tree, overrides)
+    if base:
+        return replace(base_model(config), run=run)
+    run = run or configured_run(config)
+    if not adapter and not (run / CONFIG).is_file():
+        missing = f"output_dir: {config.output_dir} holds no run yet"
+        if config.run_name:
+            missing = f"run_name: {config.output_dir} holds no run {config.run_name}"
+        raise UserError(f"{missing}; train first, or add --adapter PATH or --base")
+    source = adapter or str(run)
+    return read_save(find_save(source, ema=ema), source, overrides, tree=tree)
+
+
+def read_save(save: Save, source: str, overrides: Sequence[str] = (), *, tree: Tree | None = None) -> SavedModel:
+    """Read a save that `source` meant: its adapter, and its config unless `tree` is given instead."""
+    adapter = read_adapter(save.path) if save.has_adapter else None
+    if tree is None and adapter is not None and not save.config.is_file():
+        config = _config_of(adapter, str(save.path), overrides)
+    else:
+        own = _config_keys(adapter) if tree is not None else []
+        config = configfile.build(tree or configfile.read(save.config), [*own, *overrides])
+    name = str(save.path) if Path(source).expanduser().exists() else source
+    return SavedModel(config, name, adapter, save.weights, save.run, raw=is_save(save.folder / EMA))
+
+
+def _config_keys(adapter: Adapter | None) -> list[str]:
+    """Return the config keys that an adapter's header sets; none for other programs' files."""
+    said = adapter.metadata if adapter is not None else {}
+    if "rgb_attends_aux" not in said:
+        return []
+    return [f"model.rgb_attends_aux={said['rgb_attends_aux']}", f"model.fuse={said.get('fuse', '[]')}"]
+
+
+def _config_of(adapter: Adapter, name: str, overrides: Sequence[str]) -> Config:
+    """Return the config of the model that an adapter file's header describes."""
+    said = adapter.metadata
+    streams = [stream for stream in said.get("streams", "").split(",") if stream] or ["rgb", *adapter.stream_embeddings]
+    suffixes = {stream: f"_{stream}" if number else "" for number, stream in enumerate(streams)}
+    keys = ["lora.enabled=false", f"streams={json.dumps(suffixes)}"]
+    if said.get("base_model"):
+        keys.append(f"model.path={said['base_model']}")
+    config = configfile.from_overrides([*keys, *_config_keys(adapter), *overrides])
+    if not config.model.path:
+        raise UserError(f"{name} does not say which base it was trained on; give one with --model")
+    return config

@@ -1,0 +1,59 @@
+"""Feed the loop: batches from the cache, with their noise and timesteps drawn a few steps ahead of the device.
+
+In: the data set, its order and the step to begin at. Out: an endless iterator of (batch, example).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from transpixeler.config import Config
+from transpixeler.data.buckets import Bucket, micro_batch_for
+from transpixeler.data.dataset import Dataset
+from transpixeler.data.loader import Assembler, Batch, Loader
+from transpixeler.flow import objective
+from transpixeler.flow.objective import Example
+from transpixeler.models.backbone import VideoModel
+from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel.mesh import Mesh
+from transpixeler.training.schedule import Schedule
+
+
+def open_loader(config: Config, data: Dataset, model: VideoModel, mesh: Mesh, schedule: Schedule, step: int) -> Loader:
+    """Start the loader's thread at a step; the caller closes it."""
+    epoch, epoch_step = schedule.order.locate(step)
+    assembler = Assembler(data, patch=model.patch, text_len=model.text_len, device=mesh.device)
+    return Loader(
+        assembler,
+        schedule.order,
+        rank=mesh.data_rank,
+        ranks=mesh.layout.data,
+        epoch=epoch,
+        step=epoch_step,
+        prepare=partial(_prepare, config, assembler.pin),
+    )
+
+
+def _prepare(config: Config, pin: bool, batch: Batch) -> tuple[Batch, Example]:
+    """Draw the noise and timesteps of a batch, in the loader's thread."""
+    example = objective.prepare(
+        config.objective,
+        seed=config.seed,
+        step=batch.step,
+        layout=batch.layout,
+        latents=batch.latents,
+        text=batch.text,
+        empty_text=batch.empty_text,
+        ids=[batch.ids[slot] for slot in batch.slots],
+        slots=batch.slots,
+        batch=config.train.global_batch,
+    )
+    return batch, example.pinned() if pin else example
+
+
+def micro_batch(config: Config, stride: tuple[int, int, int], ranks: int, layout: StreamLayout) -> int:
+    """Return how many samples of a layout one forward pass takes. `stride`: the VAE's; `ranks`: data ranks."""
+    (_, frames, height, width), (tf, th, tw) = layout.shapes[0], stride
+    bucket = Bucket((frames - 1) * tf + 1, height * th, width * tw)
+    share, rules = config.train.global_batch // ranks, config.data.buckets
+    return micro_batch_for(bucket, per_rank_batch=share, train=config.train, rules=rules, tokens=layout.tokens)

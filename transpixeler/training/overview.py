@@ -1,0 +1,56 @@
+"""Describe a run before its first step: lines for the log, and facts for the manifest.
+
+In: the parts that were built. Out: what will be trained, on what and for how long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from transpixeler.config import Config
+from transpixeler.data.dataset import Datasets
+from transpixeler.models.backbone import model_class
+from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.runs.folder import Run
+from transpixeler.training.schedule import Schedule
+
+logger = logging.getLogger("transpixeler")
+
+
+def introduce(
+    config: Config, runtime: Runtime, run: Run, engine: Engine, data: Datasets, schedule: Schedule, step: int
+) -> None:
+    """Log what will be trained, on what and for how long. A collective call."""
+    own = {name: (p.numel(), p.requires_grad) for name, p in engine.named_parameters()}
+    everyone = {name: it for part in runtime.gather(own) for name, it in part.items()}
+    if not runtime.is_main:
+        return
+    mesh, batch = engine.mesh, config.train.global_batch
+    trained = sum(n for n, trains in everyone.values() if trains)
+    kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
+    mean = sum(len(row.items) for row in schedule.order.rows) / batch
+    lines = {
+        "trains": f"{trained:,} parameters ({kind}) of {sum(n for n, _ in everyone.values()):,}",
+        "streams": ", ".join(config.streams),
+        "layout": f"{mesh.layout} on {mesh.device.type}, {str(engine.dtype).removeprefix('torch.')}",
+        "batch": f"{batch} a step, {batch // mesh.layout.data} a data rank",
+        "clips": ", ".join(f"{w}×{h}×{f}: {n}" for (f, h, w), n in data.train.buckets().items()),
+        "steps": f"{schedule.total} in all, {mean:.4g} an epoch" + (f", {step} done" if step else ""),
+        "run": str(run.folder),
+    }
+    logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
+
+
+def manifest_facts(config: Config, engine: Engine, data: Datasets, schedule: Schedule) -> dict[str, Any]:
+    """Return what the manifest says of this training's layout, data and model."""
+    path = config.model.path
+    return {
+        "layout": dataclasses.asdict(engine.mesh.layout),
+        "steps": schedule.total,
+        "clips": {"train": len(data.train.items), "eval": len(data.eval.items)},
+        "skipped": [list(pair) for pair in (*data.train.skipped, *data.eval.skipped)],
+        "model": {"path": path, "vae": model_class(config.model.family).vae_fingerprint(path)},
+    }

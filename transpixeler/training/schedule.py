@@ -1,0 +1,64 @@
+"""Decide what happens at which step: epochs, rates, saves and evaluations, all pure functions of the step.
+
+In: a config and the order of its samples. Out: answers that a resumed run gives again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transpixeler.config import Config
+from transpixeler.data.loader import Batch
+from transpixeler.data.order import Order
+from transpixeler.training import optim
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and epochs of one training, and what is due at each."""
+
+    config: Config
+    order: Order
+    total: int  # steps
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step; the first is 0."""
+        return optim.rate(self.config.optim, step + 1, self.total)
+
+    def saves(self, batch: Batch) -> list[str]:
+        """Return the names of the saves that are due after this batch, by epochs and by steps."""
+        save, steps = self.config.save, batch.step + 1
+        due = [epoch for epoch in self.order.ended(steps) if save.every_epochs and epoch % save.every_epochs == 0]
+        names = [f"epoch{due[-1]}"] if due else []
+        return names + ([f"step{steps}"] if save.every_steps and steps % save.every_steps == 0 else [])
+
+    def checkpoint_due(self, batch: Batch) -> bool:
+        """Return whether a checkpoint is due after this batch, by steps or by epochs."""
+        every, steps = self.config.checkpoint, batch.step + 1
+        by_steps = every.every_steps > 0 and steps % every.every_steps == 0
+        return by_steps or self._epoch_due(steps, every.every_epochs)
+
+    def _epoch_due(self, steps: int, every: int) -> bool:
+        """Return whether an epoch that counts ends with so many steps."""
+        return every > 0 and any(epoch % every == 0 for epoch in self.order.ended(steps))
+
+    def evaluation_due(self, steps: int) -> bool:
+        """Return whether the model is evaluated as it is after so many steps."""
+        every = self.config.eval
+        if steps == 0:
+            return every.before_first_step
+        last = steps == self.total
+        by_steps = every.every_steps > 0 and (steps % every.every_steps == 0 or last)
+        by_epochs = every.every_epochs > 0 and last
+        return by_steps or by_epochs or self._epoch_due(steps, every.every_epochs)
+
+
+def make_schedule(config: Config, order: Order) -> Schedule:
+    return Schedule(config, order, total_steps(config, order))
+
+
+def total_steps(config: Config, order: Order) -> int:
+    """Return the steps of a whole run: so many epochs or steps, whichever are fewer."""
+    by_epoch = order.first_step(config.train.epochs) if config.train.epochs else math.inf
+    return int(min(by_epoch, config.train.max_steps or math.inf))

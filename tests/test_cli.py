@@ -76,6 +76,26 @@ def test_an_error_of_the_disk_is_one_line(
     assert capsys.readouterr().err == f"transpixeler: /data/out: {os.strerror(number)}\n"
 
 
+def test_a_full_disk_in_a_thread_of_tensorboard_is_one_line() -> None:
+    """The writer's thread meets the limit on file sizes, as it would meet the end of a disk."""
+    program = """if True:
+        import resource, signal, tempfile, threading, time
+        from transpixeler import cli
+        def writes(_):
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(tempfile.mkdtemp(), flush_secs=1)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            board.add_scalar("a" * 500, 1, 1)
+            board.flush_thread = [thread.join(10) for thread in threading.enumerate() if thread.daemon]
+            return 0
+        cli.COMMANDS["report"] = writes
+        raise SystemExit(cli.main(["report", "x"]))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert "transpixeler: File too large" in done.stderr and "Exception in thread" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("words", [["--resume", "", "a.yaml"], ["a.yaml", "--resume", ""], ["--resume", "a.yaml"]])
 def test_resume_without_a_run_means_the_latest(words: list[str]) -> None:
     """A variable of a shell that is empty is an empty word."""

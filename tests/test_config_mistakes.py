@@ -55,6 +55,8 @@ MISTAKES = {
     "a name of 300 letters": (f"run_name: {'n' * 300}\n", [], ["run_name", "plain folder name", "mine.yaml"]),
     "a path with a NUL": ('data: {train: "a\\0b"}\n', [], ["data.train.0.path", "NUL", "mine.yaml"]),
     "a model with a NUL": ('model: {path: "a\\0b"}\n', [], ["model.path", "NUL", "mine.yaml"]),
+    "a path of half a letter": ('output_dir: "\\ud800"\n', [], ["output_dir", "not a path", "mine.yaml"]),
+    "a name of half a letter": ('run_name: "\\ud800"\n', [], ["run_name", "plain folder name", "mine.yaml"]),
     "nothing to lay over": ("sample: {formats: [composite]}\n", [], ["sample.background", "composite", "mine.yaml"]),
     "rates that follow nothing": ("optim: {lr: 0, groups: [{pattern: '*', lr: 1}]}\n", [], ["optim.lr", "above 0"]),
     "out of range": ("lora: {rank: 0}\n", [], ["lora.rank", "0", "≥ 1", "mine.yaml"]),

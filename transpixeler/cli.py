@@ -11,6 +11,7 @@ import errno
 import os
 import shlex
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that argv names and return its exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
+    threading.excepthook = _tell_thread_error
     try:
         return COMMANDS[arguments.command](arguments)
     except UserError as error:
@@ -76,6 +78,14 @@ def _disk_error(error: OSError) -> str:
     """Return one line for an error of the file system, which names the file."""
     said = error.strerror or str(error) or type(error).__name__
     return f"{os.fsdecode(error.filename)}: {said}" if isinstance(error.filename, str | bytes) else said
+
+
+def _tell_thread_error(told: threading.ExceptHookArgs) -> None:
+    """Print one line for an error of the file system in a library's thread, such as TensorBoard's on a full disk."""
+    if isinstance(told.exc_value, OSError):
+        print(f"transpixeler: {_disk_error(told.exc_value)}", file=sys.stderr, flush=True)
+    else:
+        threading.__excepthook__(told)
 
 
 def _say(message: str) -> None:

@@ -7,6 +7,7 @@ shows at once.
 from __future__ import annotations
 
 import enum
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -312,11 +313,24 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
             yield key, "the list is empty; leave the key out to use the default"
     if "composite" in config.sample.formats and len(config.streams) > 1 and not config.sample.background:
         yield "sample.background", "set it to an image or a video: the format composite puts samples on top of it"
-    odd = any(letter in "/\\" or not letter.isprintable() for letter in config.run_name)
-    if odd or config.run_name in (".", "..", "latest") or len(config.run_name.encode(errors="replace")) > NAME_BYTES:
+    if not is_folder_name(config.run_name):
         yield "run_name", f"{config.run_name!r} is not a plain folder name; runs are folders inside output_dir"
     if config.hub.repo and not REPO.fullmatch(config.hub.repo):
         yield "hub.repo", f"{config.hub.repo!r} is not a Hub id; write it as user/name"
+
+
+def is_path(text: str) -> bool:
+    """Return whether the file system can hold a text in a path: no NUL, and nothing that it cannot encode."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def is_folder_name(text: str) -> bool:
+    """Return whether a text, which may be empty, can name a run: no path, no control characters, not too long."""
+    odd = any(letter in "/\\\x7f" or letter < " " for letter in text) or text in (".", "..", "latest")
+    return not odd and is_path(text) and len(os.fsencode(text)) <= NAME_BYTES
 
 
 def _stream_faults(config: Config) -> Iterator[tuple[str, str]]:

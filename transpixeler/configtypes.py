@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transpixeler.config import PathKind, Range, UserError
+from transpixeler.config import PathKind, Range, UserError, is_path
 
 Key = tuple[str, ...]
 COMMAND_LINE = "the command line"
@@ -32,6 +32,9 @@ class Raw(str):
         made = super().__new__(cls, text)
         made.read = read
         return made
+
+    def __deepcopy__(self, _: object) -> Raw:
+        return self
 
 
 @dataclasses.dataclass
@@ -128,8 +131,8 @@ def _annotated(hint: Any, value: Any, key: Key, tree: Tree) -> Any:
 
 def _path(kind: PathKind, value: str, key: Key, tree: Tree) -> str:
     """Return a path relative to the file that sets it, or to the working folder for the command line."""
-    if "\0" in value:
-        raise tree.fault(key, "a path has no NUL character")
+    if not is_path(value):
+        raise tree.fault(key, f"{value!r} is not a path: it has a NUL, or what no file name can hold")
     folder = Path.cwd() if tree.origin(key) == COMMAND_LINE else Path(tree.origin(key)).resolve().parent
     path = folder / os.path.expanduser(value)  # noqa: PTH111  keeps ~name of an unknown user; Path.expanduser raises
     there = os.path.exists(path)  # noqa: PTH110  false for a name that is too long; Path.exists raises

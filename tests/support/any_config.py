@@ -41,7 +41,7 @@ CHOSEN: dict[str, st.SearchStrategy] = {
     "optim.lr_min": st.floats(0, 0.1),
     "data.aspect_min": st.floats(0.1, 1),
     "data.aspect_max": st.floats(1, 4),
-    "run_name": st.text(st.characters(exclude_characters="./\\"), max_size=8),
+    "run_name": st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="./\\"), max_size=8),
     "eval.times": st.lists(st.floats(0, 1), min_size=1, max_size=3).map(tuple),
     "frames": st.lists(st.integers(0, 40).map(lambda k: 4 * k + 1), min_size=1, max_size=3).map(tuple),
     "resolutions": st.lists(SIDE | st.tuples(SIDE, SIDE), min_size=1, max_size=3).map(tuple),

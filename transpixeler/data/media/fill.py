@@ -41,6 +41,7 @@ SOFT = (8, 96)  # the range of alpha that is judged: here even dark straight col
 OVER = 4  # levels that luma may exceed alpha by in a premultiplied picture, because of rounding and compression
 MAX_OVER = 0.02  # share of soft pixels beyond OVER from which on a picture is not premultiplied
 FADED = 0.75  # premultiplied: the softer half has less than this part of the harder half's luma
+STRIP = 256  # rows judged at a time: as floats, a large frame takes many times its memory
 FEW = 16  # pixels in a half below which the halves are not compared
 
 
@@ -51,7 +52,8 @@ def looks_premultiplied(frames: Iterable[np.ndarray]) -> bool:
     not. Brightness is luma, which chroma subsampling leaves sharp. Without soft pixels there is nothing to undo.
     """
     counts, sums, over = np.zeros(2), np.zeros(2), 0  # [softer half, harder half]
-    for frame in frames:
+    strips = (frame[top : top + STRIP] for frame in frames for top in range(0, len(frame), STRIP))
+    for frame in strips:
         soft = (frame[..., 3] >= SOFT[0]) & (frame[..., 3] <= SOFT[1])
         luma, alpha = frame[soft][:, :3] @ LUMA, frame[soft][:, 3].astype(np.float32)
         over += int((luma > alpha + OVER).sum())

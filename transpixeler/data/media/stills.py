@@ -74,16 +74,19 @@ def _pictures(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Open an animation once for all its frames, since each is drawn upon those before it."""
     if path.is_dir() or list(wanted) == [0]:
         files = files_of(path)
-        for number in wanted:
-            with as_bad_media(), _open(files[number]) as image:
-                array = _pixels(image)
-            yield array
+        yield from (_picture(files[number]) for number in wanted)
         return
     with as_bad_media(), _open(path) as image:
         for number in wanted:
             if number:
                 image.seek(number)
             yield _pixels(image)
+
+
+def _picture(path: Path) -> np.ndarray:
+    """Read one file; Pillow's copy of the pixels goes on return, before the caller makes one of its own."""
+    with as_bad_media(), _open(path) as image:
+        return _pixels(image)
 
 
 def _open(path: Path) -> Image.Image:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from transpixeler.config import UserError
-from transpixeler.families.wan.model import TEXT_LEN
+from transpixeler.families.wan.config import TEXT_LEN
 from transpixeler.families.wan.original import (
     T5_FILE,
     TOKENIZER_FOLDER,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html.parser
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -115,17 +114,6 @@ def test_captions_and_names_are_text_on_the_data_sets_page(tmp_path: Path) -> No
     assert "onerror" not in page.attributes and "onclick" not in page.attributes
     assert page.tags.count("script") == (tmp_path / "page.html").read_text().count("<script>") <= 1
     assert any("</script><script>alert(1)</script>" in text for text in page.text)
-
-
-def test_a_name_that_is_no_utf8_is_on_the_page_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    name = os.fsdecode(b"caf\xe9")
-    for ending in (".png", "_seg.png"):
-        write_png(tmp_path / "clips" / "plain.png", np.full((16, 16, 3), 90, np.uint8))
-        (tmp_path / "clips" / "plain.png").rename(tmp_path / "clips" / f"{name}{ending}")
-    (tmp_path / "clips" / f"{name}.txt").write_text("a")
-    code = cli.main(["inspect", str(tmp_path / "clips"), "data.sizes=[[16, 16, 1]]", "--out", str(tmp_path / "p.html")])
-    assert code in (0, 2) and b"caf\xe9" in (tmp_path / "p.html").read_bytes()
-    capsys.readouterr().out.encode("utf-8")
 
 
 def test_prompts_are_text_in_the_report(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_a_prompt_is_text_in_the_card(attack: str, tmp_path: Path) -> None:
     assert shown.startswith("`") and shown.endswith("`"), "all of it is code"
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_rendered_card_shows_a_prompt_and_a_value_as_they_are(attack: str) -> None:
+    markdown_it = pytest.importorskip("markdown_it")
+    renderer = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    for text in (f"> {card._inline(attack)}", f"| | |\n|---|---|\n| figure | {card._cell(attack)} |"):
+        page = _Page(renderer.render(text))
+        assert set(page.tags) <= {"blockquote", "p", "code", "table", "thead", "tbody", "tr", "th", "td"}
+        assert card._line(attack) in "".join(page.text).replace("figure", "")
+
+
 def test_a_plain_prompt_stays_as_it_is() -> None:
     prompt = "a red ball drifts left, half transparent (slowly) at 50% – the artist’s self_attn.q"
     assert card._inline(prompt) == card._cell(prompt) == prompt

@@ -87,8 +87,12 @@ _NO_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR
 @contextmanager
 def writing_to(place: Path, option: str) -> Iterator[None]:
     """Turn an error of writing below `place` into one line; `option` says where the user named the place."""
+    from safetensors import SafetensorError  # of a full disk: its writer raises no OSError
+
     try:
         yield
+    except SafetensorError as error:
+        raise Fault(f"{option}: writing to {place} failed: {error}") from error
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _NO_PLACE:

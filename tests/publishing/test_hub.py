@@ -176,12 +176,6 @@ def test_a_plain_adapters_card_loads_it_in_diffusers(tmp_path: Path) -> None:
     assert "LoraLoaderModelOnly" in card
 
 
-def test_a_caption_cannot_break_the_card() -> None:
-    from transpixeler.publishing.card import _inline
-
-    assert "\n" not in _inline("a\n# b") and "<" not in _inline("<script>") and _inline("a|b") == "a\\|b"
-
-
 FUSED = ("/secret/style.safetensors", "/secret/hub/models--me--speed/snapshots/0a1b", "you/look")
 
 

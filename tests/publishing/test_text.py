@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html.parser
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -78,6 +77,16 @@ def test_a_prompt_is_text_in_the_card(attack: str, tmp_path: Path) -> None:
     assert shown.startswith("`") and shown.endswith("`"), "all of it is code"
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_rendered_card_shows_a_prompt_and_a_value_as_they_are(attack: str) -> None:
+    markdown_it = pytest.importorskip("markdown_it")
+    renderer = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    for text in (f"> {card._inline(attack)}", f"| | |\n|---|---|\n| figure | {card._cell(attack)} |"):
+        page = _Page(renderer.render(text))
+        assert set(page.tags) <= {"blockquote", "p", "code", "table", "thead", "tbody", "tr", "th", "td"}
+        assert card._line(attack) in "".join(page.text).replace("figure", "")
+
+
 def test_a_plain_prompt_stays_as_it_is() -> None:
     prompt = "a red ball drifts left, half transparent (slowly) at 50% – the artist’s self_attn.q"
     assert card._inline(prompt) == card._cell(prompt) == prompt
@@ -115,17 +124,6 @@ def test_captions_and_names_are_text_on_the_data_sets_page(tmp_path: Path) -> No
     assert "onerror" not in page.attributes and "onclick" not in page.attributes
     assert page.tags.count("script") == (tmp_path / "page.html").read_text().count("<script>") <= 1
     assert any("</script><script>alert(1)</script>" in text for text in page.text)
-
-
-def test_a_name_that_is_no_utf8_is_on_the_page_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    name = os.fsdecode(b"caf\xe9")
-    for ending in (".png", "_seg.png"):
-        write_png(tmp_path / "clips" / "plain.png", np.full((16, 16, 3), 90, np.uint8))
-        (tmp_path / "clips" / "plain.png").rename(tmp_path / "clips" / f"{name}{ending}")
-    (tmp_path / "clips" / f"{name}.txt").write_text("a")
-    code = cli.main(["inspect", str(tmp_path / "clips"), "data.sizes=[[16, 16, 1]]", "--out", str(tmp_path / "p.html")])
-    assert code in (0, 2) and b"caf\xe9" in (tmp_path / "p.html").read_bytes()
-    capsys.readouterr().out.encode("utf-8")
 
 
 def test_prompts_are_text_in_the_report(tmp_path: Path) -> None:

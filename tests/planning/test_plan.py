@@ -94,8 +94,8 @@ def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) 
     ],
 )
 def test_a_run_does_what_was_planned(demo: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    """The demo's images and short clips fit no bucket, so some are dropped; a whole epoch meets every other bucket."""
-    epoch = ("train.epochs=1", "train.max_steps=0", "train.global_batch=4")
+    """The demo's images and short clips fit no bucket, so some are dropped; two epochs meet every other bucket."""
+    epoch = ("train.epochs=2", "train.max_steps=0", "train.global_batch=4")
     overrides = (f"output_dir={tmp_path}", *QUIET, "data.frames=[17]", *epoch, *overrides)
     (run,) = run_ranks(_measured, 1, demo / "config.yaml", overrides)
     made = planned(configfile.load(demo / "config.yaml", overrides))

@@ -352,7 +352,8 @@ def test_a_mistake_is_one_clear_line(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [((), "set it to a picture"), (("--background", "nowhere.png"), "nowhere.png is missing")]
+    ("words", "message"),
+    [((), "set it to an image or a video"), (("--background", "nowhere.png"), "nowhere.png is missing")],
 )
 def test_a_missing_background_is_told_before_the_model_is_loaded(
     run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str

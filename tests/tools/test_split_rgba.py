@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from split_rgba import random_color, unpremultiplied
 
 from tests.support.toolbox import FPS, PAIR, SCENES, all_frames, multiplied, scanned, stack, tool
 from transpixeler.config import DataConfig, SourceConfig
@@ -122,7 +123,7 @@ def test_sources_of_rgba_files_undo_it_too(tmp_path: Path, fill: str) -> None:
 def test_unpremultiplied_is_the_inverse_as_far_as_bits_reach() -> None:
     rgba = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
     rgba[..., 3] = np.maximum(rgba[..., 3], 64)
-    assert np.abs(split_rgba.unpremultiplied(multiplied(rgba)).astype(int) - rgba).max() <= 2
+    assert np.abs(unpremultiplied(multiplied(rgba)).astype(int) - rgba).max() <= 2
 
 
 def test_hidden_colour_is_filled_as_declared(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_hidden_colour_is_filled_as_declared(tmp_path: Path) -> None:
         out = tmp_path / fill
         assert split_rgba(tmp_path / "clip", "--out", out, "--fill", fill, "--color", "9,99,199", "--lossless") == 0
         means[fill] = all_frames(out / "clip.mp4")[hidden].mean(0)
-    expected = {"extend": color, "black": FILL, "color": (9, 99, 199), "random": split_rgba.random_color("clip"),
+    expected = {"extend": color, "black": FILL, "color": (9, 99, 199), "random": random_color("clip"),
                 "keep": (200, 0, 200)}  # fmt: skip
     for fill, wanted in expected.items():
         assert np.abs(means[fill] - wanted).max() < 4, fill

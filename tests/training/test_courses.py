@@ -227,10 +227,17 @@ def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tup
         opening.changes(configfile.from_overrides([*first, *then]), restored)
 
 
+def release(run: run_folder.Run) -> None:
+    """End a run as its process does."""
+    assert run.lock is not None
+    run.lock.release()
+
+
 def test_requests_of_a_job_that_was_killed_are_not_those_of_the_next(tmp_path: Path) -> None:
     config = configfile.from_overrides([f"output_dir={tmp_path}", "run_name=mine"])
     made = opening.open_run(config, ONE, None)
     (made.folder / "save_quit").touch()
+    release(made)
     again = opening.open_run(config, ONE, str(made.folder))
     assert not (again.folder / "save_quit").exists()
 
@@ -240,9 +247,10 @@ def test_resume_alone_means_the_run_that_the_config_names_or_else_the_latest(tmp
         configfile.from_overrides([f"output_dir={tmp_path}", *words])
         for words in ((), ("run_name=mine",), ("run_name=absent",))
     )
-    opening.open_run(mine, ONE, None)  # stopped before its first step, so that it never was the latest
+    release(opening.open_run(mine, ONE, None))  # stopped before its first step, so that it never was the latest
     latest = opening.open_run(unnamed, ONE, None)
     opening.begin(latest, unnamed)
+    release(latest)
     assert opening.open_run(unnamed, ONE, "").folder == latest.folder
     assert opening.open_run(mine, ONE, "").folder == tmp_path / "mine"
     with pytest.raises(UserError, match=r"absent is no folder; leave --resume out"):

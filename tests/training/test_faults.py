@@ -11,7 +11,7 @@ import pytest
 
 from tests.training.trainings import FAST, metrics, start, wait_for_step
 from transpixeler import cli
-from transpixeler.runs import checkpoint, folder
+from transpixeler.runs import checkpoint, folder, lock
 
 
 def train(demo: Path, output: Path, *words: str) -> int:
@@ -80,7 +80,7 @@ def test_drafts_of_a_killed_run_are_removed_when_it_goes_on(demo: Path, tmp_path
         (tmp_path / "mine" / name).touch()
     assert train(demo, tmp_path, "train.max_steps=2", "--resume") == 0
     hidden = {path.name for path in (tmp_path / "mine").iterdir() if path.name.startswith(".")}
-    assert hidden == {folder.JOB}
+    assert hidden == {folder.JOB, lock.LOCK}
 
 
 # --- optimizers by name ----------------------------------------------------------------------------------------------

@@ -73,14 +73,14 @@ def test_every_optimizer_lowers_a_simple_loss_and_resumes_from_its_tensors(
 def test_compiled_updates_of_one_family_are_not_kept_for_another() -> None:
     """Runs in a process of its own, as a user's: the tests' others turn that cache off before torch is loaded."""
     program = (
-        "import torch; from tests import tiny; from transpixeler import optim, trainer\n"
+        "import torch; from tests.support import tiny; from transpixeler.training import optim, trainer\n"
         "from torch._functorch import config\n"
         "assert config.enable_autograd_cache, 'it is off whatever is built'\n"
         "optim.build({'a': torch.nn.Parameter(torch.ones(8, 8))}, tiny.config('optim.name=adamw8bit').optim)\n"
         "raise SystemExit(config.enable_autograd_cache)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_AUTOGRAD_CACHE"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment)
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], env=environment)
     assert done.returncode == 0
 
 

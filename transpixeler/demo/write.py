@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from transpixeler.config import UserError
 from transpixeler.data.media.write import write_mp4, write_png, write_png_sequence, write_prores4444, write_webm_alpha
@@ -139,7 +140,10 @@ def write_demo(
 
 def _write_parts(folder: Path, *, seed: int, train_clips: int, eval_clips: int, depth: bool) -> None:
     log.info("%s: a tiny Wan pipeline", folder / "model")
-    write_model(folder / "model")
+    try:
+        write_model(folder / "model")
+    except SafetensorError as fault:  # safetensors' own error for a disk that takes no more
+        raise OSError(str(fault)) from fault
     train = scenes(train_clips, formats=FORMATS, held_out=False, seed=seed)
     held_out = scenes(eval_clips, formats=FORMATS, held_out=True, seed=seed)
     for name, clips in (("train", train), ("eval", held_out)):

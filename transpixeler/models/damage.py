@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,3 +25,12 @@ def naming_damage(path: Path) -> Iterator[None]:
         raise UserError(
             f"model.path: {path} cannot be used ({type(fault).__name__}: {said}); copy or download it again"
         ) from fault
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model folder."""
+    with naming_damage(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        return content

@@ -30,9 +30,8 @@ from transpixeler.families.wan.original import (
     original_vae_config,
     original_vae_state,
 )
-from transpixeler.files import read_json
 from transpixeler.models.backbone import Digest, file_digest
-from transpixeler.models.damage import naming_damage
+from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.weights import resolve
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
     """(stride in frames, height and width; latent channels), read off the config's levels."""
     folder = _vae_folder(path)
     if (folder / _VAE_CONFIG).exists():
-        config = read_json(folder / _VAE_CONFIG)
+        config = read_config(folder / _VAE_CONFIG)
     else:
         config = original_vae_config(folder)
     with naming_damage(folder / _VAE_CONFIG):

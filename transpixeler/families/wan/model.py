@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transpixeler.config import UserError
 from transpixeler.families.wan.config import TEXT_LEN, WanConfig
 from transpixeler.families.wan.names import config_from_shapes, internal_names
-from transpixeler.files import read_json
 from transpixeler.models.attention import attention, fold_padding, pick_kernel, unfold_padding
 from transpixeler.models.backbone import (
     Block,
@@ -33,6 +32,7 @@ from transpixeler.models.backbone import (
     file_digest,
 )
 from transpixeler.models.costs import adapter_shapes
+from transpixeler.models.damage import read_config as read_object
 from transpixeler.models.dimensions import Dimensions
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import Linear, scope_copy
@@ -248,7 +248,7 @@ class Head(nn.Module):
 
 def _has_two_experts(folder: Path) -> bool:
     """In diffusers' layout by the pipeline's own list, in Wan's by its folders."""
-    index = read_json(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
+    index = read_object(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
     return any(index.get("transformer_2") or ()) or (folder / "high_noise_model").is_dir()
 
 
@@ -299,7 +299,7 @@ class WanModel(VideoModel):
         found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
         if not found:
             raise UserError(f"model.path: {path} holds neither transformer/config.json nor config.json")
-        return read_json(found[0])
+        return read_object(found[0])
 
     @property
     def patch(self) -> Grid:

@@ -192,13 +192,12 @@ def _scope_text(scope: Scope) -> str:
 
 
 def _scope_of(file: Path, text: object) -> Scope:
-    if not isinstance(text, str) or not text.startswith("["):
-        names = [text]
-    else:
-        names = _header_value(file, {f"{_OURS}scope": text}, "scope", [])
+    if isinstance(text, str) and not text.startswith("["):
+        return text
+    names = _header_value(file, {f"{_OURS}scope": text}, "scope", []) if isinstance(text, str) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file}: damaged, its header's scope is no stream and no list of streams")
-    return str(text) if names == [text] else tuple(names)
+    return tuple(names)
 
 
 def _header_value(file: Path, header: Mapping[str, str], key: str, default: Any) -> Any:

@@ -150,7 +150,7 @@ class _NoAliases(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "an alias is not read here", self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(None, None, "an alias is not read here", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
 

@@ -1,4 +1,4 @@
-"""Convert plain values, as YAML holds them, to the types of the config's dataclasses.
+"""Convert plain values to the types of the config's dataclasses, and refuse unknown keys.
 
 In: a `Tree` of values, each with the file that set it. Out: dataclasses; every error names the key and that file.
 """

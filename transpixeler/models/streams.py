@@ -1,4 +1,4 @@
-"""Where each stream lies: in a packed batch of latents and in the token sequence.
+"""Locate each stream in a packed batch of latents and in the token sequence.
 
 In: the streams' names, their latent shapes and the patch size. Out: grids, slices and views. Everything that depends on
 shapes (scopes, RoPE, stream embeddings, unpatchify, receive buffers) asks this one value, so unequal grids are no

@@ -1,4 +1,4 @@
-"""From a config to this rank's stages, with their weights: built on meta, cut, adapted, wrapped, and only then filled.
+"""Cut the model into this rank's stages and load them: built on meta, cut, adapted, wrapped, and only then filled.
 
 In: how to make the model on meta, where its weights lie, and the mesh. Out: an `Engine`. No rank ever holds more of the
 model than its own stages' shards.

@@ -1,4 +1,4 @@
-"""One call for a training step's forward and backward, whatever the layout.
+"""Share blocks out over pipeline stages, and run a training step's forward and backward, whatever the layout.
 
 In: an `Example`. Out: gradients summed over every data rank, and each sample's error per stream. With one stage it is a
 loop over microbatches; with more, a schedule of `torch.distributed.pipelining`. Nothing above knows which.

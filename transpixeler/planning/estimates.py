@@ -1,4 +1,4 @@
-"""A model on meta, a config and a data set's buckets go in; bytes and seconds come out, for any layout.
+"""Predict the memory and time of a run, for any layout, from a model on meta, a config and a data set's buckets.
 
 It also finds the layouts that fit a machine, the fastest first. `models.costs` has the formulas for one sample; here
 they are applied to stages, shards and microbatches.

@@ -1,7 +1,7 @@
-"""Save the training state beside training: a checkpoint appears only when every byte is written, synced and hashed.
+"""Save checkpoints beside training, each whole or not there, and remove what is older than the config keeps.
 
-In: the tensors of `training_state` and a small dict. Out: RUN/checkpoints/global_step…; what is older than the config
-keeps is removed.
+In: the tensors of `training_state` and a small dict. Out: RUN/checkpoints/global_step…, which appears only when every
+byte is written, synced and hashed.
 """
 
 from __future__ import annotations

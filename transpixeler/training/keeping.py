@@ -1,4 +1,4 @@
-"""Keep what training made: adapters and checkpoints when they are due, and pushes of them to the Hub.
+"""Save what training made, adapters and checkpoints when they are due, and push it to the Hub.
 
 In: the training state, the schedule and what users asked for. Out: RUN/epoch1, RUN/step1000 and RUN/checkpoints. Which
 of them are due by the clock is rank 0's decision, which all ranks share.

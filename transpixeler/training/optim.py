@@ -1,4 +1,4 @@
-"""Make the optimizer, and compute learning rates, gradient norms and clipping, for plain and sharded parameters.
+"""Make the optimizer and the learning-rate schedules, and clip gradients, for plain and sharded parameters.
 
 In: named parameters and `optim.*`. Out: a torch optimizer, the rate of each step as a pure function, and the norm of
 all gradients over every stage and shard.

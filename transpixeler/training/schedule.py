@@ -1,4 +1,4 @@
-"""Decide what happens at which step: epochs, rates, saves and evaluations, all pure functions of the step.
+"""Decide at which step an epoch ends and a save or evaluation is due, all pure functions of the step.
 
 In: a config and the order of its samples. Out: answers that a resumed run gives again.
 """

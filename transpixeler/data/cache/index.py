@@ -1,7 +1,8 @@
-"""Index the cache: a key in; the segment file and offset of its record out. Files are mapped and never parsed.
+"""Define the format of the cache's index: a key in; the segment file and offset of its record out.
 
 One file for each writer, `NAME.idx`: a header of 64 bytes, then a row of 64 bytes for each record, appended after the
-record's bytes are on disk. A row has its own check: torn, zeroed or garbled, it is no record. A dropped row is zeros.
+record's bytes are on disk; the files are mapped, never parsed. A row has its own check: torn, zeroed or garbled, it is
+no record. A dropped row is zeros.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video in three parts, over any number of streams.
+"""Wan 2.1 text-to-video in three parts, with RoPE positions, over any number of streams.
 
 In: packed noisy latents `[B, N]`, timesteps `[B, S]`, text `[B, 512, text_dim]`. Out: packed velocity `[B, N]`.
 Parameters carry the published original names inside `embed`, `blocks` and `head`. Streams are concatenated on the

@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Cut:
-    """Which frames to read from a source, and how to turn them into a pair."""
+    """Frames to read from a source, and the way to turn them into a pair."""
 
     source: Path
     media: Media

@@ -37,7 +37,7 @@ class Adapter:
 
     @property
     def is_plain(self) -> bool:
-        """Whether any program may apply it to every token: a plain LoRA."""
+        """Tell whether any program may apply it to every token: a plain LoRA."""
         return not self.stream_embeddings and all(scope == "all" for scope in self.scopes.values())
 
     def down(self, target: str) -> Tensor:

@@ -72,7 +72,7 @@ def apply_adapter(model: VideoModel, adapter: Adapter) -> None:
 def adapter_of(
     model: VideoModel, metadata: Mapping[str, str], *, values: Mapping[str, Tensor] | None = None
 ) -> Adapter:
-    """The adapter that a model, or its stage of a pipeline, holds: its own values, or averages of them by name.
+    """Collect the adapter of a model, or of its stage of a pipeline: its own values, or averages of them by name.
 
     Every rank of a shard calls it: whole tensors are gathered.
     """
@@ -97,7 +97,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _single(number: float) -> float:
-    """As a file of fp32 keeps it."""
+    """Round a number as a file of fp32 does."""
     return torch.tensor(number, dtype=torch.float32).item()
 
 
@@ -200,7 +200,7 @@ def save_model(
 
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of either published spelling in diffusers' words."""
+    """Translate a config of either published spelling into diffusers' words."""
     fixed = {"_class_name": "WanTransformer3DModel", "qk_norm": "rms_norm_across_heads"}
     return fixed | asdict(WanConfig.read(config))
 
@@ -253,7 +253,7 @@ def _save(tensors: dict[str, Tensor], file: Path, header: Mapping[str, str]) -> 
 
 
 def _check_written(folder: Path, config: Mapping[str, Any]) -> None:
-    """What was written is a whole model of this config, by its own header."""
+    """Check by its own header that what was written is a whole model of this config."""
     with torch.device("meta"):
         wanted: nn.Module = WanModel.from_config(dict(config), streams=("rgb",))
     source = WeightSource(folder, wan_names.internal_names)

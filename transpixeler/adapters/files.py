@@ -51,7 +51,7 @@ _SUFFIXES = {
 
 
 class Spelling(NamedTuple):
-    """How a format writes a target's three tensors; without an alpha key the scale is folded into `up`."""
+    """A format's names of a target's three tensors; without an alpha key the scale is folded into `up`."""
 
     module: Callable[[str], str]  # internal module name → stored one
     down: str
@@ -121,7 +121,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
 
 
 def with_whole_blocks(adapter: Adapter) -> Adapter | None:
-    """A plain adapter and pairs of zeros for what it leaves alone in its blocks; None where that cannot be had.
+    """Add pairs of zeros to a plain adapter for what it leaves alone in its blocks; None where that cannot be had.
 
     Their rank is the usual one: readers take the most frequent for all of which nothing else is said.
     """
@@ -158,7 +158,7 @@ def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:
 
 
 def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
-    """What a reader needs beside the tensors; every value a string, as safetensors wants it."""
+    """Return what a reader needs beside the tensors; every value a string, as safetensors wants it."""
     assert not set(adapter.metadata) & set(_DERIVED), "these follow from the tensors"
     ranks = {target: adapter.rank(target) for target in adapter.targets}
     scope = most(adapter.scopes.values(), "all")
@@ -215,7 +215,7 @@ def _header_value(file: Path, header: Mapping[str, str], key: str, default: Any)
 
 
 def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = "seg", key: str = "adapter") -> Adapter:
-    """An adapter of ours, of ComfyUI, diffusers, PEFT, kohya or the published TransPixeler code, from anywhere.
+    """Read an adapter of ours, of ComfyUI, diffusers, PEFT, kohya or the published TransPixeler code, from anywhere.
 
     `alpha` stands in where the file says nothing of its strength; `stream` names the published code's one companion.
     """
@@ -227,7 +227,7 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = 
 
 
 def adapter_file(path: Path) -> Path:
-    """The file in an adapter folder, or in the newest save of a run."""
+    """Find the file in an adapter folder, or in the newest save of a run."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: adapters are read from .safetensors files only")

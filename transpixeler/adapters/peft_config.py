@@ -28,7 +28,7 @@ def most(values: Iterable[Any], default: Any) -> Any:
 
 
 def beside(adapter: Adapter, ours: Mapping[str, str]) -> str:
-    """The config of an adapter's folder, with our header in it, for whoever looks there."""
+    """Make the config of an adapter's folder, with our header in it, for whoever looks there."""
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.metadata.get("base_model", ""),
@@ -60,7 +60,7 @@ def in_header(adapter: Adapter) -> dict[str, str]:
 
 
 def read(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """The config that PEFT leaves beside a file, or diffusers in its header."""
+    """Read the config that PEFT leaves beside a file, or diffusers in its header."""
     config = file.with_name(CONFIG_FILE)
     if config.exists():
         return read_json(config)

@@ -29,7 +29,7 @@ class SampleClip(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """What the sources of a set hold."""
+    """The samples that the sources of a set hold, good and bad."""
 
     samples: tuple[Sample, ...] = ()
     bad: tuple[BadSample, ...] = ()

@@ -191,7 +191,7 @@ def _write_video(folder: Path, stem: str, frames: Iterable[np.ndarray], format: 
 
 
 def clip_names(clips: Sequence[Scene]) -> Iterable[str]:
-    """Number the clips: 001, 002, …"""
+    """Name the clips by number, from 001."""
     return (f"{number:03d}" for number in range(1, len(clips) + 1))
 
 

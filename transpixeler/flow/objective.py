@@ -1,4 +1,4 @@
-"""What the model is asked to learn: noise, timesteps, tasks and the weights of the loss, as pure functions.
+"""Define what the model learns: noise, timesteps, tasks and the weights of the loss, as pure functions.
 
 In: packed latents and who they are (seed, step, sample ids, places in the global batch). Out: an `Example`. Nothing
 depends on the layout, the number of workers or earlier calls, so every layout and every resume sees the same draws.
@@ -43,7 +43,7 @@ class Example:
         return torch.lerp(self.latents.float(), self.noise.float(), self.layout.spread(self.timesteps))
 
     def velocity(self) -> Tensor:
-        """The target ε − x, [b, N] in fp32."""
+        """Return the target ε − x, [b, N] in fp32."""
         return self.noise.float() - self.latents.float()
 
 
@@ -57,7 +57,7 @@ def mean_squared_errors(predicted: Tensor, velocity: Tensor, layout: StreamLayou
 
 
 def generator(*key: object) -> torch.Generator:
-    """A generator that is a pure function of its key."""
+    """Make a generator that is a pure function of its key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -76,7 +76,7 @@ def draw_times(config: ObjectiveConfig, *, seed: int, step: int, slots: Sequence
 
 
 def quantile(config: ObjectiveConfig, uniform: Tensor) -> Tensor:
-    """The density's inverse distribution, cut to [t_min, t_max] without piling up at its ends."""
+    """Invert the density's distribution, cut to [t_min, t_max] without piling up at its ends."""
     low, high = (_distribution(config, t) for t in (config.t_min, config.t_max))
     u = low + uniform.double() * (high - low)
     t = (
@@ -89,7 +89,7 @@ def quantile(config: ObjectiveConfig, uniform: Tensor) -> Tensor:
 
 
 def _distribution(config: ObjectiveConfig, t: float) -> float:
-    """How much of the density lies below t."""
+    """Return the share of the density that lies below t."""
     t = t / (config.shift - (config.shift - 1) * t)
     if config.density == "uniform" or t in (0.0, 1.0):
         return t
@@ -153,7 +153,7 @@ def prepare(
     slots: Sequence[int],
     batch: int,
 ) -> Example:
-    """The draws for the samples `ids` that stand at `slots` of a global batch of `batch`."""
+    """Make the draws for the samples `ids` that stand at `slots` of a global batch of `batch`."""
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
     known = tasks(layout.names)
     given = [known[draw_task(config.tasks, *key)] for key in keys]

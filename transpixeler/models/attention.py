@@ -48,14 +48,14 @@ SAVED_OPS = (
 
 
 def available_kernels(device: torch.device) -> tuple[str, ...]:
-    """The values of `model.attention` that run forward and backward on a device."""
+    """List the values of `model.attention` that run forward and backward on a device."""
     if device.type == "cuda":
         return ("sdpa", "flash", "cudnn", "efficient", "math", "flex")
     return ("sdpa", "flash", "math")
 
 
 def pick_kernel(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What `model.attention` means on a device: cuDNN is the fastest from Hopper on, elsewhere torch chooses well."""
+    """Resolve `model.attention` for a device: cuDNN is the fastest from Hopper on, elsewhere torch chooses well."""
     if kernel == "auto":
         hopper = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         return "cudnn-first" if hopper else "sdpa"
@@ -68,7 +68,7 @@ def pick_kernel(kernel: str, device: torch.device, dtype: torch.dtype, head_dim:
 
 @cache
 def _runs(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Tried once on a few zeros: only torch knows what a machine, a dtype and a size of heads exclude."""
+    """Try it once on a few zeros: only torch knows what a machine, a dtype and a size of heads exclude."""
     if kernel in ("sdpa", "math", "flex"):  # which take all
         return True
     x = torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -93,9 +93,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tenso
 
 
 def fold_padding(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows `[B, T, D]` up to the first from which all are equal, and the bias that lets that one count for them: n
-    equal keys take the share of one whose logit is higher by log n.
+    """Cut rows `[B, T, D]` after the first from which all are equal, and make the bias that lets it count for them.
 
+    n equal keys take the share of one whose logit is higher by log n.
     Only where it is a gain: on a GPU the kernels without a bias are the fast ones, and reading the rows would wait.
     """
     if rows.device.type != "cpu" or torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""What every backbone is: three named parts, run over several streams, cut and wrapped by those names.
+"""Define the backbone: three named parts, run over several streams, cut and wrapped by those names.
 
 In: a model's config. Out: an `nn.Module` that takes packed noisy latents and their conditions and returns packed
 velocity. The pipeline, FSDP, recompute, compile and LoRA know this class and no concrete model.
@@ -29,13 +29,13 @@ FAMILIES = {"wan": "transpixeler.families.wan.model:WanModel"}
 
 
 def model_class(family: str) -> type[VideoModel]:
-    """The class of `model.family`, imported only when it is used."""
+    """Import the class of `model.family`, only when it is used."""
     module, name = FAMILIES[family].split(":")
     return getattr(import_module(module), name)
 
 
 def file_digest(path: Path) -> str:
-    """What a file holds, in one hash."""
+    """Hash a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -44,7 +44,7 @@ def file_digest(path: Path) -> str:
 
 
 class Conditions(NamedTuple):
-    """What a model is conditioned on; another kind of conditioning is another field."""
+    """Inputs that a model is conditioned on; another kind of conditioning is another field."""
 
     timesteps: Tensor  # [B, S] in [0, 1]
     text: Tensor  # [B, text_len, text_dim], zero padded
@@ -145,7 +145,7 @@ class VideoModel(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def read_config(cls, path: str | Path) -> dict[str, Any]:
-        """The published config in a model folder."""
+        """Read the published config in a model folder."""
 
     @classmethod
     @abstractmethod
@@ -157,15 +157,15 @@ class VideoModel(nn.Module, ABC):
 
     @abstractmethod
     def state_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> State:
-        """Meta tensors of what flows between stages."""
+        """Make meta tensors of what flows between stages."""
 
     @abstractmethod
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype a base parameter keeps when matmuls run in `dtype`."""
+        """Return the dtype a base parameter keeps when matmuls run in `dtype`."""
 
     @abstractmethod
     def dimensions(self) -> Dimensions:
-        """What `models.costs` needs to know; of the whole model, so ask before `keep`."""
+        """Return what `models.costs` needs to know; of the whole model, so ask before `keep`."""
 
     @abstractmethod
     def rebuild_buffers(self) -> None:
@@ -179,7 +179,7 @@ class VideoModel(nn.Module, ABC):
 
     @classmethod
     def clean_caption(cls, text: str) -> str:
-        """What the text encoder reads of it: captions that differ in nothing else share one encoding."""
+        """Return what the text encoder reads of it: captions that differ in nothing else share one encoding."""
         return text
 
     @classmethod

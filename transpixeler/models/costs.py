@@ -1,4 +1,4 @@
-"""What a step costs: FLOPs and bytes as pure functions of a model's dimensions and a layout.
+"""Compute a step's cost: FLOPs and bytes as pure functions of a model's dimensions and a layout.
 
 In: dimensions (of a model on meta, so no weights are needed) and tokens of each stream. Out: numbers for telemetry,
 `plan` and the choice of what to recompute. A frozen layer costs its forward and its input's gradient, no weight
@@ -21,7 +21,7 @@ Recompute = str | int  # as in `parallel.recompute`: "none", "full", "attention"
 
 
 class Flops(NamedTuple):
-    """Of one sample's forward pass."""
+    """FLOPs of one sample's forward pass."""
 
     linear: float
     attention: float
@@ -33,7 +33,7 @@ class Flops(NamedTuple):
 
 
 def adapter_shapes(model: nn.Module) -> tuple[AdapterShape, ...]:
-    """Of every adapter that is in the model."""
+    """List the shape of every adapter that is in the model."""
     return tuple(
         AdapterShape(linear.in_features, linear.out_features, linear.rank, linear.span, inside(name) in TEXT_TARGETS)
         for name, linear in lora_linears(model)
@@ -75,12 +75,12 @@ def step_flops(d: Dimensions, lengths: Sequence[int], *, recompute: Recompute = 
 
 
 def unwanted_flops(d: Dimensions, tokens: int) -> float:
-    """Of a forward pass, what no backward pass asks for again: every block's last projection, which is only added."""
+    """Count what recomputing a forward pass leaves out: every block's last projection, which is only added."""
     return 2 * d.blocks * tokens * d.ffn * d.width
 
 
 def recomputed_share(d: Dimensions, recompute: Recompute) -> float:
-    """Of the blocks, those that run in full again."""
+    """Return the share of blocks that run in full again."""
     if isinstance(recompute, int):
         return math.ceil(d.blocks / recompute) / d.blocks
     return 1.0 if recompute in ("full", "offload") else 0.0
@@ -92,7 +92,7 @@ def recomputed_share(d: Dimensions, recompute: Recompute) -> float:
 def kept_bytes(
     d: Dimensions, lengths: Sequence[int], *, size: int, full: bool = False, compiled: bool = False
 ) -> float:
-    """What one block keeps for its backward pass for one sample, in `size` bytes a number.
+    """Count what one block keeps for its backward pass for one sample, in `size` bytes a number.
 
     Without compiling, what norms take in is kept in fp32. Training the base keeps what linears, norms and
     gates take in.
@@ -122,7 +122,7 @@ def activation_bytes(
     full: bool = False,
     compiled: bool = False,
 ) -> int:
-    """Of one sample at the worst moment: what all blocks keep, and the work of the one whose turn it is."""
+    """Count one sample's bytes at the worst moment: what all blocks keep, and the work of the one whose turn it is."""
     tokens = sum(lengths)
     block = kept_bytes(d, lengths, size=size, full=full, compiled=compiled)
     work = tokens * (2 * d.ffn + 4 * d.width) * size

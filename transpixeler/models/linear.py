@@ -51,7 +51,7 @@ def activated(x: Tensor, gelu: bool) -> Tensor:
 
 
 def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:
-    """A copy of the tokens that these linears' adapters all act on, when the backward pass then holds fewer."""
+    """Copy the tokens that these linears' adapters all act on, when the backward pass then holds fewer."""
     spans = {getattr(linear, "span", None) for linear in linears}
     if not tokens.lean or len(spans) > 1 or None in spans or not x.requires_grad:
         return None
@@ -70,7 +70,7 @@ def project(
     gelu: bool = False,
     wanted: bool = True,
 ) -> Tensor:
-    """Base projection of all tokens, plus the adapter's on the scope's; the base is frozen.
+    """Project all tokens by the frozen base, and add the adapter's projection of the scope's.
 
     `part`, a copy of the scope's tokens, is what is kept for the backward pass; a view would keep all tokens alive.
     With `gelu`, what goes into it is kept instead, and what comes out of it is made again on the scope alone.
@@ -101,8 +101,10 @@ class _Trained(torch.autograd.Function):
 
 
 def _asked(ctx, index: int) -> bool:
-    """Whether this pass wants the gradient of a tensor that went in: a schedule may run those of inputs first and those
-    of weights later, through one graph."""
+    """Tell whether this pass wants the gradient of a tensor that went in.
+
+    A schedule may run those of inputs first and those of weights later, through one graph.
+    """
     if torch.compiler.is_compiling() or not ctx.needs_input_grad[index]:
         return ctx.needs_input_grad[index]
     try:
@@ -160,13 +162,15 @@ def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -
 
 
 def _again(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
-    """In the backward pass, by way of the transpose: a compiler finds that nothing the forward pass made is the same,
-    or it would keep that."""
+    """Make the whole weight again in the backward pass, by way of the transpose.
+
+    A compiler then finds that nothing the forward pass made is the same, or it would keep that.
+    """
     return _full(weight.t(), None if scale is None else scale.t(), kind, dtype).t()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Into an empty tensor, as a projection whose result is not wanted makes one: what is recorded stays alike."""
+    """Project into an empty tensor, as where the result is not wanted: what is recorded stays alike."""
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     y, rows = x.new_empty(*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
@@ -176,7 +180,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _through_gelu(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of what went into GELU, in the place of that of what came out."""
+    """Write the gradient of what went into GELU in the place of that of what came out."""
     if torch.compiler.is_compiling():
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
     return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)

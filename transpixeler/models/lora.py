@@ -150,7 +150,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def first_value(name: str, shape: torch.Size, *, seed: int) -> Tensor:
-    """An adapter parameter's whole first value: A kaiming-uniform from (seed, name), all else zero."""
+    """Make an adapter parameter's whole first value: A kaiming-uniform from (seed, name), all else zero."""
     if not name.endswith(".lora_A"):
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -197,7 +197,7 @@ def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor], *, assign: Ass
 
 
 def _lives_here(model: nn.Module, name: str) -> bool:
-    """Whether this stage would hold the name, were it in the model at all."""
+    """Tell whether this stage would hold the name, were it in the model at all."""
     part, _, rest = name.partition(".")
     if part != "blocks":
         return getattr(model, part, None) is not None

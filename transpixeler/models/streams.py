@@ -24,7 +24,7 @@ Scope = str | tuple[str, ...]  # "aux", "all" or names of streams
 
 
 class Tokens(NamedTuple):
-    """What a block must know of the sequence; plain ints, so that a compiled block specialises on them."""
+    """Facts that a block needs of the sequence; plain ints, so that a compiled block specialises on them."""
 
     rope: Tensor  # [T, head_dim / 2, 2], cosine and sine
     lengths: tuple[int, ...]  # tokens of each stream
@@ -51,14 +51,14 @@ def scope_span(scope: Scope, names: Sequence[str]) -> tuple[int, int]:
 
 
 def stream_embeddings(names: Sequence[str], width: int) -> nn.ParameterDict:
-    """A vector for each stream that is marked by one, under its name."""
+    """Make a vector for each stream that is marked by one, under its name."""
     if taken := [name for name in names if hasattr(nn.ParameterDict(), name)]:
         raise UserError(f"streams: {taken[0]!r} is torch's own name for something else; choose another")
     return nn.ParameterDict({name: torch.zeros(width) for name in names})
 
 
 def span_slice(lengths: Sequence[int], span: tuple[int, int]) -> slice:
-    """The tokens of a span of streams, or whatever the lengths count."""
+    """Slice the tokens of a span of streams, or whatever the lengths count."""
     start = sum(lengths[: span[0]])
     return slice(start, start + sum(lengths[span[0] : span[1]]))
 

@@ -41,7 +41,7 @@ _LISTED = 10
 
 
 def resolve(path: str | Path, *, only: Sequence[str], key: str = "model.path") -> Path:
-    """A local path as it is, or a Hub id after downloading what matches `only`, so that every caller takes both."""
+    """Return a local path as it is, or a Hub id's folder after downloading what matches `only`."""
     local = Path(path).expanduser()
     if local.exists():
         return local
@@ -89,7 +89,7 @@ class _Pickled:
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, memory-mapped where its format allows; nothing in it is ever executed."""
+    """Load the tensors of a `.pth`, memory-mapped where its format allows; nothing in it is ever executed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as fault:
@@ -150,7 +150,7 @@ class WeightSource:
         return self.read_slice(name, ())
 
     def read_slice(self, name: str, slices: Slices) -> Tensor:
-        """The slice alone travels from the disk; a quantized file's scale is multiplied back."""
+        """Read the slice alone from the disk; a quantized file's scale is multiplied back."""
         stored = self._stored[name]
         piece = self._read(stored, slices)
         scale = self._scale(stored, slices)
@@ -169,7 +169,7 @@ class WeightSource:
         return piece
 
     def _scale(self, stored: str, slices: Slices) -> Tensor | None:
-        """The factor of a quantized weight's slice: one number, or one a row."""
+        """Read the factor of a quantized weight's slice: one number, or one a row."""
         module, _, leaf = stored.rpartition(".")
         found = [module + suffix for suffix in _SCALE_SUFFIXES if module + suffix in self._file_of]
         if leaf != "weight" or not found:
@@ -184,7 +184,7 @@ class WeightSource:
         return scale.reshape(rows, *[1] * (dims - 1))[slices[:1]]
 
     def _check_quantization(self, module: str) -> None:
-        """A newer file names its number format beside the weight; only plain fp8 is the product that we take it for."""
+        """Refuse a number format, named beside the weight in newer files, that is not plain fp8."""
         if f"{module}.comfy_quant" not in self._file_of:
             return
         described = json.loads(bytes(self._read(f"{module}.comfy_quant", ()).tolist()))
@@ -193,7 +193,7 @@ class WeightSource:
 
 
 class Readable(Protocol):
-    """What `load_weights` asks of a source, so that a source may be wrapped."""
+    """The methods that `load_weights` calls on a source, so that a source may be wrapped."""
 
     path: Path
 
@@ -203,7 +203,7 @@ class Readable(Protocol):
 
 
 def local_slices(parameter: Tensor) -> Slices:
-    """Which part of the whole tensor this rank holds."""
+    """Locate the part of the whole tensor that this rank holds."""
     starts, sizes = [0] * parameter.ndim, list(parameter.shape)
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
@@ -251,7 +251,7 @@ def load_weights(model: nn.Module, source: Readable) -> None:
 
 
 def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """What a base's file must give, under the name it has there: a quantized weight counts as the weight it was."""
+    """List what a base's file must give, by its name there: a quantized weight counts as the weight it was."""
     return {
         name.replace(".weight_data", ".weight"): parameter
         for name, parameter in model.named_parameters()
@@ -275,7 +275,7 @@ def _check_fit(model: nn.Module, parameters: Mapping[str, Tensor], source: Reada
 
 
 def _lives_elsewhere(model: nn.Module, name: str) -> bool:
-    """Whether a weight belongs to a part that the model has given to another stage."""
+    """Tell whether a weight belongs to a part that the model has given to another stage."""
     part, _, rest = name.partition(".")
     if part == "blocks":
         index = rest.partition(".")[0]

@@ -20,7 +20,7 @@ from transpixeler.parallel.mesh import Mesh
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What matmuls run in: bf16 on a GPU, fp32 on a CPU, unless the config says."""
+    """Return the dtype of matmuls: bf16 on a GPU, fp32 on a CPU, unless the config says."""
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -54,7 +54,7 @@ def build_engine(
 def shape(
     config: Config, make: Callable[[], VideoModel], dtype: torch.dtype, *, scopes: Mapping[str, Scope] | None = None
 ) -> VideoModel:
-    """The whole model on meta: quantized, adapted, every parameter in its dtype and trainable or not."""
+    """Make the whole model on meta: quantized, adapted, every parameter in its dtype and trainable or not."""
     with torch.device("meta"):
         model = make()
         for parameter in model.parameters():
@@ -74,7 +74,7 @@ def shape(
 
 
 def fill(model: VideoModel, config: Config, source: Readable) -> None:
-    """Base weights from the source, each rank its own slices; adapters from (seed, name)."""
+    """Fill base weights from the source, each rank its own slices, and adapters from (seed, name)."""
     load_weights(model, source)
     model.rebuild_buffers()
     lora.reset_adapter(model, seed=config.seed, assign=assign)

@@ -1,4 +1,4 @@
-"""How ranks are arranged: (pipeline, replicate, shard), from the config and the number of processes.
+"""Arrange ranks as (pipeline, replicate, shard), from the config and the number of processes.
 
 In: `parallel.*` and the world size. Out: this rank's coordinates and the groups that the floors above reduce over.
 Shard is the innermost axis, so that its traffic stays inside a machine; pipeline the outermost, where it is least.
@@ -35,7 +35,7 @@ class Layout:
 
 
 def resolve(config: ParallelConfig, world_size: int) -> Layout:
-    """Fills in what the config leaves open (0), and does the arithmetic for the user where it does not fit."""
+    """Fill in what the config leaves open (0), and do the arithmetic for the user where it does not fit."""
     fixed = [config.pipeline, config.replicate, config.shard]
     if config.replicate == config.shard == 0:
         raise UserError("parallel.replicate: 0 means what is left over, and so does parallel.shard; set one of them")
@@ -82,7 +82,7 @@ class Mesh:
 
 
 def build(layout: Layout, runtime: Runtime) -> Mesh:
-    """Joins the groups; a collective call."""
+    """Join the groups; a collective call."""
     p, r, s = layout.pipeline, layout.replicate, layout.shard
     mesh = init_device_mesh(runtime.device.type, (p, r, s), mesh_dim_names=("pipeline", "replicate", "shard"))
     for group in mesh.get_all_groups():

@@ -99,12 +99,12 @@ def split_blocks(config: ParallelConfig, count: int) -> list[range]:
 
 
 def local_stages(config: ParallelConfig, mesh: Mesh) -> range:
-    """Indices of the stages on this rank."""
+    """Return the indices of the stages on this rank."""
     return range(mesh.pipeline_rank, stage_count(config), config.pipeline)
 
 
 class _Key(NamedTuple):
-    """What a schedule is made for."""
+    """Properties that a schedule is made for."""
 
     layout: StreamLayout
     size: int  # of a microbatch
@@ -113,7 +113,7 @@ class _Key(NamedTuple):
 
 
 class Engine:
-    """This rank's stages and how they work together with everyone else's."""
+    """Stages of this rank, and how they work together with everyone else's."""
 
     def __init__(
         self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype, dimensions: Dimensions
@@ -135,7 +135,7 @@ class Engine:
             dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.pipeline_group)  # warms the communicator
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this rank holds, under names that no layout changes."""
+        """Yield what this rank holds, under names that no layout changes."""
         for stage in self.stages:
             yield from stage.model.named_parameters()
 
@@ -143,7 +143,7 @@ class Engine:
         return [stage.model for stage in self.stages]
 
     def forward_backward(self, example: Example, micro_batch: int) -> Tensor:
-        """Adds to every gradient; returns [b, S] mean squared errors, the same on all ranks of the pipeline."""
+        """Add to every gradient; return [b, S] mean squared errors, the same on all ranks of the pipeline."""
         count, rest = divmod(len(example.latents), micro_batch)
         assert not rest, (len(example.latents), micro_batch)
         self._lay_out(example.layout)
@@ -180,8 +180,11 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No dropout inside. Weights that a forward gathered are let go at the end, or a change of their shards, such
-        as the mean's in place of the parameters, would not be seen; and schedules, which keep what they gave out."""
+        """Turn dropout off inside, and at the end let go of gathered weights and of schedules.
+
+        Else a change of the weights' shards, such as the mean's in place of the parameters, would not be seen; and
+        schedules keep what they gave out.
+        """
         before = [stage.training for stage in self.stages]
         for stage in self.stages:
             stage.eval()
@@ -227,7 +230,7 @@ class Engine:
         return self._from_last(errors, (len(example.latents), len(layout.names)))
 
     def _schedule(self, layout: StreamLayout, conditions: Conditions, size: int, count: int, *, training: bool) -> Any:
-        """A schedule has receive buffers of one shape: another bucket is another schedule over the same modules."""
+        """Return the schedule for these shapes: its receive buffers have one, so another bucket needs another."""
         key = _Key(layout, size, count, training)
         if key not in self._schedules:
             self._schedules[key] = self._new_schedule(layout, conditions, size, count, training)
@@ -290,7 +293,7 @@ class Engine:
         return (hidden.requires_grad_(True), *(t.requires_grad_(self.conditions_need_grad) for t in others))
 
     def _from_last(self, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        """The last stage's result on all ranks of the pipeline, whose ranks hold the same samples."""
+        """Send the last stage's result to all ranks of the pipeline, which hold the same samples."""
         if value is None:
             value = torch.empty(shape, device=self.mesh.device)
         group = self.mesh.pipeline_group
@@ -310,7 +313,7 @@ def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
 
 
 def _extended(tensor: Tensor, rows: int) -> Tensor:
-    """The last row again, where microbatches must be full."""
+    """Repeat the last row, where microbatches must be full."""
     return torch.cat([tensor, tensor[-1:].expand(rows, *tensor.shape[1:])]) if rows else tensor.contiguous()
 
 

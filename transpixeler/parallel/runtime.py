@@ -39,7 +39,7 @@ SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the others."""
+    """One process among the others: its rank, device and timeout."""
 
     rank: int
     world_size: int

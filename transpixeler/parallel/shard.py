@@ -1,4 +1,4 @@
-"""What is done to one stage's blocks before training, in this order: recompute → compile → shard.
+"""Prepare one stage's blocks for training, in this order: recompute → compile → shard.
 
 In: a stage on meta. Out: the same stage under the same names, whose blocks keep, recompute, fuse and shard as told.
 """
@@ -40,7 +40,7 @@ def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh
 
 
 def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
-    """What `auto` means: a GPU's memory is dear, and a CPU is for small things."""
+    """Resolve `auto`: a GPU's memory is dear, and a CPU is for small things."""
     split = splits_backward(config)
     if config.recompute == "attention" and split:
         raise UserError(
@@ -53,12 +53,12 @@ def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
 
 
 def splits_backward(config: ParallelConfig) -> bool:
-    """Whether the schedule takes gradients of inputs and of weights at different times, through one graph twice."""
+    """Tell whether the schedule takes gradients of inputs and of weights at two times, through one graph twice."""
     return config.pipeline > 1 and config.schedule == "interleaved-zero-bubble"
 
 
 def set_recompute(blocks: Sequence[Block], mode: str | int) -> None:
-    """Decides for each block what its forward keeps for the backward pass."""
+    """Decide for each block what its forward keeps for the backward pass."""
     if isinstance(mode, int):
         for block in blocks[::mode]:
             block.recompute = _full
@@ -143,7 +143,7 @@ def _shard(stage: nn.Module, blocks: Iterable[Block], config: ParallelConfig, me
 
 
 def reduces_often(trained: int, total: int) -> bool:
-    """Whether shards sum gradients in each microbatch, of a rank that trains so many of its numbers.
+    """Tell whether shards sum gradients in each microbatch, of a rank that trains so many of its numbers.
 
     Whole gradients wait for the last one where they are an adapter's; a base's would fill the memory.
     """
@@ -151,7 +151,7 @@ def reduces_often(trained: int, total: int) -> bool:
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sums gradients over replicas that hold their weights whole: the adapter's bytes, once a step."""
+    """Sum gradients over replicas that hold their weights whole: the adapter's bytes, once a step."""
     if dist.get_world_size(group) == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}

@@ -33,7 +33,7 @@ _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 @dataclass(frozen=True)
 class Terms:
-    """Where a model is pushed to, and what the card says that no file does."""
+    """The repository that a model is pushed to, and what its card says that no file does."""
 
     repo: str
     private: bool = True

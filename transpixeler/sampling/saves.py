@@ -34,7 +34,7 @@ _PUSHED = (f"{MODEL_FOLDER}/*", "*.safetensors", CONFIG, CONFIG_FILE)  # of a re
 
 @dataclass(frozen=True)
 class Save:
-    """What was saved, on this machine."""
+    """A save on this machine."""
 
     path: Path  # the save's folder, or an adapter file by itself
     run: Path | None  # the run that it belongs to
@@ -50,12 +50,12 @@ class Save:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether there is an adapter; a model that was trained in full has one if it has stream embeddings."""
+        """Tell whether there is an adapter; a model that was trained in full has one if it has stream embeddings."""
         return self.weights is None or (self.path / ADAPTER_FILE).is_file()
 
     @property
     def config(self) -> Path:
-        """Where its config would be: beside it, or beside the raw weights that averaged ones stand in."""
+        """Return the path of its config: beside it, or beside the raw weights that averaged ones stand in."""
         own = self.folder / CONFIG
         return own if own.is_file() or self.folder.name != EMA else self.folder.parent / CONFIG
 

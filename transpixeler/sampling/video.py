@@ -37,7 +37,7 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoShape:
-    """How large a video is, in pixels and in latents."""
+    """The size of a video, in pixels and in latents."""
 
     width: int
     height: int

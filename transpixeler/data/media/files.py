@@ -1,4 +1,4 @@
-"""Which files make up one video: a path in; the file itself, or the numbered images of a sequence folder, out."""
+"""Find the files of one video: a path in; the file itself, or the numbered images of a sequence folder, out."""
 
 from __future__ import annotations
 

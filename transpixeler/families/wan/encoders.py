@@ -132,7 +132,7 @@ class WanTextEncoder:
 
 
 def clean_caption(text: str) -> str:
-    """As Wan was trained: encodings mended where ftfy is installed, entities resolved twice, blanks collapsed."""
+    """Clean as Wan's training did: encodings mended if ftfy is there, entities resolved twice, blanks collapsed."""
     mended = _mender()(text)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
 
@@ -184,12 +184,12 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
-    """What cached latents depend on, known without loading a weight."""
+    """Hash what cached latents depend on, without loading a weight."""
     return _fingerprint(_vae_folder(path), _VAE_FILES, digest)
 
 
 def text_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
-    """What cached texts depend on, known without loading a weight."""
+    """Hash what cached texts depend on, without loading a weight."""
     return _fingerprint(_text_folder(path), _TEXT_FILES, digest)
 
 

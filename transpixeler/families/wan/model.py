@@ -83,7 +83,7 @@ def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
 def streamwise(
     function: Callable[..., Tensor], tokens: Sequence[Tensor], vectors: Sequence[Tensor], lengths: Sequence[int]
 ) -> Tensor:
-    """`function` of token tensors `[B, T, D]` and vectors `[B, S, D]`, broadcast by views and never made per token."""
+    """Apply `function` to tokens `[B, T, D]` and vectors `[B, S, D]`, broadcast by views and never made per token."""
     if len(set(lengths)) == 1:
         views = [x.unflatten(1, (len(lengths), -1)) for x in tokens]
         return function(*views, *[vector[:, :, None] for vector in vectors]).flatten(1, 2)
@@ -92,13 +92,13 @@ def streamwise(
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, lengths: Sequence[int], eps: float) -> Tensor:
-    """norm(x)·(1 + scale) + shift in fp32."""
+    """Return norm(x)·(1 + scale) + shift in fp32."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return streamwise(lambda n, a, b: torch.addcmul(a, n, b), [normed], [shift, 1 + scale], lengths)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor, *, lengths: Sequence[int]) -> Tensor:
-    """x + y·gate in fp32, in the dtype of x."""
+    """Return x + y·gate, computed in fp32, in the dtype of x."""
     return streamwise(lambda a, b, g: torch.addcmul(a, b, g), [x.float(), y.float()], [gate], lengths).to(x.dtype)
 
 
@@ -342,8 +342,10 @@ class WanModel(VideoModel):
             )
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """As diffusers keeps Wan: norms, tables and time embedding in fp32; here the time projection too, as in the
-        original, and the thin ends (patches, head), which cost nothing and meet fp32 latents."""
+        """Keep norms, tables and time embedding in fp32, as diffusers does.
+
+        The time projection too, as in the original, and the thin ends (patches, head), which meet fp32 latents.
+        """
         parts = name.split(".")
         matmul = parts[-1] in ("weight", "bias") and (parts[-2] in ("q", "k", "v", "o") or "ffn" in parts)
         return dtype if matmul or "text_embedding" in parts else torch.float32

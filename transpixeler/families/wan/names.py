@@ -150,7 +150,7 @@ def internal_names(stored: Iterable[str]) -> dict[str, str]:
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The config of a file that comes without one, from shapes by internal name: Wan's heads are all 128 wide."""
+    """Infer a config that a file lacks from shapes by internal name: Wan's heads are all 128 wide."""
     width, channels, *patch = shapes["embed.patch_embedding.weight"]
     blocks = [int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")]
     return {

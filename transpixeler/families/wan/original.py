@@ -59,12 +59,12 @@ _T5_LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def original_vae_state(path: Path) -> dict[str, Tensor]:
-    """The VAE's weights under the names of diffusers' `AutoencoderKLWan`."""
+    """Read the VAE's weights under the names of diffusers' `AutoencoderKLWan`."""
     return _renamed(path, VAE_FILE, vae_module)
 
 
 def original_t5_state(path: Path) -> dict[str, Tensor]:
-    """The text encoder's weights under the names of transformers' `UMT5EncoderModel`, tied embedding included."""
+    """Read the text encoder's weights under the names of transformers' `UMT5EncoderModel`, tied embedding included."""
     state = _renamed(path, T5_FILE, t5_module)
     return state | {"encoder.embed_tokens.weight": state["shared.weight"]}
 

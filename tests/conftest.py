@@ -11,7 +11,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tests.support.families  # noqa: F401 - a family of the tests alone is found from here on
 from tests.support.shared import made_once, session_folder
+from transpixeler.models.family import open_model
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +79,7 @@ def _cache(rank: int, world_size: int, folder: Path) -> None:
 
     from transpixeler import configfile
     from transpixeler.data.encode import encode_missing
-    from transpixeler.families.wan.model import WanModel
     from transpixeler.parallel.runtime import Runtime
 
     config = configfile.load(folder / "config.yaml")
-    encode_missing(config, WanModel, Runtime(rank, world_size, rank, torch.device("cpu")))
+    encode_missing(config, open_model(config.model), Runtime(rank, world_size, rank, torch.device("cpu")))

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
+from tests.support.models import wan_model
 from transpixeler import configfile
 from transpixeler.config import Config
-from transpixeler.families.wan.model import WanModel
 from transpixeler.models import lora
 from transpixeler.parallel import mesh
 
@@ -208,7 +208,7 @@ def test_a_shipped_config_fits_the_machine_that_it_names(name: str, processes: i
 def test_a_shipped_adapter_fits_wan_and_has_the_parameters_that_are_said(name: str, trained: int) -> None:
     config = shipped(name)
     with torch.device("meta"):
-        model = WanModel.from_config(WAN | SIZES[name.split("-")[0]], streams=tuple(config.streams))
+        model = wan_model(WAN | SIZES[name.split("-")[0]], streams=tuple(config.streams))
         lora.inject(model, config.lora)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert round(count / 1e6) == trained

@@ -115,7 +115,6 @@ def test_no_module_imports_another_in_a_circle() -> None:
     assert circle({name: path.read_text() for name, path in MODULES.items()}) == []
 
 
-@pytest.mark.xfail(reason="the seam between families and generic code is not there yet")
 @pytest.mark.parametrize("name", [name for name in MODULES if package_of(name) not in KNOWS_ARCHITECTURES])
 def test_only_families_and_the_demo_name_an_architecture(name: str) -> None:
     assert named_architectures(MODULES[name].read_text()) == []

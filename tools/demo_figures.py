@@ -22,7 +22,7 @@ from transpixeler.config import UserError
 from transpixeler.data.media.write import write_png
 from transpixeler.demo.scenes import Attributes, Format, Scene, heights, render, scenes
 from transpixeler.evaluation import metrics
-from transpixeler.models.backbone import model_class
+from transpixeler.models.family import open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
 from transpixeler.sampling.frames import Frames
@@ -30,7 +30,7 @@ from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel, base_model, load_saved
 from transpixeler.sampling.texts import encode_prompts
-from transpixeler.sampling.video import Video, video_shape
+from transpixeler.sampling.video import Video, video_layout
 
 SHEET_ROWS = 6  # samples in the picture
 MATTING_TASK = "rgb_to_aux"
@@ -106,10 +106,10 @@ def sample(
     """Sample a video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
     config, layout = fit_layout(source.config, runtime, asked=False)
     source = dataclasses.replace(source, config=config)
-    model_cls = model_class(config.model.family)
-    shape, mesh = video_shape(config, model_cls).layout, meshes.build(layout, runtime)
-    frames = Frames(model_cls, config.model.path, runtime.device)
-    texts = encode_prompts(config, captions, model_cls, runtime)
+    model = open_model(config.model)
+    shape, mesh = video_layout(config, model), meshes.build(layout, runtime)
+    frames = Frames(model, runtime.device)
+    texts = encode_prompts(config, captions, model, runtime)
     videos = [
         Video(f"{n}", caption, texts.by_prompt[caption], config.sample.seed + n, shape, _latents(given, n, frames))
         for n, caption in enumerate(captions)
@@ -155,8 +155,9 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _clips(source: SavedModel, count: int) -> Sequence[Scene]:
-    shape = video_shape(source.config, model_class(source.config.model.family))
-    format = Format(shape.width, shape.height, shape.frames, Fraction(source.config.data.fps))
+    model = open_model(source.config.model)
+    frames, height, width = model.geometry.pixels(video_layout(source.config, model).shapes[0])
+    format = Format(width, height, frames, Fraction(source.config.data.fps))
     return scenes(count, formats=[format], held_out=True, seed=source.config.sample.seed + 1)
 
 

@@ -20,7 +20,8 @@ from migrate_keys import BY_CLASS, EXAMPLES, OPTIMIZERS, SAME, UNSAID, Migration
 from tooling import folder_given, run
 
 from transpixeler import configfile
-from transpixeler.config import Config, LoraConfig, OptimConfig, UserError
+from transpixeler.config import Config, OptimConfig, UserError
+from transpixeler.families.wan.family import FAMILY
 from transpixeler.files import whole
 
 SECTIONS = [field.name for field in dataclasses.fields(Config)]
@@ -165,7 +166,7 @@ def _every_linear(migration: Migration) -> None:
         migration.notes.append("cross_attn.k and .v, which read the text, are not adapted, because lora.scope is aux")
         return
     migration.set("lora.scope", "all")
-    migration.set("lora.targets", [*LoraConfig().targets, "cross_attn.k", "cross_attn.v"])
+    migration.set("lora.targets", [*FAMILY.lora_targets, "cross_attn.k", "cross_attn.v"])
 
 
 def _optimizer(table: Table, migration: Migration) -> None:

@@ -24,6 +24,7 @@ from transpixeler.files import printable
 
 if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
+    from transpixeler.models.geometry import Geometry
     from transpixeler.parallel.runtime import Runtime
 
 SECONDS_FOR_MAIN = 5.0  # that other ranks leave rank 0 to tell an error
@@ -267,16 +268,39 @@ def _inspect(arguments: argparse.Namespace) -> int:
     sources = (*config.data.train, *config.data.eval)
     if not sources:
         raise UserError(f"data.train: {arguments.dataset} names no data; set it to a folder of pairs or a manifest")
-    found = inspect_dataset(sources, Path(arguments.out), streams=config.streams, data=config.data, seed=config.seed)
+    found = inspect_dataset(
+        sources,
+        Path(arguments.out),
+        streams=config.streams,
+        data=config.data,
+        geometry=_geometry(config),
+        seed=config.seed,
+    )
     print(printable("\n".join(found.lines())))
     return 2 if found.bad or not found.buckets else 0
 
 
+def _geometry(config: Config) -> Geometry:
+    """Return the model's geometry, or the usual one while the model is not here yet."""
+    from pathlib import Path
+
+    from transpixeler.models.family import open_model
+    from transpixeler.models.geometry import USUAL
+
+    if config.model.path and Path(config.model.path).exists():
+        return open_model(config.model).geometry
+    tall, wide = USUAL.unit
+    print(
+        f"model.path: not here; buckets are counted for sides of {wide}×{tall} pixels and {USUAL.stride[0]}k+1 frames"
+    )
+    return USUAL
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    from transpixeler.adapters import export
+    from transpixeler.adapters.command import export_command
     from transpixeler.sampling.saves import find_save
 
-    made = export.export_command(
+    made = export_command(
         find_save(arguments.path, ema=arguments.ema).path,
         format=arguments.format,
         out=arguments.out,

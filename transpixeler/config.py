@@ -7,10 +7,12 @@ shows at once.
 from __future__ import annotations
 
 import enum
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 
@@ -67,7 +69,7 @@ BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # names that a sam
 
 @dataclass(frozen=True)
 class ModelConfig:
-    family: Literal["wan"] = "wan"
+    family: str = ""
     path: HubPath = ""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Literal["none", "fp8", "int8"] = "none"
@@ -85,16 +87,7 @@ class LoraConfig:
     rank_stabilized: bool = False
     dropout: Fraction = 0.0
     scope: Literal["aux", "all"] | tuple[str, ...] = "aux"
-    targets: tuple[str, ...] = (
-        "self_attn.q",
-        "self_attn.k",
-        "self_attn.v",
-        "self_attn.o",
-        "cross_attn.q",
-        "cross_attn.o",
-        "ffn.0",
-        "ffn.2",
-    )
+    targets: tuple[str, ...] = ()  # the family's
     ranks: dict[str, Count] = field(default_factory=dict)
     init_from: HubPath = ""
 
@@ -298,10 +291,19 @@ class Config:
         return self.model.quantize != "none"
 
 
+def family_names() -> tuple[str, ...]:
+    """Return the architectures that there is a folder for, without importing any."""
+    spec = importlib.util.find_spec("transpixeler.families")
+    places = spec.submodule_search_locations if spec else None
+    return tuple(sorted(file.parent.name for place in places or () for file in Path(place).glob("*/family.py")))
+
+
 def faults(config: Config) -> Iterator[tuple[str, str]]:
     """Yield what the types and limits of single keys cannot show: (key, what is wrong and what to do)."""
     yield from _stream_faults(config)
     yield from _data_faults(config.data)
+    if config.model.family and config.model.family not in (known := family_names()):
+        yield "model.family", f"{config.model.family!r} is not one of {', '.join(known)}; leave it out to be detected"
     yield from _training_faults(config)
     for key, empty in (
         ("eval.times", not config.eval.times),
@@ -356,8 +358,8 @@ def _stream_faults(config: Config) -> Iterator[tuple[str, str]]:
 
 def _data_faults(data: DataConfig) -> Iterator[tuple[str, str]]:
     for key, frames in _of_all_sources(data, "frames"):
-        if frames < 1 or frames % 4 != 1:
-            yield key, f"{frames} is not 4k+1 (1, 5, 9 … 33 … 81), as the video model requires"
+        if frames < 1:
+            yield key, f"{frames} is no number of frames"
     for key, resolution in _of_all_sources(data, "resolutions"):
         least = resolution if isinstance(resolution, int) else min(resolution)
         if least < 16:

@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.adapters import METADATA, header, move_adapter, our_model, output, trained
+from tests.support.models import wan_model
 from transpixeler import cli, configfile
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.export import adapter_of, export_command, save_model
+from transpixeler.adapters.command import export_command
 from transpixeler.adapters.files import read_adapter, write_adapter
+from transpixeler.adapters.merge import save_model
+from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config import UserError
-from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.family import WanFolder
 from transpixeler.models.lora import inject
 from transpixeler.models.weights import load_weights
 from transpixeler.sampling.model import base_weights
@@ -39,7 +42,7 @@ def test_a_runs_newest_whole_model_is_that_of_the_last_step_however_it_was_copie
     for step in (1000, 2000):
         folder = tmp_path / f"step{step}"
         state = our_model(base).named_parameters()
-        save_model(state, folder, config=WanModel.read_config(base), metadata={"step": str(step)})
+        save_model(state, folder, model=WanFolder(str(base)), metadata={"step": str(step)})
         (folder / "config.yaml").write_text("streams: {rgb: ''}\nlora: {enabled: false}\n")
         os.utime(folder, (5000 - step, 5000 - step))
     (tmp_path / "config.yaml").write_text("streams: {rgb: ''}\n")
@@ -61,7 +64,7 @@ def test_an_export_has_the_averaged_weights_unless_the_raw_ones_are_asked_for(tm
 
 
 def test_a_whole_model_needs_no_export(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
-    save_model(our_model(base).named_parameters(), tmp_path / "step1", config=WanModel.read_config(base))
+    save_model(our_model(base).named_parameters(), tmp_path / "step1", model=WanFolder(str(base)))
     assert cli.main(["export", str(tmp_path / "step1"), "--format", "merged", "--out", str(tmp_path / "m")]) == 2
     assert "holds a whole model, not an adapter" in capsys.readouterr().err
 
@@ -70,7 +73,7 @@ def test_a_merged_export_finds_its_base_or_asks_for_it(tmp_path: Path, base: Pat
     adapter = adapter_of(trained(base), METADATA | {"base_model": str(base)})
     write_adapter(adapter, tmp_path / "a")
     assert export_command(tmp_path / "a", format="merged", out=tmp_path / "m") == tmp_path / "m" / "transformer"
-    write_adapter(Adapter(**vars(adapter) | {"metadata": {}}), tmp_path / "b")
+    write_adapter(Adapter(**vars(adapter) | {"metadata": {"family": "wan"}}), tmp_path / "b")
     with pytest.raises(UserError, match="--base"):
         export_command(tmp_path / "b", format="merged", out=tmp_path / "n")
     export_command(tmp_path / "b", format="merged", out=tmp_path / "n", base=base)
@@ -82,7 +85,7 @@ def test_an_adapter_of_a_fused_base_brings_what_is_fused_along(
     style = write_adapter(adapter_of(trained(base, alpha=1.0, targets=("*.v",)), {}), tmp_path / "style.safetensors")
     keys = [f"model.path={base}", f"model.fuse=[{style}]", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
     config = configfile.from_overrides(keys)
-    model = WanModel.from_config(WanModel.read_config(base), streams=("rgb",))
+    model = wan_model(WanFolder(str(base)).config, streams=("rgb",))
     load_weights(model, base_weights(config))
     inject(model.eval(), config.lora)
     move_adapter(model)

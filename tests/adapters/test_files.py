@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tests.support.adapters import METADATA, TARGETS, TEXT_TARGETS, header, moved, trained
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.export import adapter_of
 from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, FORMATS, read_adapter, write_adapter
+from transpixeler.adapters.on_model import adapter_of
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,20 +14,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.support.adapters import FFN, METADATA, WIDTH, diffusers_output, move_adapter, our_model, output, trained
-from tests.support.models import wan_source
+from tests.support.models import wan_model, wan_source
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.export import FusedSource, adapter_of, apply_adapter, merge_adapter, save_model
 from transpixeler.adapters.files import read_adapter, write_adapter
+from transpixeler.adapters.merge import FusedSource, merge_adapter, save_model
+from transpixeler.adapters.on_model import adapter_of, apply_adapter
 from transpixeler.config import UserError
-from transpixeler.families.wan import names as wan_names
-from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.family import WanFolder
+from transpixeler.families.wan.names import NAMES as wan_names
 
 
 def test_a_merged_model_gives_our_output_in_diffusers(tmp_path: Path, base: Path) -> None:
     from diffusers import WanTransformer3DModel
 
     model = trained(base, alpha=1.0)
-    merged = WanTransformer3DModel.from_pretrained(merge_adapter(base, [adapter_of(model, {})], tmp_path / "m"))
+    merged = WanTransformer3DModel.from_pretrained(
+        merge_adapter(WanFolder(str(base)), [adapter_of(model, {})], tmp_path / "m")
+    )
     assert torch.allclose(diffusers_output(merged), output(model), atol=1e-5)
     assert torch.allclose(output(our_model(tmp_path / "m")), output(model), atol=1e-5)
     assert not torch.allclose(output(our_model(base)), output(model), atol=1e-2)
@@ -52,7 +55,7 @@ def test_a_small_change_survives_in_an_fp8_base(tmp_path: Path, base: Path) -> N
     (tmp_path / "transformer" / "config.json").write_bytes((base / "transformer" / "config.json").read_bytes())
     adapter = adapter_of(trained(base), {})
     small = Adapter(**vars(adapter) | {"alphas": dict.fromkeys(adapter.targets, 0.2)})
-    merged = wan_source(merge_adapter(tmp_path, [small], tmp_path / "m"))
+    merged = wan_source(merge_adapter(WanFolder(str(tmp_path)), [small], tmp_path / "m"))
     for name in ("blocks.0.self_attn.q", "blocks.1.ffn.2"):
         before = wan_source(tmp_path).read(f"{name}.weight").float()
         delta = small.up(name) @ small.down(name) * small.scale(name)
@@ -64,11 +67,11 @@ def test_a_small_change_survives_in_an_fp8_base(tmp_path: Path, base: Path) -> N
 
 def test_an_adapter_on_some_streams_or_of_another_model_is_not_merged(tmp_path: Path, base: Path) -> None:
     with pytest.raises(UserError, match="acts on some streams only"):
-        merge_adapter(base, [adapter_of(trained(base, "seg"), {})], tmp_path / "m")
+        merge_adapter(WanFolder(str(base)), [adapter_of(trained(base, "seg"), {})], tmp_path / "m")
     tensors = {"blocks.9.ffn.0.lora_A": torch.ones(1, WIDTH), "blocks.9.ffn.0.lora_B": torch.ones(FFN, 1)}
-    foreign = Adapter(tensors, {"blocks.9.ffn.0": 1.0}, {"blocks.9.ffn.0": "all"}, {}, {})
+    foreign = Adapter(tensors, {"blocks.9.ffn.0": 1.0}, {"blocks.9.ffn.0": "all"}, {}, {"family": "wan"})
     with pytest.raises(UserError, match=r"blocks\.9\.ffn\.0\.weight .*absent"):
-        merge_adapter(base, [foreign], tmp_path / "m")
+        merge_adapter(WanFolder(str(base)), [foreign], tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 
@@ -80,20 +83,19 @@ def test_a_fully_tuned_model_is_read_by_diffusers(shard_bytes: int, tmp_path: Pa
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    config = WanModel.read_config(base)
-    target = save_model(model.named_parameters(), tmp_path, config=config, shard_bytes=shard_bytes)
+    target = save_model(model.named_parameters(), tmp_path, model=WanFolder(str(base)), shard_bytes=shard_bytes)
     assert (len(list(target.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
     theirs, report = WanTransformer3DModel.from_pretrained(target, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.allclose(diffusers_output(theirs), output(model), atol=1e-5)
     with pytest.raises(UserError, match="never overwritten"):
-        save_model(model.named_parameters(), tmp_path, config=config)
+        save_model(model.named_parameters(), tmp_path, model=WanFolder(str(base)))
 
 
 def test_a_fully_tuned_joint_model_keeps_its_stream_embeddings_beside_it(tmp_path: Path, base: Path) -> None:
     model = our_model(base, "seg")
     move_adapter(model)
-    save_model(model.named_parameters(), tmp_path, config=WanModel.read_config(base), metadata=METADATA)
+    save_model(model.named_parameters(), tmp_path, model=WanFolder(str(base)), metadata=METADATA)
     again = our_model(tmp_path, "seg")
     assert not torch.equal(output(again), output(model))
     apply_adapter(again, read_adapter(tmp_path))
@@ -105,7 +107,7 @@ def test_what_is_written_may_be_read_as_the_umask_says(umask: int, tmp_path: Pat
     before = os.umask(umask)
     try:
         write_adapter(adapter_of(trained(base), METADATA), tmp_path / "adapter")
-        save_model(our_model(base).named_parameters(), tmp_path / "model", config=WanModel.read_config(base))
+        save_model(our_model(base).named_parameters(), tmp_path / "model", model=WanFolder(str(base)))
     finally:
         os.umask(before)
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*") if file.is_file()}
@@ -117,7 +119,7 @@ def test_a_save_that_breaks_off_leaves_nothing(tmp_path: Path, base: Path) -> No
         yield from list(model.named_parameters())[:5]
         raise OSError("disk full")
 
-    save = partial(save_model, folder=tmp_path, config=WanModel.read_config(base))
+    save = partial(save_model, folder=tmp_path, model=WanFolder(str(base)))
     with pytest.raises(OSError, match="disk full"):
         save(broken(our_model(base)))
     with pytest.raises(AssertionError, match="would not be a whole model"):
@@ -127,8 +129,11 @@ def test_a_save_that_breaks_off_leaves_nothing(tmp_path: Path, base: Path) -> No
 
 def test_a_comfyui_file_alone_is_a_whole_model(tmp_path: Path) -> None:
     config = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 40, "text_dim": 16}
-    model = WanModel.from_config(config | {"freq_dim": 32}, streams=("rgb",))
-    state = {f"model.diffusion_model.{wan_names.from_internal(n)}": p.detach() for n, p in model.named_parameters()}
+    model = wan_model(config | {"freq_dim": 32}, streams=("rgb",))
+    state = {
+        f"model.diffusion_model.{wan_names.parameter(n, source='internal', to='original')}": p.detach()
+        for n, p in model.named_parameters()
+    }
     save_file(state, tmp_path / "wan.safetensors")
     again = our_model(tmp_path / "wan.safetensors")
     assert again.config == model.config
@@ -138,4 +143,4 @@ def test_a_comfyui_file_alone_is_a_whole_model(tmp_path: Path) -> None:
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
     with pytest.raises(UserError, match=r"flux\.safetensors holds no Wan model: embed\.patch_embedding\.weight"):
-        WanModel.read_config(tmp_path / "flux.safetensors")
+        _ = WanFolder(str(tmp_path / "flux.safetensors")).config

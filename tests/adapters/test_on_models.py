@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.support.adapters import FFN, METADATA, WIDTH, our_model, output, trained
-from tests.support.models import wan_source
+from tests.support.models import wan_model, wan_source
 from tests.support.ranks import run_ranks
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.export import adapter_of, apply_adapter, inject_adapter
 from transpixeler.adapters.files import join, read_adapter, write_adapter
+from transpixeler.adapters.on_model import adapter_of, apply_adapter, inject_adapter
 from transpixeler.config import LoraConfig, UserError
-from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.family import WanFolder
 from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
@@ -76,7 +76,7 @@ def _through_stages_and_shards(rank: int, world: int, base: str, file: str, kind
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
     stage, adapter = mesh.get_local_rank("stage"), read_adapter(file)
     with torch.device("meta"):
-        model = WanModel.from_config(WanModel.read_config(base), streams=("rgb", "seg"))
+        model = wan_model(WanFolder(str(base)).config, streams=("rgb", "seg"))
         inject_adapter(model, adapter)
     if kind:
         quantize(model, kind)

@@ -27,7 +27,9 @@ def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
 def test_an_adapter_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     target = "blocks.0.self_attn.q"
     pair = {f"{target}.lora_A": torch.ones(2, 4), f"{target}.lora_B": torch.ones(4, 2)}
-    adapter = Adapter(pair, {target: 2.0}, {target: "aux"}, {}, {f"note{n}": str(n) for n in range(9)})
+    adapter = Adapter(
+        pair, {target: 2.0}, {target: "aux"}, {}, {"family": "wan"} | {f"note{n}": str(n) for n in range(9)}
+    )
     made = {write_adapter(adapter, tmp_path / name).read_bytes() for name in "abcd"}
     assert len(made) == 1 and (tmp_path / "a" / ADAPTER_FILE).exists()
 

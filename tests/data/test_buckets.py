@@ -23,6 +23,7 @@ from transpixeler.data.buckets import (
 )
 from transpixeler.data.media.clip import Media
 from transpixeler.data.sources.pairs import Sample
+from transpixeler.models.geometry import Geometry
 
 SOURCE = SourceConfig("s")
 STRIDE, PATCH = (4, 8, 8), (1, 2, 2)
@@ -37,7 +38,7 @@ def sample(
 
 
 def assigned(*samples: Sample, source: SourceConfig = SOURCE, seed: int = 0, **data: object) -> Assignment:
-    return assign(samples, [source], DataConfig(**data), vae_stride=STRIDE, patch=PATCH, seed=seed)
+    return assign(samples, [source], DataConfig(**data), geometry=Geometry(STRIDE, 16, PATCH), seed=seed)
 
 
 def buckets(result: Assignment) -> list[str]:
@@ -202,7 +203,7 @@ def test_aspect_ratios_are_spread_evenly_or_given() -> None:
 @given(st.integers(16, 2048), st.integers(16, 2048))
 def test_bucket_shapes_keep_about_the_area(width: int, height: int) -> None:
     (group,) = bucket_groups(
-        SourceConfig("s"), DataConfig(resolutions=((width, height),)), vae_stride=STRIDE, patch=PATCH
+        SourceConfig("s"), DataConfig(resolutions=((width, height),)), geometry=Geometry(STRIDE, 16, PATCH)
     )
     for bucket in group:
         tall, wide = bucket.height / 16, bucket.width / 16
@@ -240,7 +241,7 @@ def test_a_microbatch_divides_the_batch_and_keeps_its_limit(
     ],
 )
 def test_a_video_has_by_default_a_size_that_clips_are_trained_at(data: dict, patch: int, expected: str) -> None:
-    geometry = {"vae_stride": STRIDE, "patch": (1, patch, patch)}
+    geometry = {"geometry": Geometry(STRIDE, 16, (1, patch, patch))}
     config = DataConfig(**{"frames": (1, 81, 33)} | data)
     found = first_bucket(config, **geometry)
     assert str(found) == expected and found in bucket_groups(SOURCE, config, **geometry)[0]

@@ -28,7 +28,8 @@ from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.families.wan import encoders
 from transpixeler.families.wan.encoders import WanVae
-from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.family import FAMILY
+from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
 
 
@@ -36,8 +37,8 @@ def test_a_data_set_becomes_latents_texts_and_the_empty_caption(model: Path, tmp
     write_pairs(tmp_path / "d")
     data = run(config(model, tmp_path / "d")).train
     assert data.buckets() == {(1, 32, 32): 4, (5, 32, 32): 2}
-    vae = WanModel.load_vae(model, device=torch.device("cpu"), dtype=torch.float32)
-    text = WanModel.load_text_encoder(model, device=torch.device("cpu"), dtype=torch.float32)
+    vae = encoders.load_vae(model, device=torch.device("cpu"), dtype=torch.float32)
+    text = encoders.load_text_encoder(model, device=torch.device("cpu"), dtype=torch.float32)
     for item, number in zip(data.items, range(6)):
         for key, offset in zip(item.latent_keys, (0, 1000)):
             latent = data.cache.get(key)
@@ -45,8 +46,10 @@ def test_a_data_set_becomes_latents_texts_and_the_empty_caption(model: Path, tmp
             if number % 3 < 2:  # a PNG of the bucket's own size comes through untouched
                 pixels = torch.from_numpy(picture(number + offset))[None, None]
                 assert torch.equal(latent, vae.encode(pixels)[0].bfloat16())
-        assert torch.equal(data.cache.get(item.text_key), text.encode([f"picture number {number}"])[0].bfloat16())
-    assert data.cache.get(data.empty_text_key).shape == (1, 64)
+        assert torch.equal(
+            data.cache.get(item.text_keys[0]), text.encode([f"picture number {number}"])[0]["text"].bfloat16()
+        )
+    assert data.cache.get(data.empty_text_keys[0]).shape == (1, 64)
     assert len(data.cache) == 6 * 2 + 6 + 1
     assert sorted({path.parent for path in tmp_path.rglob("*.seg")}) == [tmp_path / "d/cache"]
 
@@ -117,7 +120,7 @@ def test_two_sets_and_two_runs_share_what_they_share(model: Path, tmp_path: Path
     assert len(both.train.items) == 6 and len(both.eval.items) == 2
     # six captions, the empty one, and the negative prompt that evaluations will sample with
     assert (counted.videos, len(counted.texts)) == (12, 8)
-    assert both.eval.prompts.keys() == {WanModel.sampling.negative_prompt}
+    assert both.eval.prompts.keys() == {FAMILY.sampling.negative_prompt}
     counted.reset()
     run(config(model, tmp_path / "e", cache, "data.fps=24"))  # images have no rate
     assert counted.loads == []
@@ -133,7 +136,7 @@ def test_one_file_with_alpha_gives_both_streams_and_its_fill_policy_counts(
     (item,) = run(config(model, tmp_path / "d", rgba)).train.items
     assert len(set(item.latent_keys)) == 2 and counted.videos == 2
     (filled,) = run(config(model, tmp_path / "d", rgba, "data.fill=black")).train.items
-    assert not set(filled.latent_keys) & set(item.latent_keys) and filled.text_key == item.text_key
+    assert not set(filled.latent_keys) & set(item.latent_keys) and filled.text_keys == item.text_keys
     write_pair(tmp_path / "pairs", "a", 0)
     (pair,) = run(config(model, tmp_path / "pairs")).train.items
     (same,) = run(config(model, tmp_path / "pairs", "data.fill=black")).train.items
@@ -176,14 +179,14 @@ import sys, torch
 from pathlib import Path
 from transpixeler import configfile
 from transpixeler.data.encode import encode_missing
-from transpixeler.models.backbone import model_class
+from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
 def refuse(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise RuntimeError(f"network: {args}")
 sys.addaudithook(refuse)
 config = configfile.from_overrides(sys.argv[1:])
-data = encode_missing(config, model_class("wan"), Runtime(0, 1, 0, torch.device("cpu")))
+data = encode_missing(config, open_model(config.model), Runtime(0, 1, 0, torch.device("cpu")))
 print(len(data.train.items), [name for name in ("diffusers", "transformers") if name in sys.modules])
 """
 
@@ -266,7 +269,7 @@ def damage_packet(path: Path, number: int) -> None:
 
 
 def _kept(rank: int, world_size: int, setup: Config) -> tuple[list[str], list[tuple[str, str]]]:
-    data = encode_missing(setup, WanModel, Runtime(rank, world_size, rank, torch.device("cpu"))).train
+    data = encode_missing(setup, open_model(setup.model), Runtime(rank, world_size, rank, torch.device("cpu"))).train
     assert not data.cache.missing([key for item in data.items for key in item.latent_keys])
     return [item.caption for item in data.items], [*data.skipped]
 
@@ -292,7 +295,7 @@ def test_no_source_is_the_users_to_mend(model: Path) -> None:
 
 
 def test_a_large_video_is_decoded_tile_by_tile(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = WanModel.load_vae(model, device=torch.device("cpu"), dtype=torch.float32)
+    vae = encoders.load_vae(model, device=torch.device("cpu"), dtype=torch.float32)
     latents = torch.randn(1, 16, 1, 36, 40, generator=torch.Generator().manual_seed(0))
     whole = vae.decode(latents)
     monkeypatch.setattr(encoders, "TILED_LATENTS", 100)

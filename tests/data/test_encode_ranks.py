@@ -18,7 +18,7 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.encode import encode_missing, share
 from transpixeler.families.wan.encoders import WanVae
-from transpixeler.families.wan.model import WanModel
+from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
 
 PAIRS = 30  # of the set whose encoding is killed
@@ -68,7 +68,7 @@ def _encoding(setup: Config, log: Path) -> Callable[[Runtime], None]:
             return whole(vae, video)
 
         WanVae.encode = counting
-        encode_missing(setup, WanModel, runtime)
+        encode_missing(setup, open_model(setup.model), runtime)
 
     return work
 
@@ -79,7 +79,7 @@ def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     folder = tmp_path_factory.mktemp("many")
     write_pairs(folder / "d", PAIRS)
     setup = config(model, folder / "d", f"data.cache_dir={folder / 'whole'}")
-    return folder / "d", records(encode_missing(setup, WanModel, ALONE).train.cache)
+    return folder / "d", records(encode_missing(setup, open_model(setup.model), ALONE).train.cache)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -127,7 +127,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
 
 def _told_by_another(rank: int, world_size: int, setup: Config) -> str:
     try:
-        encode_missing(setup, WanModel, Runtime(rank, world_size, rank, torch.device("cpu")))
+        encode_missing(setup, open_model(setup.model), Runtime(rank, world_size, rank, torch.device("cpu")))
     except UserError as error:
         return str(error)
     return ""

@@ -13,9 +13,12 @@ from transpixeler.config import UserError
 from transpixeler.data.cache.records import Cache, CacheDamaged, CacheWriter, Record
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch, Loader
+from transpixeler.models.family import Field
 
 Folders = pytest.TempPathFactory
 BUCKETS = {(1, 16, 16): (4, 1, 2, 2), (5, 16, 32): (4, 2, 2, 4), (9, 32, 16): (4, 3, 4, 2)}
+
+FIELDS = (Field("text", width=6, length=8),)
 
 
 def make_dataset(folder: Path, count: int = 26, streams: tuple[str, ...] = ("rgb", "seg")) -> Dataset:
@@ -29,18 +32,19 @@ def make_dataset(folder: Path, count: int = 26, streams: tuple[str, ...] = ("rgb
             writer.put([Record("latent", key, value) for key, value in zip(keys, latents)])
             text = f"text{number}".encode().ljust(16)
             writer.put([Record("text", text, torch.full((1 + number % 5, 6), float(number + 1)))])
-            items.append(Item(f"c{number}", f"s{number}", "", bucket, keys, text))
-    return Dataset(tuple(items), streams, b"empty".ljust(16), Cache(folder))
+            items.append(Item(f"c{number}", f"s{number}", "", bucket, keys, (text,)))
+    return Dataset(tuple(items), streams, (b"empty".ljust(16),), Cache(folder))
 
 
 def take(dataset: Dataset, steps: int, **where: int) -> list[Batch]:
     order = dataset.order(seed=7, global_batch=4)
-    with Loader(Assembler(dataset, patch=(1, 2, 2), text_len=8), order, **where) as loader:
+    with Loader(Assembler(dataset, patch=(1, 2, 2), fields=FIELDS), order, **where) as loader:
         return [next(loader) for _ in range(steps)]
 
 
 def same(one: Batch, two: Batch) -> bool:
-    tensors = all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("latents", "text", "empty_text"))
+    tensors = all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("latents",))
+    tensors = tensors and all(torch.equal(one.fields[name], two.fields[name]) for name in ("text",))
     return tensors and (one.step, one.epoch, one.ids, one.layout) == (two.step, two.epoch, two.ids, two.layout)
 
 
@@ -48,16 +52,17 @@ def test_a_batch_holds_the_records_of_its_ids(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     by_id = {item.id: item for item in dataset.items}
     for batch in take(dataset, 20):
-        assert batch.latents.dtype == batch.text.dtype == torch.float32
-        assert batch.latents.shape == (4, batch.layout.elements) and batch.text.shape == (4, 8, 6)
-        assert batch.empty_text.eq(torch.tensor([0.5] + [0.0] * 7)[:, None]).all()
+        assert batch.latents.dtype == batch.fields["text"].dtype == torch.float32
+        assert batch.latents.shape == (4, batch.layout.elements) and batch.fields["text"].shape == (4, 8, 6)
+        assert batch.empty["text"].eq(torch.tensor([0.5] + [0.0] * 7)[:, None]).all()
         for place, name in enumerate(batch.ids):
             item = by_id[name]
             for stream, key in enumerate(item.latent_keys):
                 found = batch.layout.unpack(batch.latents)[stream][place]
                 assert torch.equal(found, dataset.cache.get(key).float())
-            text = dataset.cache.get(item.text_key)
-            assert torch.equal(batch.text[place, : len(text)], text) and not batch.text[place, len(text) :].any()
+            text = dataset.cache.get(item.text_keys[0])
+            assert torch.equal(batch.fields["text"][place, : len(text)], text)
+            assert not batch.fields["text"][place, len(text) :].any()
 
 
 @settings(max_examples=15, deadline=None)
@@ -80,7 +85,7 @@ def test_the_ranks_shares_tile_the_global_batch(tmp_path: Path, ranks: int) -> N
         parts = [share[number] for share in shares]
         assert [slot for part in parts for slot in part.slots] == [0, 1, 2, 3]
         assert torch.equal(torch.cat([part.latents for part in parts]), batch.latents)
-        assert torch.equal(torch.cat([part.text for part in parts]), batch.text)
+        assert torch.equal(torch.cat([part.fields["text"] for part in parts]), batch.fields["text"])
         assert all(part.ids == batch.ids and part.layout == batch.layout for part in parts)
 
 
@@ -104,7 +109,7 @@ def test_prepare_runs_in_the_background_and_its_error_reaches_the_caller(tmp_pat
         return threading.current_thread().name
 
     order = dataset.order(seed=0, global_batch=4)
-    with Loader(Assembler(dataset, patch=(1, 2, 2)), order, prepare=prepare) as loader:
+    with Loader(Assembler(dataset, patch=(1, 2, 2), fields=FIELDS), order, prepare=prepare) as loader:
         assert [next(loader), next(loader)] == ["loader", "loader"]
         with pytest.raises(ValueError, match="no noise"):
             next(loader)
@@ -118,7 +123,7 @@ def test_waiting_is_measured_and_closing_never_hangs(tmp_path: Path) -> None:
         return batch
 
     order = dataset.order(seed=0, global_batch=4)
-    loader = Loader(Assembler(dataset, patch=(1, 2, 2)), order, prepare=slow)
+    loader = Loader(Assembler(dataset, patch=(1, 2, 2), fields=FIELDS), order, prepare=slow)
     next(loader)
     assert loader.wait_seconds > 0.03
     time.sleep(0.4)  # the thread now waits for room
@@ -132,6 +137,6 @@ def test_an_empty_set_says_why(tmp_path: Path) -> None:
     bare = make_dataset(tmp_path, count=0)
     with pytest.raises(UserError, match=r"data\.train holds no usable clip: it is empty"):
         bare.order(seed=0, global_batch=1)
-    skipped = Dataset((), ("rgb",), bare.empty_text_key, bare.cache, "train", (("a", "it has no caption"),))
+    skipped = Dataset((), ("rgb",), bare.empty_text_keys, bare.cache, "train", (("a", "it has no caption"),))
     with pytest.raises(UserError, match=r"1 were skipped, the first, a, because it has no caption"):
         skipped.order(seed=0, global_batch=1)

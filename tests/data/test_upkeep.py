@@ -12,6 +12,7 @@ from transpixeler.data import encode
 from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.loader import Assembler, Loader
 from transpixeler.data.upkeep import cache_command
+from transpixeler.models.family import open_model
 
 
 def damage(cache: Path, how: str) -> None:
@@ -57,7 +58,9 @@ def test_training_refuses_or_re_encodes_what_is_damaged(model: Path, tmp_path: P
     whole = records(run(setup).train.cache)
     damage(tmp_path / "d/cache", how)
     data = run(setup).train
-    with Loader(Assembler(data, patch=(1, 2, 2)), data.order(seed=0, global_batch=2)) as loader:
+    with Loader(
+        Assembler(data, patch=(1, 2, 2), fields=open_model(setup.model).fields), data.order(seed=0, global_batch=2)
+    ) as loader:
         if how == "flipped":
             with pytest.raises(CacheDamaged, match="d/000"):
                 next(loader)
@@ -73,12 +76,12 @@ def test_gc_keeps_what_the_config_refers_to_and_returns_the_rest(model: Path, tm
     for name in ("001", "002", "004"):
         for path in list((tmp_path / "d").glob(f"{name}*")):
             path.unlink()
-    kept = {key for item in run(setup).train.items for key in (*item.latent_keys, item.text_key)}
+    kept = {key for item in run(setup).train.items for key in (*item.latent_keys, *item.text_keys)}
     report = cache_command(setup, ALONE, gc=True)
     assert report.removed_records == 3 * 3 and report.removed_bytes > 3 * 1024
     counted.reset()
     after = run(setup).train
-    assert counted.loads == [] and set(records(after.cache)) == kept | {after.empty_text_key}
+    assert counted.loads == [] and set(records(after.cache)) == kept | {*after.empty_text_keys}
     assert cache_command(setup, ALONE, gc=True).removed_records == 0
 
 

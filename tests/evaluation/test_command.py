@@ -39,7 +39,7 @@ def test_a_run_an_adapter_and_the_base_are_evaluated(
 def test_an_adapter_is_evaluated_in_the_model_that_it_was_trained_in(run: Path, tmp_path: Path) -> None:
     adapter = read_adapter(run / "step2")
     for name, header in (("ours", {"rgb_attends_aux": "false", "fuse": '["style.safetensors"]'}), ("foreign", {})):
-        write_adapter(replace(adapter, metadata=header), tmp_path / name)
+        write_adapter(replace(adapter, metadata={"family": "wan"} | header), tmp_path / name)
     (tmp_path / "mine.yaml").write_text(f"base: {run / 'config.yaml'}\nmodel: {{fuse: [other.safetensors]}}\n")
 
     def model(name: str, *overrides: str) -> tuple[bool, list[str]]:

@@ -23,8 +23,8 @@ from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.write import write_png
 from transpixeler.data.order import make_order
 from transpixeler.evaluation import clips, heldout, losses
-from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
+from transpixeler.models.family import open_model
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
@@ -45,7 +45,7 @@ def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
 def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], twin: str) -> losses.Losses:
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
     source = load_saved(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
-    data = encode_missing(source.config, WanModel, runtime)
+    data = encode_missing(source.config, open_model(source.config.model), runtime)
     if twin == "noise of the rank":
         draw = objective.draw_noise
         objective.draw_noise = lambda elements, *key: draw(elements, *key, rank)

@@ -20,8 +20,8 @@ def example(config: ObjectiveConfig, slots: list[int], *, step: int = 3) -> obje
         step=step,
         layout=LAYOUT,
         latents=latents,
-        text=text,
-        empty_text=torch.zeros(4, 5),
+        fields={"text": text},
+        empty={"text": torch.zeros(4, 5)},
         ids=[IDS[slot] for slot in slots],
         slots=slots,
         batch=len(IDS),
@@ -35,8 +35,9 @@ MIXED = ObjectiveConfig(tasks={"joint": 1, "rgb_to_aux": 1, "aux_to_rgb": 1}, ca
 def test_any_division_of_a_batch_draws_the_same(parts: list[list[int]]) -> None:
     whole = example(MIXED, list(range(6)))
     divided = [example(MIXED, part) for part in parts]
-    for field in ("noise", "timesteps", "text", "weights"):
+    for field in ("noise", "timesteps", "weights"):
         assert torch.equal(torch.cat([getattr(part, field) for part in divided]), getattr(whole, field))
+    assert torch.equal(torch.cat([part.fields["text"] for part in divided]), whole.fields["text"])
     assert not torch.equal(whole.noise, example(MIXED, list(range(6)), step=4).noise)
 
 

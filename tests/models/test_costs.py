@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.models import inputs, move, tiny
 from transpixeler.config import LoraConfig
+from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.backbone import apply_dtypes
-from transpixeler.models.costs import activation_bytes, forward_flops, kept_bytes, step_flops, unwanted_flops
-from transpixeler.models.dimensions import AdapterShape, Dimensions
+from transpixeler.models.costs import Costs, activation_bytes, discarded_flops, forward_flops, step_flops
 from transpixeler.models.lora import inject
 
 UNIT = 32_760  # tokens of 81 frames at 480×832
@@ -25,11 +25,14 @@ TABLE = {
 }
 
 
-def published(size: str) -> Dimensions:
+def published(size: str) -> Costs:
     width, ffn, heads, blocks = SIZES[size]
-    linears = [(width, width)] * 6 + [(width, ffn), (ffn, width)]
-    adapters = tuple(AdapterShape(i, o, 128, (1, 2), False) for _ in range(blocks) for i, o in linears)
-    return Dimensions(width, ffn, heads, blocks, 512, 4096, 64, 64, True, adapters)
+    config = WanConfig(num_attention_heads=heads, attention_head_dim=width // heads, ffn_dim=ffn, num_layers=blocks)
+    with torch.device("meta"):
+        model = WanModel(config, streams=("rgb", "seg"))
+        inject(model, LoraConfig(rank=128))
+        apply_dtypes(model, torch.bfloat16)
+    return Costs.of(model)
 
 
 @pytest.mark.parametrize(("size", "kind"), TABLE)
@@ -62,14 +65,14 @@ def test_the_forward_pass_is_what_torch_counts(streams: int, lora: bool, attends
     }
     with FlopCounterMode(display=False, custom_mapping=custom) as counter, torch.no_grad():
         model(*inputs(layout, batch=1), layout=layout)
-    assert forward_flops(model.dimensions(), layout.lengths).total == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert forward_flops(Costs.of(model), layout.lengths).total == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def kept(model: WanModel) -> tuple[float, tuple[int, ...]]:
-    """Bytes that a block keeps for its backward pass, by storage, and each stream's tokens."""
+    """Bytes that a block alone keeps for its backward pass, by storage, and each stream's tokens."""
     layout = model.layout((4, 4, 32, 32))
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    hidden, modulation, context, _ = model.embed(*inputs(layout, batch=1), layout=layout, dtype=model.matmul_dtype)
+    flow = model.embed(*inputs(layout, batch=1), layout=layout, dtype=model.matmul_dtype)
     storages, alive = {}, []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,14 +82,14 @@ def kept(model: WanModel) -> tuple[float, tuple[int, ...]]:
 
     tokens = model.positions(layout, torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.blocks["0"](hidden, modulation, context, tokens)
-    shared = parameters | {tokens.rope.untyped_storage()._cdata}
+        model.blocks["0"](flow, tokens)
+    shared = parameters | {tensor.untyped_storage()._cdata for tensor in (tokens.rope, *flow[model.carried :])}
     return sum(size for key, size in storages.items() if key not in shared), layout.lengths
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["aux", "all", "full"])
-def test_a_block_keeps_what_the_formula_says(mode: str, dtype: torch.dtype) -> None:
+def test_a_block_keeps_what_the_costs_say(mode: str, dtype: torch.dtype) -> None:
     model = tiny(2, ffn_dim=192, attention_head_dim=48)
     if mode != "full":
         inject(model, LoraConfig(rank=4, scope=mode))
@@ -95,8 +98,7 @@ def test_a_block_keeps_what_the_formula_says(mode: str, dtype: torch.dtype) -> N
     for parameter in model.parameters():
         parameter.data = parameter.float() if parameter.requires_grad else parameter.data  # as a stage is built
     found, lengths = kept(model)
-    expected = kept_bytes(model.dimensions(), lengths, size=dtype.itemsize, full=mode == "full")
-    assert expected == pytest.approx(found, rel=0.07)
+    assert Costs.of(model).kept[0].eager.bytes(lengths) == pytest.approx(found, rel=0.01)
 
 
 def test_modes_of_recompute_stand_in_the_right_order() -> None:
@@ -106,6 +108,6 @@ def test_modes_of_recompute_stand_in_the_right_order() -> None:
     assert sizes == sorted(sizes, reverse=True)
     flops = [step_flops(d, (UNIT, UNIT), recompute=mode) for mode in ("none", 3, 2, 1)]
     assert flops == sorted(flops)
-    again = forward_flops(d, (UNIT, UNIT)).total - unwanted_flops(d, 2 * UNIT)
+    again = forward_flops(d, (UNIT, UNIT)).total - discarded_flops(d, (UNIT, UNIT))
     assert flops[1] - flops[0] == pytest.approx(again / 3)
     assert flops[-1] == step_flops(d, (UNIT, UNIT), recompute="full")

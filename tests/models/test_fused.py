@@ -113,7 +113,7 @@ def test_without_a_wanted_result_the_same_is_kept_and_nothing_multiplied(linear:
 
     leaves = tensors((2, 24, 24), (4, 24), (16, 4))
     with FlopCounterMode(display=False) as counter:
-        y = project(*leaves[:1], linear, *leaves[1:], scope=SCOPE, gelu=True, wanted=False)
+        y = project(*leaves[:1], linear, *leaves[1:], scope=SCOPE, gelu=True, needs_output=False)
     assert counter.get_total_flops() == 0 and y.shape == (2, 24, 16)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.support.models import inputs, move, tiny, without_embeddings
+from tests.support.models import inputs, move, tiny, wan_model, without_embeddings
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.backbone import apply_dtypes
@@ -184,7 +184,7 @@ def test_first_values_depend_on_seed_and_name_alone() -> None:
 
 def test_an_adapter_on_meta_gets_its_first_values_later() -> None:
     with torch.device("meta"):
-        model = WanModel.from_config(tiny().config.__dict__, streams=("rgb", "seg"))
+        model = wan_model(tiny().config.__dict__, streams=("rgb", "seg"))
     names = inject(model, AUX, seed=5)
     model.to_empty(device="cpu")
     reset_adapter(model, seed=5)

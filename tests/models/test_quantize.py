@@ -14,7 +14,7 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.support.models import inputs, move, tiny
+from tests.support.models import inputs, move, tiny, wan_model
 from tests.support.ranks import run_ranks
 from transpixeler.config import LoraConfig
 from transpixeler.families.wan.model import WanModel
@@ -119,7 +119,7 @@ def test_quantizing_shards_of_rows_gives_the_same_as_sharding(kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_and_shapes_are_known_on_meta(kind: str) -> None:
     with torch.device("meta"):
-        model = WanModel.from_config(tiny().config.__dict__, streams=("rgb", "seg"))
+        model = wan_model(tiny().config.__dict__, streams=("rgb", "seg"))
     inject(model, CONFIG)
     apply_dtypes(model, torch.bfloat16)
     quantize(model, kind)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.support.models import wan_source
 from tests.support.weights import FFN, WIDTH, holder, write_comfyui
 from transpixeler.config import UserError
-from transpixeler.families.wan import names as wan_names
+from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.models.weights import load_weights
 
 
@@ -36,20 +36,24 @@ def quantize(original: dict[str, Tensor], *, per_row: bool) -> tuple[dict[str, T
 def test_a_scaled_fp8_file_is_dequantized(tmp_path: Path, original: dict[str, Tensor], per_row: bool) -> None:
     stored, meant = quantize({name: 0.01 * tensor for name, tensor in original.items()}, per_row=per_row)
     source = wan_source(write_comfyui(tmp_path / "c.safetensors", stored))
-    model = holder({wan_names.to_internal(name): tensor for name, tensor in meant.items()})
+    model = holder(
+        {wan_names.parameter(name, source="original", to="internal"): tensor for name, tensor in meant.items()}
+    )
     load_weights(model, source)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, meant[wan_names.from_internal(name)]), name
+        assert torch.equal(parameter, meant[wan_names.parameter(name, source="internal", to="original")]), name
     name = "blocks.0.ffn.0.weight"
     assert torch.equal(source.read_slice(name, (slice(5, 9), slice(None))), meant[name][5:9])
 
 
 def test_a_plain_fp8_file_is_cast(tmp_path: Path, original: dict[str, Tensor]) -> None:
     low = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in original.items()}
-    model = holder({wan_names.to_internal(name): tensor for name, tensor in original.items()})
+    model = holder(
+        {wan_names.parameter(name, source="original", to="internal"): tensor for name, tensor in original.items()}
+    )
     load_weights(model, wan_source(write_comfyui(tmp_path / "c.safetensors", low)))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, low[wan_names.from_internal(name)].float())
+        assert torch.equal(parameter, low[wan_names.parameter(name, source="internal", to="original")].float())
 
 
 def test_newer_quantized_files_are_dequantized_or_refused(tmp_path: Path, original: dict[str, Tensor]) -> None:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.models import NAMES, TINY, base_of, inputs, move, tiny, without_embeddings
+from tests.support.models import NAMES, TINY, base_of, inputs, move, tiny, wan_model, without_embeddings
 from tests.support.reference import Reference
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.families.wan import model as wan
 from transpixeler.families.wan.model import WanModel
+from transpixeler.models.attention import attention
 from transpixeler.models.lora import inject
-from transpixeler.models.streams import StreamLayout, scope_span, span_slice
+from transpixeler.models.streams import StreamLayout, Tokens, scope_span, span_slice
 
 SHAPE = (4, 2, 4, 6)
 UNEQUAL = ((4, 2, 4, 6), (4, 2, 2, 4), (4, 1, 4, 6))
@@ -47,8 +48,8 @@ def same_in_every_stream(model: WanModel, streams: int) -> tuple[Tensor, Tensor,
 @pytest.mark.parametrize("name", ["keys", "forward", "training"])
 def test_a_name_that_torch_has_for_something_else_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"streams: '{name}' is torch's"):
-        WanModel.from_config(TINY, streams=("rgb", name))
-    assert WanModel.from_config(TINY, streams=("forward", "backward"))
+        wan_model(TINY, streams=("rgb", name))
+    assert wan_model(TINY, streams=("forward", "backward"))
 
 
 @pytest.mark.parametrize("attends", [True, False])
@@ -169,15 +170,11 @@ def test_the_slow_reference_sees_what_is_broken(broken: str) -> None:
 
 
 def cut_between_streams(monkeypatch, lengths: tuple[int, ...]) -> None:
-    whole = wan.attention
-
-    def cut(q: Tensor, k: Tensor, v: Tensor, kernel: str, bias: Tensor | None = None) -> Tensor:
-        if k.shape[1] != sum(lengths):
-            return whole(q, k, v, kernel, bias)
+    def cut(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens) -> Tensor:
         parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        return torch.cat([whole(*part, kernel) for part in parts], dim=1)
+        return torch.cat([attention(*part, tokens.kernel) for part in parts], dim=1)
 
-    monkeypatch.setattr(wan, "attention", cut)
+    monkeypatch.setattr(wan, "self_attention", cut)
 
 
 @pytest.mark.parametrize("shapes", [(SHAPE,) * 2, UNEQUAL], ids=["equal", "unequal"])

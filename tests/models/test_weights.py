@@ -23,7 +23,8 @@ from tests.support.weights import (
     write_pickled,
 )
 from transpixeler.config import UserError
-from transpixeler.models.weights import load_weights, resolve
+from transpixeler.models.resolve import resolve
+from transpixeler.models.weights import load_weights
 
 LAYOUTS: dict[str, Callable[[Path, dict[str, Tensor]], Path]] = {
     "diffusers": lambda folder, _: write_diffusers(folder / "d"),

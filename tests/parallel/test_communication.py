@@ -90,8 +90,8 @@ def _step(rank: int, world_size: int, overrides: tuple[str, ...], twin: str) -> 
 
 
 def _halves(example: objective.Example) -> list[objective.Example]:
-    tensors = (example.latents, example.noise, example.timesteps, example.text, example.weights)
-    return [objective.Example(example.layout, *parts) for parts in zip(*(t.chunk(2) for t in tensors), strict=True)]
+    half = len(example.latents) // 2
+    return [example.rows(slice(0, half)), example.rows(slice(half, None))]
 
 
 def said(world_size: int, *overrides: str, twin: str = "") -> list[Said]:
@@ -213,7 +213,7 @@ def test_stages_send_their_state_on_and_only_the_gradient_of_hidden_back() -> No
     config = tiny.config(*BASE)
     example = tiny.example(config, 1, range(4))
     with torch.device("meta"):
-        state = tiny.make(config).state_meta(example.layout, 1, torch.float32)
+        state = tiny.make(config).flow_meta(example.layout, 1, torch.float32)
     forward = [("send", tensor.nbytes) for tensor in state] * 4  # of each microbatch
     backward = [("send", state[0].nbytes)] * 4
     errors = ("broadcast", FP32 * 4 * STREAMS)

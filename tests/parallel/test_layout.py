@@ -16,7 +16,7 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from transpixeler.config import UserError
 from transpixeler.flow import objective
-from transpixeler.models.backbone import Block, Conditions
+from transpixeler.models.backbone import Block, Flow
 from transpixeler.models.streams import Tokens
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import pipeline, runtime, shard
@@ -218,8 +218,8 @@ def test_what_a_split_backward_pass_cannot_do_is_told_and_not_chosen(override: s
 
 
 class _Doubling(Block):
-    def compute(self, hidden: torch.Tensor, modulation: Any, context: Any, tokens: Tokens) -> torch.Tensor:
-        return 2 * hidden if tokens.kernel.isdigit() else hidden
+    def compute(self, flow: Flow, tokens: Tokens) -> Flow:
+        return (2 * flow[0] if tokens.kernel.isdigit() else flow[0],)
 
 
 def test_a_block_stays_compiled_for_many_buckets_each_with_its_own_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,8 @@ def test_a_block_stays_compiled_for_many_buckets_each_with_its_own_lengths(monke
     mesh = meshes.Mesh(meshes.Layout(1, 1, 1), torch.device("cpu"), 0, 0, None, None, None)
     shard.wrap(block, [block], tiny.config("parallel.compile=on").parallel, mesh)
     for bucket in range(20):
-        block(torch.ones(1, 4 + bucket, 2), None, None, Tokens(torch.ones(1), (2, 2 + bucket), str(bucket)))
+        lengths = (2, 2 + bucket)
+        block((torch.ones(1, 4 + bucket, 2),), Tokens(torch.ones(1), lengths, lengths, str(bucket)))
     assert len(compiled) == 20
     lengths = [[n for tensor in inputs for n in getattr(tensor, "shape", (tensor,))] for inputs in compiled]
     assert all(type(n) is int for graph in lengths for n in graph), lengths
@@ -247,11 +248,11 @@ def _inputs_left(rank: int, world_size: int, overrides: tuple[str, ...]) -> list
     engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
     inputs: list[weakref.ref] = []
     for block in engine.models()[0].blocks.values():
-        block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+        block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0][0].untyped_storage())))
     example = tiny.example(config, 1, range(1))
     engine.stages[0].layout = example.layout
     gc.disable()  # as training does between its own collections
-    errors = engine.stages[0](example.noisy(), example.timesteps, example.text, velocity=example.velocity())
+    errors = engine.stages[0](example.noisy(), *example.inputs, velocity=example.velocity())
     left = [index for index, storage in enumerate(inputs) if storage() is not None]
     errors.sum().backward()
     assert len(inputs) == len(engine.models()[0].blocks)
@@ -313,12 +314,12 @@ def _schedules(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[
     engine.forward_backward(example, 1)
     gc.disable()  # as training does between its own collections
     with engine.evaluating():
-        conditions = Conditions(example.timesteps, example.text)
+        conditions = example.inputs
         whole = engine.forward(example.noisy(), conditions, example.layout)
         parts = engine.forward(example.noisy(), conditions, example.layout, 1)
         torch.testing.assert_close(parts, whole)
         made = {key: weakref.ref(schedule) for key, schedule in engine._schedules.items()}
-    return [key.count for key in made if not key.training], [key.training for key, ref in made.items() if ref()]
+    return [key.microbatches for key in made if not key.training], [key.training for key, ref in made.items() if ref()]
 
 
 @pytest.mark.parametrize("schedule", ["auto", "interleaved-1f1b"])

@@ -232,7 +232,7 @@ def _received(rank: int, world_size: int, schedule: str) -> float:
     example = tiny.example(config, 1, range(count))
     with mock.patch.object(torch, "empty_strided", wraps=torch.empty_strided) as made:
         engine.forward_backward(example, 1)
-    hidden = (1, example.layout.tokens, engine.dimensions.width)
+    hidden = (1, example.layout.tokens, engine.costs.width)
     return sum(tuple(call.kwargs.get("size", ())) == hidden for call in made.call_args_list) / count
 
 

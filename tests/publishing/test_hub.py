@@ -20,10 +20,11 @@ import yaml
 
 from tests.publishing.test_report import write_run
 from tests.support.hub_server import READER, TOKEN, Hub, serving
-from tests.support.models import TINY, move, tiny
+from tests.support.models import TINY, move, tiny, wan_folder
 from transpixeler import cli, configfile
-from transpixeler.adapters import export
 from transpixeler.adapters import files as adapter_files
+from transpixeler.adapters import merge
+from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config import (
     Config,
     DataConfig,
@@ -57,7 +58,7 @@ def save_adapter(
     names = ("rgb", "seg")[:streams]
     metadata = {"base_model": base, "streams": ",".join(names), "fill": "keep", "step": "30", "ema": "false"}
     metadata |= {"fuse": json.dumps(fused)} if fused else {}
-    adapter_files.write_adapter(export.adapter_of(model, metadata), folder)
+    adapter_files.write_adapter(adapter_of(model, metadata), folder)
     config = dataclasses.replace(
         Config(),
         model=ModelConfig(path=base, fuse=fused),
@@ -317,7 +318,7 @@ def save_model(folder: Path, *, base: Path, streams: int = 2) -> Path:
     """A save of a model that was trained in full, as training leaves it."""
     names = {"rgb": "", "seg": "_seg"} if streams == 2 else {"rgb": ""}
     metadata = {"base_model": str(base), "streams": ",".join(names), "fill": "keep", "step": "30", "ema": "false"}
-    export.save_model(tiny(streams, seed=7).named_parameters(), folder, config=TINY, metadata=metadata)
+    merge.save_model(tiny(streams, seed=7).named_parameters(), folder, model=wan_folder(TINY), metadata=metadata)
     model, lora = ModelConfig(path=str(base), rgb_attends_aux=False), LoraConfig(enabled=False)
     config = dataclasses.replace(Config(), model=model, lora=lora, streams=names)
     (folder / "config.yaml").write_text(configfile.dump(config))
@@ -334,7 +335,7 @@ def computed(found: saves.SavedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("full", [True, False])
 def test_what_is_on_the_hub_is_sampled_as_what_was_pushed(full: bool, server: Hub, tmp_path: Path) -> None:
     base, save = tmp_path / "wan", tmp_path / "step30"
-    export.save_model(tiny(1).named_parameters(), base, config=TINY)
+    merge.save_model(tiny(1).named_parameters(), base, model=wan_folder(TINY))
     save = save_model(save, base=base) if full else save_adapter(save, base=str(base))
     hub.push(hub.pack(str(save), TERMS))
     here, there = saves.load_saved(str(save)), saves.load_saved("me/flames", [f"model.path={base}"])

@@ -24,9 +24,11 @@ from transpixeler.adapters.files import write_adapter
 from transpixeler.config import SampleConfig
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4
-from transpixeler.families.wan import names as wan_names
 from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
+from transpixeler.models.family import open_model
+from transpixeler.models.geometry import USUAL
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
@@ -34,7 +36,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling import command, sampler
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import load_saved
-from transpixeler.sampling.video import Video, video_shape
+from transpixeler.sampling.video import Video, video_layout
 
 SHAPE = (4, 2, 4, 6)
 STEPS = 6
@@ -53,9 +55,9 @@ def guided_by(model: WanModel, layout: StreamLayout, text: Tensor, negative: Ten
     engine = SimpleNamespace(
         mesh=SimpleNamespace(device=torch.device("cpu")),
         config=SimpleNamespace(pipeline=1),
-        forward=lambda x, conditions, layout, size: model(x, *conditions, layout=layout),
+        forward=lambda x, inputs, layout, size: model(x, *inputs, layout=layout),
     )
-    return sampler.guided(engine, layout, text, negative, guidance=scale)
+    return sampler.guided(engine, layout, {"text": text}, {"text": negative}, guidance=scale)
 
 
 # --- diffusers -------------------------------------------------------------------------------------------------------
@@ -74,7 +76,14 @@ def pipeline() -> Callable[..., Tensor]:
 
     network = diffusers.WanTransformer3DModel(**TINY)
     ours = tiny_model().state_dict()
-    network.load_state_dict({wan_names.to_diffusers(wan_names.from_internal(n)): value for n, value in ours.items()})
+    network.load_state_dict(
+        {
+            wan_names.parameter(
+                wan_names.parameter(n, source="internal", to="original"), source="original", to="diffusers"
+            ): value
+            for n, value in ours.items()
+        }
+    )
     solvers = {
         "unipc": lambda: diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
@@ -267,16 +276,16 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
     ):
         config = configfile.from_overrides([f"sample.size=[{size}]", f"data.fps={fps}"])
         with caplog.at_level("INFO"):
-            shape = SimpleNamespace(**dict(zip(("width", "height", "frames"), config.sample.size)))
-            command._read_clip("--rgb", str(clip), Fraction(fps), shape)
+            width, height, frames = config.sample.size
+            command._read_clip("--rgb", str(clip), Fraction(fps), USUAL, (frames, height, width))
         assert f"--rgb: {clip}: {said}" in caplog.text
 
 
 def test_a_video_is_by_default_as_large_as_what_was_trained_on(demo: Path) -> None:
     words = ["sample.size=null", "data.sizes=[]", "data.resolutions=[[76, 60]]", "data.frames=[5]"]
     config = configfile.load(demo / "config.yaml", words)
-    shape = video_shape(config, WanModel)
-    assert (shape.width, shape.height, shape.frames) == (80, 64, 5)
+    shape = video_layout(config, open_model(config.model))
+    assert open_model(config.model).geometry.pixels(shape.shapes[0]) == (5, 64, 80)
 
 
 def test_a_given_clip_comes_out_as_it_went_in(run: Path, demo: Path, tmp_path: Path) -> None:
@@ -320,14 +329,19 @@ def test_ranks_share_the_prompts_or_the_model(
 def strange_adapter(folder: Path) -> Path:
     tensors = {f"blocks.0.self_attn.q.lora_{kind}": torch.ones(shape) for kind, shape in (("A", (2, 8)), ("B", (8, 2)))}
     target = "blocks.0.self_attn.q"
-    return write_adapter(Adapter(tensors, {target: 2.0}, {target: "all"}, {}, {}), folder / "strange.safetensors")
+    return write_adapter(
+        Adapter(tensors, {target: 2.0}, {target: "all"}, {}, {"family": "wan"}), folder / "strange.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("RUN", "--size", "60x64x5"), "sample.size: 60x64 is not a multiple of 16x16 pixels; 64x64 would be"),
-        (("RUN", "--size", "64x64x6"), "sample.size: 6 frames are not 4k+1; 5 would be"),
+        (
+            ("RUN", "--size", "60x64x5"),
+            "sample.size: 60×64 is not a multiple of 16×16 pixels, which this model needs; 64×64 would be",
+        ),
+        (("RUN", "--size", "64x64x6"), "sample.size: 6 frames are not 4k+1, which this model needs; 5 or 9 would be"),
         (("RUN", "--size", "64x64"), "--size: 64x64 is not WIDTHxHEIGHTxFRAMES"),
         (("RUN", "--steps", "0"), "sample.steps: 0 is out of range"),
         (("RUN", "--format", "gif"), "sample.formats"),

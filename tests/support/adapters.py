@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tests.support.models import wan_source
+from tests.support.models import wan_model, wan_source
 from transpixeler.config import LoraConfig
+from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.weights import load_weights
@@ -24,9 +25,16 @@ CONFIG = {
     "text_dim": 16,
     "freq_dim": 16,
 }
-TARGETS = LoraConfig().targets
+TARGETS = WanModel.lora_targets
 TEXT_TARGETS = ("cross_attn.k", "cross_attn.v")
-METADATA = {"base_model": "user/tiny", "streams": '["rgb", "seg"]', "fill": "keep", "step": "7", "ema": "false"}
+METADATA = {
+    "family": "wan",
+    "base_model": "user/tiny",
+    "streams": '["rgb", "seg"]',
+    "fill": "keep",
+    "step": "7",
+    "ema": "false",
+}
 
 
 def diffusers_wan() -> nn.Module:
@@ -41,7 +49,7 @@ def diffusers_wan() -> nn.Module:
 
 
 def our_model(base: Path, *streams: str) -> WanModel:
-    model = WanModel.from_config(WanModel.read_config(base), streams=("rgb", *streams))
+    model = wan_model(WanFolder(str(base)).config, streams=("rgb", *streams))
     load_weights(model, wan_source(base))
     return model.eval().requires_grad_(False)
 

@@ -14,8 +14,9 @@ from transpixeler.data.cache.records import Cache
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.write import write_mp4, write_png
+from transpixeler.families.wan import encoders
 from transpixeler.families.wan.encoders import WanTextEncoder, WanVae
-from transpixeler.families.wan.model import WanModel
+from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -62,7 +63,7 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.videos, self.texts, self.loads = 0, [], []
         encode_video, encode_text = WanVae.encode, WanTextEncoder.encode
-        load_vae, load_text = WanModel.load_vae, WanModel.load_text_encoder
+        load_vae, load_text = encoders.load_vae, encoders.load_text_encoder
 
         def videos(vae: WanVae, video: torch.Tensor) -> torch.Tensor:
             self.videos += len(video)
@@ -74,9 +75,9 @@ class Counted:
 
         monkeypatch.setattr(WanVae, "encode", videos)
         monkeypatch.setattr(WanTextEncoder, "encode", texts)
-        monkeypatch.setattr(WanModel, "load_vae", lambda *a, **k: self.loads.append("vae") or load_vae(*a, **k))
+        monkeypatch.setattr(encoders, "load_vae", lambda *a, **k: self.loads.append("vae") or load_vae(*a, **k))
         monkeypatch.setattr(
-            WanModel, "load_text_encoder", lambda *a, **k: self.loads.append("text") or load_text(*a, **k)
+            encoders, "load_text_encoder", lambda *a, **k: self.loads.append("text") or load_text(*a, **k)
         )
 
     def reset(self) -> None:
@@ -84,7 +85,7 @@ class Counted:
 
 
 def run(config: Config) -> Datasets:
-    return encode_missing(config, WanModel, ALONE)
+    return encode_missing(config, open_model(config.model), ALONE)
 
 
 def records(cache: Cache) -> dict[bytes, bytes]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from transpixeler.families.wan.config import WanConfig
+from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource
 
@@ -41,8 +45,22 @@ def move(module: nn.Module, *, seed: int, names: str = "") -> None:
                 parameter.copy_(value)
 
 
+def wan_model(
+    config: Mapping[str, Any], *, streams: Sequence[str], rgb_attends_aux: bool = True, attention: str = "auto"
+) -> WanModel:
+    """Build a Wan from the keys of its config.json, on the current default device."""
+    return WanModel(WanConfig.read(config), streams=streams, rgb_attends_aux=rgb_attends_aux, kernel=attention)
+
+
+def wan_folder(config: Mapping[str, Any]) -> WanFolder:
+    """Return a model folder that holds nothing but a config."""
+    folder = WanFolder("nowhere")
+    folder.__dict__["config"] = config  # in place of what it would read
+    return folder
+
+
 def tiny(streams: int = 1, *, seed: int = 0, attends: bool = True, **overrides: Any) -> WanModel:
-    model = WanModel.from_config(TINY | overrides, streams=NAMES[:streams], rgb_attends_aux=attends)
+    model = wan_model(TINY | overrides, streams=NAMES[:streams], rgb_attends_aux=attends)
     move(model, seed=seed)
     return model
 
@@ -73,4 +91,4 @@ def base_of(joint: WanModel) -> WanModel:
 
 def wan_source(path: str | Path) -> WeightSource:
     """Read a model's weights by internal name, whatever spelling its files have."""
-    return WeightSource(path, WanModel.stored_names)
+    return WeightSource(path, wan_names.internal_names)

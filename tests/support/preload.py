@@ -26,6 +26,7 @@ import torchao.optim
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+import tests.support.families
 import tests.support.tiny
 import transpixeler.evaluation.command
 import transpixeler.sampling.command

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.models import wan_model
 from transpixeler import configfile
 from transpixeler.config import Config
 from transpixeler.families.wan.model import WanModel
@@ -36,7 +37,7 @@ def config(*overrides: str) -> Config:
 
 
 def make(config: Config) -> WanModel:
-    return WanModel.from_config(
+    return wan_model(
         WAN,
         streams=tuple(config.streams),
         rgb_attends_aux=config.model.rgb_attends_aux,
@@ -79,8 +80,8 @@ def example(config: Config, step: int, slots: range) -> objective.Example:
         step=step,
         layout=layout,
         latents=latents,
-        text=text,
-        empty_text=torch.zeros(512, 16),
+        fields={"text": text},
+        empty={"text": torch.zeros(512, 16)},
         ids=mine,
         slots=slots,
         batch=config.train.global_batch,

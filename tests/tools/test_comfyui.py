@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.models import TINY, inputs, move, tiny
-from transpixeler.adapters.export import adapter_of
 from transpixeler.adapters.files import write_adapter
+from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config import LoraConfig
 from transpixeler.families.wan.model import WanModel
-from transpixeler.families.wan.names import from_internal
+from transpixeler.families.wan.names import NAMES
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 
@@ -178,7 +178,7 @@ def trained(streams: int, *, attends: bool = True, seed: int = 1, **lora: Any) -
 def comfy(model: WanModel) -> Patcher:
     wan = ComfyWan()
     own = {name: value for name, value in model.state_dict().items() if "lora_" not in name and "stream_" not in name}
-    wan.load_state_dict({from_internal(name): value for name, value in own.items()})
+    wan.load_state_dict({NAMES.parameter(name, source="internal", to="original"): value for name, value in own.items()})
     return Patcher(wan)
 
 

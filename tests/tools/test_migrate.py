@@ -12,6 +12,7 @@ import tooling
 
 from transpixeler import cli, configfile
 from transpixeler.config import BucketRule, Config, LoraConfig, SourceConfig
+from transpixeler.families.wan.family import FAMILY
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -209,7 +210,7 @@ def test_what_the_tomls_leave_out_is_as_it_was_there(home: Path, capsys) -> None
     (home / "configs/pairs.toml").write_text('max_ar = 2\n[[directory]]\npath = "clips/a"\n')
     config = migrated(home)
     assert (config.optim.warmup_steps, config.objective.caption_dropout) == (0, 0.0)
-    assert {*config.lora.targets} == {*LoraConfig().targets, "cross_attn.k", "cross_attn.v"}
+    assert {*config.lora.targets} == {*FAMILY.lora_targets, "cross_attn.k", "cross_attn.v"}
     assert (config.data.frames, config.data.aspect_ratios) == ((1,), (1.0,))
     told = capsys.readouterr().out
     assert "here they are optim.betas (0.9, 0.99), optim.eps 1e-08, optim.weight_decay 0.01" in told

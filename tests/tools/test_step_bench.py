@@ -16,10 +16,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.support.models import TINY
+from tests.support.models import TINY, wan_model
 from transpixeler.config import LoraConfig
-from transpixeler.families.wan.model import WanModel
-from transpixeler.models.costs import step_flops
+from transpixeler.models.costs import Costs, step_flops
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 
@@ -87,9 +86,9 @@ def test_our_step_multiplies_what_the_limit_does_and_nothing_else(step: ModuleTy
 
 def test_the_limit_is_the_formula_of_the_costs_but_for_the_texts_gradient(step: ModuleType) -> None:
     layout = StreamLayout.equal(("rgb", "seg"), (4, 8, 32, 32), (1, 2, 2))
-    model = WanModel.from_config(TINY, streams=layout.names)
+    model = wan_model(TINY, streams=layout.names)
     inject(model, LoraConfig(rank=4))
-    without_ends = dataclasses.replace(model.dimensions(), patch_in=0, patch_out=0, text_dim=-48)
+    without_ends = dataclasses.replace(Costs.of(model), ends=())
     limit = step.Limit(list(model.blocks.values()), tokens=layout.tokens, batch=1)
     text = 2 * TINY["num_layers"] * 2 * 48 * 48 * 512
     formula = step_flops(without_ends, layout.lengths, recompute="attention") - text

@@ -16,7 +16,6 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from transpixeler.config import UserError
 from transpixeler.flow import objective
-from transpixeler.models.backbone import Conditions
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.build import build_engine
@@ -201,7 +200,7 @@ def _learn(rank: int, world_size: int, overrides: tuple[str, ...], steps: int) -
 
     def held_out() -> float:
         it = tiny.example(config, 0, range(4))
-        out = engine.forward(it.noisy(), Conditions(it.timesteps, it.text), it.layout)
+        out = engine.forward(it.noisy(), it.inputs, it.layout)
         return float(objective.mean_squared_errors(out, it.velocity(), it.layout).mean())
 
     before = held_out()

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.ranks import RanksFailed, run_ranks
 from tests.training.trainings import FAST, difference, layout, metrics, run, run_here, start, wait_for_step
 from transpixeler import configfile
-from transpixeler.adapters import export
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter
+from transpixeler.adapters.on_model import apply_adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.weights import load_weights
@@ -84,9 +84,9 @@ def published(config: Config, file: Path) -> Path:
 def output(config: Config, adapter: Adapter) -> torch.Tensor:
     model = make_model(config)
     load_weights(model, base_weights(config))
-    export.apply_adapter(model, adapter)
+    apply_adapter(model, adapter)
     torch.manual_seed(4)
-    x, text = torch.randn(2, 2, 16, 2, 8, 8), torch.randn(2, 512, model.text_dim)
+    x, text = torch.randn(2, 2, 16, 2, 8, 8), torch.randn(2, 512, model.fields[0].width)
     return model(x.flatten(1), torch.rand(2, 2), text, layout=model.layout((16, 2, 8, 8)))
 
 

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from transpixeler import configfile
 from transpixeler.config import CheckpointConfig, Config
 from transpixeler.data.loader import Batch
+from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
+from transpixeler.models.costs import Costs
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
@@ -44,7 +46,7 @@ STEPS_BETWEEN = 500  # checkpoints: the default of checkpoint.every_steps
 
 
 def make(config: Config, blocks: int) -> WanModel:
-    return WanModel.from_config(WAN | {"num_layers": blocks}, streams=tuple(config.streams))
+    return WanModel(WanConfig.read(WAN | {"num_layers": blocks}), streams=tuple(config.streams))
 
 
 def adapter_state(config: Config, blocks: int) -> dict[str, Tensor]:
@@ -148,13 +150,13 @@ def told_things(config: Config, here: runtime.Runtime) -> tuple[Batch, Facts, Re
     names, nothing = tuple(config.streams), torch.empty(0)
     layout = StreamLayout.equal(names, LATENTS, (1, 2, 2))
     ids = tuple(f"clip{n:05d}" for n in range(config.train.global_batch))
-    batch = Batch(0, 0, 0, layout, nothing, nothing, nothing, ids, range(len(ids)))
+    batch = Batch(0, 0, 0, layout, nothing, {}, {}, ids, range(len(ids)))
     facts = Facts(0.1, 0.2, dict.fromkeys(names, 0.05), (0.1,) * 5, True, Due())
     with torch.device("meta"):
-        dimensions = make(config, WAN["num_layers"]).dimensions()
+        costs = Costs.of(make(config, WAN["num_layers"]))
     alone: Any = None  # no group: nothing is exchanged
     mesh = meshes.Mesh(meshes.Layout(1, 1, 1), here.device, 0, 0, alone, alone, alone)
-    engine: Any = SimpleNamespace(mesh=mesh, dimensions=dimensions)
+    engine: Any = SimpleNamespace(mesh=mesh, costs=costs)
     return batch, facts, Recorder(config, engine, here.world_size)
 
 

@@ -33,6 +33,7 @@ from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.data.order import make_order
 from transpixeler.flow import objective
+from transpixeler.models.family import Field
 from transpixeler.models.streams import StreamLayout
 
 STREAMS = ("rgb", "seg")
@@ -76,9 +77,9 @@ def widen(folder: Path, samples: int) -> np.ndarray:
 
 def dataset(cache: Cache, keys: np.ndarray) -> Dataset:
     items = [
-        Item(f"sample{n}", f"sample{n}", "", BUCKET, tuple(row[:-1]), row[-1]) for n, row in enumerate(keys.tolist())
+        Item(f"sample{n}", f"sample{n}", "", BUCKET, tuple(row[:-1]), (row[-1],)) for n, row in enumerate(keys.tolist())
     ]
-    return Dataset(tuple(items), STREAMS, items[0].text_key, cache)
+    return Dataset(tuple(items), STREAMS, items[0].text_keys, cache)
 
 
 def prepare(batch: Batch) -> objective.Example:
@@ -88,8 +89,8 @@ def prepare(batch: Batch) -> objective.Example:
         step=batch.step,
         layout=batch.layout,
         latents=batch.latents,
-        text=batch.text,
-        empty_text=batch.empty_text,
+        fields=batch.fields,
+        empty=batch.empty,
         ids=batch.ids,
         slots=batch.slots,
         batch=len(batch.ids),
@@ -170,7 +171,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
     opened = time.perf_counter() - start
     data = dataset(cache, keys)
     start = time.perf_counter()
-    assert not cache.missing([key for item in data.items for key in (*item.latent_keys, item.text_key)])
+    assert not cache.missing([key for item in data.items for key in (*item.latent_keys, *item.text_keys)])
     looked = time.perf_counter() - start
     order = data.order(seed=0, global_batch=options.batch)
     read = partial(files, count=options.files, batch=options.batch, layout=layout)
@@ -178,7 +179,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         "safetensors": read(lambda number: load_file(folder / f"{number}.safetensors")),
         "pickle": read(lambda number: torch.load(folder / f"{number}.pt")),
     }
-    assembler = Assembler(data, patch=PATCH, text_len=TEXT_LEN)
+    assembler = Assembler(data, patch=PATCH, fields=(Field("text", width=options.text_dim, length=TEXT_LEN),))
     with Loader(assembler, order, prepare=prepare) as loader:
         found = waits({"loader": loader, **rivals}, steps=options.steps, pause=options.step, repeats=options.repeats)
         beside = busy(loader, pause=options.step, repeats=options.repeats)

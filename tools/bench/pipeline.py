@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from transpixeler import configfile
 from transpixeler.config import Config
+from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
+from transpixeler.models.costs import Costs
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import pipeline, runtime
@@ -104,16 +106,16 @@ def build(config: Config, mesh: meshes.Mesh, clock: Clock, options: Any) -> pipe
     stages = []
     ranges = pipeline.split_blocks(config.parallel, options.blocks)
     with torch.device("meta"):
-        dimensions = WanModel.from_config(WAN | {"num_layers": options.blocks}, streams=STREAMS).dimensions()
+        costs = Costs.of(WanModel(WanConfig.read(WAN | {"num_layers": options.blocks}), streams=STREAMS))
     for index in pipeline.local_stages(config.parallel, mesh):
-        model = WanModel.from_config(WAN | {"num_layers": options.blocks}, streams=STREAMS)
+        model = WanModel(WanConfig.read(WAN | {"num_layers": options.blocks}), streams=STREAMS)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("stream_embedding" in name)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         for block in model.blocks.values():
             slow(block, clock, seconds=options.seconds, weights=options.weights)
         stages.append(pipeline.Stage(model))
-    return pipeline.Engine(stages, config.parallel, mesh, torch.float32, dimensions)
+    return pipeline.Engine(stages, config.parallel, mesh, torch.float32, costs)
 
 
 def example(samples: int) -> objective.Example:
@@ -122,7 +124,12 @@ def example(samples: int) -> objective.Example:
     shape = samples, layout.elements
     weights = torch.full((samples, len(STREAMS)), 1 / samples)
     return objective.Example(
-        layout, draw(shape), draw(shape), draw(samples, len(STREAMS)).sigmoid(), draw(samples, 512, 8), weights
+        layout=layout,
+        latents=draw(shape),
+        noise=draw(shape),
+        timesteps=draw(samples, len(STREAMS)).sigmoid(),
+        fields={"text": draw(samples, 512, 8)},
+        weights=weights,
     )
 
 

@@ -18,8 +18,11 @@ from rounds import Rounds
 from torch import Tensor
 
 from transpixeler.config import LoraConfig, ParallelConfig
+from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
+from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import denoise, make_solver, start_noise
+from transpixeler.models.costs import Costs
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
@@ -41,10 +44,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_engine(args: argparse.Namespace, here: runtime.Runtime) -> Engine:
     """Return an engine of one stage with an adapter on its companion, in place, as `sample` runs it."""
     torch.manual_seed(0)
-    model = WanModel.from_config(harness.wan_config(args, text_dim=args.text), streams=("rgb", "seg"))
+    model = WanModel(WanConfig.read(harness.wan_config(args, text_dim=args.text)), streams=("rgb", "seg"))
     inject(model, LoraConfig(rank=args.rank))
     mesh = meshes.build(meshes.resolve(ParallelConfig(), here.world_size), here)
-    return Engine([Stage(model.eval())], ParallelConfig(), mesh, torch.float32, model.dimensions())
+    return Engine([Stage(model.eval())], ParallelConfig(), mesh, torch.float32, Costs.of(model))
 
 
 class Denoising:
@@ -55,7 +58,7 @@ class Denoising:
         self.engine, self.steps, (self.model,) = engine, args.steps, engine.models()
         self.layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
         self.noise = start_noise(self.layout, seed=0)
-        self.text, self.negative = torch.randn(2, 512, args.text)
+        self.text, self.negative = ({"text": text} for text in torch.randn(2, 512, args.text))
 
     def plain(self) -> Tensor:
         return self._denoise(None, together=True)
@@ -66,7 +69,7 @@ class Denoising:
     def guided_apart(self) -> Tensor:
         return self._denoise(self.negative, together=False)
 
-    def _denoise(self, negative: Tensor | None, *, together: bool) -> Tensor:
+    def _denoise(self, negative: Fields | None, *, together: bool) -> Tensor:
         limit, sampler.GUIDANCE_BATCH_TOKENS = sampler.GUIDANCE_BATCH_TOKENS, self.layout.tokens if together else 0
         try:
             velocity = sampler.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
@@ -80,7 +83,7 @@ class Denoising:
         """Run the model alone, as often as denoising without guidance does, times `times`."""
         steps = torch.ones(1, 2)
         for _ in range(self.steps * times):
-            self.model(self.noise, steps, self.text[None], layout=self.layout)
+            self.model(self.noise, steps, self.text["text"][None], layout=self.layout)
 
 
 def measure(denoising: Denoising, *, repeats: int) -> Rounds:

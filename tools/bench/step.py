@@ -32,8 +32,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from transpixeler.config import LoraConfig
+from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanBlock, WanModel
-from transpixeler.families.wan.names import from_diffusers, module_to_diffusers
+from transpixeler.families.wan.names import NAMES
 from transpixeler.models.linear import Linear
 from transpixeler.models.lora import LoraLinear, inject, lora_linears
 from transpixeler.models.streams import StreamLayout
@@ -124,7 +125,8 @@ class Rival(nn.Module):
         from peft.tuners.lora import Linear as PeftLinear
 
         model = WanTransformer3DModel(**config)
-        wanted = [module_to_diffusers(f"blocks.0.{target}").removeprefix("blocks.0.") for target in lora.targets]
+        targets = [f"blocks.0.{target}" for target in lora.targets or WanModel.lora_targets]
+        wanted = [NAMES.module(name, source="original", to="diffusers").removeprefix("blocks.0.") for name in targets]
         peft = PeftConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=wanted)
         blocks = inject_adapter_in_model(peft, model).blocks
         assert isinstance(blocks, nn.ModuleList)
@@ -152,7 +154,7 @@ class Ours(nn.Module):
 
     def __init__(self, config: dict[str, Any], lora: LoraConfig, layout: StreamLayout) -> None:
         super().__init__()
-        model = WanModel.from_config(config, streams=layout.names)
+        model = WanModel(WanConfig.read(config), streams=layout.names)
         inject(model, lora)
         self.blocks, self.tokens = model.blocks, model.positions(layout, torch.device("cpu"))
         self.keep("attention")
@@ -165,9 +167,10 @@ class Ours(nn.Module):
         return [block for block in self.blocks.values() if isinstance(block, WanBlock)]
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+        flow = (hidden, modulation, context, modulation[:, :, 0])
         for block in self.blocks.values():
-            hidden = block(hidden, modulation, context, self.tokens)
-        return hidden
+            flow = block(flow, self.tokens)
+        return flow[0]
 
 
 def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -177,11 +180,12 @@ def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.
     with torch.no_grad():
         for name, parameter in theirs.items():
             if ".lora_" not in name:
-                mine[from_diffusers(name)].copy_(parameter)
+                mine[NAMES.parameter(name, source="diffusers", to="original")].copy_(parameter)
         pairs = {}
         for name, module in lora_linears(ours):
             for kind in ("lora_A", "lora_B"):
-                other = theirs[f"{module_to_diffusers(name)}.{kind}.default.weight"]
+                there = NAMES.module(name, source="original", to="diffusers")
+                other = theirs[f"{there}.{kind}.default.weight"]
                 nn.init.normal_(other, std=0.02)
                 getattr(module, kind).copy_(other)
                 pairs[f"{name}.{kind}"] = (getattr(module, kind), other)

@@ -89,7 +89,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter that `transpixeler` wrote."""
     with safe_open(path, framework="pt", device="cpu") as file:
         header = file.metadata() or {}
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        stored = {_unmarked(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if f"{HEADER}scope" not in header:
         raise ValueError(f"{path}: not an adapter of transpixeler; `transpixeler export --format comfyui` makes one")
     if other := [key for key in stored if not _is_own(key)]:
@@ -103,6 +103,11 @@ def read_adapter(path: str | Path) -> AdapterFile:
         name: _target(stored, name, _span(scopes.get(name, header[f"{HEADER}scope"]), joint.streams)) for name in names
     }
     return AdapterFile(joint, embeddings, targets)
+
+
+def _unmarked(key: str) -> str:
+    """Return a key without the mark that keeps a joint adapter from programs that know no streams."""
+    return key.removeprefix(HEADER) if key.startswith(HEADER + PREFIX) else key
 
 
 def _is_own(key: str) -> bool:

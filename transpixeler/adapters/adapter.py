@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transpixeler.models.family import Family, find_family
 from transpixeler.models.streams import Scope
 
 
@@ -24,11 +25,15 @@ class Adapter:
     alphas: Mapping[str, float]  # by target; scale = alpha / rank
     scopes: Mapping[str, Scope]  # by target
     stream_embeddings: Mapping[str, Tensor]  # by stream, [D]
-    metadata: Mapping[str, str]  # base_model, fuse, streams, fill, step, ema
+    metadata: Mapping[str, str]  # family, base_model, fuse, streams, fill, step, ema
 
     @property
     def targets(self) -> tuple[str, ...]:
         return tuple(self.alphas)
+
+    @property
+    def family(self) -> Family:
+        return find_family(self.metadata["family"])
 
     @property
     def fused(self) -> list[str]:

@@ -1,17 +1,16 @@
 """Adapters as files: any published spelling comes in as an `Adapter`, and goes out as another program reads it.
 
-The `Adapter` value stands between files and models: tensors by internal name, the strength and the scope of each
-target. It is written so that nothing half-written is ever found, and read back before it counts as written.
+A file is written so that nothing half-written is ever found, and read back before it counts as written.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,64 +19,23 @@ from torch import Tensor
 from transpixeler.adapters import peft_config
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
+from transpixeler.adapters.spelling import EMBEDDING, FORMATS, OURS, Spelling, is_known, parse
 from transpixeler.adapters.tensorfile import save_tensors
-from transpixeler.config import UserError
-from transpixeler.families.wan import names as wan_names
+from transpixeler.config import UserError, family_names
 from transpixeler.files import whole, write_text
+from transpixeler.models.family import Family, families, find_family
+from transpixeler.models.names import Names, UnknownName
+from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Scope
-from transpixeler.models.weights import resolve
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MODEL_FOLDER = "transformer"  # in a save, a model that was trained in full
 VERSION = "1"
 
-_OURS = "transpixeler."  # of header keys, and of what is no LoRA weight
-_EMBEDDING = f"{_OURS}stream_embedding."
 # header keys that the tensors decide
 _DERIVED = ("format", "version", "rank", "alpha", "scope", "scopes", "folded", "zeros")
 _PUBLISHED_EMBEDDINGS = ("diffusion_model.modality_embedding", "transformer.modality_embedding")
 _PUBLISHED_UNMASKED = ("cross_attn.k", "cross_attn.v", "cross_attn.o")
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "base_model.model.")
-_FLAT_PREFIX = "lora_unet_"
-_SUFFIXES = {
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_down.weight": "lora_A",
-    ".lora_up.weight": "lora_B",
-    ".lora.down.weight": "lora_A",
-    ".lora.up.weight": "lora_B",
-    ".alpha": "alpha",
-}
-
-
-class Spelling(NamedTuple):
-    """A format's names of a target's three tensors; without an alpha key the scale is folded into `up`."""
-
-    module: Callable[[str], str]  # internal module name → stored one
-    down: str
-    up: str
-    alpha: str | None
-    whole_blocks: bool = False  # readers take every linear of a block for granted
-
-
-def _original(module: str) -> str:
-    return f"diffusion_model.{wan_names.from_internal(module)}"
-
-
-def _diffusers(module: str) -> str:
-    return f"transformer.{wan_names.module_to_diffusers(wan_names.from_internal(module))}"
-
-
-def _kohya(module: str) -> str:
-    return _FLAT_PREFIX + wan_names.module_to_flat(wan_names.from_internal(module))
-
-
-FORMATS = {
-    "transpixeler": Spelling(_original, ".lora_A.weight", ".lora_B.weight", ".alpha"),
-    "comfyui": Spelling(_original, ".lora_A.weight", ".lora_B.weight", ".alpha"),
-    "diffusers": Spelling(_diffusers, ".lora_A.weight", ".lora_B.weight", None),
-    "kohya": Spelling(_kohya, ".lora_down.weight", ".lora_up.weight", ".alpha", whole_blocks=True),
-}
 
 
 def join(parts: Iterable[Adapter]) -> Adapter:
@@ -109,7 +67,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
     stored = (FORMATS[format].whole_blocks and with_whole_blocks(adapter)) or adapter
     header = _header(stored, folded=FORMATS[format].alpha is None)
     if zeros := [target for target in stored.targets if target not in adapter.alphas]:
-        header[f"{_OURS}zeros"] = json.dumps(zeros)
+        header[f"{OURS}zeros"] = json.dumps(zeros)
     if file != path:
         write_text(path / CONFIG_FILE, peft_config.beside(stored, _ours(header)))
     with whole(file, synced=True) as draft:
@@ -126,34 +84,36 @@ def with_whole_blocks(adapter: Adapter) -> Adapter | None:
     Their rank is the usual one: readers take the most frequent for all of which nothing else is said.
     """
     names = [target.split(".", 2) for target in adapter.targets]
-    if not adapter.is_plain or any(name[-1] not in wan_names.BLOCK_LINEARS for name in names):
+    linears = adapter.family.names.block_linears
+    if not adapter.is_plain or any(name[-1] not in linears for name in names):
         return None
     sizes: dict[str, int] = {}
     for target, (*_, part) in zip(adapter.targets, names):
-        sizes |= zip(wan_names.BLOCK_LINEARS[part], (adapter.down(target).shape[1], adapter.up(target).shape[0]))
+        sizes |= zip(linears[part], (adapter.down(target).shape[1], adapter.up(target).shape[0]))
     if len(sizes) < 2:
         return None
     rank, alpha = most(map(adapter.rank, adapter.targets), 0), most(adapter.alphas.values(), 0.0)
     tensors, alphas, scopes = dict(adapter.tensors), dict(adapter.alphas), dict(adapter.scopes)
-    for block, part in itertools.product(range(1 + max(int(name[1]) for name in names)), wan_names.BLOCK_LINEARS):
+    for block, part in itertools.product(range(1 + max(int(name[1]) for name in names)), linears):
         if (target := f"blocks.{block}.{part}") not in alphas:
-            inner, outer = (sizes[side] for side in wan_names.BLOCK_LINEARS[part])
+            inner, outer = (sizes[side] for side in linears[part])
             tensors |= {f"{target}.lora_A": torch.zeros(rank, inner), f"{target}.lora_B": torch.zeros(outer, rank)}
             alphas[target], scopes[target] = alpha, "all"
     return replace(adapter, tensors=tensors, alphas=alphas, scopes=scopes)
 
 
 def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:
-    stored = {}
+    stored, names = {}, adapter.family.names
+    marked = "" if adapter.is_plain else OURS
     for target in adapter.targets:
-        module = spelling.module(target)
+        module = marked + spelling.module(target, names)
         folded = 1.0 if spelling.alpha else adapter.scale(target)
         stored[module + spelling.down] = adapter.down(target).contiguous()
         stored[module + spelling.up] = (adapter.up(target) * folded).contiguous()
         if spelling.alpha:
             stored[module + spelling.alpha] = torch.tensor(adapter.alphas[target])
     for stream, embedding in adapter.stream_embeddings.items():
-        stored[_EMBEDDING + stream] = embedding.contiguous()
+        stored[EMBEDDING + stream] = embedding.contiguous()
     return stored
 
 
@@ -175,16 +135,16 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
         fields["scopes"] = json.dumps(odd)
     if folded:
         fields["folded"] = json.dumps(dict(adapter.alphas))
-    return {"format": "pt", **peft_config.in_header(adapter)} | {_OURS + key: value for key, value in fields.items()}
+    return {"format": "pt", **peft_config.in_header(adapter)} | {OURS + key: value for key, value in fields.items()}
 
 
 def step_header(metadata: Mapping[str, str]) -> dict[str, str]:
     """For weights that are no adapter: what `step_of` reads."""
-    return {f"{_OURS}step": metadata["step"]} if "step" in metadata else {}
+    return {f"{OURS}step": metadata["step"]} if "step" in metadata else {}
 
 
 def _ours(header: Mapping[str, str]) -> dict[str, str]:
-    return {key.removeprefix(_OURS): value for key, value in header.items() if key.startswith(_OURS)}
+    return {key.removeprefix(OURS): value for key, value in header.items() if key.startswith(OURS)}
 
 
 def _scope_text(scope: Scope) -> str:
@@ -194,7 +154,7 @@ def _scope_text(scope: Scope) -> str:
 def _scope_of(file: Path, text: object) -> Scope:
     if isinstance(text, str) and not text.startswith("["):
         return text
-    names = _header_value(file, {f"{_OURS}scope": text}, "scope", []) if isinstance(text, str) else []
+    names = _header_value(file, {f"{OURS}scope": text}, "scope", []) if isinstance(text, str) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file}: damaged, its header's scope is no stream and no list of streams")
     return tuple(names)
@@ -203,7 +163,7 @@ def _scope_of(file: Path, text: object) -> Scope:
 def _header_value(file: Path, header: Mapping[str, str], key: str, default: Any) -> Any:
     """Return the JSON value of one of our header keys, which must be of the default's type."""
     try:
-        value = json.loads(header.get(_OURS + key, "null"))
+        value = json.loads(header.get(OURS + key, "null"))
     except (ValueError, RecursionError) as fault:
         raise UserError(f"{file}: damaged, its header's {key} cannot be read: {fault}") from None
     if value is not None and not isinstance(value, type(default)):
@@ -267,7 +227,7 @@ def _weights_of(save: Path) -> Path:
 
 def step_of(file: Path) -> int:
     """Return the step that a file's weights are of, as its header says; -1 where it does not."""
-    return step_number(_open(file)[1].get(f"{_OURS}step", ""))
+    return step_number(_open(file)[1].get(f"{OURS}step", ""))
 
 
 def step_number(text: str) -> int:
@@ -286,12 +246,14 @@ def _open(file: Path) -> tuple[Any, dict[str, str]]:
 def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     handle, header = _open(file)
     stored = {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118
-    embeddings = {key.removeprefix(_EMBEDDING): stored.pop(key) for key in list(stored) if key.startswith(_EMBEDDING)}
+    embeddings = {key.removeprefix(EMBEDDING): stored.pop(key) for key in list(stored) if key.startswith(EMBEDDING)}
     published = [stored.pop(key) for key in _PUBLISHED_EMBEDDINGS if key in stored]
     if published:  # an averaged file holds it twice: the first is averaged as its LoRA keys are, the second is not
         embeddings = {stream: published[0].flatten()}
     left_alone = _header_value(file, header, "zeros", [])
-    parts = {target: part for target, part in _by_target(file, stored).items() if target not in left_alone}
+    family = _family_of(file, header, stored)
+    found = _by_target(file, stored, family.names)
+    parts = {target: part for target, part in found.items() if target not in left_alone}
     if not parts and not embeddings:
         raise UserError(f"{file} holds no LoRA weights")
     tensors = {f"{target}.{kind}": parts[target][kind] for target in parts for kind in ("lora_A", "lora_B")}
@@ -300,51 +262,44 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     for target in parts if folded else ():
         tensors[f"{target}.lora_B"] /= alphas[target] / ranks[target]
     ours = _ours(header)
-    metadata = {key: value for key, value in ours.items() if key not in _DERIVED}
+    metadata = {"family": family.name} | {key: value for key, value in ours.items() if key not in _DERIVED}
     scopes = _scopes(file, header, parts, published=bool(published))
     return Adapter(tensors, alphas, scopes, embeddings, metadata)
 
 
-def _by_target(file: Path, stored: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _family_of(file: Path, header: Mapping[str, str], keys: Iterable[str]) -> Family:
+    """Return the family that the header names, or else the one in whose names all keys are."""
+    if f"{OURS}family" in header:
+        name = header[f"{OURS}family"]
+        if name not in (known := family_names()):
+            raise UserError(f"{file}: is for {name!r}, which is not one of {', '.join(known)}; update transpixeler")
+        return find_family(name)
+    keys = list(keys)
+    unknown = {family: [key for key in keys if not is_known(key, family.names)] for family in families()}
+    near = min(unknown, key=lambda family: len(unknown[family]))
+    if unknown[near]:
+        odd, known = unknown[near], ", ".join(family.title for family in unknown)
+        raise UserError(
+            f"{file} is no LoRA of a model that we know ({known}): {len(odd)} strange keys: {', '.join(odd[:10])}"
+        )
+    return near
+
+
+def _by_target(file: Path, stored: Mapping[str, Tensor], names: Names) -> dict[str, dict[str, Tensor]]:
     """Group the tensors of a file by the linear that they adapt."""
     parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
     for key, tensor in stored.items():
         try:
-            target, kind = _parse(key)
-        except wan_names.UnknownName:
-            unknown.append(key)
-            continue
+            target, kind = parse(key, names)
+        except UnknownName:
+            raise UserError(f"{file}: its header and its key {key} are of different models") from None
         parts.setdefault(target, {})[kind] = tensor
-    if unknown:
-        listed = ", ".join(unknown[:10])
-        raise UserError(f"{file} is no LoRA of Wan that we know how to read: {len(unknown)} strange keys: {listed}")
     for target, part in parts.items():
         down, up = part.get("lora_A"), part.get("lora_B")
         if down is None or up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
             shapes = {kind: list(tensor.shape) for kind, tensor in part.items()}
             raise UserError(f"{file}: {target} is not a pair of low-rank matrices: {shapes}")
     return parts
-
-
-def _parse(key: str) -> tuple[str, str]:
-    """`lora_unet_blocks_0_ffn_0.lora_down.weight` → (`blocks.0.ffn.0`, `lora_A`), for every spelling."""
-    suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-    if suffix is None:
-        raise wan_names.UnknownName(key)
-    module = key.removesuffix(suffix)
-    if module.startswith(_FLAT_PREFIX):
-        return wan_names.to_internal(wan_names.module_from_flat(module.removeprefix(_FLAT_PREFIX))), _SUFFIXES[suffix]
-    prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
-    return wan_names.to_internal(_original_module(module.removeprefix(prefix))), _SUFFIXES[suffix]
-
-
-def _original_module(module: str) -> str:
-    try:
-        wan_names.module_to_diffusers(module)
-    except wan_names.UnknownName:
-        return wan_names.module_from_diffusers(module)
-    return module
 
 
 def _alphas(
@@ -357,7 +312,7 @@ def _alphas(
     guess: bool,
 ) -> tuple[dict[str, float], bool]:
     """Each target's alpha, and whether its scale is folded into the weights already (and is to be taken out)."""
-    if f"{_OURS}folded" in header:
+    if f"{OURS}folded" in header:
         folded = _header_value(file, header, "folded", {})
         known = [value for value in folded.values() if isinstance(value, int | float) and 0 < abs(value) < 1e30]
         if not set(parts) <= set(folded) or len(known) < len(folded):
@@ -386,6 +341,6 @@ def _scopes(file: Path, header: Mapping[str, str], targets: Iterable[str], *, pu
     """Ours say it; the published code masks all but three linears of cross-attention; others touch all tokens."""
     if published:
         return {target: "all" if target.endswith(_PUBLISHED_UNMASKED) else "aux" for target in targets}
-    default = _scope_of(file, header.get(f"{_OURS}scope", "all"))
+    default = _scope_of(file, header.get(f"{OURS}scope", "all"))
     odd = {target: _scope_of(file, text) for target, text in _header_value(file, header, "scopes", {}).items()}
     return {target: odd.get(target, default) for target in targets}

@@ -7,14 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transpixeler.adapters.adapter import Adapter
 from transpixeler.config import UserError
-from transpixeler.families.wan import names as wan_names
 from transpixeler.files import read_json
-
-if TYPE_CHECKING:
-    from transpixeler.adapters.adapter import Adapter
 
 CONFIG_FILE = "adapter_config.json"
 IN_HEADER = "lora_adapter_metadata"
@@ -45,7 +42,7 @@ def in_header(adapter: Adapter) -> dict[str, str]:
     It folds every scale into the weights before, so that each alpha is its rank.
     """
     ranks = {
-        wan_names.module_to_diffusers(wan_names.from_internal(target)): adapter.rank(target)
+        adapter.family.names.module(target, source="internal", to="diffusers"): adapter.rank(target)
         for target in adapter.targets
     }
     if not adapter.is_plain or len(set(ranks.values())) < 2:

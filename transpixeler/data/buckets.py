@@ -17,6 +17,7 @@ from typing import NamedTuple
 from transpixeler.config import BucketRule, DataConfig, Resolution, SourceConfig, TrainConfig, UserError
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.sources.pairs import Sample
+from transpixeler.models.geometry import Geometry
 
 
 class Bucket(NamedTuple):
@@ -43,12 +44,11 @@ def assign(
     sources: Sequence[SourceConfig],
     data: DataConfig,
     *,
-    vae_stride: tuple[int, int, int],
-    patch: tuple[int, int, int],
+    geometry: Geometry,
     seed: int,
 ) -> Assignment:
     """Cut each sample into clips under its source's options."""
-    groups = [bucket_groups(source, data, vae_stride=vae_stride, patch=patch) for source in sources]
+    groups = [bucket_groups(source, data, geometry=geometry) for source in sources]
     clips: list[tuple[Bucket, Clip]] = []
     dropped: list[tuple[str, str]] = []
     for sample in samples:
@@ -69,26 +69,26 @@ def rate(data: DataConfig) -> Fraction:
     return near if meant else Fraction(str(data.fps))
 
 
-def bucket_groups(
-    source: SourceConfig, data: DataConfig, *, vae_stride: tuple[int, int, int], patch: tuple[int, int, int]
-) -> tuple[tuple[Bucket, ...], ...]:
+def bucket_groups(source: SourceConfig, data: DataConfig, *, geometry: Geometry) -> tuple[tuple[Bucket, ...], ...]:
     """Return the buckets that a source offers, a group for each resolution; explicit sizes are one group."""
-    unit = (vae_stride[1] * patch[1], vae_stride[2] * patch[2])
     own_grid = source.resolutions is not None or source.frames is not None
     sizes = source.sizes or (() if own_grid else data.sizes)
     if sizes:
-        return (tuple(_explicit(size, unit, vae_stride[0]) for size in sizes),)
+        return (tuple(_explicit(size, geometry) for size in sizes),)
     frames = source.frames or data.frames
+    for count in frames:
+        if fault := geometry.length_fault(count):
+            raise UserError(f"data.frames: {fault}")
     groups = []
     for resolution in source.resolutions or data.resolutions:
-        shapes = dict.fromkeys(_shapes(resolution, data, unit))
+        shapes = dict.fromkeys(_shapes(resolution, data, geometry.unit))
         groups.append(tuple(Bucket(count, *shape) for count in frames for shape in shapes))
     return tuple(groups)
 
 
-def first_bucket(data: DataConfig, *, vae_stride: tuple[int, int, int], patch: tuple[int, int, int]) -> Bucket:
+def first_bucket(data: DataConfig, *, geometry: Geometry) -> Bucket:
     """Return the first of `data.sizes`, or the longest bucket of the first resolution (a single number is a square)."""
-    group = bucket_groups(SourceConfig(""), data, vae_stride=vae_stride, patch=patch)[0]
+    group = bucket_groups(SourceConfig(""), data, geometry=geometry)[0]
     if data.sizes:
         return group[0]
     first = data.resolutions[0]
@@ -96,12 +96,10 @@ def first_bucket(data: DataConfig, *, vae_stride: tuple[int, int, int], patch: t
     return min(group, key=lambda bucket: (abs(math.log(bucket.width / bucket.height / ratio)), -bucket.frames))
 
 
-def _explicit(size: tuple[int, int, int], unit: tuple[int, int], stride: int) -> Bucket:
+def _explicit(size: tuple[int, int, int], geometry: Geometry) -> Bucket:
     width, height, frames = size
-    if width < 1 or height < 1 or width % unit[1] or height % unit[0]:
-        raise UserError(f"data.sizes, {width}×{height}: not a multiple of {unit[1]}×{unit[0]}, which the model needs")
-    if frames < 1 or (frames - 1) % stride:
-        raise UserError(f"data.sizes, {frames} frames: not {stride}k+1, which the video model needs")
+    if fault := geometry.fault(width, height, frames):
+        raise UserError(f"data.sizes: {fault}")
     return Bucket(frames, height, width)
 
 

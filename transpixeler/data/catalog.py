@@ -11,8 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket
@@ -24,7 +23,9 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.prompts import sampled_texts
 from transpixeler.data.sources.pairs import Sample, source_names
 from transpixeler.data.survey import survey
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.family import Field, ModelFolder
+
+Keys = tuple[bytes, ...]  # of a caption's fields, in the model's order
 
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
 SETS = ("train", "eval")
@@ -51,11 +52,15 @@ class ClipJob:
 
 @dataclass(frozen=True)
 class TextJob:
-    """One caption to encode."""
+    """One caption to encode, with a key for each field that comes from it."""
 
-    key: bytes
+    keys: Mapping[str, bytes]  # by field, in the model's order
     caption: str
     folder: Path
+
+    @property
+    def all_keys(self) -> Keys:
+        return tuple(self.keys.values())
 
     @property
     def cost(self) -> int:
@@ -70,45 +75,50 @@ class Catalog:
     skipped: Mapping[str, tuple[tuple[str, str], ...]]
     clips: tuple[ClipJob, ...]
     texts: tuple[TextJob, ...]
-    empty_text_key: bytes
-    prompts: Mapping[str, bytes]  # keys of the texts that evaluations sample from
+    empty_text_keys: Keys
+    prompts: Mapping[str, Keys]  # keys of the texts that evaluations sample from
     folders: tuple[Path, ...]
 
     def keys(self) -> dict[bytes, str]:
         """Return every key with a name for it."""
         names = {key: f"clip {job.id}, stream {stream}" for job in self.clips for stream, key in job.keys.items()}
-        return names | {job.key: f"caption {job.caption[:60]!r}" for job in self.texts}
+        return names | {key: f"caption {job.caption[:60]!r}" for job in self.texts for key in job.keys.values()}
 
 
-def catalog(config: Config, model_cls: type[VideoModel]) -> Catalog:
+def catalog(config: Config, model: ModelFolder) -> Catalog:
     """Read the sources; files that have not changed since the last time are neither opened nor hashed again."""
     if not config.data.train and not config.data.eval:
         raise UserError("data.train names no source; give a folder of pairs or a manifest")
     folders = cache_folders(config)
     hashes = {folder: FileHashes(folder) for folder in folders}
-    texts_with = model_cls.text_fingerprint(config.model.path, hashes[folders[0]].digest)
-    latents_with = model_cls.vae_fingerprint(config.model.path, hashes[folders[0]].digest)
-    empty = TextJob(text_key("", texts_with), "", folders[0])
-    prompts = {text: text_key(model_cls.clean_caption(text), texts_with) for text in sampled_texts(config, model_cls)}
+    texts_with = model.text_fingerprint(hashes[folders[0]].digest)
+    latents_with = model.vae_fingerprint(hashes[folders[0]].digest)
+
+    def text_job(text: str, folder: Path) -> TextJob:
+        return TextJob(text_keys(model.clean_caption(text), texts_with, model.fields), text, folder)
+
+    empty = text_job("", folders[0])
+    prompts = {text: text_job(text, folders[0]) for text in sampled_texts(config, model.family)}
     clips: dict[tuple[bytes, ...], ClipJob] = {}
-    texts = {empty.key: empty} | {key: TextJob(key, text, folders[0]) for text, key in prompts.items()}
+    texts = {job.all_keys: job for job in (empty, *prompts.values())}
     items: dict[str, tuple[Item, ...]] = {}
     skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name in SETS:
         sources: tuple[SourceConfig, ...] = getattr(config.data, name)
-        jobs, skipped[name] = _clip_jobs(config, model_cls, sources, hashes, latents_with)
+        jobs, skipped[name] = _clip_jobs(config, model, sources, hashes, latents_with)
         names, found = source_names(sources), []
         for job in jobs:
             caption = job.sample.caption
-            text = TextJob(text_key(model_cls.clean_caption(caption), texts_with), caption, job.folder)
+            text = text_job(caption, job.folder)
             clips.setdefault(job.latent_keys, job)
-            texts.setdefault(text.key, text)
+            texts.setdefault(text.all_keys, text)
             item = _item(job, text, sources[job.sample.source].repeats, names[job.sample.source])
             found.append(replace(item, origin=(job.sample, job.clip)) if name == "eval" else item)
         items[name] = tuple(found)
     for memory in hashes.values():
         memory.save()
-    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.key, prompts, folders)
+    keys = {text: job.all_keys for text, job in prompts.items()}
+    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.all_keys, keys, folders)
 
 
 def cache_folders(config: Config) -> tuple[Path, ...]:
@@ -131,7 +141,7 @@ def _item(job: ClipJob, text: TextJob, repeats: int, source: str) -> Item:
         caption=text.caption,
         bucket=job.bucket,
         latent_keys=job.latent_keys,
-        text_key=text.key,
+        text_keys=text.all_keys,
         repeats=repeats,
         source=source,
     )
@@ -139,7 +149,7 @@ def _item(job: ClipJob, text: TextJob, repeats: int, source: str) -> Item:
 
 def _clip_jobs(
     config: Config,
-    model_cls: type[VideoModel],
+    model: ModelFolder,
     sources: Sequence[SourceConfig],
     hashes: Mapping[Path, FileHashes],
     vae: str,
@@ -147,13 +157,11 @@ def _clip_jobs(
     """Return all clips of one set in the order of their samples, and what is left out with its reason."""
     if not sources:
         return [], ()
-    stride, _ = model_cls.vae_geometry(config.model.path)
     found = survey(
         sources,
         config.streams,
         config.data,
-        vae_stride=stride,
-        patch=patch_of(config, model_cls),
+        geometry=model.geometry,
         seed=config.seed,
         memory=cache_folders(config)[0],
     )
@@ -165,16 +173,6 @@ def _clip_jobs(
         keys = latent_keys(sample, clip, digests=digests, fill=fill, vae=vae)
         jobs.append(ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys))
     return jobs, found.skipped
-
-
-def latent_shape(bucket: Bucket, stride: Sequence[int], channels: int) -> tuple[int, int, int, int]:
-    """Return (C, f, h, w): the first frame is encoded alone, the others a stride at a time."""
-    return channels, 1 + (bucket.frames - 1) // stride[0], bucket.height // stride[1], bucket.width // stride[2]
-
-
-def patch_of(config: Config, model_cls: type[VideoModel]) -> tuple[int, int, int]:
-    with torch.device("meta"):
-        return model_cls.from_config(model_cls.read_config(config.model.path), streams=tuple(config.streams)).patch
 
 
 def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping[Path, FileHashes]) -> dict[Path, str]:
@@ -221,8 +219,10 @@ def _rate(sample: Sample, clip: Clip) -> str:
     return f"{clip.fps}, {'timed' if sample.media.fps else 'counted'}"
 
 
-def text_key(caption: str, encoder: str) -> bytes:
-    return _hash(what="text", encoder=ENCODER_VERSION, weights=encoder, dtype="bfloat16", caption=caption)
+def text_keys(caption: str, encoder: str, fields: Sequence[Field]) -> dict[str, bytes]:
+    """Return a key for each field that comes from captions."""
+    parts: dict[str, Any] = {"encoder": ENCODER_VERSION, "weights": encoder, "dtype": "bfloat16", "caption": caption}
+    return {field.name: _hash(what=field.name, **parts) for field in fields if field.source == "caption"}
 
 
 def _hash(**parts: object) -> bytes:

@@ -22,7 +22,7 @@ class Item:
     caption: str
     bucket: tuple[int, int, int]  # frames, height, width in pixels
     latent_keys: tuple[bytes, ...]  # one a stream
-    text_key: bytes
+    text_keys: tuple[bytes, ...]  # one a field that comes from the caption
     repeats: int = 1
     source: str = ""  # name of the data set it comes from
     origin: tuple[Sample, Clip] | None = None  # the files behind an eval clip, to measure the loss by encoding
@@ -34,11 +34,13 @@ class Dataset:
 
     items: tuple[Item, ...]
     streams: tuple[str, ...]
-    empty_text_key: bytes
+    empty_text_keys: tuple[bytes, ...]
     cache: Cache = field(compare=False, repr=False)
     key: str = "train"  # the data set's name under `data.` in the config
     skipped: tuple[tuple[str, str], ...] = ()  # (sample id, reason)
-    prompts: Mapping[str, bytes] = field(default_factory=dict)  # keys of the texts that evaluations sample from
+    prompts: Mapping[str, tuple[bytes, ...]] = field(
+        default_factory=dict
+    )  # keys of the texts that evaluations sample from
 
     def order(self, *, seed: int, global_batch: int) -> Order:
         """Return the order in which training takes the clips."""

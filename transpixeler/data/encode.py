@@ -29,13 +29,13 @@ import torch.distributed as dist
 
 from transpixeler.config import Config, UserError
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
-from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog, latent_shape
+from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.progress import Progress
 from transpixeler.data.sources.pairs import decode_pair
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
@@ -65,14 +65,14 @@ class Outcome:
     fault: Exception | None = None
 
 
-def encode_missing(config: Config, model_cls: type[VideoModel], runtime: Runtime) -> Datasets:
+def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Datasets:
     """Return the train and eval sets of a config, with every record in the cache."""
     with _connected(runtime) as ranks:
-        found, work = ranks.from_main(partial(_find_work, config, model_cls))
+        found, work = ranks.from_main(partial(_find_work, config, model))
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
         while work.clips or work.texts:
-            done = _encode_on_all(config, model_cls, ranks, work)
+            done = _encode_on_all(config, model, ranks, work)
             outcomes += done
             fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
             if not fresh:
@@ -96,8 +96,8 @@ def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
         absent.difference_update(keys.values())  # the same content twice is encoded once
         if keys:
             clips.append(replace(job, keys=keys))
-    texts = set(cache.missing([job.key for job in found.texts]))
-    return Work(tuple(clips), tuple(job for job in found.texts if job.key in texts))
+    texts = set(cache.missing([key for job in found.texts for key in job.all_keys]))
+    return Work(tuple(clips), tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys)))
 
 
 def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
@@ -112,15 +112,15 @@ def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
     return mine
 
 
-def _find_work(config: Config, model_cls: type[VideoModel]) -> tuple[Catalog, Work]:
-    found = catalog(config, model_cls)
+def _find_work(config: Config, model: ModelFolder) -> tuple[Catalog, Work]:
+    found = catalog(config, model)
     return found, missing_work(found)
 
 
-def _encode_on_all(config: Config, model_cls: type[VideoModel], ranks: _Ranks, work: Work) -> list[Outcome]:
+def _encode_on_all(config: Config, model: ModelFolder, ranks: _Ranks, work: Work) -> list[Outcome]:
     outcome, own = Outcome(), None
     try:
-        _encode(config, model_cls, ranks.runtime, work, outcome)
+        _encode(config, model, ranks.runtime, work, outcome)
     except Exception as fault:  # sent to all ranks before it is raised, so that none waits for this one
         own, outcome.fault = fault, _portable(fault, ranks.runtime.rank)
     outcomes = ranks.gather(outcome)
@@ -135,21 +135,20 @@ def _encode_on_all(config: Config, model_cls: type[VideoModel], ranks: _Ranks, w
 # --- one rank's share ------------------------------------------------------------------------------------------------
 
 
-def _encode(config: Config, model_cls: type[VideoModel], runtime: Runtime, work: Work, outcome: Outcome) -> None:
+def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, outcome: Outcome) -> None:
     clips = share(work.clips, rank=runtime.rank, ranks=runtime.world_size)
     texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
     with _Writers(f"rank{runtime.rank}", outcome) as writers, _one_thread(runtime.device):
         if clips:
-            _encode_clips(config, model_cls, runtime, clips, writers)
+            _encode_clips(config, model, runtime, clips, writers)
         if texts:
-            _encode_texts(config, model_cls, runtime, texts, writers)
+            _encode_texts(config, model, runtime, texts, writers)
 
 
 def _encode_clips(
-    config: Config, model_cls: type[VideoModel], runtime: Runtime, jobs: Sequence[ClipJob], writers: _Writers
+    config: Config, model: ModelFolder, runtime: Runtime, jobs: Sequence[ClipJob], writers: _Writers
 ) -> None:
     vae = None
-    stride, channels = model_cls.vae_geometry(config.model.path)
     cores = _cores(runtime)
     workers = config.data.workers or min(DECODERS, cores)
     decode = partial(_decode, fill=Fill.of(config.data), threads=max(1, cores // workers))
@@ -158,9 +157,9 @@ def _encode_clips(
         for job, decoded in _ahead(jobs, decode, workers):
             try:
                 videos = decoded.result()
-                vae = vae or model_cls.load_vae(config.model.path, device=runtime.device, dtype=torch.float32)
+                vae = vae or model.load_vae(device=runtime.device, dtype=torch.float32)
                 latents = {stream: vae.encode(torch.from_numpy(videos[stream])[None])[0] for stream in job.keys}
-                _check(latents, latent_shape(job.bucket, stride, channels))
+                _check(latents, model.geometry.latent(*job.bucket))
             except BadMedia as reason:
                 if config.data.on_bad == "error":
                     raise UserError(f"{job.id}: {reason}; mend it or set data.on_bad=skip") from reason
@@ -182,17 +181,19 @@ def _check(latents: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
 
 
 def _encode_texts(
-    config: Config, model_cls: type[VideoModel], runtime: Runtime, jobs: Sequence[TextJob], writers: _Writers
+    config: Config, model: ModelFolder, runtime: Runtime, jobs: Sequence[TextJob], writers: _Writers
 ) -> None:
     dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
-    encoder = model_cls.load_text_encoder(config.model.path, device=runtime.device, dtype=dtype)
+    encoder = model.load_text_encoder(device=runtime.device, dtype=dtype)
+    kinds = {field.name: "text" if field.length else "vector" for field in model.fields}
     with Progress("captions", len(jobs), 0, shown=runtime.is_main, ranks=runtime.world_size) as progress:
         for start in range(0, len(jobs), TEXTS_AT_ONCE):
             some = jobs[start : start + TEXTS_AT_ONCE]
             values = encoder.encode([job.caption for job in some])
             for folder in dict.fromkeys(job.folder for job in some):
-                rows = [(job, value) for job, value in zip(some, values) if job.folder == folder]
-                writers.put(folder, [Record("text", job.key, value.to(DTYPE)) for job, value in rows])
+                rows = [(job, found) for job, found in zip(some, values) if job.folder == folder]
+                parts = [(name, key, found[name]) for job, found in rows for name, key in job.keys.items()]
+                writers.put(folder, [Record(kinds[name], key, value.to(DTYPE)) for name, key, value in parts])
             progress.step(len(some))
     del encoder
     _free(runtime.device)
@@ -331,14 +332,14 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datase
     for name, items in found.items.items():
         reasons = {item.id: bad[item.latent_keys] for item in items if item.latent_keys in bad}
         kept = tuple(item for item in items if item.id not in reasons)
-        keys = [key for item in kept for key in (*item.latent_keys, item.text_key)]
-        if absent := cache.missing([*keys, found.empty_text_key]):
+        keys = [key for item in kept for key in (*item.latent_keys, *item.text_keys)]
+        if absent := cache.missing([*keys, *found.empty_text_keys]):
             raise UserError(
                 f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
                 "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
             )
         skipped = (*found.skipped[name], *reasons.items())
-        sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_key, cache, name, skipped, found.prompts)
+        sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_keys, cache, name, skipped, found.prompts)
     return Datasets(sets["train"], sets["eval"])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from transpixeler.config import UserError
 from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
-from transpixeler.models.streams import StreamLayout
+from transpixeler.flow.objective import Fields
+from transpixeler.models.family import Field
+from transpixeler.models.streams import Grid, StreamLayout
 
 CPU = torch.device("cpu")
 
@@ -35,8 +37,8 @@ class Batch:
     epoch_step: int  # within the epoch, from 0
     layout: StreamLayout
     latents: Tensor  # [b, N] packed, fp32
-    text: Tensor  # [b, text_len, text_dim], fp32, zero padded
-    empty_text: Tensor  # [text_len, text_dim]
+    fields: Fields  # what the model is conditioned on, [b, …] each, fp32, zero padded
+    empty: Fields  # those of an empty caption, without the batch
     ids: tuple[str, ...]  # of the whole global batch
     slots: range  # positions in the global batch that this rank holds
 
@@ -44,16 +46,13 @@ class Batch:
 class Assembler:
     """Builds one batch from its items, for training and evaluation."""
 
-    def __init__(
-        self, dataset: Dataset, *, patch: tuple[int, int, int], text_len: int = 512, device: torch.device = CPU
-    ) -> None:
+    def __init__(self, dataset: Dataset, *, patch: Grid, fields: Sequence[Field], device: torch.device = CPU) -> None:
         self.dataset = dataset
         self.patch = patch
-        self.text_len = text_len
+        self.fields = tuple(fields)
         self.device = device
         self.pin = device.type == "cuda"  # copies from pinned memory overlap with compute
-        self._text_dim = dataset.cache.spec(dataset.empty_text_key).shape[1]
-        self._empty = self._text([dataset.empty_text_key])[0]
+        self._empty = {name: value[0] for name, value in self._fields([dataset.empty_text_keys]).items()}
 
     def batch(self, items: np.ndarray, *, slots: range, step: int = 0, epoch: int = 0, epoch_step: int = 0) -> Batch:
         chosen = [self.dataset.items[int(item)] for item in items]
@@ -65,8 +64,8 @@ class Assembler:
             epoch_step=epoch_step,
             layout=layout,
             latents=self._latents(mine, layout),
-            text=self._text([item.text_key for item in mine]),
-            empty_text=self._empty,
+            fields=self._fields([item.text_keys for item in mine]),
+            empty=self._empty,
             ids=tuple(item.id for item in chosen),
             slots=slots,
         )
@@ -82,22 +81,45 @@ class Assembler:
                 self._read(key, streams[stream][place], f"{item.id}, stream {self.dataset.streams[stream]}")
         return packed
 
-    def _text(self, keys: list[bytes]) -> Tensor:
-        text = torch.zeros(len(keys), self.text_len, self._text_dim, pin_memory=self.pin)
-        for place, key in enumerate(keys):
-            length = self.dataset.cache.spec(key).shape[0]
-            if length > self.text_len:
-                raise UserError(
-                    f"a cached text has {length} tokens, the model takes {self.text_len}: rebuild the cache"
+    def _fields(self, rows: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
+        """Read the fields of some captions, each padded with zeros to the model's length."""
+        found: dict[str, Tensor] = {}
+        for number, field in enumerate(self.fields):
+            shape = (len(rows), field.length, field.width) if field.length else (len(rows), field.width)
+            value = found[field.name] = torch.zeros(shape, pin_memory=self.pin)
+            lengths = torch.zeros(len(rows), dtype=torch.int64, pin_memory=self.pin)
+            for place, keys in enumerate(rows):
+                lengths[place] = self._length(keys[number], field)
+                self._read(
+                    keys[number], value[place, : int(lengths[place])] if field.length else value[place], "a caption"
                 )
-            self._read(key, text[place, :length], "a caption")
-        return text
+            if field.masked:
+                found[f"{field.name}_length"] = lengths
+        return found
+
+    def _length(self, key: bytes, field: Field) -> int:
+        length = self.dataset.cache.spec(key).shape[0]
+        if field.length and length > field.length:
+            raise UserError(f"a cached text has {length} tokens, the model takes {field.length}: rebuild the cache")
+        return length
 
     def _read(self, key: bytes, out: Tensor, what: str) -> None:
         try:
             self.dataset.cache.copy(key, out)
         except CacheDamaged as error:
             raise CacheDamaged(f"{what}: {error}") from error
+
+
+def padded_fields(values: Mapping[str, Tensor], fields: Sequence[Field]) -> dict[str, Tensor]:
+    """Return one caption's fields, encoded or as the cache holds them, as an `Assembler` gives them."""
+    found: dict[str, Tensor] = {}
+    for field in fields:
+        value = values[field.name].float()
+        pad = (0, 0, 0, field.length - len(value)) if field.length else (0, 0)
+        found[field.name] = torch.nn.functional.pad(value, pad)
+        if field.masked:
+            found[f"{field.name}_length"] = torch.tensor(len(value))
+    return found
 
 
 class Loader:

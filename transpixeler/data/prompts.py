@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transpixeler.config import Config, SampleConfig, UserError
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.family import Family
 
 
 def prompt_lines(path: str, *, key: str) -> list[str]:
@@ -22,15 +22,15 @@ def read_prompts(config: SampleConfig) -> tuple[str, ...]:
     return (*config.prompts, *prompt_lines(config.prompts_file, key="sample.prompts_file"))
 
 
-def negative_prompt(config: SampleConfig, model_cls: type[VideoModel]) -> str | None:
+def negative_prompt(config: SampleConfig, family: Family) -> str | None:
     """Return the negative prompt, or None where guidance is off."""
     if config.guidance == 1:
         return None
-    return model_cls.sampling.negative_prompt if config.negative_prompt is None else config.negative_prompt
+    return family.sampling.negative_prompt if config.negative_prompt is None else config.negative_prompt
 
 
-def sampled_texts(config: Config, model_cls: type[VideoModel]) -> tuple[str, ...]:
+def sampled_texts(config: Config, family: Family) -> tuple[str, ...]:
     """Return the texts that evaluations sample from besides the clips' own captions."""
-    prompts, negative = read_prompts(config.sample), negative_prompt(config.sample, model_cls)
+    prompts, negative = read_prompts(config.sample), negative_prompt(config.sample, family)
     sampled = bool(prompts) or (config.eval.samples > 0 and bool(config.data.eval))
     return (*prompts, *([negative] if sampled and negative is not None else []))

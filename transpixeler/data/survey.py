@@ -17,6 +17,7 @@ from transpixeler.data.media.decode import probe
 from transpixeler.data.media.probe import Probes
 from transpixeler.data.sources.candidate import BadSample
 from transpixeler.data.sources.pairs import Sample, scan
+from transpixeler.models.geometry import Geometry
 
 
 class SampleClip(NamedTuple):
@@ -47,8 +48,7 @@ def survey(
     streams: Mapping[str, str],
     data: DataConfig,
     *,
-    vae_stride: tuple[int, int, int],
-    patch: tuple[int, int, int],
+    geometry: Geometry,
     seed: int,
     memory: Path | None = None,  # the folder where probes are remembered
 ) -> Survey:
@@ -57,7 +57,7 @@ def survey(
     found = scan(sources, streams, data, probe=probes or probe)
     if probes is not None:
         probes.save()
-    assigned = assign(found.samples, sources, data, vae_stride=vae_stride, patch=patch, seed=seed)
+    assigned = assign(found.samples, sources, data, geometry=geometry, seed=seed)
     samples = {sample.id: sample for sample in found.samples}
     assert len(samples) == len(found.samples), "two samples share an id"
     clips = tuple(SampleClip(samples[clip.sample_id], clip, bucket) for bucket, clip in assigned.clips)

@@ -29,11 +29,11 @@ from transpixeler.data.cache.records import (
     open_indexes,
     segments_of,
 )
-from transpixeler.data.catalog import cache_folders, catalog, latent_shape
+from transpixeler.data.catalog import cache_folders, catalog
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
 from transpixeler.files import whole
-from transpixeler.models.backbone import VideoModel, model_class
+from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
@@ -84,19 +84,19 @@ def cache_command(
     list: bool = False,
 ) -> Report:
     """Encode what is missing, or do what is asked for instead; rank 0 alone verifies, cleans and lists."""
-    model_cls = model_class(config.model.family)
+    model = open_model(config.model)
     report = Report()
     if runtime.is_main:
         if list:
             report.shelves = listing(cache_folders(config))
         if verify:
-            report.problems = verify_cache(cache_folders(config), drop=True, expected=expectations(config, model_cls))
+            report.problems = verify_cache(cache_folders(config), drop=True, expected=expectations(config, model))
         if gc:
-            collect_garbage(config, model_cls, report)
+            collect_garbage(config, model, report)
         if rebuild:
             remove_all(cache_folders(config), report)
     if not (list or verify or gc):
-        report.datasets = encode_missing(config, model_cls, runtime)
+        report.datasets = encode_missing(config, model, runtime)
     return report
 
 
@@ -126,9 +126,9 @@ class Expected(NamedTuple):
     shape: tuple[int, ...] | None  # None: a text may have any length
 
 
-def expectations(config: Config, model_cls: type[VideoModel]) -> dict[bytes, Expected]:
-    found, geometry = catalog(config, model_cls), model_cls.vae_geometry(config.model.path)
-    shapes = {key: latent_shape(job.bucket, *geometry) for job in found.clips for key in job.keys.values()}
+def expectations(config: Config, model: ModelFolder) -> dict[bytes, Expected]:
+    found = catalog(config, model)
+    shapes = {key: model.geometry.latent(*job.bucket) for job in found.clips for key in job.keys.values()}
     return {key: Expected(name, shapes.get(key)) for key, name in found.keys().items()}
 
 
@@ -200,9 +200,9 @@ def _orphans(folder: Path) -> list[Path]:
 # --- remove ----------------------------------------------------------------------------------------------------------
 
 
-def collect_garbage(config: Config, model_cls: type[VideoModel], report: Report) -> None:
+def collect_garbage(config: Config, model: ModelFolder, report: Report) -> None:
     """Remove what this config does not refer to, and what is damaged; other configs of the folder encode anew."""
-    wanted = catalog(config, model_cls).keys()
+    wanted = catalog(config, model).keys()
     for folder in cache_folders(config):
         if folder.is_dir():
             before = _bytes(folder)

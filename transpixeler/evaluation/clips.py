@@ -18,6 +18,7 @@ from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import objective
 from transpixeler.flow.objective import Example
+from transpixeler.models.family import ModelFolder
 
 T = TypeVar("T")
 
@@ -35,9 +36,9 @@ class Piece:
 class HeldOut:
     """The clips of `data.eval`, as evaluations read them."""
 
-    def __init__(self, config: Config, data: Dataset, *, patch: tuple[int, int, int], text_len: int) -> None:
+    def __init__(self, config: Config, data: Dataset, model: ModelFolder) -> None:
         self.config, self.data = config, data
-        self.assembler = Assembler(data, patch=patch, text_len=text_len) if data.items else None
+        self.assembler = Assembler(data, patch=model.geometry.patch, fields=model.fields) if data.items else None
         self.pieces = pieces(data, config)
 
     def item(self, piece: Piece) -> Item:
@@ -77,8 +78,11 @@ def spread(things: Sequence[T], count: int) -> list[T]:
 
 def at_all_times(batch: Batch, config: Config, given: frozenset[int]) -> Example:
     """Return the one clip of a batch, once for each of `eval.times`."""
-    times = torch.tensor(config.eval.times, dtype=torch.float32)[:, None].repeat(1, len(batch.layout.names))
-    times[:, sorted(given)] = 0
+    times = torch.tensor(config.eval.times, dtype=torch.float32)[:, None].repeat(1, len(batch.layout.groups))
+    weights = torch.ones_like(times)
+    for stream in given:
+        groups = batch.layout.groups_of(stream)
+        times[:, groups.start : groups.stop] = weights[:, groups.start : groups.stop] = 0
     rows = len(times)
     noise = [objective.draw_noise(batch.layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
     return Example(
@@ -86,6 +90,6 @@ def at_all_times(batch: Batch, config: Config, given: frozenset[int]) -> Example
         latents=batch.latents.expand(rows, -1),
         noise=torch.stack(noise),
         timesteps=times,
-        text=batch.text.expand(rows, -1, -1),
-        weights=torch.ones_like(times),
+        fields={name: value.expand(rows, *value.shape[1:]) for name, value in batch.fields.items()},
+        weights=weights,
     )

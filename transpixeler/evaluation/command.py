@@ -13,7 +13,7 @@ from transpixeler.data.encode import encode_missing
 from transpixeler.evaluation.heldout import Evaluator
 from transpixeler.evaluation.results import table
 from transpixeler.files import printable, write_text
-from transpixeler.models.backbone import model_class
+from transpixeler.models.family import open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.folder import SAMPLES, sample_folder
@@ -30,7 +30,7 @@ def eval_command(source: SavedModel, runtime: Runtime, *, out: str = "", asked_l
     if not config.data.eval:
         raise UserError("data.eval: set it to a folder of pairs or a manifest that training does not see")
     config = replace(config, data=replace(config.data, train=()))
-    data = encode_missing(config, model_class(config.model.family), runtime).eval
+    data = encode_missing(config, open_model(config.model), runtime).eval
     mesh = meshes.build(layout, runtime)
     engine = open_engine(replace(source, config=config), mesh)
     evaluator = Evaluator(config, runtime, engine, data)

@@ -19,13 +19,13 @@ from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
-from transpixeler.models.backbone import model_class
+from transpixeler.models.family import open_model
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.texts import cached_prompts
-from transpixeler.sampling.video import Video, check_background, name_part, video_shape, write_video
+from transpixeler.sampling.video import Video, check_background, name_part, video_layout, write_video
 
 logger = logging.getLogger("transpixeler")
 
@@ -46,17 +46,17 @@ class Evaluator:
     ) -> None:
         """`pause` is called between pieces of work, equally often on all ranks; it may end an evaluation by raising."""
         self.config, self.runtime, self.mesh, self.pause = config, runtime, engine.mesh, pause
-        model_cls = model_class(config.model.family)
-        self.held_out = HeldOut(config, data, patch=engine.models()[0].patch, text_len=model_cls.text_len)
+        self.model = open_model(config.model)
+        self.held_out = HeldOut(config, data, self.model)
         self.prompts = read_prompts(config.sample)  # once: the file may be edited while a run goes on
         # before the first step, so that a wrong size is refused now
-        self.prompt_layout = video_shape(config, model_cls).layout if self.prompts else None
+        self.prompt_layout = video_layout(config, self.model) if self.prompts else None
         if self.prompts or spread(self.held_out.pieces, config.eval.samples):
             check_background(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
-        self.texts = cached_prompts(config, data, model_cls)
+        self.texts = cached_prompts(config, data, self.model)
         self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative)
-        self.frames = Frames(model_cls, config.model.path, self.mesh.device)
+        self.frames = Frames(self.model, self.mesh.device)
         self.measures = Measures(config, self.held_out, self.frames)
 
     @property
@@ -95,9 +95,10 @@ class Evaluator:
         for piece in spread(self.held_out.pieces, self.config.eval.samples):
             item, batch = self.held_out.item(piece), self.held_out.batch(piece)
             streams = batch.layout.unpack(batch.latents)
+            fields = {name: value[0] for name, value in batch.fields.items()}
             given = {stream: streams[stream][0] for stream in piece.given}
             name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
-            plan.append((Video(name, item.caption, batch.text[0], seed + len(plan), batch.layout, given), piece))
+            plan.append((Video(name, item.caption, fields, seed + len(plan), batch.layout, given), piece))
         for prompt in self.prompts:
             assert self.prompt_layout is not None
             name = f"{len(plan)}-{name_part(prompt)}"

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from transpixeler.evaluation.clips import HeldOut, Piece
-from transpixeler.flow.objective import mean_squared_errors
-from transpixeler.models.backbone import Conditions
+from transpixeler.flow.objective import by_stream, mean_squared_errors
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.sampler import turns
@@ -50,10 +49,10 @@ class HeldOutLosses:
     def _errors(self, piece: Piece) -> Tensor:
         """Return the errors [times, streams] of one clip."""
         example = self.held_out.example(piece).to(self.engine.mesh.device)
-        conditions = Conditions(example.timesteps, example.text)
         micro_batch = self.held_out.config.eval.micro_batch
-        found = self.engine.forward(example.noisy(), conditions, example.layout, micro_batch)
-        return mean_squared_errors(found, example.velocity(), example.layout).double().cpu()
+        found = self.engine.forward(example.noisy(), example.inputs, example.layout, micro_batch)
+        errors = mean_squared_errors(found, example.velocity(), example.layout).double()
+        return by_stream(errors, (example.weights > 0).double(), example.layout)[0].cpu()
 
     def _means(self, rows: Sequence[tuple[Piece, list[list[float]]]]) -> dict[str, dict[str, float]]:
         """Return the mean over clips of one set and task, by stream and time, without the streams that are given."""

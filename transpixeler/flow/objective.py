@@ -1,14 +1,14 @@
 """Define what the model learns: noise, timesteps, tasks and the weights of the loss, as pure functions.
 
-In: packed latents and who they are (seed, step, sample ids, places in the global batch). Out: an `Example`. Nothing
-depends on the layout, the number of workers or earlier calls, so every layout and every resume sees the same draws.
+In: packed latents, fields and who they are (seed, step, sample ids, places in the global batch). Out: an `Example`.
+Nothing depends on the layout, the number of workers or earlier calls, so every layout and every resume sees the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from transpixeler.config import ObjectiveConfig, UserError
 from transpixeler.models.streams import StreamLayout
+
+Fields = Mapping[str, Tensor]  # by name, in the order in which the model takes them
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,36 @@ class Example:
     layout: StreamLayout
     latents: Tensor  # [b, N]
     noise: Tensor  # [b, N]
-    timesteps: Tensor  # [b, S] in [0, 1]; 0 for a stream that is given
-    text: Tensor  # [b, 512, text_dim]
-    weights: Tensor  # [b, S]: what each stream's mean squared error adds to the loss of the global batch
+    timesteps: Tensor  # [b, G] in [0, 1]; 0 for a time group that is given
+    fields: Fields  # what the model is conditioned on, [b, …] each
+    weights: Tensor  # [b, G]: what each time group's mean squared error adds to the loss of the global batch
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """Return the same example of changed tensors."""
+        return Example(
+            layout=self.layout,
+            latents=change(self.latents),
+            noise=change(self.noise),
+            timesteps=change(self.timesteps),
+            fields={name: change(value) for name, value in self.fields.items()},
+            weights=change(self.weights),
+        )
 
     def to(self, device: torch.device) -> Example:
-        moved = (t.to(device, non_blocking=True) for t in (self.latents, self.noise, self.timesteps, self.text))
-        return Example(self.layout, *moved, self.weights.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Example:
-        """In host memory that a GPU reads beside its work."""
-        tensors = (self.latents, self.noise, self.timesteps, self.text, self.weights)
-        return Example(self.layout, *(t if t.is_pinned() else t.pin_memory() for t in tensors))
+        """Return it in host memory that a GPU reads beside its work."""
+        return self.map(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
+
+    def rows(self, rows: slice) -> Example:
+        """Return some of its samples."""
+        return self.map(lambda tensor: tensor[rows])
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Return the model's inputs besides the noisy latents."""
+        return (self.timesteps, *self.fields.values())
 
     def noisy(self) -> Tensor:
         """x_t = (1 − t)·x + t·ε, [b, N] in fp32."""
@@ -48,9 +68,20 @@ class Example:
 
 
 def mean_squared_errors(predicted: Tensor, velocity: Tensor, layout: StreamLayout) -> Tensor:
-    """[b, N] twice → [b, S], each stream's mean over its elements, in fp32."""
+    """[b, N] twice → [b, G], each time group's mean over its elements, in fp32."""
     squares = (predicted.float() - velocity.float()).square()
-    return torch.stack([part.mean(1) for part in squares.split(layout.sizes, dim=1)], dim=1)
+    return torch.stack([part.mean(1) for part in layout.split_groups(squares)], dim=1)
+
+
+def by_stream(errors: Tensor, free: Tensor, layout: StreamLayout) -> tuple[Tensor, Tensor]:
+    """Return each stream's error over what is free (not given) of it, and whether anything is: [b, G] → [b, S]."""
+    if not layout.cuts:
+        return errors, free
+    sizes = free * torch.tensor(layout.group_sizes, dtype=errors.dtype, device=errors.device)
+    places = [layout.groups_of(stream) for stream in range(len(layout.names))]
+    counts = torch.stack([sizes[:, place.start : place.stop].sum(1) for place in places], dim=1)
+    sums = torch.stack([(sizes * errors)[:, place.start : place.stop].sum(1) for place in places], dim=1)
+    return sums / counts.clamp(min=1), (counts > 0).to(free.dtype)
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
@@ -137,6 +168,14 @@ def loss_weights(
     return torch.where(total > 0, weights / total.clamp(min=1e-12), 0.0) / batch
 
 
+def group_weights(weights: Tensor, layout: StreamLayout) -> Tensor:
+    """[b, S] → [b, G]: a stream's weight, shared by its time groups as they share its elements."""
+    if not layout.cuts:
+        return weights
+    shares = [size / layout.sizes[group.stream] for size, group in zip(layout.group_sizes, layout.groups)]
+    return weights[:, [group.stream for group in layout.groups]] * torch.tensor(shares)
+
+
 # --- together --------------------------------------------------------------------------------------------------------
 
 
@@ -147,23 +186,29 @@ def prepare(
     step: int,
     layout: StreamLayout,
     latents: Tensor,
-    text: Tensor,
-    empty_text: Tensor,
+    fields: Fields,
+    empty: Fields,
     ids: Sequence[str],
     slots: Sequence[int],
     batch: int,
 ) -> Example:
-    """Make the draws for the samples `ids` that stand at `slots` of a global batch of `batch`."""
+    """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields."""
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
     known = tasks(layout.names)
     given = [known[draw_task(config.tasks, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
-    times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch)[:, None].repeat(1, len(layout.names))
+    times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch)[:, None].repeat(1, len(layout.groups))
     for row, streams in enumerate(given):
-        times[row, sorted(streams)] = 0
+        times[row, [place for stream in streams for place in layout.groups_of(stream)]] = 0
     dropped = [float(torch.rand((), generator=generator("caption", *key))) < config.caption_dropout for key in keys]
     if any(dropped):
-        text = text.clone()
-        text[torch.tensor(dropped)] = empty_text.to(text.dtype)
-    weights = loss_weights(config, layout.names, given, batch)
-    return Example(layout, latents, noise, times, text, weights)
+        rows = torch.tensor(dropped)
+        fields = {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
+    weights = group_weights(loss_weights(config, layout.names, given, batch), layout)
+    return Example(layout, latents, noise, times, fields, weights)
+
+
+def _replaced(value: Tensor, rows: Tensor, by: Tensor) -> Tensor:
+    value = value.clone()
+    value[rows] = by.to(value.dtype)
+    return value

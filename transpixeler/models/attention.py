@@ -1,7 +1,8 @@
-"""Attention through one function that can choose its kernel.
+"""Attention of all families: queries, keys and values `[B, T, H, d]` go in, the same shape comes out.
 
-In: queries, keys and values `[B, T, H, d]`. Out: the same shape. What is not there is an error that names what is.
-Wan attends its text's padding, hundreds of equal rows; `fold_padding` makes one key of them that counts for all.
+The kernel is chosen here, and so is who sees whom: `rgb_attends_aux`, masks of text, and how much text counts beside
+several streams. Some models attend their text's padding, hundreds of equal rows; `fold_padding` makes one key of them
+that counts for all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transpixeler.config import UserError
+from transpixeler.models.streams import Tokens
 
 KERNELS = {
     "flash": [SDPBackend.FLASH_ATTENTION],
@@ -82,14 +84,66 @@ def _runs(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tensor | None = None) -> Tensor:
-    """Softmax attention without a mask; a bias `[keys]` is added to each key's logit."""
+    """Softmax attention; a bias, `[keys]` or `[B, keys]`, is added to each key's logit."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if kernel == "flex":
-        assert bias is None  # which is a CPU's
-        return _flex()(q, k, v).transpose(1, 2)
-    mask = None if bias is None else bias.expand(q.shape[2], -1)
-    with _backends(kernel):
+    mask = None if bias is None else bias.to(q.dtype).expand(len(q), -1)[:, None, None].expand(-1, -1, q.shape[2], -1)
+    if q.is_meta:  # keep no scores, as kernels of devices do; what torch picks on meta would
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return flash(q, k, v, attn_mask=mask)[0].transpose(1, 2)
+    if mask is not None:  # which not every kernel takes, so torch chooses one that does
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    if kernel == "flex":
+        return _flex()(q, k, v).transpose(1, 2)
+    with _backends(kernel):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, text_lengths: Tensor | None = None) -> Tensor:
+    """Attend over the sequence `[B, T, H, d]`: every token sees every token, or RGB does not see the companions.
+
+    Text that flows through the blocks comes after the streams, `text_lengths` [B] of it valid, all where None. Its keys
+    share a softmax with those of all streams, which would outweigh it: each counts T/L₀ times for whoever sees all.
+    """
+    streams, first = sum(tokens.lengths), tokens.lengths[0]
+    text = q.shape[1] - streams
+    if tokens.rgb_attends_aux or len(tokens.lengths) == 1:
+        return _attend_with_text(q, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
+    near_q, near_k, near_v = (_first_and_text(x, first, streams) for x in (q, k, v))
+    own = _attend_with_text(near_q, near_k, near_v, tokens.kernel, text, 1.0, text_lengths)
+    others = q[:, first:streams]
+    rest = _attend_with_text(others, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
+    return torch.cat([own[:, :first], rest, own[:, first:]], dim=1)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, bias: Tensor | None = None) -> Tensor:
+    """Attend to keys that are no part of the sequence; see `attention` for the bias and `length_bias` for a mask."""
+    return attention(q, k, v, tokens.kernel, bias)
+
+
+def length_bias(lengths: Tensor, keys: int) -> Tensor:
+    """[B] valid keys of each sample → [B, keys]: 0 for those, minus infinity beyond."""
+    beyond = torch.arange(keys, device=lengths.device) >= lengths[:, None]
+    return torch.zeros(beyond.shape, device=lengths.device).masked_fill_(beyond, -torch.inf)
+
+
+def _first_and_text(x: Tensor, first: int, streams: int) -> Tensor:
+    return torch.cat([x[:, :first], x[:, streams:]], dim=1) if x.shape[1] > streams else x[:, :first]
+
+
+def _attend_with_text(
+    q: Tensor, k: Tensor, v: Tensor, kernel: str, text: int, weight: float, lengths: Tensor | None
+) -> Tensor:
+    """Attend to keys whose last `text` count `weight` times each."""
+    if not text or (weight == 1 and lengths is None):
+        return attention(q, k, v, kernel)
+    if lengths is None and weight == round(weight):  # copies of the keys: any kernel takes them
+        k, v = (torch.cat([x, *[x[:, -text:]] * (round(weight) - 1)], dim=1) for x in (k, v))
+        return attention(q, k, v, kernel)
+    bias = torch.zeros(len(k) if lengths is not None else 1, k.shape[1], device=k.device)
+    bias[:, -text:] = math.log(weight)
+    if lengths is not None:
+        bias[:, -text:] += length_bias(lengths, text)
+    return attention(q, k, v, kernel, bias)
 
 
 def fold_padding(rows: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,233 +1,152 @@
 """Define the backbone: three named parts, run over several streams, cut and wrapped by those names.
 
-In: a model's config. Out: an `nn.Module` that takes packed noisy latents and their conditions and returns packed
-velocity. The pipeline, FSDP, recompute, compile and LoRA know this class and no concrete model.
+In: packed noisy latents, a timestep for each time group and the fields that the family declares. Out: packed velocity.
+The pipeline, FSDP, recompute, compile and LoRA know this class and no concrete model.
 """
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from transpixeler.config import UserError
+from transpixeler.models.family import Field
 from transpixeler.models.streams import Grid, StreamLayout, Tokens
 
-Digest = Callable[[Path], str]
-if TYPE_CHECKING:
-    from transpixeler.models.dimensions import Dimensions
-
-FAMILIES = {"wan": "transpixeler.families.wan.model:WanModel"}
-
-
-def model_class(family: str) -> type[VideoModel]:
-    """Import the class of `model.family`, only when it is used."""
-    module, name = FAMILIES[family].split(":")
-    return getattr(import_module(module), name)
-
-
-def file_digest(path: Path) -> str:
-    """Hash a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-class Conditions(NamedTuple):
-    """Inputs that a model is conditioned on; another kind of conditioning is another field."""
-
-    timesteps: Tensor  # [B, S] in [0, 1]
-    text: Tensor  # [B, text_len, text_dim], zero padded
-
-
-# What flows from stage to stage, flat, right for LoRA and for full fine-tuning:
-# hidden [B, T, D], modulation [B, S, 6, D], context [B, text_len, D], temb [B, S, D]. A plain tuple:
-# pipelining wants no other.
-State = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    negative_prompt: str
-
-
-class Vae(Protocol):
-    """A video autoencoder, as `data.encode` and `sampling` use it."""
-
-    fingerprint: str
-
-    def encode(self, video: Tensor) -> Tensor: ...  # uint8 [B,F,H,W,3] or float [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w]
-    def decode(self, latents: Tensor) -> Tensor: ...  # → [B,3,F,H,W] in [-1,1]
-    def to(self, device: torch.device) -> Vae: ...
-
-
-class TextEncoder(Protocol):
-    """Captions to embeddings at their true length."""
-
-    fingerprint: str
-
-    def encode(self, texts: Sequence[str]) -> list[Tensor]: ...  # [len, dim] each
-    def to(self, device: torch.device) -> TextEncoder: ...
+# The flow: the flat tuple of tensors that runs from block to block and from stage to stage, the same for LoRA and for
+# full fine-tuning. A plain tuple: pipelining wants no other. Its first `carried` tensors are what blocks change.
+Flow = tuple[Tensor, ...]
 
 
 class Block(nn.Module, ABC):
     """One block; `recompute`, when set, decides what of `compute` is kept for the backward pass."""
 
-    recompute: Callable[..., Tensor] | None = None
+    recompute: Callable[..., Flow] | None = None
+    carried: int = 1  # tensors of the flow that it changes, the first ones; the same for all blocks of a model
+    attends: tuple[str, ...] = ("streams", "text")  # its attentions: among streams, to text, or "joint": both in one
 
-    def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, flow: Flow, tokens: Tokens) -> Flow:
+        """Return the flow with its carried tensors changed."""
         if self.recompute is None:
-            return self.compute(hidden, modulation, context, tokens)
-        tokens = tokens._replace(lean=False)  # nothing is kept: copying saves nothing
-        compute = self.compute if torch.compiler.is_compiling() else _Twice(self.compute)  # compilers drop what is idle
-        return self.recompute(compute, hidden, modulation, context, tokens)
+            changed = self.compute(flow, tokens)
+        else:
+            tokens = tokens._replace(copy_scope=False)  # nothing is kept: copying saves nothing
+            compute = self.compute if torch.compiler.is_compiling() else _Recomputed(self.compute)
+            changed = self.recompute(compute, flow, tokens)
+        return (*changed, *flow[len(changed) :])
 
     @abstractmethod
-    def compute(self, hidden: Tensor, modulation: Tensor, context: Tensor, tokens: Tokens) -> Tensor: ...
+    def compute(self, flow: Flow, tokens: Tokens) -> Flow:
+        """Return the carried tensors of the flow, changed."""
+
+    def reads(self, linear: str) -> str:
+        """Return what a linear of this block, by its name in it, reads: "streams", "text", "both" or "vectors"."""
+        return "streams"
 
 
-class _Twice:
-    """A block's `compute`, which is told from its second call on that its result is not wanted."""
+class _Recomputed:
+    """A block's `compute`, which is told from its second call on that its output is discarded.
 
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
-        self.compute, self.again = compute, False
+    A compiler needs no telling: it drops what nothing uses.
+    """
 
-    def __call__(self, hidden: Tensor, modulation: Tensor, context: Tensor, tokens: Tokens) -> Tensor:
-        tokens, self.again = tokens._replace(again=self.again), True
-        return self.compute(hidden, modulation, context, tokens)
+    def __init__(self, compute: Callable[[Flow, Tokens], Flow]) -> None:
+        self.compute, self.recomputing = compute, False
+
+    def __call__(self, flow: Flow, tokens: Tokens) -> Flow:
+        tokens, self.recomputing = tokens._replace(recomputing=self.recomputing), True
+        return self.compute(flow, tokens)
 
 
-class VideoModel(nn.Module, ABC):
+class Backbone(nn.Module, ABC):
     """A video diffusion transformer in three named parts: `embed`, `blocks`, `head`.
 
-    To add a model, subclass this in one module and name it in `FAMILIES`:
-    1. `from_config` builds it (under `torch.device("meta")` too) with the published parameter names inside each part;
-       blocks are an `nn.ModuleDict` keyed by the original index, linears that a LoRA may target are
-       `models.linear.Linear`.
-    2. `embed(x, *conditions, layout=…, dtype=…)` returns a `State` in the matmuls' dtype; each block is a `Block`;
-       `head(hidden, temb, layout=…)` returns packed velocity. `positions` gives what blocks need of the layout.
-    3. `read_config`, `dtype_of`, `dimensions`, the geometry properties, `sampling`, and the lazy encoders.
-    Streams, LoRA, pipelines, sharding, recompute, compile, quantization, caches and sampling then work as they are.
+    1. The constructor works under `torch.device("meta")`; blocks are an `nn.ModuleDict` keyed by the original index,
+       linears that a LoRA may target are `models.linear.Linear`.
+    2. `embed(x, timesteps, *fields, layout=…, dtype=…)` returns a `Flow` in the matmuls' dtype; each block is a
+       `Block`; `head(*flow, layout=…)` returns packed velocity. `positions` gives what blocks need of the layout.
+    3. `flow_meta`, `dtype_of` and the geometry below.
+    Streams, LoRA, pipelines, sharding, recompute, compile, quantization, costs and sampling then work as they are.
     """
 
     embed: nn.Module | None
     blocks: nn.ModuleDict
     head: nn.Module | None
     streams: tuple[str, ...]
-    matmul_dtype: torch.dtype = torch.float32
-
-    text_len: ClassVar[int]
-    sampling: ClassVar[SamplingDefaults]
+    fields: tuple[Field, ...]
     patch: Grid
-    latent_channels: int
-    text_dim: int
-    vae_stride: Grid
+    family: ClassVar[str]  # the name of the folder in families/
+    lora_targets: tuple[str, ...]  # patterns of linears in a block that an adapter is put on by default
+    width: int  # of a token between blocks
+    heads: int
+    carried: int = 1  # as `Block.carried`
+    rgb_attends_aux: bool = True
+    matmul_dtype: torch.dtype = torch.float32
 
     # -- to be given by each model
 
-    @classmethod
     @abstractmethod
-    def from_config(
-        cls, config: dict[str, Any], *, streams: Sequence[str], rgb_attends_aux: bool = True, attention: str = "auto"
-    ) -> VideoModel:
-        """Build on the current default device."""
-
-    @classmethod
-    @abstractmethod
-    def read_config(cls, path: str | Path) -> dict[str, Any]:
-        """Read the published config in a model folder."""
-
-    @classmethod
-    @abstractmethod
-    def stored_names(cls, stored: Iterable[str]) -> Mapping[str, str]:
-        """Map the internal name of each weight of a file, in any published spelling, to the name it is stored under."""
+    def positions(self, layout: StreamLayout, device: torch.device) -> Tokens:
+        """Return what blocks must know of the sequence, with positions that all streams share."""
 
     @abstractmethod
-    def positions(self, layout: StreamLayout, device: torch.device) -> Tokens: ...
-
-    @abstractmethod
-    def state_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> State:
-        """Make meta tensors of what flows between stages."""
+    def flow_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> Flow:
+        """Return meta tensors of what flows between stages."""
 
     @abstractmethod
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype a base parameter keeps when matmuls run in `dtype`."""
-
-    @abstractmethod
-    def dimensions(self) -> Dimensions:
-        """Return what `models.costs` needs to know; of the whole model, so ask before `keep`."""
+        """Return the dtype that a base parameter keeps when matmuls run in `dtype`."""
 
     @abstractmethod
     def rebuild_buffers(self) -> None:
         """Forget what was computed on another device; called after `to_empty`."""
 
-    # -- encoders, loaded only where they are used
-
-    @classmethod
-    @abstractmethod
-    def load_vae(cls, path: str | Path, *, device: torch.device, dtype: torch.dtype) -> Vae: ...
-
-    @classmethod
-    def clean_caption(cls, text: str) -> str:
-        """Return what the text encoder reads of it: captions that differ in nothing else share one encoding."""
-        return text
-
-    @classmethod
-    @abstractmethod
-    def load_text_encoder(cls, path: str | Path, *, device: torch.device, dtype: torch.dtype) -> TextEncoder: ...
-
-    @classmethod
-    @abstractmethod
-    def vae_fingerprint(cls, path: str | Path, digest: Digest = file_digest) -> str: ...
-
-    @classmethod
-    @abstractmethod
-    def text_fingerprint(cls, path: str | Path, digest: Digest = file_digest) -> str: ...
-
-    @classmethod
-    @abstractmethod
-    def vae_geometry(cls, path: str | Path) -> tuple[Grid, int]:
-        """(stride, channels) without loading weights."""
+    def end_reads(self, name: str) -> str:
+        """Return what a linear of `embed` or `head` reads, by its name, as `Block.reads` does."""
+        return "streams"
 
     # -- the same for all models
 
-    def forward(self, *state: Tensor, layout: StreamLayout) -> Tensor | State:
-        """`(x [B, N], *conditions)` or a `State` in; velocity [B, N] or a `State` out, by the parts that are here."""
+    def forward(self, *flow: Tensor, layout: StreamLayout) -> Tensor | Flow:
+        """Run the parts that are here: `(x [B, N], timesteps [B, G], *fields)` or a flow in, velocity or a flow out."""
         if self.embed is not None:
-            state = self.embed(*state, layout=layout, dtype=self.matmul_dtype)
-        hidden, modulation, context, temb = state
-        tokens = self.positions(layout, hidden.device)
-        for block in self.blocks.values():
-            hidden = block(hidden, modulation, context, tokens)
-        if self.head is None:
-            return hidden, modulation, context, temb
-        return self.head(hidden, temb, layout=layout)
+            flow = self.embed(*flow, layout=layout, dtype=self.matmul_dtype)
+        tokens = self.positions(layout, flow[0].device)
+        for block in self.block_list():
+            flow = block(flow, tokens)
+        return flow if self.head is None else self.head(*flow, layout=layout)
 
     def keep(self, *, embed: bool, blocks: Iterable[int], head: bool) -> None:
-        """Delete the parts that live on other stages; what stays keeps its name."""
-        wanted = {str(index) for index in blocks}
-        assert wanted <= set(self.blocks), (wanted, list(self.blocks))
-        for index in [index for index in self.blocks if index not in wanted]:
-            del self.blocks[index]
+        """Delete the parts that live on other stages; what stays keeps its name. blocks: their places, from 0."""
+        keys = list(self.blocks)
+        wanted = {keys[place] for place in blocks}
+        for key in keys:
+            if key not in wanted:
+                del self.blocks[key]
         self.embed = self.embed if embed else None
         self.head = self.head if head else None
 
+    @property
+    def trains_conditions(self) -> bool:
+        """Tell whether the flow beyond what blocks change needs gradients; a stream's embedding is in the tokens."""
+        parts = self.embed.named_parameters() if self.embed is not None else ()
+        return any(parameter.requires_grad for name, parameter in parts if "stream" not in name)
+
+    def block_list(self) -> list[Block]:
+        """Return the blocks that are here, in order."""
+        return [cast(Block, block) for block in self.blocks.values()]
+
     def layout(self, shape: Sequence[int]) -> StreamLayout:
-        """All streams of this model with the same latent shape (C, F, H, W)."""
+        """Lay out all streams of this model with the same latent shape (C, F, H, W)."""
         return StreamLayout.equal(self.streams, shape, self.patch)
 
 
-def apply_dtypes(model: VideoModel, dtype: torch.dtype) -> None:
+def apply_dtypes(model: Backbone, dtype: torch.dtype) -> None:
     """Matmuls in `dtype`, and base parameters but for the model's fp32 islands; adapters and embeddings stay fp32."""
     model.matmul_dtype = dtype
     for name, parameter in model.named_parameters():
@@ -237,7 +156,7 @@ def apply_dtypes(model: VideoModel, dtype: torch.dtype) -> None:
 
 
 def set_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Train what matches one of the name patterns and freeze the rest; returns the trainable names."""
+    """Train what matches one of the name patterns and freeze the rest; return the trainable names."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

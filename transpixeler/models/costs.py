@@ -1,23 +1,134 @@
-"""Compute a step's cost: FLOPs and bytes as pure functions of a model's dimensions and a layout.
+"""Count a step's FLOPs and bytes, summed over a model's modules for a layout.
 
-In: dimensions (of a model on meta, so no weights are needed) and tokens of each stream. Out: numbers for telemetry,
-`plan` and the choice of what to recompute. A frozen layer costs its forward and its input's gradient, no weight
-gradient. Text counts at its padded length, as a GPU computes it.
+In: a whole model on meta, so no weights are needed. Out: numbers for telemetry, `plan` and the choice of what to
+recompute. A frozen layer costs its forward and its input's gradient, no weight gradient. Text counts at its padded
+length, as a GPU computes it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
-from transpixeler.models.dimensions import AdapterShape, Dimensions
-from transpixeler.models.lora import TEXT_TARGETS, inside, lora_linears
+from transpixeler.models.backbone import Backbone, Block
+from transpixeler.models.kept import KeptBytes, measure
+from transpixeler.models.linear import FeedForward, Linear
+from transpixeler.models.lora import LoraLinear
+from transpixeler.models.streams import span_slice
 
 FLASH_BACKWARD = 2.5  # times its forward: five matmuls instead of two
 Recompute = str | int  # as in `parallel.recompute`: "none", "full", "attention", "offload", or n for every n-th block
+
+
+class LinearCost(NamedTuple):
+    """One linear, and its adapter where it has one."""
+
+    inputs: int
+    outputs: int
+    reads: str  # "streams", "text", "both" or "vectors"
+    rank: int = 0
+    span: tuple[int, int] | None = None  # streams that the adapter acts on; None for all that is read
+    discarded: bool = False  # the block's last projection: no backward pass asks for its output
+
+    def tokens(self, lengths: Sequence[int], text: int) -> int:
+        return {"streams": sum(lengths), "text": text, "both": sum(lengths) + text, "vectors": 0}[self.reads]
+
+    def adapted(self, lengths: Sequence[int], text: int) -> int:
+        """Return the tokens that the adapter acts on."""
+        if not self.rank or self.span is None:
+            return self.tokens(lengths, text) if self.rank else 0
+        scope = span_slice(lengths, self.span)
+        return scope.stop - scope.start
+
+    def flops(self, lengths: Sequence[int], text: int) -> float:
+        return 2 * self.inputs * self.outputs * self.tokens(lengths, text)
+
+    def adapter_flops(self, lengths: Sequence[int], text: int) -> float:
+        return 2 * self.rank * (self.inputs + self.outputs) * self.adapted(lengths, text)
+
+
+class BlockCost(NamedTuple):
+    """One block."""
+
+    linears: tuple[LinearCost, ...]
+    attends: tuple[str, ...]  # as in `Block.attends`
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward's inside."""
+        return sum(linear.inputs for linear in self.linears if linear.discarded)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All that the sums need to know of a model."""
+
+    width: int
+    heads: int
+    blocks: tuple[BlockCost, ...]
+    ends: tuple[LinearCost, ...]
+    text: int  # tokens of the padded text
+    field_numbers: int  # of one sample's fields
+    kept: tuple[KeptBytes, ...]  # of each block
+    rgb_attends_aux: bool = True
+
+    @classmethod
+    def of(cls, model: Backbone) -> Costs:
+        """Read a whole model, before `keep`."""
+        assert model.embed is not None and model.head is not None, "costs are those of the whole model"
+        lengths = [field.length for field in model.fields if field.length]
+        return cls(
+            width=model.width,
+            heads=model.heads,
+            blocks=tuple(_block(block) for block in model.block_list()),
+            ends=tuple(_ends(model)),
+            text=max(lengths, default=0),
+            field_numbers=sum(field.width * (field.length or 1) for field in model.fields),
+            kept=_kept(model),
+            rgb_attends_aux=model.rgb_attends_aux,
+        )
+
+    @property
+    def linears(self) -> list[LinearCost]:
+        return [linear for block in self.blocks for linear in block.linears]
+
+
+def _kept(model: Backbone) -> tuple[KeptBytes, ...]:
+    """Measure each block, those that are alike once."""
+    found: dict[object, KeptBytes] = {}
+    kinds = [(type(b), _block(b), tuple(p.requires_grad for p in b.parameters())) for b in model.block_list()]
+    for kind, block in zip(kinds, model.block_list(), strict=True):
+        if kind not in found:
+            found[kind] = measure(model, block)
+    return tuple(found[kind] for kind in kinds)
+
+
+def _block(block: Block) -> BlockCost:
+    last = {id(module[2]) for module in block.modules() if isinstance(module, FeedForward)}
+    found = []
+    for name, module in block.named_modules():
+        if isinstance(module, Linear):
+            rank, span = (module.rank, module.span) if isinstance(module, LoraLinear) else (0, None)
+            cost = LinearCost(
+                module.in_features, module.out_features, block.reads(name), rank, span, id(module) in last
+            )
+            found.append(cost)
+    return BlockCost(tuple(found), block.attends)
+
+
+def _ends(model: Backbone) -> list[LinearCost]:
+    """Linears of `embed` and `head`; a convolution over patches is one."""
+    found = []
+    for part in ("embed", "head"):
+        for name, module in getattr(model, part).named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                outputs = module.weight.shape[0]
+                found.append(LinearCost(module.weight.numel() // outputs, outputs, model.end_reads(f"{part}.{name}")))
+    return found
 
 
 class Flops(NamedTuple):
@@ -32,107 +143,80 @@ class Flops(NamedTuple):
         return self.linear + self.attention + self.adapter
 
 
-def adapter_shapes(model: nn.Module) -> tuple[AdapterShape, ...]:
-    """List the shape of every adapter that is in the model."""
-    return tuple(
-        AdapterShape(linear.in_features, linear.out_features, linear.rank, linear.span, inside(name) in TEXT_TARGETS)
-        for name, linear in lora_linears(model)
-    )
-
-
 # -- FLOPs
 
 
-def linear_flops(d: Dimensions, tokens: int) -> float:
-    """Projections of all blocks, and the ends."""
-    block = tokens * (12 * d.width**2 + 4 * d.width * d.ffn) + 4 * d.width**2 * d.text_len
-    ends = 2 * tokens * d.width * (d.patch_in + d.patch_out) + 2 * d.text_len * d.width * (d.text_dim + d.width)
-    return d.blocks * block + ends
+def attention_flops(costs: Costs, lengths: Sequence[int]) -> float:
+    tokens, first, text = sum(lengths), lengths[0], costs.text
+    seen_by_first = tokens if costs.rgb_attends_aux else first
+    pairs = 0
+    for block in costs.blocks:
+        if "streams" in block.attends:
+            pairs += first * seen_by_first + (tokens - first) * tokens
+        if "text" in block.attends:
+            pairs += tokens * text
+        if "joint" in block.attends:  # text sees what RGB sees
+            pairs += (first + text) * (seen_by_first + text) + (tokens - first) * (tokens + text)
+    return 4 * costs.width * pairs
 
 
-def attention_flops(d: Dimensions, lengths: Sequence[int]) -> float:
-    tokens = sum(lengths)
-    pairs = tokens**2 if d.first_attends_all else lengths[0] ** 2 + (tokens - lengths[0]) * tokens
-    return 4 * d.blocks * d.width * (pairs + tokens * d.text_len)
+def forward_flops(costs: Costs, lengths: Sequence[int]) -> Flops:
+    linears, text = costs.linears, costs.text
+    linear = sum(one.flops(lengths, text) for one in (*linears, *costs.ends))
+    return Flops(linear, attention_flops(costs, lengths), sum(one.adapter_flops(lengths, text) for one in linears))
 
 
-def adapter_flops(d: Dimensions, lengths: Sequence[int]) -> float:
-    return sum(2 * a.tokens(lengths, d.text_len) * a.rank * (a.inputs + a.outputs) for a in d.adapters)
-
-
-def forward_flops(d: Dimensions, lengths: Sequence[int]) -> Flops:
-    return Flops(linear_flops(d, sum(lengths)), attention_flops(d, lengths), adapter_flops(d, lengths))
-
-
-def step_flops(d: Dimensions, lengths: Sequence[int], *, recompute: Recompute = "none", full: bool = False) -> float:
-    """Forward, backward and what is recomputed, of one sample; `full` trains the base as well."""
-    forward = forward_flops(d, lengths)
+def step_flops(costs: Costs, lengths: Sequence[int], *, recompute: Recompute = "none", full: bool = False) -> float:
+    """Return FLOPs of one sample's forward and backward pass and recomputation; `full` trains the base as well."""
+    forward = forward_flops(costs, lengths)
     step = forward.linear * (3 if full else 2) + forward.attention * (1 + FLASH_BACKWARD) + forward.adapter * 3
-    again = forward.total - (0 if full else unwanted_flops(d, sum(lengths)))
+    again = forward.total - (0 if full else discarded_flops(costs, lengths))
     if recompute == "attention":
         return step + again - forward.attention
-    return step + again * recomputed_share(d, recompute)
+    return step + again * recomputed_share(len(costs.blocks), recompute)
 
 
-def unwanted_flops(d: Dimensions, tokens: int) -> float:
-    """Count what recomputing a forward pass leaves out: every block's last projection, which is only added."""
-    return 2 * d.blocks * tokens * d.ffn * d.width
+def discarded_flops(costs: Costs, lengths: Sequence[int]) -> float:
+    """Return the forward FLOPs that a recomputation leaves out: the last projection of every block."""
+    return sum(linear.flops(lengths, costs.text) for linear in costs.linears if linear.discarded)
 
 
-def recomputed_share(d: Dimensions, recompute: Recompute) -> float:
-    """Return the share of blocks that run in full again."""
+def recomputed_share(blocks: int, recompute: Recompute) -> float:
+    """Return the share of the blocks that run in full again."""
     if isinstance(recompute, int):
-        return math.ceil(d.blocks / recompute) / d.blocks
+        return math.ceil(blocks / recompute) / blocks
     return 1.0 if recompute in ("full", "offload") else 0.0
 
 
 # -- memory
 
 
-def kept_bytes(
-    d: Dimensions, lengths: Sequence[int], *, size: int, full: bool = False, compiled: bool = False
-) -> float:
-    """Count what one block keeps for its backward pass for one sample, in `size` bytes a number.
-
-    Without compiling, what norms take in is kept in fp32. Training the base keeps what linears, norms and
-    gates take in.
-    """
-    tokens, wide = sum(lengths), 4 if not compiled else size
-    into_norms = 3 * wide + 3 * size  # three layer norms'; q's, k's and cross q's
-    matmul_operands = 6 * size  # q, k, v, out, cross q, cross out
-    kept = tokens * d.width * (into_norms + matmul_operands) + tokens * d.ffn * size
-    kept += d.text_len * d.width * 3 * size
-    if full:
-        normed = 5 * wide  # the layer norms' outputs, and what the gates multiply
-        return kept + tokens * d.width * (normed + 3 * size) + tokens * d.ffn * size
-    kept += sum(a.tokens(lengths, d.text_len) * a.rank for a in d.adapters) / max(d.blocks, 1) * size
-    return kept + scope_tokens(d, lengths) * 3 * d.width * size
-
-
-def scope_tokens(d: Dimensions, lengths: Sequence[int]) -> int:
-    return max((a.tokens(lengths, d.text_len) for a in d.adapters if not a.on_text), default=0)
-
-
 def activation_bytes(
-    d: Dimensions,
+    costs: Costs,
     lengths: Sequence[int],
     *,
     size: int,
     recompute: Recompute = "none",
-    full: bool = False,
     compiled: bool = False,
+    blocks: int | None = None,
 ) -> int:
-    """Count one sample's bytes at the worst moment: what all blocks keep, and the work of the one whose turn it is."""
-    tokens = sum(lengths)
-    block = kept_bytes(d, lengths, size=size, full=full, compiled=compiled)
-    work = tokens * (2 * d.ffn + 4 * d.width) * size
-    entry = tokens * d.width * size
+    """Return one sample's bytes at the worst moment: what all blocks keep, and the work of the one whose turn it is.
+
+    blocks: how many a rank holds, all where None.
+    """
+    count = len(costs.blocks) if blocks is None else blocks
+    tokens = sum(lengths) + costs.text * ("joint" in costs.blocks[0].attends)  # what flows from block to block
+    each = [(kept.compiled if compiled else kept.eager).bytes(lengths) for kept in costs.kept]
+    mean, most = sum(each) / len(each), max(each)
+    work = tokens * (2 * max(block.inner for block in costs.blocks) + 4 * costs.width) * size
+    entry = tokens * costs.width * size
     if recompute == "attention":
-        outputs = 2 * tokens * (d.width * size + 4 * d.heads)  # both attentions', and their log-sum-exp
-        return int(d.blocks * (entry + outputs) + block + work)
+        attentions = max(len(block.attends) for block in costs.blocks)
+        outputs = attentions * tokens * (costs.width * size + 4 * costs.heads)  # with their log-sum-exp
+        return int(count * (entry + outputs) + most + work)
     if recompute == "offload":
-        return int(2 * entry + block + work)
-    again = recomputed_share(d, recompute) * d.blocks
-    at_once = again and (d.blocks - 1) % (recompute if isinstance(recompute, int) else 1) == 0
+        return int(2 * entry + most + work)
+    again = recomputed_share(count, recompute) * count if count else 0
+    at_once = again and (count - 1) % (recompute if isinstance(recompute, int) else 1) == 0
     # a last block that is kept is done with, and let go, before the first one is computed again
-    return int(again * entry + (d.blocks - again) * block + (block if at_once else 0) + work)
+    return int(again * entry + (count - again) * mean + (most if at_once else 0) + work)

@@ -48,7 +48,7 @@ class _NormHeads(torch.autograd.Function):
         return _turn_(x * weight, _factor(inverse, rope, heads), heads).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, rope, inverse = ctx.saved_tensors
         factor, wide = _factor(inverse, rope, ctx.heads), _wide(x)
         back = factor.conj() if factor.is_complex() else factor

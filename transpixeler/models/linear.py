@@ -8,6 +8,7 @@ trained one. Neither keeps a weight for the backward pass in another form than i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,23 +28,44 @@ def dequantize(data: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Te
 class Linear(nn.Linear):
     """`nn.Linear` that is told how many tokens each stream has, and whose weight may be quantized.
 
-    With `gelu` it takes what that takes; without `wanted` it makes only what the backward pass keeps, no result.
+    With `gelu` it takes what that takes; without `needs_output` it makes only what the backward pass keeps, no result.
     """
 
     quantized: str = ""  # the kind, when `weight_data` and `weight_scale` stand in place of `weight`
+    weight_data: Tensor
+    weight_scale: Tensor
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
         lengths: Sequence[int] = (),
         part: Tensor | None = None,
         *,
         gelu: bool = False,
-        wanted: bool = True,
+        needs_output: bool = True,
     ) -> Tensor:
         if self.quantized or not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return project(x, self, gelu=gelu, wanted=wanted)
+            return project(x, self, gelu=gelu, needs_output=needs_output)
         return _Trained.apply(activated(x, gelu), self.weight, self.bias)
+
+
+def project_shared(x: Tensor, tokens: Tokens, *linears: Linear) -> list[Tensor]:
+    """Project the same tokens by several linears, whose adapters then share one copy of the tokens in their scope."""
+    part = scope_copy(x, tokens, *linears)
+    return [linear(x, tokens.lengths, part) for linear in linears]
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear. The activation is the second projection's, which keeps what goes into it for backward."""
+
+    def __init__(self, width: int, inner: int, *, bias: bool = True) -> None:
+        super().__init__(Linear(width, inner, bias=bias), nn.Identity(), Linear(inner, width, bias=bias))
+
+    def forward(self, x: Tensor, tokens: Tokens, *, gate: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """gate: multiplies the output, the last of its block; in a recomputation the output may be discarded."""
+        first, last = cast(Linear, self[0]), cast(Linear, self[2])
+        (inner,) = project_shared(x, tokens, first)
+        return last(inner, tokens.lengths, gelu=True, needs_output=not tokens.discards(gate))
 
 
 def activated(x: Tensor, gelu: bool) -> Tensor:
@@ -52,10 +74,10 @@ def activated(x: Tensor, gelu: bool) -> Tensor:
 
 def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:
     """Copy the tokens that these linears' adapters all act on, when the backward pass then holds fewer."""
-    spans = {getattr(linear, "span", None) for linear in linears}
-    if not tokens.lean or len(spans) > 1 or None in spans or not x.requires_grad:
+    span, *others = (getattr(linear, "span", None) for linear in linears)
+    if span is None or any(other != span for other in others) or not tokens.copy_scope or not x.requires_grad:
         return None
-    return x.detach()[:, span_slice(tokens.lengths, *spans)].clone()
+    return x.detach()[:, span_slice(tokens.lengths, span)].clone()
 
 
 def project(
@@ -68,7 +90,7 @@ def project(
     scope: slice = slice(0, 0),
     part: Tensor | None = None,
     gelu: bool = False,
-    wanted: bool = True,
+    needs_output: bool = True,
 ) -> Tensor:
     """Project all tokens by the frozen base, and add the adapter's projection of the scope's.
 
@@ -80,7 +102,7 @@ def project(
     else:
         weight, weight_scale, kind = linear.weight, None, ""
     adapter = down, up, scale, scope.start, scope.stop
-    return _Project.apply(x, weight, weight_scale, kind, linear.bias, *adapter, part, gelu, wanted)
+    return _Project.apply(x, weight, weight_scale, kind, linear.bias, *adapter, part, gelu, needs_output)
 
 
 class _Trained(torch.autograd.Function):
@@ -92,10 +114,10 @@ class _Trained(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_x = grad @ _again(weight, None, "", grad.dtype) if _asked(ctx, 0) else None
+        grad_x = grad @ _rebuilt(weight, None, "", grad.dtype) if _asked(ctx, 0) else None
         grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype) if _asked(ctx, 1) else None
         return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if _asked(ctx, 2) else None
 
@@ -120,26 +142,26 @@ class _Project(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, weight_scale, kind, bias, down, up, scale, start, stop, part, gelu, wanted):
+    def forward(ctx, x, weight, weight_scale, kind, bias, down, up, scale, start, stop, part, gelu, needs_output):
         ctx.kind, ctx.scale, ctx.scope, ctx.gelu = kind, scale, slice(start, stop), gelu
-        a, inner = activated(x, gelu and wanted), None
-        if down is not None and (wanted or not gelu):
+        a, inner = activated(x, gelu and needs_output), None
+        if down is not None and (needs_output or not gelu):
             part = a[:, start:stop] if part is None else part
             inner = F.linear(part, down.to(x.dtype))  # [B, Ts, r]
         kept = (x, None, None) if gelu else (None, part, inner)
         ctx.save_for_backward(weight, weight_scale, down, up, *kept)
-        if not wanted:
+        if not needs_output:
             return x.new_empty(*x.shape[:-1], weight.shape[0])
         y = _linear(a, _full(weight, weight_scale, kind, x.dtype), bias)
-        if down is not None:
+        if inner is not None:
             scaled = (up * scale).to(x.dtype)  # [out, r]
             y[:, start:stop].baddbmm_(inner, scaled.t().expand(x.shape[0], -1, -1))
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, weight_scale, down, up, x, part, inner = ctx.saved_tensors
-        dtype, grad_x, grad_down, grad_up = grad.dtype, None, None, None
+        dtype, grad_x, grad_inner, grad_down, grad_up = grad.dtype, None, None, None, None
         if down is not None:
             if ctx.gelu:
                 part = activated(x[:, ctx.scope], True)
@@ -150,8 +172,8 @@ class _Project(torch.autograd.Function):
             grad_up = torch.bmm(grad_part.mT, inner).sum(0, dtype=up.dtype) * ctx.scale
             del part  # before the widest tensor of the block is made
         if _asked(ctx, 0):
-            grad_x = grad @ _again(weight, weight_scale, ctx.kind, dtype)
-            if down is not None:
+            grad_x = grad @ _rebuilt(weight, weight_scale, ctx.kind, dtype)
+            if down is not None and grad_inner is not None:
                 grad_x[:, ctx.scope].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
             grad_x = _through_gelu(grad_x, x) if ctx.gelu else grad_x
         return grad_x, None, None, None, None, grad_down, grad_up, *([None] * 6)
@@ -161,7 +183,7 @@ def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -
     return weight.to(dtype) if scale is None else dequantize(weight, scale, kind, dtype)
 
 
-def _again(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+def _rebuilt(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
     """Make the whole weight again in the backward pass, by way of the transpose.
 
     A compiler then finds that nothing the forward pass made is the same, or it would keep that.
@@ -170,7 +192,7 @@ def _again(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) 
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Project into an empty tensor, as where the result is not wanted: what is recorded stays alike."""
+    """Project into an empty tensor, as where the result is not needed: what is recorded stays alike."""
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     y, rows = x.new_empty(*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])

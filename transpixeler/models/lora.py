@@ -11,18 +11,20 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transpixeler.config import LoraConfig, UserError
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.linear import Linear, activated, project
 from transpixeler.models.streams import Scope, scope_span, span_slice
 
+Setting = TypeVar("Setting")
+
 Assign = Callable[[nn.Parameter, Tensor], None]
-TEXT_TARGETS = ("cross_attn.k", "cross_attn.v")  # act on the text, which belongs to no stream
 
 
 class LoraLinear(Linear):
@@ -47,16 +49,16 @@ class LoraLinear(Linear):
         """From the actual input, never from a length fixed at start-up."""
         return slice(0, x.shape[1]) if self.span is None else span_slice(lengths, self.span)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
         lengths: tuple[int, ...] = (),
         part: Tensor | None = None,
         *,
         gelu: bool = False,
-        wanted: bool = True,
+        needs_output: bool = True,
     ) -> Tensor:
-        scope, how = self.scope(x, lengths), {"gelu": gelu, "wanted": wanted}
+        scope, how = self.scope(x, lengths), {"gelu": gelu, "needs_output": needs_output}
         if not (self.training and self.dropout):
             return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope, part=part, **how)
         x = activated(x, gelu)
@@ -69,7 +71,7 @@ class LoraLinear(Linear):
 # -- which linears, with which rank and scope
 
 
-def targets(model: VideoModel) -> dict[str, Linear]:
+def targets(model: Backbone) -> dict[str, Linear]:
     """Every linear that an adapter may be put on, by name."""
     named = model.blocks.named_modules(prefix="blocks")
     return {name: module for name, module in named if isinstance(module, Linear)}
@@ -92,15 +94,17 @@ def _check(patterns: Mapping[str, str], names: list[str]) -> None:
             raise UserError(f"{key}: {pattern!r} matches no linear of the model; there are {there} in blocks.0 … ")
 
 
-def _last_match(name: str, table: Mapping[str, object], default: object) -> object:
-    return next((table[pattern] for pattern in reversed(table) if matches(name, pattern)), default)
+def _last_match(name: str, table: Mapping[str, Setting], default: Setting) -> Setting:
+    return next((table[pattern] for pattern in reversed([*table]) if matches(name, pattern)), default)
 
 
-def _span(name: str, scope: Scope, streams: tuple[str, ...]) -> tuple[int, int] | None:
-    span = scope_span(scope, streams)
-    if span == (0, len(streams)):
+def _span(name: str, scope: Scope, model: Backbone) -> tuple[int, int] | None:
+    span = scope_span(scope, model.streams)
+    if span == (0, len(model.streams)):
         return None
-    if inside(name) in TEXT_TARGETS:
+    block = model.blocks[name.split(".")[1]]
+    assert isinstance(block, Block)
+    if block.reads(inside(name)) in ("text", "vectors"):
         raise UserError(
             f"lora.targets: {inside(name)} acts on the text, which is the same for all streams: "
             f"it cannot have scope {scope!r}; leave it out or use `lora.scope: all`"
@@ -109,7 +113,7 @@ def _span(name: str, scope: Scope, streams: tuple[str, ...]) -> tuple[int, int] 
 
 
 def inject(
-    model: VideoModel, config: LoraConfig, *, seed: int = 0, scopes: Mapping[str, Scope] | None = None
+    model: Backbone, config: LoraConfig, *, seed: int = 0, scopes: Mapping[str, Scope] | None = None
 ) -> list[str]:
     """Put adapters on the targets and freeze the rest; returns the trainable names.
 
@@ -117,15 +121,16 @@ def inject(
     `scopes` overrides `lora.scope` by target pattern, for adapters that were made that way elsewhere.
     """
     linears, scopes = targets(model), scopes or {}
-    patterns = dict.fromkeys(config.targets, "lora.targets") | dict.fromkeys(config.ranks, "lora.ranks")
+    chosen = config.targets or model.lora_targets
+    patterns = dict.fromkeys(chosen, "lora.targets") | dict.fromkeys(config.ranks, "lora.ranks")
     _check(patterns | dict.fromkeys(scopes, "scopes"), list(linears))
     for name, linear in linears.items():
-        if not any(matches(name, pattern) for pattern in config.targets):
+        if not any(matches(name, pattern) for pattern in chosen):
             continue
         rank = int(_last_match(name, config.ranks, config.rank))
         alpha = rank if config.alpha is None else config.alpha
         scale = alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
-        span = _span(name, _last_match(name, scopes, config.scope), model.streams)
+        span = _span(name, _last_match(name, scopes, config.scope), model)
         adapted = LoraLinear(linear, rank=rank, scale=scale, dropout=config.dropout, span=span)
         model.set_submodule(name, adapted)
     for name, parameter in model.named_parameters():
@@ -171,7 +176,7 @@ def reset_adapter(model: nn.Module, *, seed: int, assign: Assign = _copy) -> Non
             assign(parameter, first_value(name, parameter.shape, seed=seed))
 
 
-def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor], *, assign: Assign = _copy) -> None:
+def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assign = _copy) -> None:
     """Start from another adapter, by our names; stream embeddings that it lacks stay as they are."""
     ours = adapter_parameters(model)
     needed = [name for name in ours if ".lora_" in name]
@@ -196,9 +201,9 @@ def load_adapter(model: nn.Module, tensors: Mapping[str, Tensor], *, assign: Ass
             assign(parameter, tensors[name])
 
 
-def _lives_here(model: nn.Module, name: str) -> bool:
+def _lives_here(model: Backbone, name: str) -> bool:
     """Tell whether this stage would hold the name, were it in the model at all."""
     part, _, rest = name.partition(".")
     if part != "blocks":
         return getattr(model, part, None) is not None
-    return rest.split(".")[0] in model.blocks or not rest.split(".")[0].isdigit()
+    return rest.split(".")[0] in model.blocks

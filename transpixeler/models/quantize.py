@@ -7,10 +7,12 @@ Rows are independent, so quantizing a shard of rows gives the same as sharding t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.backbone import Backbone
 from transpixeler.models.linear import INT8
 from transpixeler.models.lora import targets
 
@@ -30,12 +32,12 @@ def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     holder = nn.Linear(1, 1, bias=False, device="meta")
     holder.weight = nn.Parameter(weight.detach().float(), requires_grad=False)
     quantize_(holder, config)
-    made = holder.weight
+    made: Any = holder.weight
     assert made.scale.numel() == weight.shape[0], "one scale a row, or shards would not be what they are a part of"
     return made.qdata.view(STORED_AS[kind]), made.scale.detach().float().reshape(-1, 1)
 
 
-def quantize(model: VideoModel, kind: str) -> None:
+def quantize(model: Backbone, kind: str) -> None:
     """Quantize every linear of the blocks in place; on meta only the shapes change."""
     for linear in targets(model).values():
         assert not linear.weight.requires_grad, "only a frozen weight can be quantized"

@@ -1,14 +1,13 @@
 """Weights of a base model: a local path or a Hub id comes in, the tensors that a rank keeps come out, and nothing more.
 
 A model of tens of gigabytes is built on meta and cut to its stage and shard first; then each parameter asks here for
-its own slice. `WeightSource` hides what the files look like: a diffusers folder, Wan's own folder, or one ComfyUI file.
+its own slice. `WeightSource` hides what the files look like: a diffusers folder, an original one, or one ComfyUI file.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,16 +20,18 @@ from torch.distributed.tensor import DTensor, Shard
 
 from transpixeler.config import UserError
 from transpixeler.files import read_json
+from transpixeler.models.backbone import Backbone
 from transpixeler.models.damage import naming_damage
+from transpixeler.models.linear import Linear
 from transpixeler.models.lora import is_adapter
 from transpixeler.models.quantize import quantize_weight
+from transpixeler.models.resolve import resolve
 
 Slices = tuple[slice, ...]
 Names = Callable[[Iterable[str]], Mapping[str, str]]  # stored names of a file → {internal name: stored name}
 
 PACKED_PREFIX = "model.diffusion_model."  # of a transformer's weights in a file that may hold other parts too
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _SHARDS = "diffusion_pytorch_model*.safetensors"
 _PICKLED = "diffusion_pytorch_model*.pth"
@@ -38,24 +39,6 @@ _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _HELPER_SUFFIXES = (*_SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")  # of ComfyUI's quantized files
 _MARKER = "scaled_fp8"
 _LISTED = 10
-
-
-def resolve(path: str | Path, *, only: Sequence[str], key: str = "model.path") -> Path:
-    """Return a local path as it is, or a Hub id's folder after downloading what matches `only`."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    if not _HUB_ID.fullmatch(str(path)):
-        raise UserError(f"{key}: {path} does not exist; give a folder, a .safetensors file or a Hub id like user/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(only)))
-    except (OSError, ValueError) as fault:  # no network, offline mode, no such repository, or no valid id
-        raise UserError(
-            f"{key}: {path} is no local path, and the Hub does not give it ({type(fault).__name__}); download it where "
-            f"there is network (hf download {path} --local-dir FOLDER) and set {key} to that folder"
-        ) from fault
 
 
 class _File(Protocol):
@@ -117,7 +100,7 @@ def _weight_files(path: Path) -> list[Path]:
     files = sorted(folder.glob(_SHARDS)) or sorted(folder.glob(_PICKLED))
     if not files:
         raise UserError(
-            f"{folder} holds no {_SHARDS}: model.path must be a Wan model in diffusers' or Wan's own layout"
+            f"{folder} holds no {_SHARDS}: model.path must be a model in diffusers' layout or in the original one"
         )
     return files
 
@@ -135,8 +118,9 @@ class WeightSource:
             for name, shape in file.shapes().items():
                 self._file_of[name] = file
                 self._stored_shape[name] = shape
-        plain = {name.removeprefix(PACKED_PREFIX): name for name in self._file_of}
-        self._scaled = _MARKER in plain
+        packed = [name for name in self._file_of if name.startswith(PACKED_PREFIX)]  # beside a VAE's, say
+        plain = {name.removeprefix(PACKED_PREFIX): name for name in packed or self._file_of}
+        self._scaled = _MARKER in plain or _MARKER in self._file_of
         weights = [name for name in plain if name != _MARKER and not name.endswith(_HELPER_SUFFIXES)]
         self._stored = {internal: plain[name] for internal, name in names(weights).items()}
 
@@ -227,7 +211,7 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def load_weights(model: nn.Module, source: Readable) -> None:
+def load_weights(model: Backbone, source: Readable) -> None:
     """Fill every base parameter of a model, a stage or a shard of one, reading only the slice that this rank keeps.
 
     A linear that is quantized (by its shapes, on meta) is read in its rows and quantized here, row by row.
@@ -242,7 +226,7 @@ def load_weights(model: nn.Module, source: Readable) -> None:
                 continue
             piece = source.read_slice(name, local_slices(parameter))
             linear = model.get_submodule(name.rpartition(".")[0])
-            if getattr(linear, "quantized", "") and name.endswith(".weight"):
+            if isinstance(linear, Linear) and linear.quantized and name.endswith(".weight"):
                 data, scale = quantize_weight(piece.to(local.device), linear.quantized)
                 local.copy_(data)
                 _local(linear.weight_scale).copy_(scale)
@@ -259,7 +243,7 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_fit(model: nn.Module, parameters: Mapping[str, Tensor], source: Readable) -> None:
+def _check_fit(model: Backbone, parameters: Mapping[str, Tensor], source: Readable) -> None:
     stored = set(source.names())
     missing = [name for name in parameters if name not in stored]
     unexpected = [name for name in sorted(stored - set(parameters)) if not _lives_elsewhere(model, name)]
@@ -274,7 +258,7 @@ def _check_fit(model: nn.Module, parameters: Mapping[str, Tensor], source: Reada
         raise UserError(f"{source.path} does not fit the model: {'; '.join(found)}")
 
 
-def _lives_elsewhere(model: nn.Module, name: str) -> bool:
+def _lives_elsewhere(model: Backbone, name: str) -> bool:
     """Tell whether a weight belongs to a part that the model has given to another stage."""
     part, _, rest = name.partition(".")
     if part == "blocks":

@@ -12,7 +12,8 @@ import torch
 
 from transpixeler.config import Config
 from transpixeler.models import lora, quantize
-from transpixeler.models.backbone import VideoModel, apply_dtypes, set_trainable
+from transpixeler.models.backbone import Backbone, apply_dtypes, set_trainable
+from transpixeler.models.costs import Costs
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
@@ -29,7 +30,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def build_engine(
     config: Config,
     mesh: Mesh,
-    make: Callable[[], VideoModel],
+    make: Callable[[], Backbone],
     source: Readable,
     *,
     scopes: Mapping[str, Scope] | None = None,
@@ -37,23 +38,23 @@ def build_engine(
     """`make` builds the whole model on the current device: on meta, once a stage. `scopes`: what `inject` takes."""
     dtype = compute_dtype(config, mesh.device)
     whole = shape(config, make, dtype, scopes=scopes)
-    dimensions = whole.dimensions()
+    costs = Costs.of(whole)
     ranges = pipeline.split_blocks(config.parallel, len(whole.blocks))
     stages = []
     for index in pipeline.local_stages(config.parallel, mesh):
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         stage = pipeline.Stage(model)
-        shard.wrap(stage, list(model.blocks.values()), config.parallel, mesh)
+        shard.wrap(stage, model.block_list(), config.parallel, mesh)
         stage.to_empty(device=torch.device("cpu") if config.parallel.offload else mesh.device)
         fill(model, config, source)
         stages.append(stage)
-    return pipeline.Engine(stages, config.parallel, mesh, dtype, dimensions)
+    return pipeline.Engine(stages, config.parallel, mesh, dtype, costs)
 
 
 def shape(
-    config: Config, make: Callable[[], VideoModel], dtype: torch.dtype, *, scopes: Mapping[str, Scope] | None = None
-) -> VideoModel:
+    config: Config, make: Callable[[], Backbone], dtype: torch.dtype, *, scopes: Mapping[str, Scope] | None = None
+) -> Backbone:
     """Make the whole model on meta: quantized, adapted, every parameter in its dtype and trainable or not."""
     with torch.device("meta"):
         model = make()
@@ -73,8 +74,8 @@ def shape(
     return model
 
 
-def fill(model: VideoModel, config: Config, source: Readable) -> None:
-    """Fill base weights from the source, each rank its own slices, and adapters from (seed, name)."""
+def fill(model: Backbone, config: Config, source: Readable) -> None:
+    """Load base weights from the source, each rank its own slices; adapters from (seed, name)."""
     load_weights(model, source)
     model.rebuild_buffers()
     lora.reset_adapter(model, seed=config.seed, assign=assign)

@@ -90,12 +90,14 @@ def build(layout: Layout, runtime: Runtime) -> Mesh:
     ranks = torch.arange(p * r * s).view(p, r * s)
     pipeline_rank, data_rank = divmod(runtime.rank, r * s)
     data_groups = [dist.new_group(row, timeout=runtime.timeout) for row in ranks.tolist()]
+    data_group = data_groups[pipeline_rank]
+    assert isinstance(data_group, dist.ProcessGroup)  # this rank is in it
     return Mesh(
         layout=layout,
         device=runtime.device,
         pipeline_rank=pipeline_rank,
         data_rank=data_rank,
         pipeline_group=mesh["pipeline"].get_group(),
-        data_group=data_groups[pipeline_rank],
+        data_group=data_group,
         shards=mesh["replicate", "shard"] if r > 1 else mesh["shard"],
     )

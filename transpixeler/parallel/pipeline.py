@@ -1,7 +1,7 @@
 """Share blocks out over pipeline stages, and run a training step's forward and backward, whatever the layout.
 
-In: an `Example`. Out: gradients summed over every data rank, and each sample's error per stream. With one stage it is a
-loop over microbatches; with more, a schedule of `torch.distributed.pipelining`. Nothing above knows which.
+In: an `Example`. Out: gradients summed over every data rank, and each sample's error per time group. With one stage it
+is a loop over microbatches; with more, a schedule of `torch.distributed.pipelining`. Nothing above knows which.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from transpixeler.config import ParallelConfig, UserError
 from transpixeler.flow.objective import Example, mean_squared_errors
-from transpixeler.models.backbone import Conditions, VideoModel
-from transpixeler.models.dimensions import Dimensions
+from transpixeler.models.backbone import Backbone, Flow
+from transpixeler.models.costs import Costs
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import shard
 from transpixeler.parallel.mesh import Mesh
@@ -41,17 +41,16 @@ class Stage(nn.Module):
 
     layout: StreamLayout  # of the step; no argument, because schedules that split the backward pass take only tensors
 
-    def __init__(self, model: VideoModel) -> None:
+    def __init__(self, model: Backbone) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, *state: Tensor, velocity: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
-        layout = self.layout
-        out = self.model(*state, layout=layout)
-        if self.model.head is None:
-            hidden, *conditions = out  # zero-bubble schedules detach a stage's output in place, which a view forbids
-            return hidden.clone() if hidden._is_view() else hidden, *conditions
-        return out if velocity is None else mean_squared_errors(out, velocity, layout)
+    def forward(self, *flow: Tensor, velocity: Tensor | None = None) -> Tensor | Flow:
+        out = self.model(*flow, layout=self.layout)
+        if isinstance(out, tuple):  # zero-bubble schedules detach a stage's outputs in place, which a view forbids
+            carried = (x.clone() if x._is_view() else x for x in out[: self.model.carried])
+            return *carried, *out[self.model.carried :]
+        return out if velocity is None else mean_squared_errors(out, velocity, self.layout)
 
 
 class Streamed(nn.Module):
@@ -61,8 +60,8 @@ class Streamed(nn.Module):
         super().__init__()
         self.stage = stage
 
-    def forward(self, *state: Tensor, **extra: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.stage(*state, **extra)
+    def forward(self, *flow: Tensor, **extra: Tensor) -> Tensor | Flow:
+        return self.stage(*flow, **extra)
 
 
 def stage_count(config: ParallelConfig) -> int:
@@ -108,7 +107,7 @@ class _Key(NamedTuple):
 
     layout: StreamLayout
     size: int  # of a microbatch
-    count: int  # of microbatches
+    microbatches: int
     training: bool
 
 
@@ -116,21 +115,19 @@ class Engine:
     """Stages of this rank, and how they work together with everyone else's."""
 
     def __init__(
-        self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype, dimensions: Dimensions
+        self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype, costs: Costs
     ) -> None:
         self.stages = list(stages)
         self.config = config
         self.mesh = mesh
         self.dtype = dtype
-        self.dimensions = dimensions  # of the whole model, for its costs
+        self.costs = costs  # of the whole model
         self.sharded = shard.is_sharded(config, mesh)
         counts = [(p.numel(), p.requires_grad) for _, p in self.named_parameters()]
         trained = sum(n for n, trains in counts if trains)
         self.reduces_often = shard.reduces_often(trained, sum(n for n, _ in counts))
         self._schedules: OrderedDict[_Key, Any] = OrderedDict()
-        embeds = [stage.model.embed for stage in self.stages if stage.model.embed is not None]
-        moves = any(p.requires_grad for embed in embeds for name, p in embed.named_parameters() if "stream" not in name)
-        self.conditions_need_grad = self._any_stage(moves)
+        self.inputs_need_grad = self._any_stage(any(stage.model.trains_conditions for stage in self.stages))
         if mesh.device.type == "cuda" and config.pipeline > 1:
             dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.pipeline_group)  # warms the communicator
 
@@ -139,11 +136,11 @@ class Engine:
         for stage in self.stages:
             yield from stage.model.named_parameters()
 
-    def models(self) -> list[VideoModel]:
+    def models(self) -> list[Backbone]:
         return [stage.model for stage in self.stages]
 
     def forward_backward(self, example: Example, micro_batch: int) -> Tensor:
-        """Add to every gradient; return [b, S] mean squared errors, the same on all ranks of the pipeline."""
+        """Add to every gradient and return [b, G] mean squared errors, the same on all ranks of the pipeline."""
         count, rest = divmod(len(example.latents), micro_batch)
         assert not rest, (len(example.latents), micro_batch)
         self._lay_out(example.layout)
@@ -155,23 +152,23 @@ class Engine:
 
     @torch.no_grad()
     def forward(
-        self, x: Tensor, conditions: Conditions, layout: StreamLayout, micro_batch: int | None = None
+        self, x: Tensor, inputs: Sequence[Tensor], layout: StreamLayout, micro_batch: int | None = None
     ) -> Tensor:
-        """Velocity [b, N] on every rank of the pipeline; nothing of training changes."""
+        """Return velocity [b, N] on every rank of the pipeline; `inputs`: timesteps and fields."""
         rows, size = len(x), micro_batch or len(x)
         self._lay_out(layout)
         if self.config.pipeline == 1:
-            chunks = zip(x.split(size), *(c.split(size) for c in conditions), strict=True)
+            chunks = zip(x.split(size), *(c.split(size) for c in inputs), strict=True)
             return torch.cat([self.stages[0](*chunk) for chunk in chunks])
         unit = size * self.config.pipeline  # a schedule keeps what all its microbatches gave out
         full = unit if self.config.schedule in INTERLEAVED else size
-        x, *others = (_extended(t, -rows % full) for t in (x, *conditions))
+        x, *others = (_extended(t, -rows % full) for t in (x, *inputs))
         parts = zip(x.split(unit), *(other.split(unit) for other in others), strict=True)
-        return torch.cat([self._piped(part, Conditions(*rest), layout, size) for part, *rest in parts])[:rows]
+        return torch.cat([self._piped(part, rest, layout, size) for part, *rest in parts])[:rows]
 
-    def _piped(self, x: Tensor, conditions: Conditions, layout: StreamLayout, size: int) -> Tensor:
-        schedule = self._schedule(layout, conditions, size, len(x) // size, training=False)
-        out = schedule.step(*((x, *conditions) if self.mesh.is_first_stage else ()))
+    def _piped(self, x: Tensor, inputs: Sequence[Tensor], layout: StreamLayout, size: int) -> Tensor:
+        schedule = self._schedule(layout, inputs, size, len(x) // size, training=False)
+        out = schedule.step(*((x, *inputs) if self.mesh.is_first_stage else ()))
         return self._from_last(out, (len(x), layout.elements))
 
     def _lay_out(self, layout: StreamLayout) -> None:
@@ -208,9 +205,8 @@ class Engine:
                 reduces = i == count - 1 or self.reduces_often
                 stage.set_requires_gradient_sync(reduces)
                 stage.set_is_last_backward(reduces)
-            part = _rows(example, slice(i * size, (i + 1) * size))
-            inputs = (part.noisy(), part.timesteps, part.text)
-            error = stage(*inputs, velocity=part.velocity())
+            part = example.rows(slice(i * size, (i + 1) * size))
+            error = stage(part.noisy(), *part.inputs, velocity=part.velocity())
             (error * part.weights).sum().backward()
             errors.append(error.detach())
         return torch.cat(errors)
@@ -218,28 +214,31 @@ class Engine:
     # -- several stages
 
     def _pipeline(self, example: Example, count: int) -> Tensor:
-        conditions = Conditions(example.timesteps, example.text)
         layout, size = example.layout, len(example.latents) // count
-        schedule = self._schedule(layout, conditions, size, count, training=True)
-        inputs = (example.noisy(), *conditions) if self.mesh.is_first_stage else ()
+        schedule = self._schedule(layout, example.inputs, size, count, training=True)
+        inputs = (example.noisy(), *example.inputs) if self.mesh.is_first_stage else ()
         extra = {}
         if self.mesh.is_last_stage:
             extra = {"target": example.weights, "losses": [], "velocity": example.velocity()}
         errors = schedule.step(*inputs, **extra)
         errors = None if errors is None else errors.detach()
-        return self._from_last(errors, (len(example.latents), len(layout.names)))
+        return self._from_last(errors, (len(example.latents), len(layout.groups)))
 
-    def _schedule(self, layout: StreamLayout, conditions: Conditions, size: int, count: int, *, training: bool) -> Any:
-        """Return the schedule for these shapes: its receive buffers have one, so another bucket needs another."""
+    def _schedule(
+        self, layout: StreamLayout, inputs: Sequence[Tensor], size: int, count: int, *, training: bool
+    ) -> Any:
+        """Make a schedule, or find it: receive buffers have one shape, so each bucket has one over the same modules."""
         key = _Key(layout, size, count, training)
         if key not in self._schedules:
-            self._schedules[key] = self._new_schedule(layout, conditions, size, count, training)
+            self._schedules[key] = self._new_schedule(layout, inputs, size, count, training)
             if len(self._schedules) > KEPT_SCHEDULES:
                 self._schedules.popitem(last=False)
         self._schedules.move_to_end(key)
         return self._schedules[key]
 
-    def _new_schedule(self, layout: StreamLayout, conditions: Conditions, size: int, count: int, training: bool) -> Any:
+    def _new_schedule(
+        self, layout: StreamLayout, inputs: Sequence[Tensor], size: int, count: int, training: bool
+    ) -> Any:
         total, name = stage_count(self.config), self._schedule_name(count, training)
         indices = local_stages(self.config, self.mesh)
         stages = [
@@ -248,8 +247,8 @@ class Engine:
                 index,
                 total,
                 self.mesh.device,
-                input_args=self._meta(stage, layout, conditions, size, entering=index == 0),
-                output_args=self._meta(stage, layout, conditions, size, leaving=index == total - 1, training=training),
+                input_args=self._meta(stage, layout, inputs, size, entering=index == 0),
+                output_args=self._meta(stage, layout, inputs, size, leaving=index == total - 1, training=training),
                 group=self.mesh.pipeline_group,
             )
             for index, stage in zip(indices, self.stages, strict=True)
@@ -275,22 +274,23 @@ class Engine:
         self,
         stage: Stage,
         layout: StreamLayout,
-        conditions: Conditions,
+        inputs: Sequence[Tensor],
         size: int,
         *,
         entering: bool = False,
         leaving: bool = False,
         training: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Shapes, dtypes and need of gradients of what enters or leaves a stage."""
+        """Return meta tensors of what enters or leaves a stage, with their need of gradients."""
         if entering:
             shapes = [torch.empty(size, layout.elements, device="meta")]
-            return (*shapes, *(torch.empty(size, *c.shape[1:], dtype=c.dtype, device="meta") for c in conditions))
+            return (*shapes, *(torch.empty(size, *c.shape[1:], dtype=c.dtype, device="meta") for c in inputs))
         if leaving:
-            return (torch.empty(size, len(layout.names) if training else layout.elements, device="meta"),)
-        state = stage.model.state_meta(layout, size, self.dtype)
-        hidden, *others = (t.to("meta") for t in state)
-        return (hidden.requires_grad_(True), *(t.requires_grad_(self.conditions_need_grad) for t in others))
+            return (torch.empty(size, len(layout.groups) if training else layout.elements, device="meta"),)
+        carried = stage.model.carried
+        flow = [t.to("meta") for t in stage.model.flow_meta(layout, size, self.dtype)]
+        others = (t.requires_grad_(self.inputs_need_grad and t.is_floating_point()) for t in flow[carried:])
+        return *(t.requires_grad_(True) for t in flow[:carried]), *others
 
     def _from_last(self, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """Send the last stage's result to all ranks of the pipeline, which hold the same samples."""
@@ -315,8 +315,3 @@ def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
 def _extended(tensor: Tensor, rows: int) -> Tensor:
     """Repeat the last row, where microbatches must be full."""
     return torch.cat([tensor, tensor[-1:].expand(rows, *tensor.shape[1:])]) if rows else tensor.contiguous()
-
-
-def _rows(example: Example, rows: slice) -> Example:
-    parts = (example.latents, example.noise, example.timesteps, example.text, example.weights)
-    return Example(example.layout, *(part[rows] for part in parts))

@@ -17,8 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from transpixeler.config import ParallelConfig, UserError
 from transpixeler.models.attention import SAVED_OPS
-from transpixeler.models.backbone import Block
+from transpixeler.models.backbone import Block, Flow
+from transpixeler.models.streams import Tokens
 from transpixeler.parallel.mesh import Mesh
+
+Compute = Callable[[Flow, Tokens], Flow]  # a block's
 
 REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB
 GRAPHS = 512  # that a compiled block may have: one a bucket and microbatch, for training and for evaluation
@@ -63,32 +66,42 @@ def set_recompute(blocks: Sequence[Block], mode: str | int) -> None:
         for block in blocks[::mode]:
             block.recompute = _full
         return
-    how = {"none": None, "full": _full, "attention": _keep_attention, "offload": _offload}[mode]
+    how = {"none": None, "full": _full, "attention": _keep_attention}
     for block in blocks:
-        block.recompute = how
+        block.recompute = partial(_offload, carried=block.carried) if mode == "offload" else how[mode]
 
 
-def _full(compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return checkpoint(compute, *inputs, use_reentrant=False)
+def _full(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
+    return checkpoint(_flat(compute, tokens), *flow, use_reentrant=False)
+
+
+def _flat(compute: Compute, tokens: Tokens) -> Callable[..., Flow]:
+    """Take the flow's tensors one by one: a checkpoint sees no tensors inside of a tuple."""
+
+    def run(*flow: Tensor) -> Flow:
+        return compute(flow, tokens)
+
+    return run
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_attention(compute: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def _keep_attention(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
     """Attention is most of a long sequence's forward and little of its memory, so its outputs stay."""
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(compute, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(_flat(compute, tokens), *flow, use_reentrant=False, context_fn=contexts)
 
 
-def _offload(compute: Callable[..., Tensor], hidden: Tensor, *inputs: Any) -> Tensor:
-    """Recomputes all, and keeps each block's input in host memory."""
-    address, shape = hidden.data_ptr(), hidden.shape  # not hidden itself, which `pack` would hold
+def _offload(compute: Compute, flow: Flow, tokens: Tokens, *, carried: int) -> Flow:
+    """Recompute all, and keep each block's carried inputs in host memory."""
+    # the others are shared by all blocks: moving them would multiply them; not the tensors, which `pack` would hold
+    moved = {(x.data_ptr(), x.shape) for x in flow[:carried]}
 
     def pack(saved: Tensor) -> tuple[Tensor, torch.device | None]:
-        if saved.data_ptr() != address or saved.shape != shape:
-            return saved, None  # conditions are shared by all blocks: moving them would multiply them
+        if (saved.data_ptr(), saved.shape) not in moved:
+            return saved, None
         host = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.is_cuda)
         return host.copy_(saved, non_blocking=saved.is_cuda), saved.device
 
@@ -97,7 +110,7 @@ def _offload(compute: Callable[..., Tensor], hidden: Tensor, *inputs: Any) -> Te
         return kept if device is None else kept.to(device, non_blocking=True)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return checkpoint(compute, hidden, *inputs, use_reentrant=False)
+        return checkpoint(_flat(compute, tokens), *flow, use_reentrant=False)
 
 
 # --- compile ---------------------------------------------------------------------------------------------------------
@@ -165,7 +178,7 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGrou
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             dist.all_reduce(flat, group=group)
             parts = flat.split([gradient.numel() for gradient in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -16,8 +16,8 @@ import torch
 from transpixeler.config import Config, OptimConfig, ParallelConfig
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.models import costs
-from transpixeler.models.backbone import VideoModel
-from transpixeler.models.dimensions import Dimensions
+from transpixeler.models.backbone import Backbone
+from transpixeler.models.costs import Costs
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count
@@ -97,7 +97,7 @@ class Part(NamedTuple):
         return Part(*(a + b for a, b in zip(self, other)))
 
 
-def parts_of(model: VideoModel) -> dict[str, Part]:
+def parts_of(model: Backbone) -> dict[str, Part]:
     """Measure `embed`, `head` and each block, under its number."""
     parts: dict[str, Part] = {}
     for name, p in model.named_parameters():
@@ -115,13 +115,13 @@ class Estimate:
 
     config: Config
     parts: dict[str, Part]
-    dimensions: Dimensions
+    costs: Costs
     size: int  # bytes of a number in matmuls
     compiled: bool
 
     @classmethod
-    def of(cls, model: VideoModel, config: Config, *, dtype: torch.dtype, compiled: bool) -> Estimate:
-        return cls(config, parts_of(model), model.dimensions(), dtype.itemsize, compiled)
+    def of(cls, model: Backbone, config: Config, *, dtype: torch.dtype, compiled: bool) -> Estimate:
+        return cls(config, parts_of(model), Costs.of(model), dtype.itemsize, compiled)
 
     def micro_batch(self, load: Load, layout: Layout) -> int:
         return micro_batch_for(
@@ -150,10 +150,10 @@ class Estimate:
         """Return the blocks of each stage; `parallel.split` counts only for the pipeline that the config names."""
         parallel = self.config.parallel
         split = parallel.split if layout.pipeline == parallel.pipeline else ()
-        return split_blocks(replace(parallel, pipeline=layout.pipeline, split=split), self.dimensions.blocks)
+        return split_blocks(replace(parallel, pipeline=layout.pipeline, split=split), len(self.costs.blocks))
 
     def _stage(self, blocks: range, ranges: Sequence[range]) -> Part:
-        part = sum((self.parts[str(index)] for index in blocks), Part())
+        part = sum((self._blocks()[index] for index in blocks), Part())
         part += self.parts["embed"] if blocks is ranges[0] else Part()
         return part + (self.parts["head"] if blocks is ranges[-1] else Part())
 
@@ -185,7 +185,10 @@ class Estimate:
         return 2 * self._largest().weights + self.parts["embed"].weights + self.parts["head"].weights
 
     def _largest(self) -> Part:
-        return max(part for name, part in self.parts.items() if name.isdigit())
+        return max(self._blocks())
+
+    def _blocks(self) -> list[Part]:
+        return [part for name, part in self.parts.items() if name not in ("embed", "head")]
 
     def _activations(self, load: Load, layout: Layout, rank: int, blocks: int, recompute: costs.Recompute) -> int:
         micro = self.micro_batch(load, layout)
@@ -196,23 +199,26 @@ class Estimate:
         work = max(0, 2 * once - twice)
         kept = max(0, self._of_blocks(blocks, lengths, recompute) - work)
         held = in_flight(self.config.parallel, layout.pipeline, rank, share // micro)
-        head = 3 * FP32_BYTES * load.layout.tokens * self.dimensions.width  # its input, normed and modulated
+        head = 3 * FP32_BYTES * load.layout.tokens * self.costs.width  # its input, normed and modulated
         outer = 3 * FP32_BYTES * load.layout.elements  # the noisy input, the target and their difference
-        hidden = load.layout.tokens * self.dimensions.width * self.size
+        hidden = load.layout.tokens * self.costs.width * self.size
         received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden
         return int(micro * (max(work, head) + held * kept + outer) + received + share * self._example(load.layout))
 
     def _of_blocks(self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute) -> int:
-        d = self.dimensions
-        cut = replace(d, blocks=blocks, adapters=d.adapters[: len(d.adapters) * blocks // d.blocks])
-        full = not self.config.lora.enabled
         compiled = self.compiled and recompute != "offload"  # hooks on saved tensors cannot be compiled
-        return costs.activation_bytes(cut, lengths, size=self.size, recompute=recompute, full=full, compiled=compiled)
+        return costs.activation_bytes(
+            self.costs,
+            lengths,
+            size=self.size,
+            recompute=recompute,
+            compiled=compiled,
+            blocks=blocks,
+        )
 
     def _example(self, layout: StreamLayout) -> int:
         """Return bytes of one sample's latents, noise and text."""
-        d = self.dimensions
-        return FP32_BYTES * (2 * layout.elements + d.text_len * d.text_dim)
+        return FP32_BYTES * (2 * layout.elements + self.costs.field_numbers)
 
     # -- time
 
@@ -220,7 +226,7 @@ class Estimate:
         """Return FLOPs of a mean step, on all ranks."""
         full, steps = not self.config.lora.enabled, sum(load.steps for load in loads)
         each = (
-            load.steps * costs.step_flops(self.dimensions, load.layout.lengths, recompute=recompute, full=full)
+            load.steps * costs.step_flops(self.costs, load.layout.lengths, recompute=recompute, full=full)
             for load in loads
         )
         return self.config.train.global_batch * sum(each) / steps
@@ -235,7 +241,7 @@ class Estimate:
         share = self.config.train.global_batch // layout.data
         passes = max(share // self.micro_batch(load, layout) for load in loads)
         ranges = self._ranges(layout)
-        uneven = max(map(len, ranges)) * len(ranges) / self.dimensions.blocks
+        uneven = max(map(len, ranges)) * len(ranges) / len(self.costs.blocks)
         waiting = (passes + layout.pipeline - 1) / passes
         work = self.flops(loads, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
         if recompute == "offload":
@@ -254,8 +260,8 @@ class Estimate:
         """Return bytes of block inputs that a mean step moves to host memory and back."""
         steps = sum(load.steps for load in loads)
         tokens = sum(load.steps * load.layout.tokens for load in loads) / steps
-        d = self.dimensions
-        return 2 * self.config.train.global_batch * tokens * d.width * d.blocks * self.size
+        d = self.costs
+        return 2 * self.config.train.global_batch * tokens * d.width * len(d.blocks) * self.size
 
 
 def optimizer_bytes(config: OptimConfig, part: Part) -> int:
@@ -303,7 +309,7 @@ def layouts(config: Config, blocks: int, gpus: int) -> Iterator[Layout]:
 def fits(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
     """Return the fastest fitting way of each layout, the best first; nothing where nothing fits."""
     found = []
-    for layout in layouts(estimate.config, estimate.dimensions.blocks, machine.gpus):
+    for layout in layouts(estimate.config, len(estimate.costs.blocks), machine.gpus):
         ways = [way(estimate, loads, layout, mode, machine) for mode in RECOMPUTE_MODES]
         fitting = [fit for fit in ways if fit.memory.total <= USABLE_MEMORY * machine.memory]
         if fitting:

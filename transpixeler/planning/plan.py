@@ -18,12 +18,14 @@ import torch
 from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.records import Cache
-from transpixeler.data.catalog import cache_folders, latent_shape
+from transpixeler.data.catalog import cache_folders
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.data.survey import Survey, survey
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import step_flops
+from transpixeler.models.family import ModelFolder, open_model
+from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
@@ -85,12 +87,12 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     """Plan a config on a machine, as its own layout would run there, and find the layouts that fit."""
     layout = meshes.resolve(config.parallel, machine.gpus)
     preflight.check(config, layout)
-    model = _model(config, machine)
+    folder, model = open_model(config.model), _model(config, machine)
     started = time.perf_counter()
-    train, evaluation = (_dataset(config, model, key) for key in ("train", "eval"))
+    train, evaluation = (_dataset(config, folder.geometry, key) for key in ("train", "eval"))
     scan_seconds = time.perf_counter() - started
     order = train.order(seed=config.seed, global_batch=config.train.global_batch)
-    loads = _loads(model, order, train)
+    loads = _loads(config, folder.geometry, order, train)
     estimate = _estimate(config, model, machine)
     mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
     parameters = list(model.parameters())
@@ -113,27 +115,27 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         memory={
             str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *estimates.RECOMPUTE_MODES])
         },
-        cache_latents=sum(_latent_bytes(model, data) for data in (train, evaluation)),
-        cache_texts=_text_bytes(model, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
+        cache_latents=sum(_latent_bytes(config, folder.geometry, data) for data in (train, evaluation)),
+        cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
         fits=tuple(_fits(config, estimate, loads, machine)),
         scan_seconds=scan_seconds,
     )
 
 
-def _model(config: Config, machine: Machine) -> VideoModel:
+def _model(config: Config, machine: Machine) -> Backbone:
     """Build the model as a rank does, on meta."""
     dtype = build.compute_dtype(config, torch.device(machine.kind))
     scopes = initial_scopes(config, initial_adapter(config))
     return build.shape(config, partial(make_model, config), dtype, scopes=scopes)
 
 
-def _estimate(config: Config, model: VideoModel, machine: Machine) -> Estimate:
+def _estimate(config: Config, model: Backbone, machine: Machine) -> Estimate:
     device = torch.device(machine.kind)
     compiled = shard.wants_compile(config.parallel, device)
     return Estimate.of(model, config, dtype=build.compute_dtype(config, device), compiled=compiled)
 
 
-def _dataset(config: Config, model: VideoModel, key: str) -> Dataset:
+def _dataset(config: Config, geometry: Geometry, key: str) -> Dataset:
     """Return the clips of `data.KEY`, without cache records."""
     sources, found = getattr(config.data, key), Survey()
     if sources:
@@ -141,48 +143,50 @@ def _dataset(config: Config, model: VideoModel, key: str) -> Dataset:
             sources,
             config.streams,
             config.data,
-            vae_stride=model.vae_stride,
-            patch=model.patch,
+            geometry=geometry,
             seed=config.seed,
             memory=cache_folders(config)[0],
         )
     items = tuple(
-        Item(clip.id, sample.id, sample.caption, bucket, (), b"", sources[sample.source].repeats)
+        Item(clip.id, sample.id, sample.caption, bucket, (), (), sources[sample.source].repeats)
         for sample, clip, bucket in found.clips
     )
-    return Dataset(items, model.streams, b"", Cache(), key, found.skipped)
+    return Dataset(items, tuple(config.streams), (), Cache(), key, found.skipped)
 
 
-def _loads(model: VideoModel, order: Order, train: Dataset) -> list[Load]:
+def _loads(config: Config, geometry: Geometry, order: Order, train: Dataset) -> list[Load]:
     """Return the buckets in training's order, each with its share of the steps."""
     loads = []
     for row in order.rows:
         bucket = Bucket(*train.items[row.items[0]].bucket)
-        loads.append(Load(bucket, _layout(model, bucket), len(row.items) / order.global_batch))
+        loads.append(Load(bucket, _layout(config, geometry, bucket), len(row.items) / order.global_batch))
     return loads
 
 
 def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
     full = not estimate.config.lora.enabled
-    flop = step_flops(estimate.dimensions, load.layout.lengths, recompute=mode, full=full)
+    flop = step_flops(estimate.costs, load.layout.lengths, recompute=mode, full=full)
     items = [item for item in train.items if item.bucket == load.bucket]
     seen = sum(item.repeats for item in items)
     micro_batch = estimate.micro_batch(load, layout)
     return Row(load.bucket, len(items), seen, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
 
 
-def _latent_bytes(model: VideoModel, data: Dataset) -> int:
-    layouts = {bucket: _layout(model, Bucket(*bucket)) for bucket in data.buckets()}
+def _latent_bytes(config: Config, geometry: Geometry, data: Dataset) -> int:
+    layouts = {bucket: _layout(config, geometry, Bucket(*bucket)) for bucket in data.buckets()}
     return BF16_BYTES * sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
 
 
-def _layout(model: VideoModel, bucket: Bucket) -> StreamLayout:
-    return model.layout(latent_shape(bucket, model.vae_stride, model.latent_channels))
+def _layout(config: Config, geometry: Geometry, bucket: Bucket) -> StreamLayout:
+    return StreamLayout.equal(tuple(config.streams), geometry.latent(*bucket), geometry.patch)
 
 
-def _text_bytes(model: VideoModel, captions: set[str]) -> int:
-    tokens = sum(min(model.text_len, 1 + len(caption) // LETTERS_PER_TOKEN) for caption in captions)
-    return BF16_BYTES * tokens * model.text_dim
+def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:
+    """Estimate the records of captions: one row a token, or one a caption."""
+    rows = [1 + len(caption) // LETTERS_PER_TOKEN for caption in captions]
+    return BF16_BYTES * sum(
+        field.width * sum(min(field.length, n) if field.length else 1 for n in rows) for field in folder.fields
+    )
 
 
 def _fits(config: Config, estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:

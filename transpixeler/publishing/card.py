@@ -19,6 +19,7 @@ import yaml
 
 from transpixeler.adapters.files import ADAPTER_FILE
 from transpixeler.config import Config
+from transpixeler.models.family import Family
 from transpixeler.publishing.received import own_samples, read_manifest, read_metrics, sample_files
 from transpixeler.runs.folder import SAMPLES
 from transpixeler.sampling.files import STILL
@@ -112,14 +113,14 @@ def _header(card: Card) -> str:
         fields |= {"base_model": card.base, "base_model_relation": "adapter" if adapter else "finetune"}
     fields |= {"library_name": "diffusers" if card.plain else "transpixeler", "pipeline_tag": "text-to-video"}
     kind = ["lora"] if adapter else []
-    fields["tags"] = ["text-to-video", card.config.model.family, "transpixeler", *kind]
+    fields["tags"] = ["text-to-video", card.model.family.name, "transpixeler", *kind]
     if not card.plain:
         fields["tags"] += ["joint-generation", *card.streams[1:]]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
 def _summary(card: Card) -> str:
-    base = f"[{card.base}](https://huggingface.co/{card.base})" if card.base else "a Wan text-to-video model"
+    base = f"[{card.base}](https://huggingface.co/{card.base})" if card.base else f"a {card.model.family.title} model"
     adapter = card.model.adapter
     kind = "A fine-tuned model" if card.model.weights else f"A LoRA adapter{_rank(card)} for {base}"
     does = (
@@ -156,9 +157,9 @@ def _use_section(card: Card) -> list[str]:
     lines = ["## Use", *_fused_note(card), "### transpixeler", f"```sh\n{ours}\n```", "### diffusers"]
     full = card.model.weights is not None
     if card.plain:
-        whole = f'WanTransformer3DModel.from_pretrained("{card.repo}", subfolder="transformer")'
+        whole = f'{card.model.family.transformer_class}.from_pretrained("{card.repo}", subfolder="transformer")'
         lora = f'pipe.load_lora_weights("{card.repo}", weight_name="{ADAPTER_FILE}")'
-        lines.append(_python(whole if full else lora, base, full=full))
+        lines.append(_python(card.model.family, whole if full else lora, base, full=full))
         comfy = f"Put `{ADAPTER_FILE}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
     else:
         lines.append(
@@ -176,14 +177,14 @@ def _fused_note(card: Card) -> list[str]:
     return [text] if names and card.model.weights is None else []
 
 
-def _python(line: str, base: str, *, full: bool) -> str:
+def _python(family: Family, line: str, base: str, *, full: bool) -> str:
     load = f"transformer = {line}\n" if full else ""
     given = ", transformer=transformer" if full else ""
-    names = "WanPipeline, WanTransformer3DModel" if full else "WanPipeline"
-    after = "" if full else f"{line}\n"
+    names = ", ".join([family.pipeline_class, *([family.transformer_class] if full else [])])
+    after, name = "" if full else f"{line}\n", family.pipeline_class
     return (
         f"```python\nimport torch\nfrom diffusers import {names}\n\n{load}"
-        f'pipe = WanPipeline.from_pretrained("{base}"{given}, torch_dtype=torch.bfloat16).to("cuda")\n{after}'
+        f'pipe = {name}.from_pretrained("{base}"{given}, torch_dtype=torch.bfloat16).to("cuda")\n{after}'
         'video = pipe("…").frames[0]\n```'
     )
 
@@ -198,6 +199,7 @@ def _training_section(card: Card) -> list[str]:
 def _figures(card: Card) -> dict[str, Any]:
     config, steps = card.config, card.steps
     lora, optim = config.lora, config.optim
+    targets = ", ".join(lora.targets or card.model.family.lora_targets)
     seconds = sum(line.get("seconds", 0.0) for line in steps)
     found: dict[str, Any] = {
         "steps": f"{card.model.step:,}" if card.model.step is not None else "",
@@ -205,7 +207,7 @@ def _figures(card: Card) -> dict[str, Any]:
         "clips": card.manifest.get("clips", {}).get("train", ""),
         "batch": config.train.global_batch,
         "optimizer": f"{optim.name}, rate {optim.lr:g}, {optim.schedule}",
-        "adapter": f"rank {lora.rank}, scope {_scopes(card)}, on {', '.join(lora.targets)}" if lora.enabled else "",
+        "adapter": f"rank {lora.rank}, scope {_scopes(card)}, on {targets}" if lora.enabled else "",
         "tasks": ", ".join(f"{name} {share:g}" for name, share in config.objective.tasks.items()),
         "frames a second": f"{config.data.fps:g}",
         "fill of transparent RGB": config.data.fill,

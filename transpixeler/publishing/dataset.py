@@ -28,6 +28,7 @@ from transpixeler.data.sources.candidate import BadSample
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.data.survey import survey
 from transpixeler.files import write_text
+from transpixeler.models.geometry import Geometry
 
 PAGE = "inspect.html"
 FLAGS = {
@@ -92,13 +93,12 @@ def inspect_dataset(
     *,
     streams: Mapping[str, str],
     data: DataConfig,
-    vae_stride: tuple[int, int, int] = (4, 8, 8),
-    patch: tuple[int, int, int] = (1, 2, 2),
+    geometry: Geometry,
     seed: int,
 ) -> Inspection:
     """Open and judge every sample, and write the page, into `out` if it is a folder; no bad sample stops it."""
     page = _page_at(out)
-    found = survey(sources, streams, replace(data, on_bad="skip"), vae_stride=vae_stride, patch=patch, seed=seed)
+    found = survey(sources, streams, replace(data, on_bad="skip"), geometry=geometry, seed=seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         judged = list(pool.map(lambda sample: _card(sample, data), found.samples))
     cards = [card for card in judged if isinstance(card, Card)]

@@ -20,6 +20,7 @@ from typing import Any
 from transpixeler import configfile
 from transpixeler.config import Config, UserError
 from transpixeler.files import write_text
+from transpixeler.models.family import open_model
 from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime, run_stamp
 from transpixeler.runs import checkpoint
@@ -257,6 +258,7 @@ def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
 def changes(config: Config, restored: Restored) -> dict[str, str]:
     """Return by key what differs from the checkpoint's config; refuse a model that its tensors do not fit."""
     before, after = _flat(restored.state["config"]), _flat(configfile.plain(config))
+    _fill_defaults(config, before, after)
     changed = {
         key: (before.get(key), after.get(key))
         for key in after | before
@@ -277,6 +279,17 @@ def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {key: tree}
     return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
+
+
+def _fill_defaults(config: Config, *sides: dict[str, Any]) -> None:
+    """Write out what is left to the family, where only one side names it."""
+    for key in ("model.family", "lora.targets"):
+        given = [bool(side.get(key)) for side in sides]
+        if any(given) and not all(given):
+            family = open_model(config.model).family
+            default = {"model.family": family.name, "lora.targets": list(family.lora_targets)}[key]
+            for side in sides:
+                side[key] = side.get(key) or default
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -21,7 +21,10 @@ from transpixeler.data.media.decode import frame_numbers, probe, read_frames
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.prompts import prompt_lines, read_prompts
 from transpixeler.files import check_place, writing_to
-from transpixeler.models.backbone import model_class
+from transpixeler.flow.objective import Fields
+from transpixeler.models.family import open_model
+from transpixeler.models.geometry import Geometry
+from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
@@ -31,11 +34,10 @@ from transpixeler.sampling.saves import SavedModel
 from transpixeler.sampling.texts import encode_prompts
 from transpixeler.sampling.video import (
     Video,
-    VideoShape,
     check_background,
     frame_rate,
     name_part,
-    video_shape,
+    video_layout,
     write_video,
 )
 
@@ -59,14 +61,14 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     """Make every prompt's videos; returns the folders that this rank wrote."""
     config, layout = fit_layout(source.config, runtime, asked=options.asked_layout)
     source = replace(source, config=config)
-    model_cls = model_class(config.model.family)
-    shape = video_shape(config, model_cls)
+    model = open_model(config.model)
+    shape = video_layout(config, model)
     check_background(config)
     check_place(Path(options.out), "--out")
     prompts = _prompts(config.sample, options)
-    frames = Frames(model_cls, config.model.path, runtime.device)
-    clips = _given_clips(config, options, shape)
-    texts = encode_prompts(config, prompts, model_cls, runtime)
+    frames = Frames(model, runtime.device)
+    clips = _given_clips(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
+    texts = encode_prompts(config, prompts, model, runtime)
     given = {stream: frames.encode(clip) for stream, clip in clips.items()}
     videos = _videos(config.sample, prompts, texts.by_prompt, shape, given, count=options.count)
     mesh = meshes.build(layout, runtime)
@@ -76,8 +78,8 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     written = []
     for number, latents in sampler.each(videos):
         if mesh.is_first_stage:
-            streams = frames.decode(latents, shape.layout)
-            streams |= {shape.layout.names[stream]: clip for stream, clip in clips.items()}  # not through the VAE
+            streams = frames.decode(latents, shape)
+            streams |= {shape.names[stream]: clip for stream, clip in clips.items()}  # not through the VAE
             with writing_to(Path(options.out), "--out"):
                 written.append(write_video(Path(options.out), videos[number], streams, config, facts))
             logger.info("%s", written[-1])
@@ -96,8 +98,8 @@ def _prompts(config: SampleConfig, options: SampleOptions) -> Sequence[str]:
 def _videos(
     config: SampleConfig,
     prompts: Sequence[str],
-    texts: Mapping[str, Tensor],
-    shape: VideoShape,
+    texts: Mapping[str, Fields],
+    shape: StreamLayout,
     given: Mapping[int, Tensor],
     *,
     count: int,
@@ -107,14 +109,16 @@ def _videos(
     for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count)):
         seed = config.seed + number
         name = f"{number:03}-{name_part(prompt)}-seed{seed}"
-        videos.append(Video(name, prompt, texts[prompt], seed, shape.layout, given))
+        videos.append(Video(name, prompt, texts[prompt], seed, shape, given))
     return videos
 
 
 # --- given clips -----------------------------------------------------------------------------------------------------
 
 
-def _given_clips(config: Config, options: SampleOptions, shape: VideoShape) -> dict[int, np.ndarray]:
+def _given_clips(
+    config: Config, options: SampleOptions, geometry: Geometry, size: tuple[int, int, int]
+) -> dict[int, np.ndarray]:
     """Return the frames uint8 [F, H, W, 3] of --rgb and --alpha by stream."""
     paths = {0: ("--rgb", options.rgb), 1: ("--alpha", options.alpha)}
     paths = {stream: (option, path) for stream, (option, path) in paths.items() if path}
@@ -122,17 +126,19 @@ def _given_clips(config: Config, options: SampleOptions, shape: VideoShape) -> d
         raise UserError(f"{paths.popitem()[1][0]}: the model has one stream, and nothing to make from it")
     if len(paths) == len(config.streams):
         raise UserError("--rgb, --alpha: every stream is given and none is left to make; leave one out")
-    return {stream: _read_clip(option, path, frame_rate(config), shape) for stream, (option, path) in paths.items()}
+    return {
+        stream: _read_clip(option, path, frame_rate(config), geometry, size) for stream, (option, path) in paths.items()
+    }
 
 
-def _read_clip(option: str, path: str, fps: Fraction, shape: VideoShape) -> np.ndarray:
+def _read_clip(option: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:
     """Read a clip's beginning at the rate and size that are sampled, and log what that leaves out."""
-    width, height, frames = shape.width, shape.height, shape.frames
+    frames, height, width = size
     try:
         media = probe(Path(path))
         there = media.frames_at(fps)
         if there < frames:
-            fits = max(0, there - 1) // 4 * 4 + 1
+            fits = geometry.longest(there)
             raise BadMedia(
                 f"has {there} frames at {float(fps):g} fps, not {frames}; try --size {width}x{height}x{fits}"
             )

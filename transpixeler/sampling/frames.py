@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transpixeler.models.backbone import Vae, VideoModel
+from transpixeler.models.family import ModelFolder, Vae
 from transpixeler.models.streams import StreamLayout
 
 
 class Frames:
     """Convert latents to frames and back. The VAE is loaded when first used, and on the device only while it works."""
 
-    def __init__(self, model_cls: type[VideoModel], path: str, device: torch.device) -> None:
-        self.model_cls, self.path, self.device = model_cls, path, device
+    def __init__(self, model: ModelFolder, device: torch.device) -> None:
+        self.model, self.device = model, device
         self._vae: Vae | None = None
 
     def decode(self, latents: Tensor, layout: StreamLayout) -> dict[str, np.ndarray]:
@@ -35,7 +35,7 @@ class Frames:
     @contextmanager
     def _vae_on_device(self) -> Iterator[Vae]:
         if self._vae is None:
-            self._vae = self.model_cls.load_vae(self.path, device=self.device, dtype=torch.float32)
+            self._vae = self.model.load_vae(device=self.device, dtype=torch.float32)
         try:
             yield self._vae.to(self.device)
         finally:

@@ -10,12 +10,14 @@ from dataclasses import replace
 
 import torch
 
-from transpixeler.adapters import export
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter
+from transpixeler.adapters.merge import FusedSource, read_fused
+from transpixeler.adapters.on_model import apply_adapter, inject_adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
-from transpixeler.models.backbone import VideoModel, model_class
+from transpixeler.models.backbone import Backbone
+from transpixeler.models.family import open_model
 from transpixeler.models.streams import Scope, scope_span
 from transpixeler.models.weights import Readable, WeightSource
 from transpixeler.parallel import mesh as meshes
@@ -27,22 +29,21 @@ from transpixeler.sampling.saves import SavedModel
 # --- a config's model ------------------------------------------------------------------------------------------------
 
 
-def make_model(config: Config) -> VideoModel:
+def make_model(config: Config) -> Backbone:
     """Build the whole model on the current default device, without weights."""
-    model_cls = model_class(config.model.family)
-    return model_cls.from_config(
-        model_cls.read_config(config.model.path),
+    return open_model(config.model).build(
         streams=tuple(config.streams),
         rgb_attends_aux=config.model.rgb_attends_aux,
         attention=config.model.attention,
+        fps=config.data.fps,
     )
 
 
 def base_weights(config: Config) -> Readable:
     """Return the source of the base's weights, with `model.fuse`'s adapters added as they are read."""
-    source = WeightSource(config.model.path, model_class(config.model.family).stored_names)
-    fused = export.read_fused(config.model.fuse)
-    return export.FusedSource(source, fused) if fused else source
+    source = WeightSource(config.model.path, open_model(config.model).family.internal_names)
+    fused = read_fused(config.model.fuse)
+    return FusedSource(source, fused) if fused else source
 
 
 def initial_adapter(config: Config) -> Adapter | None:
@@ -84,19 +85,19 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> Engine:
     """
     config, adapter = _for_inference(source.config), source.adapter
 
-    def make() -> VideoModel:
+    def make() -> Backbone:
         model = make_model(config)
         if adapter is not None:
             _check_fits(adapter, model, source.name, config.model.path)
-            export.inject_adapter(model, adapter)
+            inject_adapter(model, adapter)
         return model
 
-    names = model_class(config.model.family).stored_names
+    names = open_model(config.model).family.internal_names
     weights = WeightSource(source.weights, names) if source.weights else base_weights(config)
     engine = build_engine(config, mesh, make, weights)
     if adapter is not None:
         for model in engine.models():
-            export.apply_adapter(model, adapter)
+            apply_adapter(model, adapter)
     return engine
 
 
@@ -114,7 +115,7 @@ def _for_inference(config: Config) -> Config:
 # --- whether an adapter fits -----------------------------------------------------------------------------------------
 
 
-def _check_fits(adapter: Adapter, model: VideoModel, name: str, base: str) -> None:
+def _check_fits(adapter: Adapter, model: Backbone, name: str, base: str) -> None:
     _check_streams(adapter, model.streams, name)
     linears, parameters = lora.targets(model), dict(model.named_parameters())
     wanted: dict[str, tuple[int, ...]] = {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from transpixeler.config import SampleConfig
+from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
-from transpixeler.models.backbone import Conditions
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
@@ -33,7 +33,7 @@ class Sampler:
     engine: Engine
     mesh: Mesh
     config: SampleConfig
-    negative: Tensor | None  # [text_len, text_dim]; None: without guidance
+    negative: Fields | None  # of the negative prompt; None: without guidance
 
     def each(
         self, videos: Sequence[Video], *, after_step: Callable[[], object] = lambda: None
@@ -58,23 +58,23 @@ class Sampler:
     def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
         solver = make_solver(self.config.scheduler, steps=self.config.steps, shift=self.config.shift)
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
-        velocity = guided(self.engine, video.layout, video.text, self.negative, guidance=self.config.guidance)
+        velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=self.config.guidance)
         return denoise(velocity, noise, video.layout, solver, given=video.given, after_step=after_step)[0].cpu()
 
 
-def guided(engine: Engine, layout: StreamLayout, text: Tensor, negative: Tensor | None, *, guidance: float) -> Velocity:
-    """Return a velocity that leads away from the negative text [text_len, text_dim].
+def guided(engine: Engine, layout: StreamLayout, text: Fields, negative: Fields | None, *, guidance: float) -> Velocity:
+    """Return a velocity that leads away from the negative prompt's fields.
 
-    Without one it is the model's own velocity, at half the cost.
+    Without them it is the model's own velocity, at half the cost.
     """
-    device = engine.mesh.device
-    texts = torch.stack([text] if negative is None else [text, negative]).to(device, torch.float32)
-    rows = len(texts)
+    both = [text] if negative is None else [text, negative]
+    fields = [torch.stack([found[name] for found in both]).to(engine.mesh.device) for name in text]
+    rows = len(both)
     # Two microbatches fill a pipeline; on one stage a short sequence fills the device only when both run together.
     batch = rows if engine.config.pipeline == 1 and layout.tokens <= GUIDANCE_BATCH_TOKENS else 1
 
     def velocity(x: Tensor, times: Tensor) -> Tensor:
-        predicted = engine.forward(x.repeat(rows, 1), Conditions(times.repeat(rows, 1), texts), layout, batch)
+        predicted = engine.forward(x.repeat(rows, 1), (times.repeat(rows, 1), *fields), layout, batch)
         if negative is None:
             return predicted
         wanted, unwanted = predicted.chunk(2)

@@ -25,7 +25,8 @@ from transpixeler.adapters.files import (
 )
 from transpixeler.config import Config, UserError
 from transpixeler.configfile import Tree
-from transpixeler.models.weights import resolve
+from transpixeler.models.family import Family, families, open_model
+from transpixeler.models.resolve import resolve
 from transpixeler.runs.folder import CONFIG, LATEST, METRICS, configured_run
 
 EMA = "ema"
@@ -70,6 +71,14 @@ class SavedModel:
     weights: Path | None = None  # of a model that was trained in full
     run: Path | None = None
     raw: bool = False  # raw weights were chosen although averaged ones, the default, were saved too
+
+    @property
+    def family(self) -> Family:
+        if self.adapter is not None:
+            return self.adapter.family
+        if self.config.model.family or self.weights is None:
+            return open_model(self.config.model).family
+        return next(family for family in families() if family.recognises(self.weights.parent))
 
     @property
     def step(self) -> int | None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from transpixeler.config import Config
 from transpixeler.data.dataset import Dataset
+from transpixeler.data.loader import padded_fields
 from transpixeler.data.prompts import negative_prompt
-from transpixeler.models.backbone import VideoModel
+from transpixeler.flow.objective import Fields
+from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import release_memory
 
@@ -23,43 +25,43 @@ TEXT_DTYPE = torch.bfloat16  # the cache's, so that a prompt has the same embedd
 
 @dataclass(frozen=True, eq=False)
 class PromptTexts:
-    """Embeddings [text_len, text_dim] in fp32, padded with zeros."""
+    """The fields of prompts, in fp32 and padded with zeros."""
 
-    by_prompt: Mapping[str, Tensor]
-    negative: Tensor | None  # what guidance leads away from; None: without guidance
+    by_prompt: Mapping[str, Fields]
+    negative: Fields | None  # what guidance leads away from; None: without guidance
 
 
-def encode_prompts(
-    config: Config, prompts: Sequence[str], model_cls: type[VideoModel], runtime: Runtime
-) -> PromptTexts:
+def encode_prompts(config: Config, prompts: Sequence[str], model: ModelFolder, runtime: Runtime) -> PromptTexts:
     """Encode prompts and the negative prompt on rank 0, for every rank. A collective call."""
-    negative = negative_prompt(config.sample, model_cls)
+    negative = negative_prompt(config.sample, model.family)
     texts: list[str] = [*prompts, *([] if negative is None else [negative])]
     wanted = list(dict.fromkeys(texts))
-    encoded: list[Tensor] = []
+    encoded: list[dict[str, Tensor]] = []
     if wanted and runtime.is_main:
         dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
-        encoder = model_cls.load_text_encoder(config.model.path, device=runtime.device, dtype=dtype)
-        encoded = [value.to("cpu", TEXT_DTYPE) for value in encoder.encode(wanted)]
+        encoder = model.load_text_encoder(device=runtime.device, dtype=dtype)
+        encoded = [_as_cached(found) for found in encoder.encode(wanted)]
         del encoder
         release_memory(runtime.device)
     shared = runtime.broadcast(encoded)
     assert isinstance(shared, list)
-    return _padded(dict(zip(wanted, shared, strict=True)), negative, model_cls.text_len)
+    return _padded(dict(zip(wanted, shared, strict=True)), negative, model)
 
 
-def cached_prompts(config: Config, data: Dataset, model_cls: type[VideoModel]) -> PromptTexts:
+def cached_prompts(config: Config, data: Dataset, model: ModelFolder) -> PromptTexts:
     """Return the embeddings of the prompts that a data set's cache holds, and of the negative prompt among them."""
-    found: dict[str, Tensor] = {}
-    for prompt, key in data.prompts.items():
-        text = data.cache.get(key)
-        assert text is not None, f"the cache was filled without the prompt {prompt!r}"
-        found[prompt] = text
-    return _padded(found, negative_prompt(config.sample, model_cls), model_cls.text_len)
+    found: dict[str, dict[str, Tensor]] = {}
+    for prompt, keys in data.prompts.items():
+        values = [data.cache.get(key) for key in keys]
+        assert all(value is not None for value in values), f"the cache was filled without the prompt {prompt!r}"
+        found[prompt] = {field.name: value for field, value in zip(model.fields, values) if value is not None}
+    return _padded(found, negative_prompt(config.sample, model.family), model)
 
 
-def _padded(texts: Mapping[str, Tensor], negative: str | None, length: int) -> PromptTexts:
-    """Pad each text [len, dim] to fp32 [length, dim]."""
-    pad = torch.nn.functional.pad
-    padded = {prompt: pad(text.float(), (0, 0, 0, length - len(text))) for prompt, text in texts.items()}
+def _as_cached(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to("cpu", TEXT_DTYPE) for name, value in fields.items()}
+
+
+def _padded(texts: Mapping[str, Mapping[str, Tensor]], negative: str | None, model: ModelFolder) -> PromptTexts:
+    padded = {prompt: padded_fields(values, model.fields) for prompt, values in texts.items()}
     return PromptTexts(padded, None if negative is None else padded.get(negative))

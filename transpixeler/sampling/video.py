@@ -6,7 +6,7 @@ A config says how large videos are and which files they become; `sample`, `eval`
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from transpixeler.config import Config, SampleConfig, UserError
 from transpixeler.data.buckets import first_bucket
-from transpixeler.data.catalog import patch_of
-from transpixeler.models.backbone import VideoModel
+from transpixeler.flow.objective import Fields
+from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
 from transpixeler.sampling.files import read_background, write_sample
 
@@ -29,47 +29,21 @@ class Video:
 
     name: str  # of its folder
     prompt: str
-    text: Tensor  # [text_len, text_dim]
+    fields: Fields  # of its prompt, without the batch
     seed: int
     layout: StreamLayout
     given: Mapping[int, Tensor] = field(default_factory=dict)  # clean latents [C, F, H, W] by stream
 
 
-@dataclass(frozen=True)
-class VideoShape:
-    """The size of a video, in pixels and in latents."""
-
-    width: int
-    height: int
-    frames: int
-    layout: StreamLayout
-
-
-def video_shape(config: Config, model_cls: type[VideoModel]) -> VideoShape:
-    """Return the shape of `sample.size`, or where that is not set of the first bucket that is trained."""
-    stride, channels = model_cls.vae_geometry(config.model.path)
-    patch = patch_of(config, model_cls)
+def video_layout(config: Config, model: ModelFolder) -> StreamLayout:
+    """Return the layout of a video of `sample.size`, or where that is not set of the first bucket that is trained."""
     if config.sample.size:
         width, height, frames = config.sample.size
     else:
-        frames, height, width = first_bucket(config.data, vae_stride=stride, patch=patch)
-    _check_size((width, height, frames), stride, patch)
-    latents = (channels, (frames - 1) // stride[0] + 1, height // stride[1], width // stride[2])
-    return VideoShape(width, height, frames, StreamLayout.equal(tuple(config.streams), latents, patch))
-
-
-def _check_size(size: tuple[int, int, int], stride: Sequence[int], patch: Sequence[int]) -> None:
-    """Refuse a [width, height, frames] whose latents do not divide into patches, and name the nearest that do."""
-    (width, height, frames), (per_latent, tall, wide) = size, stride
-    across, down = wide * patch[2], tall * patch[1]
-    if width % across or height % down or min(width, height) < 1:
-        near = [max(1, round(n / unit)) * unit for n, unit in ((width, across), (height, down))]
-        raise UserError(
-            f"sample.size: {width}x{height} is not a multiple of {across}x{down} pixels; {near[0]}x{near[1]} would be"
-        )
-    if frames < 1 or (frames - 1) % per_latent:
-        fits = max(0, round((frames - 1) / per_latent)) * per_latent + 1
-        raise UserError(f"sample.size: {frames} frames are not {per_latent}k+1; {fits} would be")
+        frames, height, width = first_bucket(config.data, geometry=model.geometry)
+    if fault := model.geometry.fault(width, height, frames):
+        raise UserError(f"sample.size: {fault}")
+    return StreamLayout.equal(tuple(config.streams), model.geometry.latent(frames, height, width), model.geometry.patch)
 
 
 def frame_rate(config: Config) -> Fraction:

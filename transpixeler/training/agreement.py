@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from transpixeler.flow.objective import Example
+from transpixeler.flow.objective import Example, by_stream
 
 T_BINS = 5  # equal parts of [0, 1], by which losses are told
 
@@ -44,19 +44,20 @@ class Facts:
 def agree(errors: Tensor, example: Example, grad_norm: Tensor, due: Due, *, counts: bool) -> Facts:
     """Sum over all ranks. A collective call.
 
-    errors: [b, S] of this rank's samples. counts: true on one rank of each pipeline, whose ranks hold the same errors.
+    errors: [b, G] of this rank's samples. counts: true on one rank of each pipeline, whose ranks hold the same errors.
     """
     weights, times = example.weights.to(errors.device), example.timesteps.to(errors.device)
     counted = (weights > 0).double() * float(counts)
     bins = (times * T_BINS).long().clamp(max=T_BINS - 1)
-    by_bin = torch.nn.functional.one_hot(bins, T_BINS) * counted[..., None]  # [b, S, T_BINS]
+    by_bin = torch.nn.functional.one_hot(bins, T_BINS) * counted[..., None]  # [b, G, T_BINS]
     values = torch.where(counted > 0, errors, 0.0).double()
+    of_streams, counted_streams = by_stream(values, counted, example.layout)
     sound = torch.isfinite(errors).all() & torch.isfinite(grad_norm)
     flags = astuple(due)
     parts = [
         (errors.double() * weights).sum()[None] * float(counts),
-        values.sum(0),
-        counted.sum(0),
+        of_streams.sum(0),
+        counted_streams.sum(0),
         (values[..., None] * by_bin).sum((0, 1)),
         by_bin.sum((0, 1)),
         (~sound)[None].double(),

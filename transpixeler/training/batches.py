@@ -13,16 +13,17 @@ from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.flow import objective
 from transpixeler.flow.objective import Example
-from transpixeler.models.backbone import VideoModel
+from transpixeler.models.family import ModelFolder
+from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.training.schedule import Schedule
 
 
-def open_loader(config: Config, data: Dataset, model: VideoModel, mesh: Mesh, schedule: Schedule, step: int) -> Loader:
+def open_loader(config: Config, data: Dataset, model: ModelFolder, mesh: Mesh, schedule: Schedule, step: int) -> Loader:
     """Start the loader's thread at a step; the caller closes it."""
     epoch, epoch_step = schedule.order.locate(step)
-    assembler = Assembler(data, patch=model.patch, text_len=model.text_len, device=mesh.device)
+    assembler = Assembler(data, patch=model.geometry.patch, fields=model.fields, device=mesh.device)
     return Loader(
         assembler,
         schedule.order,
@@ -42,8 +43,8 @@ def _prepare(config: Config, pin: bool, batch: Batch) -> tuple[Batch, Example]:
         step=batch.step,
         layout=batch.layout,
         latents=batch.latents,
-        text=batch.text,
-        empty_text=batch.empty_text,
+        fields=batch.fields,
+        empty=batch.empty,
         ids=[batch.ids[slot] for slot in batch.slots],
         slots=batch.slots,
         batch=config.train.global_batch,
@@ -51,9 +52,8 @@ def _prepare(config: Config, pin: bool, batch: Batch) -> tuple[Batch, Example]:
     return batch, example.pinned() if pin else example
 
 
-def micro_batch(config: Config, stride: tuple[int, int, int], ranks: int, layout: StreamLayout) -> int:
-    """Return how many samples of a layout one forward pass takes. `stride`: the VAE's; `ranks`: data ranks."""
-    (_, frames, height, width), (tf, th, tw) = layout.shapes[0], stride
-    bucket = Bucket((frames - 1) * tf + 1, height * th, width * tw)
+def micro_batch(config: Config, geometry: Geometry, ranks: int, layout: StreamLayout) -> int:
+    """Return how many samples of a layout one forward pass takes. `ranks`: data ranks."""
+    bucket = Bucket(*geometry.pixels(layout.shapes[0]))
     share, rules = config.train.global_batch // ranks, config.data.buckets
     return micro_batch_for(bucket, per_rank_batch=share, train=config.train, rules=rules, tokens=layout.tokens)

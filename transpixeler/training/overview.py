@@ -11,7 +11,7 @@ from typing import Any
 
 from transpixeler.config import Config
 from transpixeler.data.dataset import Datasets
-from transpixeler.models.backbone import model_class
+from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.folder import Run
@@ -44,13 +44,12 @@ def introduce(
     logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
 
 
-def manifest_facts(config: Config, engine: Engine, data: Datasets, schedule: Schedule) -> dict[str, Any]:
+def manifest_facts(model: ModelFolder, engine: Engine, data: Datasets, schedule: Schedule) -> dict[str, Any]:
     """Return what the manifest says of this training's layout, data and model."""
-    path = config.model.path
     return {
         "layout": dataclasses.asdict(engine.mesh.layout),
         "steps": schedule.total,
         "clips": {"train": len(data.train.items), "eval": len(data.eval.items)},
         "skipped": [list(pair) for pair in (*data.train.skipped, *data.eval.skipped)],
-        "model": {"path": path, "vae": model_class(config.model.family).vae_fingerprint(path)},
+        "model": {"family": model.family.name, "path": model.path, "vae": model.vae_fingerprint()},
     }

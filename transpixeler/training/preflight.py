@@ -14,6 +14,7 @@ import yaml
 from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
 from transpixeler.config import Config, UserError
 from transpixeler.flow import objective
+from transpixeler.models.family import examples
 from transpixeler.parallel import shard
 from transpixeler.parallel.mesh import Layout
 from transpixeler.runs.folder import MANIFEST, METRICS
@@ -22,7 +23,7 @@ from transpixeler.runs.folder import MANIFEST, METRICS
 def check(config: Config, layout: Layout) -> None:
     """Refuse what cannot be trained."""
     if not config.model.path:
-        raise UserError("model.path: set it to a Wan folder or Hub id, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        raise UserError(f"model.path: set it to a model's folder, file or Hub id, such as {examples()}")
     if not config.data.train:
         raise UserError("data.train: set it to a folder of pairs or a manifest")
     if not config.train.epochs and not config.train.max_steps:

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from transpixeler import configfile
-from transpixeler.adapters import export
 from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.merge import save_model
+from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config import Config
 from transpixeler.files import write_text
-from transpixeler.models.backbone import model_class
+from transpixeler.models.family import open_model
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
@@ -88,7 +89,7 @@ class Saver:
         return self._write_model(folder, values, metadata)
 
     def _write_adapter(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-        own = [export.adapter_of(model, metadata, values=values) for model in self.engine.models()]
+        own = [adapter_of(model, metadata, values=values) for model in self.engine.models()]
         parts = self._gather_stages(adapter_files.join(own))
         if not self.runtime.is_main:
             return ""
@@ -105,8 +106,8 @@ class Saver:
     def _write_model(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         whole, fault = self._whole_tensors(values), ""
         if self.runtime.is_main:
-            config = model_class(self.config.model.family).read_config(self.config.model.path)
-            fault = _attempt(lambda: export.save_model(whole, folder, config=config, metadata=metadata))
+            model = open_model(self.config.model)
+            fault = _attempt(lambda: save_model(whole, folder, model=model, metadata=metadata))
         for _ in whole:  # all ranks give the rest of their tensors, even if the disk refused one
             continue
         return fault

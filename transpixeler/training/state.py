@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from transpixeler import configfile
-from transpixeler.adapters import export
 from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.on_model import apply_adapter
 from transpixeler.config import Config
 from transpixeler.data.order import Order
 from transpixeler.flow import objective
@@ -68,7 +68,7 @@ class TrainingState:
         self.optimizer = optim.build(self.parameters, config.optim, self.mesh.data_group)
         if beginning.adapter is not None:
             for model in engine.models():
-                export.apply_adapter(model, beginning.adapter)
+                apply_adapter(model, beginning.adapter)
         self.ema = Ema(self.parameters, config.optim.ema)
         self.step = 0  # steps that are done
 

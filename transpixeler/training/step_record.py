@@ -58,7 +58,7 @@ class Recorder:
 
     def _flops(self, layout: StreamLayout, seconds: float) -> dict[str, float]:
         """Return each device's share of the FLOPs that the mathematics needs; recomputation does not count."""
-        sample = costs.step_flops(self.engine.dimensions, layout.lengths, full=not self.config.lora.enabled)
+        sample = costs.step_flops(self.engine.costs, layout.lengths, full=not self.config.lora.enabled)
         tflops = sample * self.config.train.global_batch / seconds / self.ranks / 1e12
         peak = self.config.log.peak_tflops or devices.peak_tflops(self.engine.mesh.device)
         return {"tflops": tflops} | ({"mfu": tflops / peak} if peak else {})

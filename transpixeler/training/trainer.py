@@ -14,7 +14,7 @@ from pathlib import Path
 from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Batch
-from transpixeler.models.backbone import model_class
+from transpixeler.models.family import open_model
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
@@ -75,7 +75,8 @@ class Trainer:
         self.config, self.controls = config, controls
         beginning = find_beginning(config, run.restored)
         identity.check_sources(config, runtime)
-        self.data = encode_missing(config, model_class(config.model.family), runtime)
+        model = open_model(config.model)
+        self.data = encode_missing(config, model, runtime)
         order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.schedule = make_schedule(config, order)
         self.mesh = meshes.build(layout, runtime)
@@ -86,7 +87,7 @@ class Trainer:
         self.state.resume(run)
         if runtime.is_main:
             opening.set_aside(run, self.state.step, order.first_step)
-            write_manifest(run.folder, **overview.manifest_facts(config, self.engine, self.data, self.schedule))
+            write_manifest(run.folder, **overview.manifest_facts(model, self.engine, self.data, self.schedule))
         self.keeper = Keeper(run, self.engine, self.state, self.schedule)
         self.recorder = Recorder(config, self.engine, runtime.world_size)
         self.telemetry = telemetry.open_telemetry(run, config.log, self.state.step, self.schedule.total, runtime)
@@ -96,8 +97,7 @@ class Trainer:
         overview.introduce(config, runtime, run, self.engine, self.data, self.schedule, self.state.step)
         if runtime.is_main:
             opening.begin(run, config)
-        model = self.engine.models()[0]
-        self.micro_batch = partial(micro_batch, config, model.vae_stride, layout.data)
+        self.micro_batch = partial(micro_batch, config, model.geometry, layout.data)
         self.bad_steps = 0  # steps in a row that were not finite
         # last, so that a fault above leaves no thread behind
         self.loader = open_loader(config, self.data.train, model, self.mesh, self.schedule, self.state.step)

@@ -6,9 +6,12 @@ import pytest
 from torch import Tensor
 
 from tests.support.weights import diffusers_wan
-from transpixeler.families.wan import names as wan_names
+from transpixeler.families.wan.names import NAMES as wan_names
 
 
 @pytest.fixture(scope="module")
 def original() -> dict[str, Tensor]:
-    return {wan_names.from_diffusers(name): tensor for name, tensor in diffusers_wan().state_dict().items()}
+    return {
+        wan_names.parameter(name, source="diffusers", to="original"): tensor
+        for name, tensor in diffusers_wan().state_dict().items()
+    }

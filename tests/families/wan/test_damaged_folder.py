@@ -13,12 +13,18 @@ import torch
 from transpixeler.config import UserError
 from transpixeler.demo import model as demo_model
 from transpixeler.families.wan import encoders
-from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.family import WanFolder
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+def read_config(folder: Path) -> object:
+    return WanFolder(str(folder)).config
+
+
 READS: dict[str, Callable[[Path], object]] = {
-    "transformer/config.json": WanModel.read_config,
-    "model_index.json": WanModel.read_config,
+    "transformer/config.json": read_config,
+    "model_index.json": read_config,
     "vae/config.json": encoders.vae_geometry,
     "vae/diffusion_pytorch_model.safetensors": lambda folder: encoders.load_vae(folder, **CPU),
     "text_encoder/config.json": lambda folder: encoders.load_text_encoder(folder, **CPU),

@@ -9,8 +9,8 @@ import torch
 
 from tests.families.wan.test_original import original_vae_name
 from transpixeler.config import UserError
+from transpixeler.families.wan import encoders
 from transpixeler.families.wan.encoders import WanTextEncoder, WanVae, clean_caption
-from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.original import T5_FILE, TOKENIZER_FOLDER, VAE_FILE
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def vae(model: Path) -> WanVae:
-    return WanModel.load_vae(model, device=CPU, dtype=torch.float32)
+    return encoders.load_vae(model, device=CPU, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def text(model: Path) -> WanTextEncoder:
-    return WanModel.load_text_encoder(model, device=CPU, dtype=torch.float32)
+    return encoders.load_text_encoder(model, device=CPU, dtype=torch.float32)
 
 
 def test_captions_are_encoded_as_the_pipeline_does_at_their_true_length(
@@ -59,7 +59,7 @@ def test_captions_are_encoded_as_the_pipeline_does_at_their_true_length(
 ) -> None:
     with torch.no_grad():
         theirs, _ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False, max_sequence_length=512)
-    ours = text.encode(CAPTIONS)
+    ours = [fields["text"] for fields in text.encode(CAPTIONS)]
     assert [len(one) for one in ours][1] == 1 and len(ours[3]) == 512
     for one, padded in zip(ours, theirs):
         torch.testing.assert_close(one, padded[: len(one)], atol=1e-5, rtol=1e-5)
@@ -108,31 +108,31 @@ def test_a_fingerprint_follows_the_content_and_needs_no_weights(model: Path, tmp
 
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
-    assert WanModel.vae_fingerprint(copy) == WanModel.vae_fingerprint(model)
-    before = WanModel.vae_fingerprint(copy), WanModel.text_fingerprint(copy)
+    assert encoders.vae_fingerprint(copy) == encoders.vae_fingerprint(model)
+    before = encoders.vae_fingerprint(copy), encoders.text_fingerprint(copy)
     (copy / "tokenizer/tokenizer_config.json").write_text("{}")
-    assert WanModel.vae_fingerprint(copy) == before[0] and WanModel.text_fingerprint(copy) != before[1]
+    assert encoders.vae_fingerprint(copy) == before[0] and encoders.text_fingerprint(copy) != before[1]
     weights = copy / "vae/diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-3] ^= 4
     weights.write_bytes(data)
-    assert WanModel.vae_fingerprint(copy) != before[0]
+    assert encoders.vae_fingerprint(copy) != before[0]
 
 
 def test_the_geometry_is_read_off_the_config(model: Path, tmp_path: Path) -> None:
-    assert WanModel.vae_geometry(model) == ((4, 8, 8), 16)
+    assert encoders.vae_geometry(model) == ((4, 8, 8), 16)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/config.json").write_text(
         '{"z_dim": 48, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [false, true, true], "patch_size": 2}'
     )
-    assert WanModel.vae_geometry(tmp_path) == ((4, 16, 16), 48)
+    assert encoders.vae_geometry(tmp_path) == ((4, 16, 16), 48)
 
 
 def test_a_folder_without_encoders_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.path: .* holds no VAE: neither vae/config\.json nor Wan2\.1_VAE\.pth"):
-        WanModel.vae_geometry(tmp_path)
+        encoders.vae_geometry(tmp_path)
     with pytest.raises(UserError, match="holds no text encoder"):
-        WanModel.load_text_encoder(tmp_path, device=CPU, dtype=torch.float32)
+        encoders.load_text_encoder(tmp_path, device=CPU, dtype=torch.float32)
 
 
 def test_wans_own_folder_gives_the_same_encoders(text: WanTextEncoder, model: Path, tmp_path: Path) -> None:
@@ -145,16 +145,16 @@ def test_wans_own_folder_gives_the_same_encoders(text: WanTextEncoder, model: Pa
     torch.save({original_vae_name(name): value for name, value in network.state_dict().items()}, tmp_path / VAE_FILE)
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     theirs = WanVae(network, tmp_path, device=CPU)
-    ours = WanModel.load_vae(tmp_path, device=CPU, dtype=torch.float32)
+    ours = encoders.load_vae(tmp_path, device=CPU, dtype=torch.float32)
     assert torch.equal(ours.encode(video), theirs.encode(video))
-    assert WanModel.vae_geometry(tmp_path) == ((4, 8, 8), 16)
+    assert encoders.vae_geometry(tmp_path) == ((4, 8, 8), 16)
 
     torch.save(original_t5(text.network), tmp_path / T5_FILE)
     shutil.copytree(model / "tokenizer", tmp_path / TOKENIZER_FOLDER)
-    again = WanModel.load_text_encoder(tmp_path, device=CPU, dtype=torch.float32)
-    for one, two in zip(again.encode(CAPTIONS), text.encode(CAPTIONS)):
+    again = encoders.load_text_encoder(tmp_path, device=CPU, dtype=torch.float32)
+    for one, two in zip(*([fields["text"] for fields in encoder.encode(CAPTIONS)] for encoder in (again, text))):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)  # a kernel may look at how weights lie in memory
-    assert len({WanModel.text_fingerprint(tmp_path), WanModel.text_fingerprint(model), ours.fingerprint}) == 3
+    assert len({encoders.text_fingerprint(tmp_path), encoders.text_fingerprint(model), ours.fingerprint}) == 3
 
 
 def original_t5(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -16,13 +16,14 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
-from tests.support.models import TINY, inputs, move, tiny
+from tests.support.models import TINY, inputs, move, tiny, wan_model
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.families.wan.config import WanConfig
+from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import Tokens, WanBlock, WanModel
-from transpixeler.families.wan.names import internal_names
+from transpixeler.families.wan.names import NAMES
 from transpixeler.models.attention import KERNELS, SAVED_OPS, attention, available_kernels, pick_kernel
-from transpixeler.models.backbone import apply_dtypes, model_class, set_trainable
+from transpixeler.models.backbone import apply_dtypes, set_trainable
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import shard
@@ -41,7 +42,7 @@ def published():
 
 def ours_with(weights: dict[str, torch.Tensor]) -> WanModel:
     model = tiny()
-    model.load_state_dict({name: weights[stored] for name, stored in internal_names(weights).items()})
+    model.load_state_dict({name: weights[stored] for name, stored in NAMES.internal_names(weights).items()})
     return model
 
 
@@ -78,7 +79,7 @@ def test_gradients_equal_diffusers(published) -> None:
     (theirs * weights).sum().backward()
     (mine * weights).sum().backward()
     parameters = dict(published.named_parameters())
-    for name, stored in internal_names(parameters).items():
+    for name, stored in NAMES.internal_names(parameters).items():
         expected, found = parameters[stored].grad, ours.get_parameter(name).grad
         torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()) + 1e-6, rtol=1e-4)
 
@@ -99,7 +100,7 @@ def test_two_stages_equal_the_whole_bit_for_bit(streams: int) -> None:
     x, timesteps, text = inputs(layout)
     expected, state = whole(x, timesteps, text, layout=layout), first(x, timesteps, text, layout=layout)
     assert type(state) is tuple
-    for part, meta in zip(state, whole.state_meta(layout, 2, torch.float32), strict=True):
+    for part, meta in zip(state, whole.flow_meta(layout, 2, torch.float32), strict=True):
         assert (part.shape, part.dtype) == (meta.shape, meta.dtype)
     found = last(*state, layout=layout)
     assert torch.equal(found, expected)
@@ -195,7 +196,7 @@ def test_the_islands_stay_in_fp32() -> None:
     layout = model.layout((4, 2, 4, 4))
     x, timesteps, text = inputs(layout)
     assert [part.dtype for part in model.embed(x, timesteps, text, layout=layout, dtype=torch.bfloat16)] == [
-        part.dtype for part in model.state_meta(layout, 2, torch.bfloat16)
+        part.dtype for part in model.flow_meta(layout, 2, torch.bfloat16)
     ]
     low_out, high_out = model(x, timesteps, text, layout=layout), tiny(2)(x, timesteps, text, layout=layout)
     assert low_out.dtype == torch.float32
@@ -212,7 +213,7 @@ def test_every_kernel_that_is_there_agrees() -> None:
 
 
 def test_a_kernel_that_is_not_there_is_refused_by_name() -> None:
-    model = WanModel.from_config(TINY, streams=("rgb",), attention="cudnn")
+    model = wan_model(TINY, streams=("rgb",), attention="cudnn")
     layout = model.layout(GRIDS[0])
     said = "cudnn does not run in float32 and heads of 24 on this cpu; there are auto, sdpa, flash, math"
     with pytest.raises(UserError, match=rf"model\.attention: {said}$"):
@@ -221,7 +222,7 @@ def test_a_kernel_that_is_not_there_is_refused_by_name() -> None:
 
 def test_a_kernel_that_the_machine_lacks_is_refused_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KERNELS, "flash", KERNELS["cudnn"])  # which no CPU has
-    model = WanModel.from_config(TINY | {"attention_head_dim": 18}, streams=("rgb",), attention="flash")
+    model = wan_model(TINY | {"attention_head_dim": 18}, streams=("rgb",), attention="flash")
     layout = model.layout(GRIDS[0])
     with torch.no_grad(), pytest.raises(UserError, match=r"flash does not run in .* there are auto, sdpa, math$"):
         model(*inputs(layout), layout=layout)
@@ -238,12 +239,13 @@ def test_flex_keeps_its_output_in_a_compiled_block(
         calls.append(sum(node.target is torch.ops.higher_order.flex_attention for node in graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
-    def block(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def block(flow: tuple[torch.Tensor, ...], _: object) -> tuple[torch.Tensor]:
+        x, weight = flow
         y = (x @ weight).sin()
-        return attention(y, y, y, "flex").cos()
+        return (attention(y, y, y, "flex").cos(),)
 
     compiler = {"fw_compiler": counted, "bw_compiler": counted, "partition_fn": min_cut_rematerialization_partition}
-    compiled = torch.compile(lambda *inputs: recompute(block, *inputs), backend=aot_autograd(**compiler))
+    compiled = torch.compile(lambda *flow: recompute(block, flow, None)[0], backend=aot_autograd(**compiler))
     leaves = [torch.randn(1, 32, 2, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -287,13 +289,13 @@ def test_the_original_config_means_the_same(tmp_path: Path) -> None:
     original = {"_class_name": "WanModel", "dim": 48, "num_heads": 2, "in_dim": 4, "out_dim": 4, "text_len": 512}
     original |= {"ffn_dim": 64, "num_layers": 2, "freq_dim": 32, "eps": 1e-6, "model_type": "t2v", "text_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(original))
-    read = WanConfig.read(WanModel.read_config(tmp_path))
+    read = WanConfig.read(WanFolder(str(tmp_path)).config)
     assert read == WanConfig.read({key: value for key, value in TINY.items() if key != "rope_max_seq_len"})
 
 
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither"):
-        WanModel.read_config(tmp_path)
+        _ = WanFolder(str(tmp_path)).config
 
 
 def test_a_clip_beyond_the_positions_is_refused() -> None:
@@ -322,15 +324,15 @@ def test_two_experts_are_not_taken_for_one_model(second: object, tmp_path: Path)
     else:
         (tmp_path / "model_index.json").write_text(json.dumps({"transformer_2": second}))
     if not second or second == [None, None]:
-        assert WanModel.read_config(tmp_path) == TINY
+        assert WanFolder(str(tmp_path)).config == TINY
         return
     with pytest.raises(UserError, match=r"model\.path: .* holds two models, each for a range of noise"):
-        WanModel.read_config(tmp_path)
+        _ = WanFolder(str(tmp_path)).config
 
 
 def test_it_builds_on_meta_and_fills_later() -> None:
     with torch.device("meta"):
-        model = model_class("wan").from_config(TINY, streams=("rgb", "seg"))
+        model = wan_model(TINY, streams=("rgb", "seg"))
     assert all(parameter.is_meta for parameter in model.parameters())
     model = model.to_empty(device="cpu")
     model.rebuild_buffers()

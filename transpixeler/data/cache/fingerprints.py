@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transpixeler.data.file_memory import FileMemory, Stamp
-from transpixeler.models.backbone import file_digest
+from transpixeler.models.family import file_digest
 
 logger = logging.getLogger("transpixeler")
 NAME = "hashes.tsv"

@@ -25,7 +25,7 @@ ROW_BYTES = 64
 MAGIC = b"TPXCACHE"
 DTYPES = ("bfloat16", "float32", "float16", "uint8")
 ITEM_BYTES = np.array([2, 4, 2, 1], np.uint64)
-KINDS = ("latent", "text")
+KINDS = ("latent", "text", "vector")  # text: a field of tokens; vector: a field without
 
 ROW = np.dtype(
     [

@@ -6,7 +6,7 @@ In: the keys of a diffusers or an original `config.json`. Out: one frozen value 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transpixeler.config import UserError
@@ -67,3 +67,9 @@ class WanConfig:
                 "image-to-video is not supported; use a Wan text-to-video model"
             )
         return made
+
+
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config of either published spelling in diffusers' words."""
+    fixed = {"_class_name": "WanTransformer3DModel", "qk_norm": "rms_norm_across_heads"}
+    return fixed | asdict(WanConfig.read(config))

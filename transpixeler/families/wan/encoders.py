@@ -6,15 +6,13 @@ everything is cached. Each video and caption is encoded by itself, so that no re
 
 from __future__ import annotations
 
-import hashlib
 import html
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +28,17 @@ from transpixeler.families.wan.original import (
     original_vae_config,
     original_vae_state,
 )
-from transpixeler.models.backbone import Digest, file_digest
 from transpixeler.models.damage import naming_damage, read_config
-from transpixeler.models.weights import resolve
+from transpixeler.models.encoders import fingerprint, same_bits_every_time
+from transpixeler.models.family import Digest, file_digest
+from transpixeler.models.resolve import resolve
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+Network = Any  # the libraries' stubs know neither their `config` nor their `to`
 
 _VAE_CONFIG = "vae/config.json"
 _TEXT_CONFIG = "text_encoder/config.json"
 _VAE_FILES = ("vae/*", VAE_FILE)
 _TEXT_FILES = ("text_encoder/*", "tokenizer/*", T5_FILE, f"{TOKENIZER_FOLDER}/*")
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".json", ".model")
 
 # Latents of one frame beyond which decoding goes tile by tile, blended at the seams: above 480×832 a whole frame's
 # activations no longer fit beside a model on a small GPU.
@@ -52,14 +48,18 @@ TILED_LATENTS = 60 * 104
 class WanVae:
     """`AutoencoderKLWan` with its latents scaled to what the transformer was trained on."""
 
-    def __init__(self, network: AutoencoderKLWan, folder: Path, *, device: torch.device) -> None:
+    def __init__(self, network: Network, folder: Path, *, device: torch.device) -> None:
         self.folder = folder
         self.network = network.eval().requires_grad_(False)
         self._scale = torch.tensor([network.config.latents_mean, network.config.latents_std])[:, :, None, None, None]
         self.to(device)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return vae_fingerprint(self.folder)
 
     def to(self, device: torch.device) -> WanVae:
@@ -72,7 +72,7 @@ class WanVae:
     def encode(self, video: Tensor) -> Tensor:
         """uint8 [B,F,H,W,3] or float in [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w], the posterior's mean."""
         mean, deviation = self._scale
-        with _same_bits_every_time():
+        with same_bits_every_time():
             latents = [self.network.encode(self._pixels(one)).latent_dist.mode().float() for one in video.split(1)]
         return (torch.cat(latents) - mean) / deviation
 
@@ -83,7 +83,7 @@ class WanVae:
         latents = (latents.to(self.device).float() * deviation + mean).to(self.network.dtype)
         large = latents.shape[-1] * latents.shape[-2] > TILED_LATENTS
         self.network.enable_tiling() if large else self.network.disable_tiling()
-        with _same_bits_every_time():
+        with same_bits_every_time():
             videos = [self.network.decode(one, return_dict=False)[0].float() for one in latents.split(1)]
         return torch.cat(videos).clamp(-1, 1)
 
@@ -99,8 +99,8 @@ class WanTextEncoder:
 
     def __init__(
         self,
-        network: UMT5EncoderModel,
-        tokenizer: PreTrainedTokenizerBase,
+        network: Network,
+        tokenizer: Network,
         folder: Path,
         *,
         device: torch.device,
@@ -110,8 +110,12 @@ class WanTextEncoder:
         self.tokenizer = tokenizer
         self.to(device)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return text_fingerprint(self.folder)
 
     def to(self, device: torch.device) -> WanTextEncoder:
@@ -120,9 +124,9 @@ class WanTextEncoder:
         return self
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """[length, width] each, length ≤ 512; without padding no mask is needed and short captions are quick."""
-        return [self._encode(clean_caption(text)) for text in texts]
+        return [{"text": self._encode(clean_caption(text))} for text in texts]
 
     def _encode(self, text: str) -> Tensor:
         tokens = self.tokenizer(
@@ -147,8 +151,9 @@ def _mender() -> Callable[[str], str]:
 
 
 def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanVae:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
+    network: Network
     folder = _vae_folder(path)
     if (folder / _VAE_CONFIG).exists():
         with naming_damage(folder / "vae"):
@@ -166,6 +171,7 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break the caller's own
+    network: Network
     folder = _text_folder(path)
     if (folder / _TEXT_CONFIG).exists():
         tokenizer, encoder = folder / "tokenizer", folder / "text_encoder"
@@ -185,12 +191,18 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
     """Hash what cached latents depend on, without loading a weight."""
-    return _fingerprint(_vae_folder(path), _VAE_FILES, digest)
+    return fingerprint(_vae_folder(path), _VAE_FILES, digest)
 
 
 def text_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
     """Hash what cached texts depend on, without loading a weight."""
-    return _fingerprint(_text_folder(path), _TEXT_FILES, digest)
+    return fingerprint(_text_folder(path), _TEXT_FILES, digest)
+
+
+def has_vae(path: str | Path) -> bool:
+    """Return whether a local model folder holds its VAE."""
+    folder = Path(path).expanduser()
+    return any((folder / name).exists() for name in (_VAE_CONFIG, VAE_FILE))
 
 
 def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
@@ -206,12 +218,6 @@ def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
         return (2 ** sum(config.get("temperal_downsample", [False, True, True])), side, side), config.get("z_dim", 16)
 
 
-def _fingerprint(folder: Path, patterns: Sequence[str], digest: Digest) -> str:
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.suffix in _WEIGHTS)
-    lines = [f"{path.relative_to(folder)} {digest(path)}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _vae_folder(path: str | Path) -> Path:
     return _holding(resolve(path, only=_VAE_FILES), "VAE", (_VAE_CONFIG, VAE_FILE))
 
@@ -224,10 +230,3 @@ def _holding(folder: Path, what: str, either: tuple[str, str]) -> Path:
     if not any((folder / name).exists() for name in either):
         raise UserError(f"model.path: {folder} holds no {what}: neither {either[0]} nor {either[1]} is there")
     return folder
-
-
-@contextmanager
-def _same_bits_every_time() -> Iterator[None]:
-    """Convolution kernels are not picked by timing, else two runs would cache different latents."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
-        yield

@@ -1,0 +1,132 @@
+"""Every command works for every family, on a small world of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.families.conformance.conftest import train
+from tests.support.families.cases import Case
+from tests.training.trainings import difference, exact, metrics, tensors
+from transpixeler import cli
+from transpixeler.adapters.files import read_adapter
+from transpixeler.adapters.spelling import FORMATS
+from transpixeler.config import ModelConfig
+from transpixeler.data.media.decode import probe
+from transpixeler.models.family import open_model
+from transpixeler.sampling.saves import find_save
+
+KINDS = {"lora": (), "full": ("lora.enabled=false", "model.trainable=['*']", "optim.lr=0.001")}
+
+
+def test_a_folder_says_which_family_it_is(case: Case, world: Path) -> None:
+    opened = open_model(ModelConfig(path=str(world / "model")))
+    assert opened.family is case.family
+    frames = case.frames[1]
+    shape = opened.geometry.latent(frames, 64, 64)
+    assert opened.geometry.pixels(shape) == (frames, 64, 64) and not opened.geometry.fault(64, 64, frames)
+    assert opened.geometry.fault(64, 64, frames + 1) and opened.geometry.fault(65, 64, frames)
+
+
+@torch.no_grad()
+def test_the_encoders_fit_the_geometry_and_the_fields(case: Case, world: Path) -> None:
+    opened, cpu = open_model(ModelConfig(path=str(world / "model"))), torch.device("cpu")
+    vae = opened.load_vae(device=cpu, dtype=torch.float32)
+    frames = case.frames[1]
+    video = torch.randint(0, 256, (1, frames, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    latents = vae.encode(video)
+    assert tuple(latents.shape[1:]) == opened.geometry.latent(frames, 64, 64)
+    assert tuple(vae.decode(latents).shape) == (1, 3, frames, 64, 64)
+    assert vae.fingerprint == opened.vae_fingerprint()
+    encoder = opened.load_text_encoder(device=cpu, dtype=torch.float32)
+    assert encoder.fingerprint == opened.text_fingerprint()
+    for found in encoder.encode(["", "a red circle", "word " * 600]):
+        assert set(found) == {field.name for field in opened.fields}
+        for field in opened.fields:
+            *length, width = found[field.name].shape
+            assert width == field.width
+            assert 1 <= length[0] <= field.length if field.length else not length
+    both, alone = encoder.encode(["a red circle", "a long blue caption"])[0], encoder.encode(["a red circle"])[0]
+    assert all(torch.equal(both[name], alone[name]) for name in both)
+
+
+@pytest.fixture
+def copied(world: Path, tmp_path: Path) -> Path:
+    """Return a config in a copy of the world: some commands remember in the cache what they saw of the files."""
+    return shutil.copytree(world, tmp_path / "world") / "config.yaml"
+
+
+def test_a_length_that_would_lose_frames_is_refused(
+    case: Case, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = case.frames
+    for command in ("plan", "cache", "train", "inspect"):
+        assert cli.main([command, str(world / "config.yaml"), f"data.frames=[{short},{long + 1}]"]) == 2
+        told = capsys.readouterr().err.strip()
+        assert f"data.frames: {long + 1} frames are not " in told and f"{long} or " in told and "\n" not in told
+
+
+def test_a_plan_is_made(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(copied), "--device", "a100", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["layouts"] and made["flop_step"] > 0 and made["cache"]["latents"] > 0
+
+
+def test_a_cache_is_whole_and_nothing_is_encoded_twice(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    segments = {file: file.stat().st_size for file in copied.parent.rglob("*.seg")}
+    assert segments and cli.main(["cache", str(copied)]) == 0
+    assert cli.main(["cache", str(copied), "--verify"]) == 0
+    assert "every record is whole" in capsys.readouterr().out
+    assert {file: file.stat().st_size for file in copied.parent.rglob("*.seg")} == segments
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_bit_for_bit(
+    case: Case, kind: str, world: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    straight = request.getfixturevalue("run") if kind == "lora" else train(world, tmp_path / "straight", *KINDS[kind])
+    first = train(world, tmp_path / "parts", *KINDS[kind], "train.max_steps=1")
+    second = train(world, tmp_path / "parts", *KINDS[kind], "--resume", str(first))
+    assert second == first and exact(second) == exact(straight) and len(metrics(second)) == 2
+    assert all(math.isfinite(line["loss"]) for line in metrics(second))
+    ends = [tensors(folder, 2, tmp_path) for folder in (straight, second)]
+    assert difference(*ends) == 0.0
+    assert difference(ends[0], tensors(straight, 1, tmp_path)) > 0  # the second step does something
+
+
+def test_a_run_is_evaluated(run: Path, tmp_path: Path) -> None:
+    assert cli.main(["eval", str(run), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())["eval"]
+    streams = [stream for values in found.values() for stream in values.get("loss", {}).values()]
+    losses = [loss for stream in streams for loss in stream.values()]
+    assert losses and all(math.isfinite(loss) for loss in losses), found
+
+
+def test_a_run_is_sampled(case: Case, run: Path, tmp_path: Path) -> None:
+    assert cli.main(["sample", str(run), "--out", str(tmp_path)]) == 0
+    videos = [probe(file) for file in tmp_path.rglob("*.mp4")]
+    assert len(videos) >= 2, sorted(tmp_path.rglob("*"))
+    assert {(video.frames, video.width, video.height) for video in videos} >= {(case.frames[1], 64, 64)}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_run_is_exported_in_every_spelling(case: Case, format: str, run: Path, tmp_path: Path) -> None:
+    assert cli.main(["export", str(run), "--format", format, "--out", str(tmp_path / "out.safetensors")]) == 0
+    ours, exported = read_adapter(find_save(str(run)).path), read_adapter(tmp_path / "out.safetensors")
+    assert exported.family is case.family and set(exported.targets) == set(ours.targets)
+    for target in ours.targets:
+        there, here = (a.up(target) @ a.down(target) * a.scale(target) for a in (exported, ours))
+        torch.testing.assert_close(there, here, atol=1e-6, rtol=1e-5)
+    assert any(value.any() for name, value in load_file(tmp_path / "out.safetensors").items() if "alpha" not in name)
+
+
+def test_a_run_could_be_pushed(case: Case, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["push", str(run), "--repo", "someone/tiny", "--base", case.family.example, "--dry-run"]
+    assert cli.main(words) == 0
+    assert "adapter_model.safetensors" in capsys.readouterr().out

@@ -1,0 +1,89 @@
+"""For every family the sums over modules say what torch counts and what a block really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.support.families.cases import CASES, Case, inputs
+from tests.support.models import move
+from transpixeler.config import LoraConfig
+from transpixeler.models.backbone import Backbone, apply_dtypes
+from transpixeler.models.costs import Costs, forward_flops
+from transpixeler.models.lora import inject
+from transpixeler.models.streams import Shape
+
+every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def counted(model: Backbone, case: Case) -> float:
+    """Return torch's count of one sample's forward pass."""
+
+    def in_place(_: object, a: torch.Size, b: torch.Size, **__: object) -> int:
+        return 2 * a[0] * a[1] * a[2] * b[2]
+
+    def flash(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
+        return 4 * q[0] * q[1] * q[2] * q[3] * k[2]
+
+    custom = {
+        torch.ops.aten.baddbmm_: in_place,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash,
+    }
+    layout = model.layout(case.large)
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter, torch.no_grad():
+        model(*inputs(model, layout, batch=1, full=True), layout=layout)
+    return counter.get_total_flops()
+
+
+@every_family
+@pytest.mark.parametrize("attends", [True, False], ids=["seeing", "blind"])
+@pytest.mark.parametrize(("streams", "lora"), [(1, False), (2, True)], ids=["one-stream", "adapted"])
+def test_the_forward_pass_is_what_torch_counts(case: Case, streams: int, lora: bool, attends: bool) -> None:
+    model = case.model(streams, attends=attends)
+    if lora:
+        inject(model, LoraConfig(rank=3))
+    lengths = model.layout(case.large).lengths
+    assert forward_flops(Costs.of(model), lengths).total == pytest.approx(counted(model, case), rel=0.01)
+
+
+def larger(case: Case) -> Shape:
+    """Return latents of 1024 tokens."""
+    channels, frames, height, width = case.large
+    return channels, frames, 2 * height, 2 * width
+
+
+def kept(model: Backbone, case: Case, block: str) -> float:
+    """Return the bytes that a block keeps for its backward pass, by storage, without what all blocks share."""
+    layout = model.layout(larger(case))
+    assert model.embed is not None
+    shared = {p.untyped_storage()._cdata for p in model.parameters()}
+    flow = model.embed(*inputs(model, layout, batch=1, full=True), layout=layout, dtype=model.matmul_dtype)
+    tokens = model.positions(layout, torch.device("cpu"))
+    shared |= {tokens.rope.untyped_storage()._cdata, *(x.untyped_storage()._cdata for x in flow[model.carried :])}
+    sizes, alive = {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.blocks[block](flow, tokens)
+    return sum(size for key, size in sizes.items() if key not in shared)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["aux", "all", "full"])
+def test_a_block_keeps_what_the_sum_says(case: Case, mode: str, dtype: torch.dtype) -> None:
+    model = case.model(2)
+    if mode != "full":
+        inject(model, LoraConfig(rank=4, scope=mode))
+        move(model, seed=1, names="stream")
+    apply_dtypes(model, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.float() if parameter.requires_grad else parameter.data  # as a stage is built
+    lengths = model.layout(larger(case)).lengths
+    for said, block in zip(Costs.of(model).kept, model.blocks, strict=True):
+        assert said.eager.bytes(lengths) == pytest.approx(kept(model, case, block), rel=0.01), block

@@ -1,0 +1,164 @@
+"""Every family trains to the same losses and parameters on any layout, and text that flows carries gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.support.families.cases import CASES, STREAMS, SeededSource, config, example
+from tests.support.ranks import run_ranks
+from transpixeler.config import Config
+from transpixeler.models.backbone import Backbone, Flow
+from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel import runtime
+from transpixeler.parallel.build import build_engine
+from transpixeler.training import optim
+
+STEPS = 10
+BASE = (
+    *("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3"),
+    *("objective.caption_dropout=0", "objective.tasks={joint: 2, rgb_to_aux: 1}"),
+)
+KINDS = {"lora": (), "full": ("lora.enabled=false", "optim.lr=0.1")}
+ONE_TEXT = "no gradient of the text crosses a cut"
+Result = dict[str, Any]  # losses, norms of gradients, and parameters
+
+
+def layout(pipeline: int, replicate: int, shard: int, *more: str) -> tuple[str, ...]:
+    return (f"parallel.pipeline={pipeline}", f"parallel.replicate={replicate}", f"parallel.shard={shard}", *more)
+
+
+LAYOUTS = {  # every way of sharing work and of recomputing, for adapters and for whole models
+    ("lora", 1): {mode: layout(1, 1, 1, f"parallel.recompute={mode}") for mode in ("full", "attention", "offload")},
+    ("lora", 2): {
+        "(2,1,1) gpipe": layout(2, 1, 1, "parallel.schedule=gpipe"),
+        "(2,1,1) 1f1b": layout(2, 1, 1, "parallel.schedule=1f1b"),
+        "(1,2,1)": layout(1, 2, 1),
+        "(1,1,2)": layout(1, 1, 2),
+    },
+    ("lora", 4): {"(2,1,2)": layout(2, 1, 2)},
+    ("full", 2): {
+        "(2,1,1) gpipe, attention": layout(2, 1, 1, "parallel.schedule=gpipe", "parallel.recompute=attention"),
+        "(2,1,1) 1f1b": layout(2, 1, 1, "parallel.schedule=1f1b"),
+        "(1,2,1) offload": layout(1, 2, 1, "parallel.recompute=offload"),
+        "(1,1,2) full": layout(1, 1, 2, "parallel.recompute=full"),
+    },
+    ("full", 4): {"(2,1,2)": layout(2, 1, 2)},
+}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def _make(name: str, config: Config, twin: str) -> Backbone:
+    model = CASES[name].make(streams=STREAMS[:2], rgb_attends_aux=config.model.rgb_attends_aux)
+    if twin == ONE_TEXT:
+        model.carried = 1
+        model.__class__ = _detaching(type(model))
+    return model
+
+
+def _detaching(kind: type[Backbone]) -> type[Backbone]:
+    """Return a twin whose stages give on the text without its gradient."""
+
+    def forward(self: Backbone, *flow: torch.Tensor, layout: StreamLayout) -> torch.Tensor | Flow:
+        out = kind.forward(self, *flow, layout=layout)
+        return (out[0], *(x.detach() for x in out[1:])) if isinstance(out, tuple) else out
+
+    return type(f"Detaching{kind.__name__}", (kind,), {"forward": forward})
+
+
+def _train(name: str, here: runtime.Runtime, overrides: tuple[str, ...], twin: str, steps: int) -> Result:
+    settings = config(*BASE, *overrides)
+    layout = meshes.resolve(settings.parallel, here.world_size)
+    mesh = meshes.build(layout, here)
+    engine = build_engine(
+        settings,
+        mesh,
+        lambda: _make(name, settings, twin),
+        SeededSource(lambda: _make(name, settings, "")),
+    )
+    trained = {name: p for name, p in engine.named_parameters() if p.requires_grad}
+    optimizer = optim.build(trained, settings.optim, mesh.data_group)
+    share = settings.train.global_batch // layout.data
+    slots = range(mesh.data_rank * share, (mesh.data_rank + 1) * share)
+    with torch.device("meta"):
+        model = _make(name, settings, "")
+    losses = []
+    for step in range(steps):
+        given = example(CASES[name], model, settings, step, slots)
+        errors = engine.forward_backward(given, settings.train.micro_batch)
+        loss = (errors * given.weights).sum()
+        torch.distributed.all_reduce(loss, group=mesh.data_group)
+        norm = optim.gradient_norm(trained.values(), mesh.pipeline_group, here.device)
+        optim.clip(trained.values(), settings.optim.clip, norm)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append((float(loss), float(norm)))
+    return {"losses": losses, "parameters": {name: _whole(p) for name, p in trained.items()}}
+
+
+def _train_all(
+    rank: int, world_size: int, name: str, runs: dict[str, tuple[str, ...]], twin: str, steps: int
+) -> dict[str, Result]:
+    here = runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
+    return {run: _train(name, here, overrides, twin, steps) for run, overrides in runs.items()}
+
+
+def train(
+    world_size: int, name: str, runs: dict[str, tuple[str, ...]], *, twin: str = "", steps: int = STEPS
+) -> dict[str, Result]:
+    """Train once for each of several layouts of the same ranks; put together what the ranks hold."""
+    by_rank = run_ranks(_train_all, world_size, name, runs, twin, steps)
+    results = {}
+    for run in runs:
+        parts = [found[run] for found in by_rank]
+        assert all(part["losses"] == parts[0]["losses"] for part in parts), f"{run}: ranks disagree about the loss"
+        parameters = {name: value for part in parts for name, value in part["parameters"].items()}
+        results[run] = {"losses": parts[0]["losses"], "parameters": parameters}
+    return results
+
+
+@cache
+def alone(name: str, kind: str) -> Result:
+    """Return what one process learns, which keeps everything."""
+    return train(1, name, {"alone": KINDS[kind]})["alone"]
+
+
+def difference(one: Result, other: Result) -> float:
+    """Return the largest over losses, norms and parameters; of numbers beyond 1, their share."""
+    assert one["parameters"].keys() == other["parameters"].keys()
+    ours, theirs = torch.tensor(one["losses"]), torch.tensor(other["losses"])
+    numbers = ((ours - theirs).abs() / theirs.abs().clamp(min=1)).max()
+    moved = [(one["parameters"][n] - other["parameters"][n]).abs().max() for n in one["parameters"]]
+    return float(torch.stack([numbers, *moved]).max())
+
+
+@pytest.mark.parametrize(("kind", "ranks"), LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_ten_steps_are_the_same_on_any_layout(name: str, kind: str, ranks: int) -> None:
+    runs = {run: (*overrides, *KINDS[kind]) for run, overrides in LAYOUTS[kind, ranks].items()}
+    found = {run: difference(result, alone(name, kind)) for run, result in train(ranks, name, runs).items()}
+    assert max(found.values()) < 1e-6, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASES)
+def test_everything_that_trains_moves(name: str, kind: str) -> None:
+    still = train(1, name, {"still": (*KINDS[kind], "optim.lr=0")}, steps=1)["still"]["parameters"]
+    unmoved = [n for n, p in alone(name, kind)["parameters"].items() if torch.equal(p, still[n])]
+    assert not unmoved
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.text_flows()])
+def test_gradients_cross_a_cut_through_the_text(name: str) -> None:
+    """The twin says that blocks change the streams alone, so no other gradient is sent back."""
+    twin = train(2, name, {"cut": layout(2, 1, 1)}, twin=ONE_TEXT)["cut"]
+    assert difference(twin, alone(name, "lora")) > 1e-4

@@ -1,0 +1,248 @@
+"""A case for each family: a tiny model, the latents it takes, and another program's opinion of what it computes.
+
+The conformance suite runs over these; a family without a case fails it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import tests.support.families  # noqa: F401 - the toy is found from here on
+from tests.support.models import move
+from transpixeler import configfile
+from transpixeler.config import Config
+from transpixeler.flow import objective
+from transpixeler.models.backbone import Backbone
+from transpixeler.models.family import Family, Field, find_family
+from transpixeler.models.streams import Shape, StreamLayout
+
+STREAMS = ("rgb", "seg", "depth")
+
+
+class Reference(NamedTuple):
+    """What a family is held against: `run` takes the model's inputs of one stream, and the weights are its own."""
+
+    run: Callable[..., Tensor]  # (x [B, N], timesteps [B, 1], *fields, layout=…) → velocity [B, N]
+    weights: Mapping[str, Tensor]  # by internal name; they require gradients
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family, tiny."""
+
+    name: str
+    make: Callable[..., Backbone]  # (streams, rgb_attends_aux) → a tiny model of four blocks on the current device
+    shapes: tuple[Shape, Shape]  # latents of two buckets
+    large: Shape  # latents of 256 tokens, beside which vectors cost nothing
+    reference: Callable[[Backbone], Reference]
+    reads_text: str  # a linear of a block that reads the text alone
+    write: Callable[[Path], None]  # a model folder whose weights are random, with encoders
+    frames: tuple[int, int]  # lengths of clips of 64×64 that it can take
+
+    @property
+    def family(self) -> Family:
+        return find_family(self.name)
+
+    def model(self, streams: int = 1, *, attends: bool = True, seed: int = 0) -> Backbone:
+        """Build the tiny model with every parameter moved."""
+        model = self.make(streams=STREAMS[:streams], rgb_attends_aux=attends)
+        move(model, seed=seed)
+        return model
+
+    def text_flows(self) -> bool:
+        return self.model().carried > 1
+
+
+# -- inputs
+
+
+def inputs(
+    model: Backbone, layout: StreamLayout, *, batch: int = 2, seed: int = 0, full: bool = False
+) -> tuple[Tensor, ...]:
+    """Packed latents, a time for each group and fields; masked text goes on as noise beyond its length.
+
+    full: texts of the whole length.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, layout.elements, generator=generator)
+    times = torch.rand(batch, len(layout.groups), generator=generator)
+    return x, times, *_fields(model.fields, batch, generator, full=full)
+
+
+def _fields(fields: Sequence[Field], batch: int, generator: torch.Generator, *, full: bool = False) -> list[Tensor]:
+    found = []
+    for field in fields:
+        value = torch.randn(batch, *([field.length] if field.length else []), field.width, generator=generator)
+        if field.length:
+            lengths = torch.tensor([field.length if full or row % 3 == 1 else 5 + row for row in range(batch)])
+            if not field.masked:
+                value[torch.arange(field.length) >= lengths[:, None]] = 0
+            found += [value, lengths] if field.masked else [value]
+        else:
+            found.append(value)
+    return found
+
+
+def alike(layout: StreamLayout, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Give every stream of `layout` the latents and times of the one stream in `given`."""
+    x, times, *fields = given
+    streams = len(layout.names)
+    return x.repeat(1, streams), times.repeat(1, streams), *fields
+
+
+def base_of(case: Case, joint: nn.Module) -> Backbone:
+    """Return the one-stream model with the joint model's base weights."""
+    single, state = case.model(), joint.state_dict()
+    single.load_state_dict({name: state[name] for name in single.state_dict()})
+    return single
+
+
+def zero(model: nn.Module, part: str) -> None:
+    """Zero every parameter whose name holds `part`."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.zero_()
+
+
+# -- training
+
+
+def config(*overrides: str) -> Config:
+    return configfile.from_overrides(
+        ["lora.rank=4", "optim.name=sgd", "optim.lr=0.5", "optim.warmup_steps=0", *overrides]
+    )
+
+
+class SeededSource:
+    """Base weights that are a pure function of their name, so that every rank reads the same model."""
+
+    path = Path("seeded")
+
+    def __init__(self, make: Callable[[], Backbone]) -> None:
+        with torch.device("meta"):
+            parameters = dict(make().named_parameters())
+        self._shapes = {n: tuple(p.shape) for n, p in parameters.items() if "stream_embedding" not in n}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read_slice(self, name: str, slices: Sequence[slice]) -> Tensor:
+        shape = self._shapes[name]
+        value = torch.randn(shape, generator=objective.generator(name)) / max(shape[-1], 1) ** 0.5
+        return (1 + 0.1 * value if "norm" in name and name.endswith("weight") else value)[tuple(slices)]
+
+
+def example(case: Case, model: Backbone, config: Config, step: int, slots: range) -> objective.Example:
+    """Draw the share at `slots` of a step's global batch; buckets alternate, one with a first frame of its own time."""
+    names = tuple(config.streams)
+    layout = StreamLayout.equal(names, case.shapes[step % 2], model.patch)
+    if step % 2:
+        layout = layout.cut([[1]] * len(names))
+    ids = [f"sample{step}-{slot}" for slot in slots]
+    rows = [_fields(model.fields, 1, objective.generator("fields", name)) for name in ids]
+    return objective.prepare(
+        config.objective,
+        seed=config.seed,
+        step=step,
+        layout=layout,
+        latents=torch.stack([objective.draw_noise(layout.elements, "latents", name) for name in ids]),
+        fields={str(place): torch.cat(values) for place, values in enumerate(zip(*rows, strict=True))},
+        empty={},
+        ids=ids,
+        slots=slots,
+        batch=config.train.global_batch,
+    )
+
+
+# -- the families
+
+
+def _wan(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from transpixeler.families.wan.config import WanConfig
+    from transpixeler.families.wan.model import WanModel
+
+    return WanModel(WanConfig.read(WAN), streams=streams, rgb_attends_aux=rgb_attends_aux)
+
+
+def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from transpixeler.families.toy.config import ToyConfig
+    from transpixeler.families.toy.model import ToyModel
+
+    return ToyModel(ToyConfig(), streams=streams, rgb_attends_aux=rgb_attends_aux)
+
+
+def _diffusers(name: str, published: nn.Module, model: Backbone) -> Mapping[str, Tensor]:
+    """Fill diffusers' class with a model's weights; return its parameters by internal name."""
+    names = find_family(name).names
+    spelled = {ours: names.parameter(ours, source="internal", to="diffusers") for ours in model.state_dict()}
+    published.load_state_dict({spelled[ours]: value for ours, value in model.state_dict().items()})
+    return {ours: published.get_parameter(theirs) for ours, theirs in spelled.items()}
+
+
+def _wan_reference(model: Backbone) -> Reference:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    published = WanTransformer3DModel(**WAN)
+    weights = _diffusers("wan", published, model)
+
+    def run(x: Tensor, times: Tensor, text: Tensor, *, layout: StreamLayout) -> Tensor:
+        (latents,) = layout.unpack(x)
+        return published(latents, 1000 * times[:, 0], text, return_dict=False)[0].flatten(1)
+
+    return Reference(run, weights)
+
+
+def _toy_reference(model: Backbone) -> Reference:
+    from transpixeler.families.toy.config import ToyConfig
+    from transpixeler.families.toy.reference import Reference as Formulas
+
+    weights = {name: value.detach().clone().requires_grad_(True) for name, value in model.named_parameters()}
+    formulas = Formulas(weights, ToyConfig())
+
+    def run(x: Tensor, times: Tensor, *fields: Tensor, layout: StreamLayout) -> Tensor:
+        (latents,) = layout.unpack(x)
+        return formulas(latents, times[:, 0], *fields).flatten(1)
+
+    return Reference(run, weights)
+
+
+def _write_wan(folder: Path) -> None:
+    from transpixeler.demo.model import write_model
+
+    write_model(folder, seed=0)
+
+
+def _write_toy(folder: Path) -> None:
+    from tests.support.families.toy.write import write_toy
+
+    write_toy(folder)
+
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 96,
+    "num_layers": 4,
+}
+SMALL = ((4, 1, 4, 4), (4, 2, 4, 6))
+CASES = {
+    case.name: case
+    for case in (
+        Case("wan", _wan, SMALL, (4, 4, 16, 16), _wan_reference, "cross_attn.k", _write_wan, (1, 9)),
+        Case("toy", _toy, SMALL, (4, 4, 16, 16), _toy_reference, "txt.qkv", _write_toy, (2, 8)),
+    )
+}

@@ -1,0 +1,174 @@
+"""Weights with adapters in them: fused while they are read, or merged and written as a whole model.
+
+Tensors pass one at a time, so a full model is merged and written in little more memory than a shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.files import read_adapter, step_header, write_adapter
+from transpixeler.adapters.on_model import STREAM_EMBEDDING, whole_tensor
+from transpixeler.adapters.tensorfile import save_tensors
+from transpixeler.config import UserError
+from transpixeler.files import whole
+from transpixeler.models.family import Family, ModelFolder
+from transpixeler.models.weights import Slices, WeightSource
+
+SHARD_BYTES = 5 * 2**30
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+class FusedSource:
+    """A base's weights with plain adapters added as they are read, slice by slice, on any layout."""
+
+    def __init__(self, source: WeightSource, adapters: Sequence[Adapter]) -> None:
+        self.path, self._source, self._adapters = source.path, source, tuple(adapters)
+        for adapter in adapters:
+            if not adapter.is_plain:
+                raise UserError(
+                    "this adapter acts on some streams only, and all streams share the base's weights: "
+                    "it cannot be merged or fused; only a plain adapter (one stream, scope all) can"
+                )
+            self._check(adapter)
+
+    def _check(self, adapter: Adapter) -> None:
+        names = set(self._source.names())
+        for target in adapter.targets:
+            name = f"{target}.weight"
+            delta = (adapter.up(target).shape[0], adapter.down(target).shape[1])
+            if name not in names or self.shape(name) != delta:
+                there = list(self.shape(name)) if name in names else "absent"
+                raise UserError(f"the adapter changes {name} {list(delta)}, which in {self.path} is {there}")
+
+    @property
+    def bytes_read(self) -> int:
+        return self._source.bytes_read
+
+    def names(self) -> tuple[str, ...]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self.read_slice(name, ())
+
+    def read_slice(self, name: str, slices: Slices) -> Tensor:
+        piece = self._source.read_slice(name, slices)
+        kept = piece.dtype if piece.itemsize > 1 else torch.bfloat16  # eight bits would round most of a change away
+        target = name.removesuffix(".weight")
+        for adapter in self._adapters:
+            if target in adapter.alphas and name != target:
+                rows, columns = (*slices, slice(None), slice(None))[:2]
+                delta = adapter.up(target)[rows] @ adapter.down(target)[:, columns] * adapter.scale(target)
+                piece = (piece.float() + delta).to(kept)
+        return piece
+
+
+def read_fused(paths: Sequence[str]) -> list[Adapter]:
+    return [read_adapter(path, key="model.fuse") for path in paths]
+
+
+def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], folder: str | Path) -> Path:
+    """Write the base with plain adapters merged into it, tensor by tensor; return the transformer's folder."""
+    source = FusedSource(WeightSource(base.path, base.family.internal_names), adapters)
+    state = ((name, source.read(name)) for name in source.names())
+    return save_model(state, folder, model=base)
+
+
+# -- whole models
+
+
+def save_model(
+    state: Iterable[tuple[str, Tensor]],
+    folder: str | Path,
+    *,
+    model: ModelFolder,
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write FOLDER/transformer in diffusers' layout from whole tensors by internal name.
+
+    Stream embeddings, which diffusers does not know, go into an adapter file beside it.
+    """
+    folder = Path(folder)
+    target = folder / "transformer"
+    if target.exists():
+        raise UserError(f"{target} is there already, and a saved model is never overwritten; choose another folder")
+    embeddings: dict[str, Tensor] = {}
+    with whole(target) as draft:
+        draft.mkdir()
+        header = {"format": "pt"} | step_header(metadata or {})
+        _write_shards(_without_embeddings(state, embeddings, model.family), draft, shard_bytes, header)
+        (draft / "config.json").write_text(json.dumps(model.diffusers_config(), indent=2) + "\n")
+        _check_written(draft, model)
+        if embeddings:
+            told = {"family": model.family.name} | dict(metadata or {})
+            write_adapter(Adapter({}, {}, {}, embeddings, told), folder)
+    return target
+
+
+def _without_embeddings(
+    state: Iterable[tuple[str, Tensor]], embeddings: dict[str, Tensor], family: Family
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in state:
+        if name.startswith(STREAM_EMBEDDING):
+            embeddings[name.removeprefix(STREAM_EMBEDDING)] = whole_tensor(tensor)
+        else:
+            yield family.names.parameter(name, source="internal", to="diffusers"), tensor.detach().cpu().contiguous()
+
+
+def _write_shards(
+    state: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int, header: Mapping[str, str]
+) -> None:
+    """Files of at most `shard_bytes`, named for their number once that is known, and the index that finds them."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        _save(held, folder / f"{len(shards)}.part", header)
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in state:
+        if held and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    files = [f"{_WEIGHTS}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [f"{_WEIGHTS}.safetensors"]
+    for number, file in enumerate(files):
+        (folder / f"{number}.part").rename(folder / file)
+    if len(files) > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / f"{_WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], file: Path, header: Mapping[str, str]) -> None:
+    save_tensors(tensors, file, metadata=dict(header))
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def _check_written(folder: Path, model: ModelFolder) -> None:
+    """Make sure that what was written is the whole model, by its own header."""
+    with torch.device("meta"):
+        wanted = model.build(streams=("rgb",))
+    source = WeightSource(folder, model.family.internal_names)
+    found = {name: source.shape(name) for name in source.names()}
+    expected = {name: tuple(parameter.shape) for name, parameter in wanted.named_parameters()}
+    odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    assert not odd, f"{folder} would not be a whole model: {odd[:10]}"

@@ -1,0 +1,68 @@
+"""Spellings of adapter files: a target's internal name goes in, the keys of its tensors in a format come out, and back.
+
+A format is a prefix, one of the family's spellings of modules, and the endings of the three tensors. A joint adapter,
+which acts on some streams only, is kept from programs that know no streams by a prefix of its own: they refuse it, or
+find nothing of theirs in it, instead of patching weights that all streams share.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transpixeler.models.names import Names, UnknownName
+
+OURS = "transpixeler."  # of header keys, of a joint adapter's keys, and of what is no LoRA weight
+EMBEDDING = f"{OURS}stream_embedding."
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "base_model.model.")
+_FLAT_PREFIX = "lora_unet_"
+_ENDINGS = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_down.weight": "lora_A",
+    ".lora_up.weight": "lora_B",
+    ".lora.down.weight": "lora_A",
+    ".lora.up.weight": "lora_B",
+    ".alpha": "alpha",
+}
+
+
+class Spelling(NamedTuple):
+    """A format's names of a target's three tensors; without an alpha key the scale is folded into `up`."""
+
+    prefix: str
+    modules: str  # the family's spelling of modules: original, diffusers or flat
+    down: str
+    up: str
+    alpha: str | None
+    whole_blocks: bool = False  # readers take every linear of a block for granted
+
+    def module(self, target: str, names: Names) -> str:
+        """Return the stored name of the module that a target names internally."""
+        return self.prefix + names.module(target, source="internal", to=self.modules)
+
+
+FORMATS = {
+    "transpixeler": Spelling("diffusion_model.", "original", ".lora_A.weight", ".lora_B.weight", ".alpha"),
+    "comfyui": Spelling("diffusion_model.", "original", ".lora_A.weight", ".lora_B.weight", ".alpha"),
+    "diffusers": Spelling("transformer.", "diffusers", ".lora_A.weight", ".lora_B.weight", None),
+    "kohya": Spelling(_FLAT_PREFIX, "flat", ".lora_down.weight", ".lora_up.weight", ".alpha", whole_blocks=True),
+}
+
+
+def parse(key: str, names: Names) -> tuple[str, str]:
+    """`lora_unet_blocks_0_ffn_0.lora_down.weight` → (`blocks.0.ffn.0`, `lora_A`), in any spelling of the family."""
+    ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
+    if ending is None:
+        raise UnknownName(key)
+    module, kind = key.removesuffix(ending).removeprefix(OURS), _ENDINGS[ending]
+    if module.startswith(_FLAT_PREFIX):
+        return names.module(module.removeprefix(_FLAT_PREFIX), source="flat", to="internal"), kind
+    prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
+    return names.read_module(module.removeprefix(prefix)), kind
+
+
+def is_known(key: str, names: Names) -> bool:
+    try:
+        return bool(parse(key, names))
+    except UnknownName:
+        return False

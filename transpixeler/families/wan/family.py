@@ -1,0 +1,140 @@
+"""Wan as a family: what a folder of it holds, and how its model and encoders are opened.
+
+Read are a diffusers pipeline, its transformer folder, an original folder, or a single file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transpixeler.config import UserError
+from transpixeler.families.wan import encoders
+from transpixeler.families.wan.config import TEXT_LEN, WanConfig, diffusers_config
+from transpixeler.families.wan.model import WanModel
+from transpixeler.families.wan.names import NAMES, config_from_shapes
+from transpixeler.models.damage import read_config
+from transpixeler.models.family import (
+    Digest,
+    Family,
+    Field,
+    ModelFolder,
+    SamplingDefaults,
+    TextEncoder,
+    Vae,
+    file_digest,
+)
+from transpixeler.models.geometry import Geometry
+from transpixeler.models.resolve import resolve
+from transpixeler.models.weights import WeightSource
+
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+PIPELINE = "model_index.json"  # of a diffusers pipeline
+
+
+class WanFolder(ModelFolder):
+    """One Wan model on disk."""
+
+    def __init__(self, path: str) -> None:
+        self.family, self.path = FAMILY, path
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        folder = resolve(self.path, only=("config.json", "transformer/config.json", PIPELINE))
+        if folder.is_file():
+            source = WeightSource(folder, NAMES.internal_names)
+            try:
+                return config_from_shapes({name: source.shape(name) for name in source.names()})
+            except KeyError as fault:
+                raise UserError(f"model.path: {folder} holds no Wan model: {fault.args[0]} is not in it") from fault
+        if _has_two_experts(folder):
+            raise UserError(
+                f"model.path: {self.path} holds two models, each for a range of noise (Wan 2.2 A14B), of which one "
+                "would be trained; use a Wan of one transformer, such as Wan-AI/Wan2.1-T2V-14B-Diffusers"
+            )
+        found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
+        if not found:
+            raise UserError(f"model.path: {self.path} holds neither transformer/config.json nor config.json")
+        return read_config(found[0])
+
+    @cached_property
+    def _checked(self) -> WanConfig:
+        return WanConfig.read(self.config)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        channels = self._checked.out_channels
+        stride = (4, 16, 16) if channels == 48 else (4, 8, 8)  # of Wan 2.2's and 2.1's VAE; a transformer may lie alone
+        if encoders.has_vae(self.path):
+            stride, channels = encoders.vae_geometry(self.path)
+        return Geometry(stride, channels, self._checked.patch_size)
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("text", width=self._checked.text_dim, length=TEXT_LEN),)
+
+    def diffusers_config(self) -> dict[str, Any]:
+        return diffusers_config(self.config)
+
+    def clean_caption(self, text: str) -> str:
+        return encoders.clean_caption(text)
+
+    def vae_fingerprint(self, digest: Digest = file_digest) -> str:
+        return encoders.vae_fingerprint(self.path, digest)
+
+    def text_fingerprint(self, digest: Digest = file_digest) -> str:
+        return encoders.text_fingerprint(self.path, digest)
+
+    def build(
+        self,
+        *,
+        streams: Sequence[str],
+        rgb_attends_aux: bool = True,
+        attention: str = "auto",
+        fps: float | None = None,
+    ) -> WanModel:
+        return WanModel(self._checked, streams=streams, rgb_attends_aux=rgb_attends_aux, kernel=attention)
+
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Vae:
+        return encoders.load_vae(self.path, device=device, dtype=dtype)
+
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        return encoders.load_text_encoder(self.path, device=device, dtype=dtype)
+
+
+def _has_two_experts(folder: Path) -> bool:
+    """Tell a folder of two experts: in diffusers' layout by the pipeline's own list, in Wan's by its folders."""
+    index = read_config(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
+    return any(index.get("transformer_2") or ()) or (folder / "high_noise_model").is_dir()
+
+
+def _is_wan(path: Path) -> bool:
+    """Tell Wan by the class that a config names, or by the names of a single file's weights."""
+    if path.is_file():
+        return "embed.patch_embedding.weight" in WeightSource(path, NAMES.internal_names).names()
+    for name in ("transformer/config.json", "config.json"):
+        if (path / name).is_file():
+            config = read_config(path / name)
+            return str(config.get("_class_name", "")).startswith("Wan") or config.get("model_type") in ("t2v", "i2v")
+    return _has_two_experts(path)
+
+
+FAMILY = Family(
+    name="wan",
+    title="Wan",
+    names=NAMES,
+    open=WanFolder,
+    recognises=_is_wan,
+    sampling=SamplingDefaults(negative_prompt=NEGATIVE_PROMPT),
+    lora_targets=WanModel.lora_targets,
+    transformer_class="WanTransformer3DModel",
+    pipeline_class="WanPipeline",
+    example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+)

@@ -1,0 +1,200 @@
+"""The contract of a family: all that generic code knows of an architecture, and how it finds one.
+
+In: `model.family` and `model.path`. Out: a `ModelFolder`, which tells geometry, fields and weights without loading any,
+builds the backbone and opens the encoders. A family is one folder `families/NAME/` whose `family.py` holds `FAMILY`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from transpixeler.config import ModelConfig, UserError, family_names
+from transpixeler.models.geometry import Geometry
+from transpixeler.models.names import Names
+from transpixeler.models.resolve import resolve
+
+Digest = Callable[[Path], str]
+
+
+def file_digest(path: Path) -> str:
+    """Hash what a file holds."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor that a model is conditioned on.
+
+    A field with a `length` is `[B, length, width]`, cached at its true length and padded with zeros; without, it is
+    `[B, width]`. A `masked` one is followed by its true lengths `[B]`.
+    """
+
+    name: str  # also the kind of its cache records
+    width: int
+    length: int | None = None
+    masked: bool = False
+    source: Literal["caption"] = "caption"
+    droppable: bool = True  # caption dropout replaces it by that of an empty caption
+
+    @property
+    def tensors(self) -> int:
+        """Count the tensors that stand for it in the flow's inputs."""
+        return 2 if self.masked else 1
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Sampling settings that come with a family."""
+
+    negative_prompt: str
+
+
+class Vae(Protocol):
+    """A video autoencoder, as encoding and sampling use it."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, video: Tensor) -> Tensor:
+        """uint8 [B,F,H,W,3] or float in [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B,C,f,h,w] → fp32 [B,3,F,H,W] in [-1,1]."""
+        ...
+
+    def to(self, device: torch.device) -> Vae: ...
+
+
+class TextEncoder(Protocol):
+    """Captions to the fields that come from them."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return for each text its fields by name, [true length, width] or [width]."""
+        ...
+
+    def to(self, device: torch.device) -> TextEncoder: ...
+
+
+class ModelFolder(ABC):
+    """One model on disk: what `model.path` resolves to, looked up once."""
+
+    family: Family
+    path: str  # as the user gave it
+
+    # -- without loading a weight
+
+    @cached_property
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The published config of the transformer."""
+
+    @cached_property
+    @abstractmethod
+    def geometry(self) -> Geometry: ...
+
+    @cached_property
+    @abstractmethod
+    def fields(self) -> tuple[Field, ...]: ...
+
+    @abstractmethod
+    def diffusers_config(self) -> dict[str, Any]:
+        """Return the transformer's config.json as diffusers writes it."""
+
+    def clean_caption(self, text: str) -> str:
+        """Return what the text encoder reads of a caption: captions that differ in nothing else share one encoding."""
+        return text
+
+    @abstractmethod
+    def vae_fingerprint(self, digest: Digest = file_digest) -> str:
+        """Hash all that cached latents depend on."""
+
+    @abstractmethod
+    def text_fingerprint(self, digest: Digest = file_digest) -> str:
+        """Hash all that cached texts depend on."""
+
+    # -- made when they are asked for
+
+    @abstractmethod
+    def build(
+        self,
+        *,
+        streams: Sequence[str],
+        rgb_attends_aux: bool = True,
+        attention: str = "auto",
+        fps: float | None = None,
+    ) -> Any:
+        """Build the backbone on the current default device, without weights. fps: for positions in seconds."""
+
+    @abstractmethod
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Vae: ...
+
+    @abstractmethod
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder: ...
+
+
+@dataclass(frozen=True, eq=False)  # one object for each family
+class Family:
+    """One architecture: its facts, and how a folder of it is told and opened."""
+
+    name: str
+    title: str  # as people call it
+    names: Names
+    open: Callable[[str], ModelFolder]
+    recognises: Callable[[Path], bool]  # a local folder or file
+    sampling: SamplingDefaults
+    lora_targets: tuple[str, ...]
+    transformer_class: str  # of diffusers
+    pipeline_class: str
+    example: str  # a Hub id that a message may name
+
+    def internal_names(self, stored: Iterable[str]) -> dict[str, str]:
+        return self.names.internal_names(stored)
+
+
+def find_family(name: str) -> Family:
+    """Return a family by its name, imported only when it is used."""
+    return import_module(f"transpixeler.families.{name}.family").FAMILY
+
+
+def families() -> list[Family]:
+    return [find_family(name) for name in family_names()]
+
+
+def examples() -> str:
+    """Return Hub ids that a message may name."""
+    return " or ".join(family.example for family in families())
+
+
+def open_model(config: ModelConfig) -> ModelFolder:
+    """Open `model.path` as what `model.family` names, or as what the folder says that it is."""
+    if not config.path:
+        raise UserError(f"model.path: set it to a model's folder, file or Hub id, such as {examples()}")
+    if config.family:
+        return find_family(config.family).open(config.path)
+    path = resolve(config.path, only=("model_index.json", "config.json", "transformer/config.json"))
+    found = [family for family in families() if family.recognises(path)]
+    if len(found) != 1:
+        known = ", ".join(family.title for family in families())
+        raise UserError(
+            f"model.path: {config.path} does not say which model it is; known are {known}: set model.family to one of "
+            f"{', '.join(family_names())}, or model.path to a folder with the config.json of such a model"
+        )
+    return found[0].open(config.path)

@@ -1,0 +1,83 @@
+"""Measure what a block keeps for its backward pass: the block runs on meta, and what autograd saves is summed.
+
+In: a model as it will train, and one of its blocks. Out: bytes of one sample by stream. No weight is needed, and no
+family writes a formula.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transpixeler.models.backbone import Backbone
+from transpixeler.models.streams import StreamLayout
+
+META = torch.device("meta")
+
+
+class Kept(NamedTuple):
+    """Bytes that one block keeps for one sample: they grow in proportion to each stream's tokens."""
+
+    fixed: float  # of the text
+    by_stream: tuple[float, ...]  # of one token of each stream
+
+    def bytes(self, lengths: Sequence[int]) -> float:
+        return self.fixed + sum(each * length for each, length in zip(self.by_stream, lengths, strict=True))
+
+
+class KeptBytes(NamedTuple):
+    """The same block as it runs, and compiled: what norms keep in fp32 is then kept in the matmuls' dtype."""
+
+    eager: Kept
+    compiled: Kept
+
+
+def measure(model: Backbone, block: nn.Module) -> KeptBytes:
+    """Run a block at two lengths of each stream; what it keeps grows along straight lines."""
+    if any(not parameter.is_meta for parameter in block.parameters()):
+        block = copy.deepcopy(block).to(META)
+    count = len(model.streams)
+    layouts = [_layout(model, [1 + (other == longer) for other in range(count)]) for longer in range(-1, count)]
+    saved = [_saved(model, block, layout) for layout in layouts]  # the first one has no longer stream
+    wide = model.matmul_dtype.itemsize / torch.float32.itemsize
+    eager, compiled = ([narrow + share * rest for narrow, rest in saved] for share in (1.0, wide))
+    return KeptBytes(_line(layouts, eager), _line(layouts, compiled))
+
+
+def _line(layouts: Sequence[StreamLayout], found: Sequence[float]) -> Kept:
+    start, base = found[0], layouts[0]
+    by_stream = tuple((more - start) / (layout.tokens - base.tokens) for more, layout in zip(found[1:], layouts[1:]))
+    return Kept(start - sum(each * length for each, length in zip(by_stream, base.lengths)), by_stream)
+
+
+def _layout(model: Backbone, frames: Sequence[int]) -> StreamLayout:
+    """Lay out streams of so many patches by 4×4; their channels do not matter to a block."""
+    patch_frames, *sides = model.patch
+    shapes = tuple((1, count * patch_frames, 4 * sides[0], 4 * sides[1]) for count in frames)
+    return StreamLayout(tuple(model.streams), shapes, model.patch)
+
+
+def _saved(model: Backbone, block: nn.Module, layout: StreamLayout) -> tuple[int, int]:
+    """Sum the storages that a block keeps, in the matmuls' dtype and wider, without weights and what blocks share."""
+    flow = [tensor.to(META) for tensor in model.flow_meta(layout, 1, model.matmul_dtype)]
+    for place, tensor in enumerate(flow):
+        tensor.requires_grad_(tensor.is_floating_point() and (place < model.carried or model.trains_conditions))
+    tokens = model.positions(layout, META)
+    shared = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *flow[model.carried :], tokens.rope)}
+    kept: dict[int, tuple[int, bool]] = {}
+    alive: list[Tensor] = []  # else a storage's address could be that of an earlier one
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage.nbytes(), tensor.itemsize > model.matmul_dtype.itemsize)
+        alive.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(tuple(flow), tokens)
+    sizes = [(size, wide) for key, (size, wide) in kept.items() if key not in shared]
+    return sum(size for size, wide in sizes if not wide), sum(size for size, wide in sizes if wide)

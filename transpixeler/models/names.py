@@ -1,0 +1,126 @@
+"""The names of one architecture's weights: a name of one spelling goes in, the same weight's name in another comes out.
+
+Three spellings exist. *Original*: the published checkpoints and ComfyUI files. *Diffusers*: its transformer class.
+*Internal*: our module's parameters (`embed.…`, `blocks.3.…`, `head.…`). A family gives one table; each map is a
+bijection over it, and a name outside the table raises `UnknownName`, so that nothing is loaded or saved under a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+BLOCK = "{n}"  # in a row of the table: the number of a block
+
+
+class UnknownName(KeyError):
+    """The name is not one of the family's in the spelling asked for."""
+
+
+class Row(NamedTuple):
+    """One module, or one parameter that is no module's, in each spelling; `{n}` stands for a block's number."""
+
+    internal: str
+    original: str
+    diffusers: str
+
+
+class _Map:
+    """A map from names of one spelling to names of another; `{n}` in a name stands for a block's number."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        plain, numbered = {}, []
+        for name, target in pairs:
+            if BLOCK in name:
+                start, end = name.split(BLOCK)
+                numbered.append((start, end, target))
+            else:
+                plain[name] = target
+        self.plain = plain
+        self.starts = {start for start, _, _ in numbered}
+        self.numbered = {(start, end): target for start, end, target in numbered}
+
+    def __call__(self, name: str) -> str:
+        if name in self.plain:
+            return self.plain[name]
+        for start in self.starts:
+            match = re.match(r"(0|[1-9]\d*)", name[len(start) :]) if name.startswith(start) else None
+            target = match and self.numbered.get((start, name[len(start) + match.end() :]))
+            if match and target:
+                return target.replace(BLOCK, match[0])
+        raise UnknownName(name)
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """One family's table, and what follows from it. `tables`: internal names of parameters that are no module's."""
+
+    rows: Sequence[Row]
+    tables: frozenset[str] = frozenset()
+    block_linears: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # of a block, by their sizes' names
+
+    @cached_property
+    def _maps(self) -> dict[tuple[str, str], _Map]:
+        spelled = {kind: [getattr(row, kind) for row in self.rows] for kind in Row._fields}
+        spelled["flat"] = [name.replace(".", "_") for name in spelled["original"]]
+        return {(a, b): _Map(zip(spelled[a], spelled[b])) for a in spelled for b in spelled if a != b}
+
+    @cached_property
+    def _bare(self) -> dict[str, frozenset[str]]:
+        """Names of parameters that are no module's, in each spelling."""
+        return {
+            kind: frozenset(getattr(r, kind) for r in self.rows if r.internal in self.tables) for kind in Row._fields
+        }
+
+    # -- modules
+
+    def module(self, name: str, *, source: str, to: str) -> str:
+        """Translate the name of a module: `blocks.0.self_attn.q` from `original` to `diffusers`, say."""
+        return name if source == to else self._maps[source, to](name)
+
+    def read_module(self, name: str) -> str:
+        """Return the internal name of a module in the original or the diffusers spelling."""
+        try:
+            return self.module(name, source="original", to="internal")
+        except UnknownName:
+            return self.module(name, source="diffusers", to="internal")
+
+    # -- parameters
+
+    def parameter(self, name: str, *, source: str, to: str) -> str:
+        """Translate the name of a parameter: `blocks.0.norm3.weight` from `original` to `diffusers`, say."""
+        module, leaf = self._split(name, source)
+        return self.module(module, source=source, to=to) + leaf
+
+    def _split(self, name: str, spelling: str) -> tuple[str, str]:
+        """Split a parameter's name into its module and `.weight` or `.bias`; a table is its own module."""
+        if self._is_bare(name, spelling):
+            return name, ""
+        module, dot, leaf = name.rpartition(".")
+        if leaf not in ("weight", "bias") or self._is_bare(module, spelling):
+            raise UnknownName(name)
+        return module, dot + leaf
+
+    def _is_bare(self, name: str, spelling: str) -> bool:
+        return re.sub(r"(?<=\.)(0|[1-9]\d*)(?=\.)", BLOCK, name, count=1) in self._bare[spelling]
+
+    def internal_names(self, stored: Iterable[str]) -> dict[str, str]:
+        """Map the internal name of each weight of a file, in either spelling, to the name it is stored under.
+
+        A name outside the table stays what it is: whoever compares the names with a model's complains about it.
+        """
+        stored = list(stored)
+        spelling = max(("original", "diffusers"), key=lambda kind: sum(self._is_known(name, kind) for name in stored))
+        return {self._internal_or_same(name, spelling): name for name in stored}
+
+    def _is_known(self, name: str, spelling: str) -> bool:
+        try:
+            return bool(self.parameter(name, source=spelling, to="internal"))
+        except UnknownName:
+            return False
+
+    def _internal_or_same(self, name: str, spelling: str) -> str:
+        return self.parameter(name, source=spelling, to="internal") if self._is_known(name, spelling) else name

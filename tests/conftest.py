@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tests.support.families  # noqa: F401 - a family of the tests alone is found from here on
-from tests.support.shared import made_once, session_folder
+from tests.support.shared import made_once, session_folder, settle
 from transpixeler.models.family import open_model
 
 
@@ -58,6 +58,7 @@ def _write_cached_demo(folder: Path) -> None:
     from transpixeler.demo.write import write_demo
 
     write_demo(folder, train_clips=10, eval_clips=2)
+    settle(folder)
     run_ranks(_cache, 2, folder)
 
 

@@ -114,7 +114,7 @@ def sample(
         Video(f"{n}", caption, texts.by_prompt[caption], config.sample.seed + n, shape, _latents(given, n, frames))
         for n, caption in enumerate(captions)
     ]
-    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative)
+    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
     own = {n: frames.decode(latents, shape) for n, latents in sampler.each(videos) if mesh.is_first_stage}
     return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
 

@@ -223,6 +223,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         rgb=arguments.rgb,
         alpha=arguments.alpha,
+        image=arguments.image,
         asked_layout=_asks_layout(overrides),
     )
     with _running(source.config) as runtime:

@@ -143,7 +143,7 @@ class ObjectiveConfig:
     density: Literal["logit_normal", "uniform"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: Positive = 1.0
-    shift: Positive = 1.0
+    shift: Positive | Literal["auto"] = 1.0
     t_min: Fraction = 0.0
     t_max: Fraction = 1.0
     stratified: bool = True
@@ -249,7 +249,7 @@ class SampleConfig:
     size: Size | None = None
     steps: Count = 30
     guidance: NonNegative = 5.0
-    shift: Positive = 5.0
+    shift: Positive | Literal["auto"] = 5.0
     scheduler: Literal["unipc", "euler", "dpm++"] = "unipc"
     seed: Natural = 0
     formats: tuple[SampleFormat, ...] = ("checkerboard",)

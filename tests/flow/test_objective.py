@@ -25,6 +25,7 @@ def example(config: ObjectiveConfig, slots: list[int], *, step: int = 3) -> obje
         ids=[IDS[slot] for slot in slots],
         slots=slots,
         batch=len(IDS),
+        shift=1.0,
     )
 
 
@@ -55,6 +56,39 @@ def test_a_given_stream_is_clean_and_costs_nothing() -> None:
     assert not torch.equal(it.noisy()[:, LAYOUT.element_slice(1)], it.latents[:, LAYOUT.element_slice(1)])
 
 
+def test_a_given_first_frame_is_clean_and_costs_nothing() -> None:
+    config = ObjectiveConfig(tasks={"image_to_video": 1.0}, stream_weights={"seg": 3.0})
+    it = example(config, [0, 1])
+    assert it.layout.cuts == ((1,), ()) and it.timesteps.shape == (2, 3)
+    clean, noisy = it.layout.unpack(it.latents)[0], it.layout.unpack(it.noisy())[0]
+    assert torch.equal(noisy[:, :, :1], clean[:, :, :1]) and not torch.equal(noisy[:, :, 1:], clean[:, :, 1:])
+    assert (it.timesteps[:, 0] == 0).all() and torch.equal(it.timesteps[:, 1], it.timesteps[:, 2])
+    assert (it.weights[:, 0] == 0).all()
+    torch.testing.assert_close(it.weights[:, 1], torch.full((2,), 1 / 4 / 6))  # what the first frame would have had too
+    torch.testing.assert_close(it.weights.sum(1), torch.full((2,), 1 / 6))
+
+
+def test_a_mixture_has_one_layout_and_the_loss_of_each_task() -> None:
+    mixed = example(ObjectiveConfig(tasks={"joint": 1, "image_to_video": 1}), list(range(6)))
+    alone = example(ObjectiveConfig(), list(range(6)))
+    joint = mixed.timesteps[:, 0] > 0
+    assert 0 < joint.sum() < 6
+    torch.testing.assert_close(mixed.noisy()[joint], alone.noisy()[joint])
+    predicted = torch.randn(6, LAYOUT.elements)
+    losses = [
+        (objective.mean_squared_errors(predicted, it.velocity(), it.layout) * it.weights).sum(1)
+        for it in (mixed, alone)
+    ]
+    torch.testing.assert_close(losses[0][joint], losses[1][joint])
+    assert (losses[0][~joint] - losses[1][~joint]).abs().min() > 1e-4
+
+
+def test_an_image_is_not_given_to_itself() -> None:
+    one = StreamLayout.equal(("rgb", "seg"), (2, 1, 4, 6), (1, 2, 2))
+    assert objective.cut_for_tasks(ObjectiveConfig(tasks={"images_to_videos": 1.0}), one) == one
+    assert objective.tasks(("rgb", "seg"))["images_to_videos"].groups(one) == []
+
+
 def test_noisy_and_velocity_follow_the_straight_line() -> None:
     it = example(ObjectiveConfig(), [0, 1, 2])
     t = LAYOUT.spread(it.timesteps)
@@ -73,29 +107,30 @@ def test_errors_are_means_over_each_streams_elements() -> None:
 @pytest.mark.parametrize("density", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_the_quantile_inverts_the_distribution(density: str, shift: float) -> None:
-    config = ObjectiveConfig(density=density, shift=shift, logit_mean=0.3, logit_std=0.8)
+    config = ObjectiveConfig(density=density, logit_mean=0.3, logit_std=0.8)
     u = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    back = [objective._distribution(config, float(t)) for t in objective.quantile(config, u)]
+    back = [objective._distribution(config, float(t), shift=shift) for t in objective.quantile(config, u, shift=shift)]
     torch.testing.assert_close(torch.tensor(back, dtype=torch.float64), u)
 
 
 def test_a_cut_range_is_a_cut_density_not_a_pile_at_its_ends() -> None:
-    config = ObjectiveConfig(t_min=0.875, shift=12.0)
+    config = ObjectiveConfig(t_min=0.875)
     u = torch.rand(4000, generator=torch.Generator().manual_seed(0))
-    t = objective.quantile(config, u)
+    t = objective.quantile(config, u, shift=12.0)
     assert t.min() >= 0.875 and (t == 0.875).float().mean() < 0.001
-    free = objective.quantile(dataclasses.replace(config, t_min=0.0), torch.linspace(0.0005, 0.9995, 20000))
+    free = objective.quantile(dataclasses.replace(config, t_min=0.0), torch.linspace(0.0005, 0.9995, 20000), shift=12.0)
     torch.testing.assert_close(t.mean(), free[free >= 0.875].mean(), atol=3e-3, rtol=0)
 
 
 def test_stratified_times_fill_every_stratum() -> None:
     config = ObjectiveConfig(density="uniform")
-    times = objective.draw_times(config, seed=0, step=9, slots=range(8), batch=8)
+    times = objective.draw_times(config, seed=0, step=9, slots=range(8), batch=8, shift=1.0)
     assert sorted((times * 8).long().tolist()) == list(range(8))
 
 
 def test_tasks_of_three_streams() -> None:
     known = objective.tasks(("rgb", "seg", "depth"))
-    assert known["aux_to_rgb"] == {1, 2} and known["depth_to_rest"] == {2} and known["joint"] == frozenset()
+    assert known["aux_to_rgb"].given == {1, 2} and known["depth_to_rest"].given == {2} and not known["joint"].gives
+    assert known["image_to_video"].first == {0} and known["images_to_videos"].first == {0, 1, 2}
     with pytest.raises(UserError, match=r"objective.tasks.rgb_to_alpha.*rgb_to_aux"):
         objective.check_tasks(ObjectiveConfig(tasks={"rgb_to_alpha": 1.0}), ("rgb", "seg"))

@@ -24,6 +24,7 @@ from transpixeler.adapters.files import write_adapter
 from transpixeler.config import SampleConfig
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4
+from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
@@ -196,9 +197,11 @@ def _sample(rank: int, world_size: int, overrides: tuple[str, ...], guidance: fl
     for number, shape in enumerate(((4, 1, 4, 4), (4, 2, 4, 6), (4, 1, 4, 4))):
         layout = StreamLayout.equal(("rgb", "seg"), shape, (1, 2, 2))
         text = torch.randn(512, 16, generator=torch.Generator().manual_seed(number))
-        videos.append(Video(str(number), "", text, number, layout))
-    negative = torch.zeros(512, 16) if guidance != 1 else None
-    return dict(Sampler(engine, mesh, SampleConfig(steps=3, guidance=guidance), negative).each(videos))
+        videos.append(Video(str(number), "", {"text": text}, number, layout))
+    negative = {"text": torch.zeros(512, 16)} if guidance != 1 else None
+    return dict(
+        Sampler(engine, mesh, SampleConfig(steps=3, guidance=guidance), negative, WanFolder("none")).each(videos)
+    )
 
 
 def _layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:

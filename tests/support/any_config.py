@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from transpixeler import configfile
-from transpixeler.config import Config, PathKind, Range, faults
+from transpixeler.config import Config, PathKind, Range, family_names, faults
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", "20"))  # more, and others, to look for faults that these do not show
 fast = settings(
@@ -31,7 +31,7 @@ SIDE = st.integers(16, 4096)
 # Where the limits are not in the type, because they hang on other keys.
 CHOSEN: dict[str, st.SearchStrategy] = {
     "streams": st.just({"rgb": "", "seg": "_seg"}),
-    "model.family": st.sampled_from(["", "wan"]),
+    "model.family": st.sampled_from(["", *family_names()]),
     "lora.scope": st.sampled_from(["aux", "all", ("seg",), ("rgb", "seg")]),
     "lora.enabled": st.just(True),
     "objective.t_min": st.floats(0, 0.4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,6 @@ from pathlib import Path
 import pytest
 
 Listing = dict[str, tuple[int, int]]  # path → size, time of the last change
-
-MEMORIES = ("hashes.tsv", "probes.tsv")  # what was read of each file, rewritten whole by whoever looks again
 
 
 def session_folder(factory: pytest.TempPathFactory) -> Path:
@@ -39,7 +38,14 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     assert not changed, f"a test wrote into {folder}, which other tests read: {changed[:5]}"
 
 
+def settle(folder: Path) -> None:
+    """Date all files back by an hour, or the first reader would note in the cache that they have settled."""
+    hour_ago = time.time() - 3600
+    for file in folder.rglob("*"):
+        os.utime(file, (hour_ago, hour_ago), follow_symlinks=False)
+
+
 def listing(folder: Path) -> Listing:
-    """Return every file below a folder with what changes when somebody writes; `MEMORIES` are rewritten by readers."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in MEMORIES)
+    """Return every file below a folder with what changes when somebody writes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}

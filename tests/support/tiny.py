@@ -85,6 +85,7 @@ def example(config: Config, step: int, slots: range) -> objective.Example:
         ids=mine,
         slots=slots,
         batch=config.train.global_batch,
+        shift=1.0,
     )
 
 

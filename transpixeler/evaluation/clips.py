@@ -17,7 +17,7 @@ from transpixeler.config import Config
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import objective
-from transpixeler.flow.objective import Example
+from transpixeler.flow.objective import Example, Task
 from transpixeler.models.family import ModelFolder
 
 T = TypeVar("T")
@@ -28,8 +28,7 @@ class Piece:
     """One clip under one task."""
 
     item: int  # its place in the data set
-    task: str
-    given: frozenset[int]  # streams
+    task: Task
     name: str  # SET, or SET/TASK where the task is not joint
 
 
@@ -51,7 +50,7 @@ class HeldOut:
 
     def example(self, piece: Piece) -> Example:
         """Return the clip at every one of `eval.times`, each with its own noise: a pure function of (clip, time)."""
-        return at_all_times(self.batch(piece), self.config, piece.given)
+        return at_all_times(self.batch(piece), self.config, piece.task)
 
 
 def pieces(data: Dataset, config: Config) -> tuple[Piece, ...]:
@@ -64,9 +63,9 @@ def pieces(data: Dataset, config: Config) -> tuple[Piece, ...]:
     found: list[Piece] = []
     for name, numbers in by_set.items():
         for task in trained_tasks:
-            title = name if not known[task] else f"{name}/{task}"
+            title = name if not known[task].gives else f"{name}/{task}"
             chosen = spread(numbers, config.eval.clips or len(numbers))
-            found += [Piece(number, task, known[task], title) for number in chosen]
+            found += [Piece(number, known[task], title) for number in chosen]
     return tuple(found)
 
 
@@ -76,17 +75,16 @@ def spread(things: Sequence[T], count: int) -> list[T]:
     return [things[i * len(things) // count] for i in range(count)]
 
 
-def at_all_times(batch: Batch, config: Config, given: frozenset[int]) -> Example:
+def at_all_times(batch: Batch, config: Config, task: Task) -> Example:
     """Return the one clip of a batch, once for each of `eval.times`."""
-    times = torch.tensor(config.eval.times, dtype=torch.float32)[:, None].repeat(1, len(batch.layout.groups))
-    weights = torch.ones_like(times)
-    for stream in given:
-        groups = batch.layout.groups_of(stream)
-        times[:, groups.start : groups.stop] = weights[:, groups.start : groups.stop] = 0
-    rows = len(times)
-    noise = [objective.draw_noise(batch.layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
+    layout = task.cut(batch.layout)
+    times = torch.tensor(config.eval.times, dtype=torch.float32)[:, None].repeat(1, len(layout.groups))
+    weights, rows = torch.ones_like(times), len(times)
+    places = task.groups(layout)
+    times[:, places] = weights[:, places] = 0
+    noise = [objective.draw_noise(layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
     return Example(
-        layout=batch.layout,
+        layout=layout,
         latents=batch.latents.expand(rows, -1),
         noise=torch.stack(noise),
         timesteps=times,

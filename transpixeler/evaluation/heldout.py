@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset
@@ -19,6 +20,7 @@ from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
+from transpixeler.flow.objective import Task
 from transpixeler.models.family import open_model
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
@@ -55,7 +57,7 @@ class Evaluator:
             check_background(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
         self.texts = cached_prompts(config, data, self.model)
-        self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative)
+        self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model)
         self.frames = Frames(self.model, self.mesh.device)
         self.measures = Measures(config, self.held_out, self.frames)
 
@@ -94,11 +96,11 @@ class Evaluator:
         seed, plan = self.config.sample.seed, []
         for piece in spread(self.held_out.pieces, self.config.eval.samples):
             item, batch = self.held_out.item(piece), self.held_out.batch(piece)
-            streams = batch.layout.unpack(batch.latents)
             fields = {name: value[0] for name, value in batch.fields.items()}
-            given = {stream: streams[stream][0] for stream in piece.given}
-            name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task}" if piece.given else "")
-            plan.append((Video(name, item.caption, fields, seed + len(plan), batch.layout, given), piece))
+            given = given_latents(piece.task, batch.layout.unpack(batch.latents))
+            name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task.name}" if given else "")
+            layout = piece.task.cut(batch.layout)
+            plan.append((Video(name, item.caption, fields, seed + len(plan), layout, given), piece))
         for prompt in self.prompts:
             assert self.prompt_layout is not None
             name = f"{len(plan)}-{name_part(prompt)}"
@@ -114,8 +116,14 @@ class Evaluator:
             logger.error("%s was not written: %s", folder / request.name, fault)
 
 
+def given_latents(task: Task, streams: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return what a task gives of a clip's streams [1, C, F, H, W]: whole, or the first latent frame."""
+    first = {stream: streams[stream][0][:, :1] for stream in task.first if streams[stream].shape[2] > 1}
+    return first | {stream: streams[stream][0] for stream in task.given}
+
+
 def _task(piece: Piece | None) -> str:
-    return piece.task if piece else "joint"
+    return piece.task.name if piece else "joint"
 
 
 def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

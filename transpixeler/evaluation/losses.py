@@ -56,7 +56,7 @@ class HeldOutLosses:
 
     def _means(self, rows: Sequence[tuple[Piece, list[list[float]]]]) -> dict[str, dict[str, float]]:
         """Return the mean over clips of one set and task, by stream and time, without the streams that are given."""
-        streams, given = self.held_out.data.streams, rows[0][0].given
+        streams, given = self.held_out.data.streams, rows[0][0].task.given
         return {
             name: {
                 f"{t:g}": math.fsum(values[q][stream] for _, values in rows) / len(rows)

@@ -41,10 +41,10 @@ class Measures:
     def _alpha(self, piece: Piece | None, streams: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Compare with the clip's own matte where its RGB was given; a video made from a caption has no reference."""
         rgb, *aux = (frames / np.float32(255) for frames in streams.values())
-        if not aux or (piece and 1 in piece.given):
+        if not aux or (piece and 1 in piece.task.given):
             return {}
         reference = {}
-        if piece and 0 in piece.given:
+        if piece and 0 in piece.task.given:
             _, matte, *_ = self._decoded(piece)
             reference = {"reference_alpha": matte.mean(-1)}
         return metrics.alpha_metrics(rgb, aux[0], fill=fill_color(self.config), **reference)
@@ -52,7 +52,7 @@ class Measures:
     def _vae_floor(self, piece: Piece) -> dict[str, float]:
         """Return how near the VAE alone brings the clip's RGB to itself: no model that uses it comes nearer."""
         origin = self.held_out.item(piece).origin
-        if piece.given or origin is None:
+        if piece.task.gives or origin is None:
             return {}
         if piece.item not in self._vae_psnr:
             self._vae_psnr[piece.item] = self._measured_floor(piece, *origin)

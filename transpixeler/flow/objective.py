@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,30 +98,32 @@ def draw_noise(elements: int, *key: object) -> Tensor:
     return torch.randn(elements, generator=generator("noise", *key))
 
 
-def draw_times(config: ObjectiveConfig, *, seed: int, step: int, slots: Sequence[int], batch: int) -> Tensor:
+def draw_times(
+    config: ObjectiveConfig, *, seed: int, step: int, slots: Sequence[int], batch: int, shift: float
+) -> Tensor:
     """[b] in [t_min, t_max]: the given places of a global batch, one from each of its equal strata."""
     strata = torch.randperm(batch, generator=generator("strata", seed, step))
     offsets = torch.rand(batch, generator=generator("times", seed, step), dtype=torch.float64)
     uniform = (strata + offsets) / batch if config.stratified else offsets
-    return quantile(config, uniform[list(slots)]).float()
+    return quantile(config, uniform[list(slots)], shift=shift).float()
 
 
-def quantile(config: ObjectiveConfig, uniform: Tensor) -> Tensor:
+def quantile(config: ObjectiveConfig, uniform: Tensor, *, shift: float) -> Tensor:
     """Invert the density's distribution, cut to [t_min, t_max] without piling up at its ends."""
-    low, high = (_distribution(config, t) for t in (config.t_min, config.t_max))
+    low, high = (_distribution(config, t, shift=shift) for t in (config.t_min, config.t_max))
     u = low + uniform.double() * (high - low)
     t = (
         u
         if config.density == "uniform"
         else torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
     )
-    shifted = config.shift * t / (1 + (config.shift - 1) * t)
+    shifted = shift * t / (1 + (shift - 1) * t)
     return shifted.clamp(config.t_min, config.t_max)
 
 
-def _distribution(config: ObjectiveConfig, t: float) -> float:
+def _distribution(config: ObjectiveConfig, t: float, *, shift: float) -> float:
     """Return the share of the density that lies below t."""
-    t = t / (config.shift - (config.shift - 1) * t)
+    t = t / (shift - (shift - 1) * t)
     if config.density == "uniform" or t in (0.0, 1.0):
         return t
     z = (math.log(t / (1 - t)) - config.logit_mean) / config.logit_std
@@ -131,14 +133,58 @@ def _distribution(config: ObjectiveConfig, t: float) -> float:
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def tasks(streams: Sequence[str]) -> dict[str, frozenset[int]]:
-    """Every task of these streams: its name and the streams that are given clean."""
-    known = {"joint": frozenset()}
+@dataclass(frozen=True)
+class Task:
+    """A way to split a sample into what is given clean and what is generated."""
+
+    name: str
+    given: frozenset[int] = frozenset()  # streams
+    first: frozenset[int] = frozenset()  # streams whose first latent frame is given
+
+    @property
+    def gives(self) -> bool:
+        return bool(self.given or self.first)
+
+    def cut(self, layout: StreamLayout) -> StreamLayout:
+        """Return the layout whose first frames have a time of their own, where they are given and others follow."""
+        return cut_first(layout, self.first)
+
+    def groups(self, layout: StreamLayout) -> list[int]:
+        """Return the places of the time groups that are given; a stream of one frame is never given by its first."""
+        whole = [place for stream in sorted(self.given) for place in layout.groups_of(stream)]
+        cut = [stream for stream in sorted(self.first - self.given) if layout.cuts and layout.cuts[stream]]
+        return whole + [layout.groups_of(stream)[0] for stream in cut]
+
+
+def cut_first(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
+    """Return the layout with a time group of its own for the first latent frame of these streams."""
+    patch = layout.patch[0]
+    if not streams:
+        return layout
+    return layout.cut(
+        [(patch,) if stream in streams and shape[1] > patch else () for stream, shape in enumerate(layout.shapes)]
+    )
+
+
+def tasks(streams: Sequence[str]) -> dict[str, Task]:
+    """Return every task of these streams by name."""
+    everyone = frozenset(range(len(streams)))
+    known = [Task("joint")]
     if len(streams) > 1:
-        known |= {f"{streams[0]}_to_aux": frozenset({0}), f"aux_to_{streams[0]}": frozenset(range(1, len(streams)))}
+        known += [Task(f"{streams[0]}_to_aux", frozenset({0})), Task(f"aux_to_{streams[0]}", everyone - {0})]
     if len(streams) > 2:
-        known |= {f"{name}_to_rest": frozenset({i}) for i, name in enumerate(streams)}
-    return known
+        known += [Task(f"{name}_to_rest", frozenset({i})) for i, name in enumerate(streams)]
+    known.append(Task("image_to_video", first=frozenset({0})))
+    if len(streams) > 1:
+        known.append(Task("images_to_videos", first=everyone))
+    return {task.name: task for task in known}
+
+
+def cut_for_tasks(config: ObjectiveConfig, layout: StreamLayout) -> StreamLayout:
+    """Return the layout in which every trained task can be said: one for all samples, whichever task each draws."""
+    known = tasks(layout.names)
+    firsts = [known[name].first for name, weight in config.tasks.items() if weight > 0]
+    return cut_first(layout, frozenset().union(*firsts))
 
 
 def check_tasks(config: ObjectiveConfig, streams: Sequence[str]) -> None:
@@ -157,23 +203,18 @@ def draw_task(weights: Mapping[str, float], *key: object) -> str:
     return names[int(torch.multinomial(chances, 1, generator=generator("task", *key)))]
 
 
-def loss_weights(
-    config: ObjectiveConfig, streams: Sequence[str], given: Sequence[frozenset[int]], batch: int
-) -> Tensor:
-    """[b, S]: a given stream counts nothing; each sample counts 1/batch, shared by its streams' weights."""
-    weights = torch.tensor([config.stream_weights.get(name, 1.0) for name in streams]).repeat(len(given), 1)
-    for row, streams_given in enumerate(given):
-        weights[row, sorted(streams_given)] = 0
+def loss_weights(config: ObjectiveConfig, layout: StreamLayout, free: Tensor, batch: int) -> Tensor:
+    """Share 1/batch of the loss out over the time groups of each sample that are free, not given: [b, G] → [b, G].
+
+    Streams share it by their weights, and the free groups of a stream as they share its elements.
+    """
+    stream_of = torch.tensor([group.stream for group in layout.groups])
+    sizes = free * torch.tensor(layout.group_sizes)
+    counts = torch.zeros(len(free), len(layout.names)).index_add_(1, stream_of, sizes)  # elements that are free
+    weights = torch.tensor([config.stream_weights.get(name, 1.0) for name in layout.names]) * (counts > 0)
     total = weights.sum(1, keepdim=True)
-    return torch.where(total > 0, weights / total.clamp(min=1e-12), 0.0) / batch
-
-
-def group_weights(weights: Tensor, layout: StreamLayout) -> Tensor:
-    """[b, S] → [b, G]: a stream's weight, shared by its time groups as they share its elements."""
-    if not layout.cuts:
-        return weights
-    shares = [size / layout.sizes[group.stream] for size, group in zip(layout.group_sizes, layout.groups)]
-    return weights[:, [group.stream for group in layout.groups]] * torch.tensor(shares)
+    weights = torch.where(total > 0, weights / total.clamp(min=1e-12), 0.0) / batch
+    return weights[:, stream_of] * sizes / counts.clamp(min=1)[:, stream_of] if layout.cuts else weights
 
 
 # --- together --------------------------------------------------------------------------------------------------------
@@ -191,21 +232,24 @@ def prepare(
     ids: Sequence[str],
     slots: Sequence[int],
     batch: int,
+    shift: float,
 ) -> Example:
     """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields."""
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
-    known = tasks(layout.names)
-    given = [known[draw_task(config.tasks, *key)] for key in keys]
+    known, layout = tasks(layout.names), cut_for_tasks(config, layout)
+    drawn = [known[draw_task(config.tasks, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
-    times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch)[:, None].repeat(1, len(layout.groups))
-    for row, streams in enumerate(given):
-        times[row, [place for stream in streams for place in layout.groups_of(stream)]] = 0
+    drawn_times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch, shift=shift)
+    times = drawn_times[:, None].repeat(1, len(layout.groups))
+    free = torch.ones_like(times)
+    for row, task in enumerate(drawn):
+        places = task.groups(layout)
+        times[row, places] = free[row, places] = 0
     dropped = [float(torch.rand((), generator=generator("caption", *key))) < config.caption_dropout for key in keys]
     if any(dropped):
         rows = torch.tensor(dropped)
         fields = {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
-    weights = group_weights(loss_weights(config, layout.names, given, batch), layout)
-    return Example(layout, latents, noise, times, fields, weights)
+    return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch))
 
 
 def _replaced(value: Tensor, rows: Tensor, by: Tensor) -> Tensor:

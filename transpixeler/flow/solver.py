@@ -6,7 +6,7 @@ stream name), drawn on the CPU, so that the same seed gives the same video on an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,25 @@ import torch
 from torch import Tensor
 
 from transpixeler.flow.objective import draw_noise
-from transpixeler.models.streams import StreamLayout
+from transpixeler.models.streams import Group, StreamLayout
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, S] in [0, 1]) → [B, N]
 TRAIN_TIMESTEPS = 1000  # diffusers' schedulers count a flow's times from 1000 to 0
 
 
-def make_solver(name: str, *, steps: int, shift: float) -> Any:
-    """Return the diffusers scheduler of a `sample.scheduler`, set to noise levels from 1 down to 0."""
+def make_solver(name: str, *, steps: int, shift: float, levels: Sequence[float] | None = None) -> Any:
+    """Return the diffusers scheduler of a `sample.scheduler`, set to noise levels from 1 down to 0.
+
+    levels: those of the steps where they are not the even ones shifted; only euler takes them.
+    """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     if name == "euler":
-        solver = FlowMatchEulerDiscreteScheduler(shift=shift)
+        solver = FlowMatchEulerDiscreteScheduler(shift=1.0 if levels else shift)
         # Without explicit levels it applies the shift twice, and the last steps start where almost no noise is left.
-        solver.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist())
+        solver.set_timesteps(sigmas=list(levels or np.linspace(1, 0, steps + 1)[:-1].tolist()))
     else:
         scheduler = DPMSolverMultistepScheduler if name == "dpm++" else UniPCMultistepScheduler
         solver = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
@@ -56,13 +59,15 @@ def denoise(
 ) -> Tensor:
     """Return the latents [B, N] that noise [B, N] becomes.
 
-    `given` holds clean latents [C, F, H, W] by stream: they stay as they are, at time 0 in every step.
+    `given` holds clean latents [C, F, H, W] by stream, of all frames or of the first ones, which are a time group then:
+    they stay as they are, at time 0 in every step.
     """
-    held = {stream: latents.to(noise.device).float().flatten() for stream, latents in (given or {}).items()}
+    held = {stream: latents.to(noise.device).float() for stream, latents in (given or {}).items()}
+    places = [p for p, group in enumerate(layout.groups) if _is_held(group, held)]
     x = _with_held(noise.float(), held, layout)
     for t in solver.timesteps:
-        times = torch.full((len(x), len(layout.names)), float(t) / TRAIN_TIMESTEPS, device=x.device)
-        times[:, sorted(held)] = 0
+        times = torch.full((len(x), len(layout.groups)), float(t) / TRAIN_TIMESTEPS, device=x.device)
+        times[:, places] = 0
         x = _with_held(solver.step(velocity(x, times), t, x, return_dict=False)[0], held, layout)
         after_step()
     return x
@@ -71,5 +76,9 @@ def denoise(
 def _with_held(x: Tensor, held: Mapping[int, Tensor], layout: StreamLayout) -> Tensor:
     x = x.clone() if held else x
     for stream, latents in held.items():
-        x[:, layout.element_slice(stream)] = latents
+        layout.unpack(x)[stream][:, :, : latents.shape[1]] = latents
     return x
+
+
+def _is_held(group: Group, held: Mapping[int, Tensor]) -> bool:
+    return group.stream in held and group.end <= held[group.stream].shape[1]

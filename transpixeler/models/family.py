@@ -61,6 +61,7 @@ class SamplingDefaults:
     """Sampling settings that come with a family."""
 
     negative_prompt: str
+    shift: float  # of noise levels, in t → shift·t / (1 + (shift − 1)·t)
 
 
 class Vae(Protocol):
@@ -129,6 +130,22 @@ class ModelFolder(ABC):
     @abstractmethod
     def text_fingerprint(self, digest: Digest = file_digest) -> str:
         """Hash all that cached texts depend on."""
+
+    # -- noise levels of a video of so many tokens, those of companions not counted
+
+    def shift(self, tokens: int) -> float:
+        """Return what `objective.shift: auto` stands for: how far training shifts its noise levels."""
+        return 1.0
+
+    def sampling_shift(self, tokens: int) -> float:
+        """Return what `sample.shift: auto` stands for."""
+        return self.family.sampling.shift
+
+    def noise_levels(self, steps: int, tokens: int) -> list[float]:
+        """Return the levels of `sample.shift: auto` with the euler scheduler, from 1 down, without the 0 at the end."""
+        shift = self.sampling_shift(tokens)
+        even = [1 - step / steps for step in range(steps)]
+        return [shift * t / (1 + (shift - 1) * t) for t in even]
 
     # -- made when they are asked for
 

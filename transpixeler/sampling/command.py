@@ -1,7 +1,8 @@
 """The command `transpixeler sample`: a run, an adapter or a base and prompts go in, folders of videos come out.
 
 No data set is needed. A clip may be given: its RGB, and the model makes the mattes of it; or its mattes, and the model
-paints the RGB. Under torchrun the prompts are shared out, or one model is spread over the processes.
+paints the RGB; or an image, which becomes the first frame. Under torchrun the prompts are shared
+out, or one model is spread over the processes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transpixeler.data.media.decode import frame_numbers, probe, read_frames
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.prompts import prompt_lines, read_prompts
 from transpixeler.files import check_place, writing_to
-from transpixeler.flow.objective import Fields
+from transpixeler.flow.objective import Fields, cut_first
 from transpixeler.models.family import open_model
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
@@ -54,6 +55,7 @@ class SampleOptions:
     out: str = "samples"
     rgb: str = ""  # a clip to make mattes of
     alpha: str = ""  # a clip of mattes to paint
+    image: str = ""  # the first frame of RGB
     asked_layout: bool = False  # whether the user set parallel.*
 
 
@@ -68,13 +70,16 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     prompts = _prompts(config.sample, options)
     frames = Frames(model, runtime.device)
     clips = _given_clips(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
+    image = _first_frame(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
     texts = encode_prompts(config, prompts, model, runtime)
     given = {stream: frames.encode(clip) for stream, clip in clips.items()}
+    if image is not None:
+        given[0], shape = frames.encode(image), cut_first(shape, {0})
     videos = _videos(config.sample, prompts, texts.by_prompt, shape, given, count=options.count)
     mesh = meshes.build(layout, runtime)
-    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative)
+    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
     facts = {"model": config.model.path, "adapter": source.name, "step": source.step}
-    facts |= {"rgb": options.rgb, "alpha": options.alpha} if given else {}
+    facts |= {"rgb": options.rgb, "alpha": options.alpha, "image": options.image} if given else {}
     written = []
     for number, latents in sampler.each(videos):
         if mesh.is_first_stage:
@@ -90,7 +95,7 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
 def _prompts(config: SampleConfig, options: SampleOptions) -> Sequence[str]:
     asked = (*options.prompts, *prompt_lines(options.prompts_file, key="--prompts"))
     prompts = asked or read_prompts(config)
-    if prompts or options.rgb or options.alpha:
+    if prompts or options.rgb or options.alpha or options.image:
         return prompts or ("",)
     raise UserError('sample: nothing to make; give --prompt "…", --prompts FILE, or set sample.prompts')
 
@@ -129,6 +134,19 @@ def _given_clips(
     return {
         stream: _read_clip(option, path, frame_rate(config), geometry, size) for stream, (option, path) in paths.items()
     }
+
+
+def _first_frame(
+    config: Config, options: SampleOptions, geometry: Geometry, size: tuple[int, int, int]
+) -> np.ndarray | None:
+    """Return the frame uint8 [1, H, W, 3] of --image."""
+    if not options.image:
+        return None
+    if options.rgb:
+        raise UserError("--image, --rgb: --rgb gives every frame, the first one too; leave --image out")
+    if not geometry.first_alone:
+        raise UserError("--image: this model's latents hold no single frame, so none can be given; leave it out")
+    return _read_clip("--image", options.image, frame_rate(config), geometry, (1, *size[1:]))
 
 
 def _read_clip(option: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:

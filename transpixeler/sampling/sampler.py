@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from transpixeler.config import SampleConfig
 from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
+from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
@@ -34,6 +36,7 @@ class Sampler:
     mesh: Mesh
     config: SampleConfig
     negative: Fields | None  # of the negative prompt; None: without guidance
+    model: ModelFolder
 
     def each(
         self, videos: Sequence[Video], *, after_step: Callable[[], object] = lambda: None
@@ -56,10 +59,17 @@ class Sampler:
                     yield number, latents
 
     def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
-        solver = make_solver(self.config.scheduler, steps=self.config.steps, shift=self.config.shift)
+        solver = self._solver(video.layout.lengths[0])
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
         velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=self.config.guidance)
         return denoise(velocity, noise, video.layout, solver, given=video.given, after_step=after_step)[0].cpu()
+
+    def _solver(self, tokens: int) -> Any:
+        name, steps, shift = self.config.scheduler, self.config.steps, self.config.shift
+        if shift != "auto":
+            return make_solver(name, steps=steps, shift=shift)
+        levels = self.model.noise_levels(steps, tokens)
+        return make_solver(name, steps=steps, shift=self.model.sampling_shift(tokens), levels=levels)
 
 
 def guided(engine: Engine, layout: StreamLayout, text: Fields, negative: Fields | None, *, guidance: float) -> Velocity:

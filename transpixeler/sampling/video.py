@@ -32,7 +32,9 @@ class Video:
     fields: Fields  # of its prompt, without the batch
     seed: int
     layout: StreamLayout
-    given: Mapping[int, Tensor] = field(default_factory=dict)  # clean latents [C, F, H, W] by stream
+    given: Mapping[int, Tensor] = field(
+        default_factory=dict
+    )  # clean latents [C, F, H, W] by stream; F may be the first frame alone
 
 
 def video_layout(config: Config, model: ModelFolder) -> StreamLayout:
@@ -66,8 +68,13 @@ def settings(video: Video, sample: SampleConfig) -> dict[str, Any]:
         "shift": sample.shift,
         "scheduler": sample.scheduler,
         "negative_prompt": sample.negative_prompt,
-        "given": [video.layout.names[stream] for stream in sorted(video.given)],
+        "given": [_given_name(video, stream) for stream in sorted(video.given)],
     }
+
+
+def _given_name(video: Video, stream: int) -> str:
+    whole = video.given[stream].shape[1] == video.layout.shapes[stream][1]
+    return video.layout.names[stream] if whole else f"first frame of {video.layout.names[stream]}"
 
 
 def write_video(

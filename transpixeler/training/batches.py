@@ -31,11 +31,11 @@ def open_loader(config: Config, data: Dataset, model: ModelFolder, mesh: Mesh, s
         ranks=mesh.layout.data,
         epoch=epoch,
         step=epoch_step,
-        prepare=partial(_prepare, config, assembler.pin),
+        prepare=partial(_prepare, config, model, assembler.pin),
     )
 
 
-def _prepare(config: Config, pin: bool, batch: Batch) -> tuple[Batch, Example]:
+def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tuple[Batch, Example]:
     """Draw the noise and timesteps of a batch, in the loader's thread."""
     example = objective.prepare(
         config.objective,
@@ -48,6 +48,7 @@ def _prepare(config: Config, pin: bool, batch: Batch) -> tuple[Batch, Example]:
         ids=[batch.ids[slot] for slot in batch.slots],
         slots=batch.slots,
         batch=config.train.global_batch,
+        shift=model.shift(batch.layout.lengths[0]) if config.objective.shift == "auto" else config.objective.shift,
     )
     return batch, example.pinned() if pin else example
 

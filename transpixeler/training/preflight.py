@@ -6,18 +6,21 @@ In: a config and a layout. Out: nothing, or a `UserError`. Each key by itself is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
 from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
+from transpixeler.adapters.on_model import check_names
 from transpixeler.config import Config, UserError
 from transpixeler.flow import objective
-from transpixeler.models.family import examples
-from transpixeler.parallel import shard
+from transpixeler.models.family import ModelFolder, examples
+from transpixeler.parallel import build, shard
 from transpixeler.parallel.mesh import Layout
 from transpixeler.runs.folder import MANIFEST, METRICS
+from transpixeler.sampling.model import make_model
 
 
 def check(config: Config, layout: Layout) -> None:
@@ -57,6 +60,20 @@ def check(config: Config, layout: Layout) -> None:
             "parallel.shard to 1 and parallel.offload to false"
         )
     objective.check_tasks(config.objective, tuple(config.streams))
+
+
+def check_model(config: Config, model: ModelFolder) -> None:
+    """Refuse what this model cannot train, or could train and not save, before anything is encoded."""
+    known = objective.tasks(tuple(config.streams))
+    for name, weight in config.objective.tasks.items():
+        if weight > 0 and known[name].first and not model.geometry.first_alone:
+            frames = model.geometry.stride[0]
+            raise UserError(
+                f"objective.tasks.{name}: {model.family.title} encodes {frames} frames at a time, so that none can be "
+                "given alone; leave it out"
+            )
+    whole = build.shape(config, partial(make_model, config), torch.float32)
+    check_names(whole, model.family)
 
 
 WRITTEN_BY_TRAINING = (METRICS, MANIFEST, ADAPTER_FILE, CONFIG_FILE)  # beside the config.yaml of a run or an adapter

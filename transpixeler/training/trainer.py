@@ -76,6 +76,7 @@ class Trainer:
         beginning = find_beginning(config, run.restored)
         identity.check_sources(config, runtime)
         model = open_model(config.model)
+        preflight.check_model(config, model)
         self.data = encode_missing(config, model, runtime)
         order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.schedule = make_schedule(config, order)

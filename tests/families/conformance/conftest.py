@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.families.cases import CASES, Case
-from tests.support.shared import made_once, session_folder
+from tests.support.shared import made_once, session_folder, settle
 from transpixeler import cli
 
 CONFIG = """\
@@ -70,8 +68,6 @@ def _write(folder: Path, case: Case) -> None:
     lengths = [Format(64, 64, frames, Fraction(16)) for frames in case.frames]
     write_pairs(folder / "data/train", scenes(4, formats=lengths, held_out=False, seed=0))
     write_pairs(folder / "data/eval", scenes(1, formats=lengths[1:], held_out=True, seed=0))
-    hour_ago = time.time() - 3600  # else the first reader would note in the cache that these files have settled
-    for file in folder.rglob("*.*"):
-        os.utime(file, (hour_ago, hour_ago))
+    settle(folder)
     (folder / "config.yaml").write_text(CONFIG.format(frames=list(case.frames), longest=case.frames[1]))
     assert cli.main(["cache", str(folder / "config.yaml")]) == 0

@@ -115,6 +115,21 @@ def test_a_run_is_sampled(case: Case, run: Path, tmp_path: Path) -> None:
     assert {(video.frames, video.width, video.height) for video in videos} >= {(case.frames[1], 64, 64)}
 
 
+def test_a_first_frame_is_given(case: Case, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = ("objective.tasks={joint: 1, image_to_video: 3}", "eval.every_epochs=1", "train.max_steps=1")
+    if not open_model(ModelConfig(path=str(world / "model"))).geometry.first_alone:
+        assert cli.main(["train", str(world / "config.yaml"), f"output_dir={tmp_path}", *tasks]) == 2
+        assert "objective.tasks.image_to_video: Toy encodes 2 frames at a time" in capsys.readouterr().err
+        return
+    run = train(world, tmp_path / "run", *tasks)
+    assert all(math.isfinite(line["loss"]) for line in metrics(run) if "loss" in line)
+    image = next((world / "data/eval").glob("*.mp4"))
+    words = ["sample", str(run), "--prompt", "a red circle", "--image", str(image), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    facts = json.loads(next((tmp_path / "out").rglob("sample.json")).read_text())
+    assert facts["given"] == ["first frame of rgb"] and facts["image"] == str(image)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_run_is_exported_in_every_spelling(case: Case, format: str, run: Path, tmp_path: Path) -> None:
     assert cli.main(["export", str(run), "--format", format, "--out", str(tmp_path / "out.safetensors")]) == 0

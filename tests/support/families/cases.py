@@ -161,6 +161,7 @@ def example(case: Case, model: Backbone, config: Config, step: int, slots: range
         ids=ids,
         slots=slots,
         batch=config.train.global_batch,
+        shift=1.0,
     )
 
 

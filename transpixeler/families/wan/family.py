@@ -132,7 +132,7 @@ FAMILY = Family(
     names=NAMES,
     open=WanFolder,
     recognises=_is_wan,
-    sampling=SamplingDefaults(negative_prompt=NEGATIVE_PROMPT),
+    sampling=SamplingDefaults(negative_prompt=NEGATIVE_PROMPT, shift=5.0),
     lora_targets=WanModel.lora_targets,
     transformer_class="WanTransformer3DModel",
     pipeline_class="WanPipeline",

@@ -99,7 +99,7 @@ FAMILY = Family(
     names=NAMES,
     open=ToyFolder,
     recognises=_is_toy,
-    sampling=SamplingDefaults(negative_prompt="dull"),
+    sampling=SamplingDefaults(negative_prompt="dull", shift=3.0),
     lora_targets=ToyModel.lora_targets,
     transformer_class=CLASS,
     pipeline_class="ToyPipeline",

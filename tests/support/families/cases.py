@@ -175,6 +175,13 @@ def _wan(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     return WanModel(WanConfig.read(WAN), streams=streams, rgb_attends_aux=rgb_attends_aux)
 
 
+def _ltx(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from transpixeler.families.ltx.config import LtxConfig
+    from transpixeler.families.ltx.model import LtxModel
+
+    return LtxModel(LtxConfig.read(LTX), streams=streams, rgb_attends_aux=rgb_attends_aux)
+
+
 def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.model import ToyModel
@@ -203,6 +210,30 @@ def _wan_reference(model: Backbone) -> Reference:
     return Reference(run, weights)
 
 
+def _ltx_reference(model: Backbone) -> Reference:
+    from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
+
+    published = LTXVideoTransformer3DModel(**LTX)
+    weights = _diffusers("ltx", published, model)
+
+    def run(x: Tensor, times: Tensor, text: Tensor, lengths: Tensor, *, layout: StreamLayout) -> Tensor:
+        ((channels, f, h, w),) = layout.shapes
+        velocity = published(
+            hidden_states=x.unflatten(1, (channels, -1)).mT,
+            encoder_hidden_states=text,
+            timestep=1000 * times[:, 0],
+            encoder_attention_mask=torch.arange(text.shape[1]) < lengths[:, None],
+            num_frames=f,
+            height=h,
+            width=w,
+            rope_interpolation_scale=(8 / 24, 32, 32),
+            return_dict=False,
+        )[0]
+        return velocity.mT.flatten(1)
+
+    return Reference(run, weights)
+
+
 def _toy_reference(model: Backbone) -> Reference:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.reference import Reference as Formulas
@@ -223,6 +254,12 @@ def _write_wan(folder: Path) -> None:
     write_model(folder, seed=0)
 
 
+def _write_ltx(folder: Path) -> None:
+    from tests.families.ltx.pipeline import write_pipeline
+
+    write_pipeline(folder)
+
+
 def _write_toy(folder: Path) -> None:
     from tests.support.families.toy.write import write_toy
 
@@ -239,11 +276,22 @@ WAN = {
     "ffn_dim": 96,
     "num_layers": 4,
 }
+LTX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,  # one pair of the width, 32 = 6·5 + 2, does not turn
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "num_layers": 4,
+}
 SMALL = ((4, 1, 4, 4), (4, 2, 4, 6))
+UNCUT = ((4, 1, 3, 4), (4, 3, 4, 5))  # of a model that takes each cell as a token
 CASES = {
     case.name: case
     for case in (
         Case("wan", _wan, SMALL, (4, 4, 16, 16), _wan_reference, "cross_attn.k", _write_wan, (1, 9)),
+        Case("ltx", _ltx, UNCUT, (4, 4, 8, 8), _ltx_reference, "attn2.to_k", _write_ltx, (1, 9)),
         Case("toy", _toy, SMALL, (4, 4, 16, 16), _toy_reference, "txt.qkv", _write_toy, (2, 8)),
     )
 }

@@ -1,0 +1,172 @@
+"""LTX-Video as a family: what a folder of it holds, and how its model and encoders are opened.
+
+Read are a diffusers pipeline, its transformer folder, or a single file as Lightricks publishes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transpixeler.config import UserError
+from transpixeler.families.ltx import encoders, schedule
+from transpixeler.families.ltx.config import PATCH, LtxConfig, diffusers_config
+from transpixeler.families.ltx.model import FPS, LtxModel, text_field
+from transpixeler.families.ltx.names import NAMES, config_from_shapes
+from transpixeler.families.ltx.original import header_config
+from transpixeler.models.damage import read_config
+from transpixeler.models.family import (
+    Digest,
+    Family,
+    Field,
+    ModelFolder,
+    SamplingDefaults,
+    TextEncoder,
+    Vae,
+    file_digest,
+)
+from transpixeler.models.geometry import Geometry
+from transpixeler.models.resolve import resolve
+from transpixeler.models.weights import WeightSource
+
+NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
+_CONFIGS = ("transformer/config.json", "config.json")
+_SCHEDULER = "scheduler/scheduler_config.json"
+_CAUSAL = "causal_temporal_positioning"
+_LAYERS_13B = 48
+
+
+class LtxFolder(ModelFolder):
+    """One LTX-Video model on disk."""
+
+    def __init__(self, path: str) -> None:
+        self.family, self.path = FAMILY, path
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        place = resolve(self.path, only=(*_CONFIGS, encoders.VAE_CONFIG))
+        if place.is_file():
+            config = _config_of_file(place)
+        else:
+            found = [place / name for name in _CONFIGS if (place / name).is_file()]
+            if not found:
+                raise UserError(f"model.path: {self.path} holds neither {_CONFIGS[0]} nor {_CONFIGS[1]}")
+            config = read_config(found[0])
+        return config if _CAUSAL in config else {**config, _CAUSAL: self._is_causal(place, config)}
+
+    def _is_causal(self, place: Path, config: Mapping[str, Any]) -> bool:
+        """Tell a version from 0.9.5 on: no config of diffusers says it, but its VAE is another."""
+        if place.is_dir() and not (place / encoders.VAE_CONFIG).is_file():
+            return config.get("num_layers") == _LAYERS_13B
+        return "LTXVideo095DownBlock3D" in encoders.vae_config(self.path).get("down_block_types", ())
+
+    @cached_property
+    def _checked(self) -> LtxConfig:
+        return LtxConfig.read(self.config)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        stride, channels = encoders.vae_geometry(self.path)
+        return Geometry(stride, channels, PATCH)
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        return (text_field(self._checked),)
+
+    def diffusers_config(self) -> dict[str, Any]:
+        return diffusers_config(self.config)
+
+    def clean_caption(self, text: str) -> str:
+        return encoders.clean_caption(text)
+
+    def vae_fingerprint(self, digest: Digest = file_digest) -> str:
+        return encoders.vae_fingerprint(self.path, digest)
+
+    def text_fingerprint(self, digest: Digest = file_digest) -> str:
+        return encoders.text_fingerprint(self.path, digest)
+
+    def shift(self, tokens: int) -> float:
+        return schedule.shift(tokens)
+
+    def sampling_shift(self, tokens: int) -> float:
+        return schedule.shift(tokens)
+
+    def noise_levels(self, steps: int, tokens: int) -> list[float]:
+        """Return the levels at which this version is sampled: shifted by tokens, or linear and then quadratic."""
+        config = self._scheduler
+        if not config.get("use_dynamic_shifting", not self._checked.causal_temporal_positioning):
+            return schedule.linear_quadratic(steps)
+        levels = super().noise_levels(steps, tokens)
+        last = config.get("shift_terminal", schedule.LAST)
+        return schedule.stretched(levels, last) if last else levels
+
+    @cached_property
+    def _scheduler(self) -> Mapping[str, Any]:
+        place = resolve(self.path, only=(_SCHEDULER,))
+        return read_config(place / _SCHEDULER) if (place / _SCHEDULER).is_file() else {}
+
+    def build(
+        self,
+        *,
+        streams: Sequence[str],
+        rgb_attends_aux: bool = True,
+        attention: str = "auto",
+        fps: float | None = None,
+    ) -> LtxModel:
+        """fps: frames in a second of the clips, because positions are in seconds."""
+        return LtxModel(
+            self._checked,
+            streams=streams,
+            rgb_attends_aux=rgb_attends_aux,
+            kernel=attention,
+            fps=FPS if fps is None else fps,
+        )
+
+    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Vae:
+        return encoders.load_vae(self.path, device=device, dtype=dtype)
+
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        return encoders.load_text_encoder(self.path, device=device, dtype=dtype)
+
+
+def _config_of_file(path: Path) -> dict[str, Any]:
+    if config := header_config(path, "transformer"):
+        return config
+    source = WeightSource(path, NAMES.internal_names)
+    try:
+        return config_from_shapes({name: source.shape(name) for name in source.names()})
+    except KeyError as fault:
+        raise UserError(f"model.path: {path} holds no LTX-Video: {fault.args[0]} is not in it") from fault
+
+
+def _is_ltx(path: Path) -> bool:
+    """Tell LTX-Video by the class that a config names, or by the names of a single file's weights.
+
+    LTX-2, which has an audio half beside the same names, is another architecture.
+    """
+    if path.is_file():
+        names = WeightSource(path, NAMES.internal_names).names()
+        return "embed.patchify_proj.weight" in names and not any("audio" in name for name in names)
+    for name in _CONFIGS:
+        if (path / name).is_file():
+            config = read_config(path / name)
+            return config.get("_class_name") == "LTXVideoTransformer3DModel"
+    return False
+
+
+FAMILY = Family(
+    name="ltx",
+    title="LTX-Video",
+    names=NAMES,
+    open=LtxFolder,
+    recognises=_is_ltx,
+    sampling=SamplingDefaults(negative_prompt=NEGATIVE_PROMPT, shift=schedule.shift(4096)),
+    lora_targets=LtxModel.lora_targets,
+    transformer_class="LTXVideoTransformer3DModel",
+    pipeline_class="LTXPipeline",
+    example="Lightricks/LTX-Video-0.9.5",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tests.support.ranks import run_ranks
 from transpixeler.config import UserError
 from transpixeler.flow import objective
 from transpixeler.models.backbone import Block, Flow
+from transpixeler.models.costs import Costs
 from transpixeler.models.streams import Tokens
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import pipeline, runtime, shard
@@ -194,13 +196,32 @@ def test_a_misfit_does_the_arithmetic_for_the_user(overrides: list[str], world_s
         meshes.resolve(tiny.config(*overrides).parallel, world_size)
 
 
+def blocks(count: int) -> Costs:
+    with torch.device("meta"):
+        costs = Costs.of(tiny.make(tiny.config()))
+    return dataclasses.replace(costs, blocks=costs.blocks[:1] * count, kept=costs.kept[:1] * count)
+
+
 def test_blocks_are_split_evenly_or_by_hand() -> None:
     even = tiny.config("parallel.pipeline=4").parallel
-    assert [len(r) for r in pipeline.split_blocks(even, 30)] == [7, 7, 8, 8]
+    assert [len(r) for r in pipeline.split_blocks(even, blocks(30))] == [7, 7, 8, 8]
     by_hand = tiny.config("parallel.pipeline=2", "parallel.split=[10,20]").parallel
-    assert pipeline.split_blocks(by_hand, 30) == [range(10), range(10, 30)]
+    assert pipeline.split_blocks(by_hand, blocks(30)) == [range(10), range(10, 30)]
     with pytest.raises(UserError, match=r"parallel.split: \[10, 20\] must be 2 numbers whose sum is 40"):
-        pipeline.split_blocks(by_hand, 40)
+        pipeline.split_blocks(by_hand, blocks(40))
+
+
+def test_stages_cost_the_same_where_blocks_do_not() -> None:
+    assert pipeline.balanced_sizes([3, 3, 1, 1, 1, 1], 2) == [2, 4]
+    assert pipeline.balanced_sizes([1, 1, 1, 1, 3, 3], 2) == [4, 2]
+    for count, stages in ((30, 4), (30, 8), (40, 3), (5, 5)):
+        sizes = pipeline.balanced_sizes([7] * count, stages)
+        assert sizes == [(count + stage) // stages for stage in range(stages)]
+    uneven, halves = blocks(4), tiny.config("parallel.pipeline=2").parallel
+    linears = uneven.blocks[0].linears
+    dear = uneven.blocks[0]._replace(linears=linears * 1000)
+    uneven = dataclasses.replace(uneven, blocks=(dear, *uneven.blocks[1:]))
+    assert [len(r) for r in pipeline.split_blocks(halves, uneven)] == [1, 3]
 
 
 # --- what only shows elsewhere ---------------------------------------------------------------------------------------

@@ -104,9 +104,9 @@ def build(config: Config, mesh: meshes.Mesh, clock: Clock, options: Any) -> pipe
     """Return our engine over this rank's stages; only costs and the stream embedding are trained."""
     torch.manual_seed(0)
     stages = []
-    ranges = pipeline.split_blocks(config.parallel, options.blocks)
     with torch.device("meta"):
         costs = Costs.of(WanModel(WanConfig.read(WAN | {"num_layers": options.blocks}), streams=STREAMS))
+    ranges = pipeline.split_blocks(config.parallel, costs)
     for index in pipeline.local_stages(config.parallel, mesh):
         model = WanModel(WanConfig.read(WAN | {"num_layers": options.blocks}), streams=STREAMS)
         for name, parameter in model.named_parameters():

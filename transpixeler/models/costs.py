@@ -147,17 +147,29 @@ class Flops(NamedTuple):
 
 
 def attention_flops(costs: Costs, lengths: Sequence[int]) -> float:
-    tokens, first, text = sum(lengths), lengths[0], costs.text
+    return 4 * costs.width * sum(_attended_pairs(block, costs, lengths) for block in costs.blocks)
+
+
+def _attended_pairs(block: BlockCost, costs: Costs, lengths: Sequence[int]) -> int:
+    """Count the pairs of a query and a key in a block's attentions."""
+    tokens, first, text, pairs = sum(lengths), lengths[0], costs.text, 0
     seen_by_first = tokens if costs.rgb_attends_aux else first
-    pairs = 0
-    for block in costs.blocks:
-        if "streams" in block.attends:
-            pairs += first * seen_by_first + (tokens - first) * tokens
-        if "text" in block.attends:
-            pairs += tokens * text
-        if "joint" in block.attends:  # text sees what RGB sees
-            pairs += (first + text) * (seen_by_first + text) + (tokens - first) * (tokens + text)
-    return 4 * costs.width * pairs
+    if "streams" in block.attends:
+        pairs += first * seen_by_first + (tokens - first) * tokens
+    if "text" in block.attends:
+        pairs += tokens * text
+    if "joint" in block.attends:  # text sees what RGB sees
+        pairs += (first + text) * (seen_by_first + text) + (tokens - first) * (tokens + text)
+    return pairs
+
+
+def block_flops(costs: Costs, lengths: Sequence[int]) -> list[float]:
+    """Return the forward FLOPs of each block, by which pipeline stages are balanced."""
+    return [
+        sum(linear.flops(lengths, costs.text) + linear.adapter_flops(lengths, costs.text) for linear in block.linears)
+        + 4 * costs.width * _attended_pairs(block, costs, lengths)
+        for block in costs.blocks
+    ]
 
 
 def forward_flops(costs: Costs, lengths: Sequence[int]) -> Flops:

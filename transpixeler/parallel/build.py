@@ -39,7 +39,7 @@ def build_engine(
     dtype = compute_dtype(config, mesh.device)
     whole = shape(config, make, dtype, scopes=scopes)
     costs = Costs.of(whole)
-    ranges = pipeline.split_blocks(config.parallel, len(whole.blocks))
+    ranges = pipeline.split_blocks(config.parallel, costs)
     stages = []
     for index in pipeline.local_stages(config.parallel, mesh):
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)

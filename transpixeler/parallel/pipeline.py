@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from transpixeler.config import ParallelConfig, UserError
 from transpixeler.flow.objective import Example, mean_squared_errors
 from transpixeler.models.backbone import Backbone, Flow
-from transpixeler.models.costs import Costs
+from transpixeler.models.costs import Costs, block_flops
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import shard
 from transpixeler.parallel.mesh import Mesh
@@ -33,6 +34,7 @@ SCHEDULES = {
     "interleaved-zero-bubble": torch_schedules.ScheduleInterleavedZeroBubble,
 }
 INTERLEAVED = ("interleaved-1f1b", "interleaved-zero-bubble")
+NOMINAL_TOKENS = 16_384  # of a stream, where blocks are weighed against each other: 49 frames of 832×464 or so
 KEPT_SCHEDULES = 2  # each holds receive buffers: microbatches × hidden in both directions
 
 
@@ -76,13 +78,13 @@ def bubble(config: ParallelConfig, microbatches: int) -> float:
     return (config.pipeline - 1) / (microbatches * pieces + config.pipeline - 1)
 
 
-def split_blocks(config: ParallelConfig, count: int) -> list[range]:
-    """Contiguous blocks for each stage, as `parallel.split` says or evenly.
+def split_blocks(config: ParallelConfig, costs: Costs) -> list[range]:
+    """Share out contiguous blocks over the stages, as `parallel.split` says or so that the dearest is cheapest.
 
-    Blocks cost the same and the ends next to nothing (under 1 % of one block at video sizes), so even numbers balance
-    the FLOPs; a block that is left over goes to the later stages, which hold fewer microbatches in memory.
+    The ends cost next to nothing (under 1 % of one block at video sizes). Where blocks cost the same, one that is left
+    over goes to the later stages, which hold fewer microbatches in memory.
     """
-    stages = stage_count(config)
+    stages, count = stage_count(config), len(costs.blocks)
     if config.split:
         if len(config.split) != stages or sum(config.split) != count or min(config.split) < 0:
             raise UserError(
@@ -92,9 +94,24 @@ def split_blocks(config: ParallelConfig, count: int) -> list[range]:
     else:
         if stages > count:
             raise UserError(f"parallel.pipeline: {stages} stages for a model of {count} blocks; use fewer stages")
-        sizes = [(count + stage) // stages for stage in range(stages)]
+        flops = block_flops(costs, [NOMINAL_TOKENS] * len(costs.kept[0].eager.by_stream))
+        sizes = balanced_sizes([round(1000 * each / min(flops)) for each in flops], stages)
     ends = [sum(sizes[: i + 1]) for i in range(stages)]
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def balanced_sizes(weights: Sequence[int], stages: int) -> list[int]:
+    """Cut weights into runs whose heaviest is lightest, then the most even ones, then those with longer runs later."""
+    ends = [0, *accumulate(weights)]
+    best: list[tuple[int, int, list[int]]] = [(0, 0, [])] + [(ends[-1] + 1, 0, [])] * len(weights)  # by blocks so far
+    for stage in range(stages):
+        found = []
+        for end in range(len(weights) + 1):
+            runs = [(ends[end] - ends[start], best[start], end - start) for start in range(stage, end)]
+            options = [(max(most, run), squares + run**2, [*sizes, n]) for run, (most, squares, sizes), n in runs]
+            found.append(min(options, key=lambda option: option[:2], default=(ends[-1] + 1, 0, [])))
+        best = found
+    return best[-1][2]
 
 
 def local_stages(config: ParallelConfig, mesh: Mesh) -> range:

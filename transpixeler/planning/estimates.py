@@ -150,7 +150,7 @@ class Estimate:
         """Return the blocks of each stage; `parallel.split` counts only for the pipeline that the config names."""
         parallel = self.config.parallel
         split = parallel.split if layout.pipeline == parallel.pipeline else ()
-        return split_blocks(replace(parallel, pipeline=layout.pipeline, split=split), len(self.costs.blocks))
+        return split_blocks(replace(parallel, pipeline=layout.pipeline, split=split), self.costs)
 
     def _stage(self, blocks: range, ranges: Sequence[range]) -> Part:
         part = sum((self._blocks()[index] for index in blocks), Part())

@@ -1,20 +1,26 @@
-"""The command `transpixeler export`: an adapter goes in, and comes out in another spelling or merged into its base."""
+"""The command `transpixeler export`: an adapter or a whole model goes in, and comes out as another program reads it."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
+from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.files import read_adapter, with_whole_blocks, write_adapter
-from transpixeler.adapters.merge import merge_adapter, read_fused
+from transpixeler.adapters.files import ADAPTER_FILE, MODEL_FOLDER, read_adapter, write_adapter
+from transpixeler.adapters.merge import merge_adapter, read_fused, save_file
+from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config import UserError
-from transpixeler.models.family import ModelFolder
+from transpixeler.models.family import ModelFolder, families
+from transpixeler.models.resolve import resolve
+from transpixeler.models.weights import WeightSource
 
 logger = logging.getLogger("transpixeler")
 
 MERGED = "merged"
+_CONFIG = "config.yaml"  # of a save
+_CONFIGS = ("model_index.json", "config.json", "transformer/config.json")  # of a model, which say its family
 
 
 def export_command(
@@ -26,22 +32,49 @@ def export_command(
     alpha: float | None = None,
     stream: str = "seg",
 ) -> Path:
-    """`transpixeler export`: an adapter, or a run's newest, in another spelling or merged into its base."""
+    """`transpixeler export`: an adapter, or a run's newest save, in another spelling or merged into its base."""
     if format not in (*FORMATS, MERGED):
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}, {MERGED}")
-    if (Path(path) / "transformer").is_dir():
-        raise UserError(f"{path} holds a whole model, not an adapter; its transformer/ is in diffusers' layout already")
+    if (Path(path) / MODEL_FOLDER).is_dir():
+        return _export_model(Path(path), format=format, out=Path(out), base=str(base))
     adapter = read_adapter(path, alpha=alpha, stream=stream)
     if format == MERGED:
         base = base or adapter.metadata.get("base_model", "")
         if not base:
             raise UserError(f"{path} does not say which base it was trained on; give one with `--base`")
-        return merge_adapter(_base(adapter, base), [*read_fused(adapter.fused), adapter], out)
+        made = merge_adapter(_base(adapter, str(base)), [*read_fused(adapter.fused), adapter], out)
+        print(listing(model_readers(adapter.family, made)))
+        return made
+    programs = readers(adapter, format)
+    _warn(adapter, format, programs)
+    made = write_adapter(adapter, out, format=format)
+    print(listing(programs))
+    return made
+
+
+def _base(adapter: Adapter, path: str) -> ModelFolder:
+    """Open the base that an adapter is merged into; names of another family's linears may be the same by chance."""
+    found = [family for family in families() if family.recognises(resolve(path, only=_CONFIGS, key="--base"))]
+    if found and adapter.family not in found:
+        raise UserError(
+            f"--base: {path} is of the family {found[0].name}, and the adapter of the family {adapter.family.name}; "
+            "give the model that it was trained on"
+        )
+    return adapter.family.open(path)
+
+
+def _warn(adapter: Adapter, format: str, programs: tuple[str, ...]) -> None:
+    """Say what the user may not expect of an adapter in a format."""
     if format != "transpixeler" and not adapter.is_plain:
         logger.warning(
-            "this adapter acts on some streams only: a program that knows no streams will refuse it or apply it wrongly"
+            "this adapter acts on some streams only: programs that know no streams refuse it, or find nothing of "
+            "theirs in it"
         )
-    elif FORMATS[format].whole_blocks and with_whole_blocks(adapter) is None:
+    if (
+        adapter.is_plain
+        and DIFFUSERS not in programs
+        and DIFFUSERS in adapter.family.names.loaders.read_by.get(format, ())
+    ):
         logger.warning(
             "diffusers reads %s's names of whole blocks only, which this adapter cannot be made to fill: "
             "for diffusers, use --format diffusers",
@@ -49,8 +82,33 @@ def export_command(
         )
     if adapter.fused:
         logger.warning("this adapter was trained with %s in its base: it is right beside them only", adapter.fused)
-    return write_adapter(adapter, out, format=format)
 
 
-def _base(adapter: Adapter, path: str | Path) -> ModelFolder:
-    return adapter.family.open(str(path))
+def _export_model(save: Path, *, format: str, out: Path, base: str) -> Path:
+    """Write a model that was trained in full as one file in its family's original names."""
+    if format != MERGED or not is_one_file(out):
+        raise UserError(
+            f"{save} holds a whole model, not an adapter; its {MODEL_FOLDER}/ is in diffusers' layout already, and "
+            f"`--format {MERGED} --out FILE.safetensors` writes it as one file for other programs"
+        )
+    if (save / ADAPTER_FILE).is_file():
+        raise UserError(
+            f"{save} holds a model of several streams, which no other program knows: a file of its weights alone "
+            "would give something else; use it with `transpixeler sample`"
+        )
+    model = _trained_from(save, base)
+    made = save_file(WeightSource(save, model.family.internal_names), out, model=model)
+    print(listing(model_readers(model.family, made)))
+    return made
+
+
+def _trained_from(save: Path, base: str) -> ModelFolder:
+    """Open the model that a save was trained from: what a transformer's own config does not say is told by its VAE."""
+    family = next((family for family in families() if family.recognises(save)), None)
+    if family is None:
+        raise UserError(f"{save / MODEL_FOLDER} is of no family that we know; update transpixeler")
+    config = next((place / _CONFIG for place in (save, save.parent) if (place / _CONFIG).is_file()), None)
+    base = base or (configfile.load(config).model.path if config else "")
+    if not base:
+        raise UserError(f"{save} does not say which base it was trained from; give one with `--base`")
+    return family.open(base)

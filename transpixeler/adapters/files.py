@@ -5,10 +5,8 @@ A file is written so that nothing half-written is ever found, and read back befo
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from transpixeler.adapters import peft_config
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
+from transpixeler.adapters.readers import is_one_file, with_whole_blocks
 from transpixeler.adapters.spelling import EMBEDDING, FORMATS, OURS, Spelling, is_known, parse
 from transpixeler.adapters.tensorfile import save_tensors
 from transpixeler.config import UserError, family_names
@@ -63,43 +62,22 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
     if format not in FORMATS:
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}")
     path = Path(path)
-    file = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-    stored = (FORMATS[format].whole_blocks and with_whole_blocks(adapter)) or adapter
-    header = _header(stored, folded=FORMATS[format].alpha is None)
+    file = path if is_one_file(path) else path / ADAPTER_FILE
+    loaders, spelling = adapter.family.names.loaders, FORMATS[format]
+    if adapter.is_plain and not loaders.alpha_keys and spelling.modules != "flat":
+        spelling = spelling._replace(alpha=None)
+    stored = (format in loaders.whole_blocks and with_whole_blocks(adapter)) or adapter
+    header = _header(stored, folded=spelling.alpha is None)
     if zeros := [target for target in stored.targets if target not in adapter.alphas]:
         header[f"{OURS}zeros"] = json.dumps(zeros)
     if file != path:
         write_text(path / CONFIG_FILE, peft_config.beside(stored, _ours(header)))
     with whole(file, synced=True) as draft:
-        save_tensors(_spelled(stored, FORMATS[format]), draft, header)
+        save_tensors(_spelled(stored, spelling), draft, header)
         assert adapter.matches(_read_file(draft, alpha=None, stream="")), (
             f"{draft} does not read back as it was written"
         )
     return file
-
-
-def with_whole_blocks(adapter: Adapter) -> Adapter | None:
-    """Add pairs of zeros to a plain adapter for what it leaves alone in its blocks; None where that cannot be had.
-
-    Their rank is the usual one: readers take the most frequent for all of which nothing else is said.
-    """
-    names = [target.split(".", 2) for target in adapter.targets]
-    linears = adapter.family.names.block_linears
-    if not adapter.is_plain or any(name[-1] not in linears for name in names):
-        return None
-    sizes: dict[str, int] = {}
-    for target, (*_, part) in zip(adapter.targets, names):
-        sizes |= zip(linears[part], (adapter.down(target).shape[1], adapter.up(target).shape[0]))
-    if len(sizes) < 2:
-        return None
-    rank, alpha = most(map(adapter.rank, adapter.targets), 0), most(adapter.alphas.values(), 0.0)
-    tensors, alphas, scopes = dict(adapter.tensors), dict(adapter.alphas), dict(adapter.scopes)
-    for block, part in itertools.product(range(1 + max(int(name[1]) for name in names)), linears):
-        if (target := f"blocks.{block}.{part}") not in alphas:
-            inner, outer = (sizes[side] for side in linears[part])
-            tensors |= {f"{target}.lora_A": torch.zeros(rank, inner), f"{target}.lora_B": torch.zeros(outer, rank)}
-            alphas[target], scopes[target] = alpha, "all"
-    return replace(adapter, tensors=tensors, alphas=alphas, scopes=scopes)
 
 
 def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:

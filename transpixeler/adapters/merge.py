@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ from torch import Tensor
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter, step_header, write_adapter
 from transpixeler.adapters.on_model import STREAM_EMBEDDING, whole_tensor
-from transpixeler.adapters.tensorfile import save_tensors
+from transpixeler.adapters.readers import is_one_file
+from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
 from transpixeler.config import UserError
-from transpixeler.files import whole
+from transpixeler.files import sync, whole
 from transpixeler.models.family import Family, ModelFolder
-from transpixeler.models.weights import Slices, WeightSource
+from transpixeler.models.weights import Readable, Slices, WeightSource
 
 SHARD_BYTES = 5 * 2**30
 _WEIGHTS = "diffusion_pytorch_model"
@@ -77,14 +79,41 @@ def read_fused(paths: Sequence[str]) -> list[Adapter]:
     return [read_adapter(path, key="model.fuse") for path in paths]
 
 
-def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], folder: str | Path) -> Path:
-    """Write the base with plain adapters merged into it, tensor by tensor; return the transformer's folder."""
+def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], out: str | Path) -> Path:
+    """Write the base with plain adapters merged into it, tensor by tensor; return the transformer's file or folder.
+
+    out: a `.safetensors` file, in the family's original names, or a folder, in diffusers' layout.
+    """
     source = FusedSource(WeightSource(base.path, base.family.internal_names), adapters)
-    state = ((name, source.read(name)) for name in source.names())
-    return save_model(state, folder, model=base)
+    if is_one_file(out):
+        return save_file(source, out, model=base)
+    return save_model(((name, source.read(name)) for name in source.names()), out, model=base)
 
 
 # -- whole models
+
+
+def save_file(source: Readable, file: str | Path, *, model: ModelFolder) -> Path:
+    """Write a whole model as one file in its family's original names, as the authors publish it and ComfyUI reads it.
+
+    model: the folder that it was trained from, which knows its config.
+    """
+    file = Path(file)
+    if file.exists():
+        raise UserError(f"{file} is there already, and a saved model is never overwritten; choose another file")
+    names, loaders = model.family.names, model.family.names.loaders
+    stored = {loaders.file_prefix + names.parameter(n, source="internal", to="original"): n for n in source.names()}
+    state = ((there, source.read_slice(ours, ())) for there, ours in stored.items())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp") as folder:
+        draft = Path(folder) / file.name  # readers tell a model's file by its suffix
+        header = {"format": "pt", **loaders.file_header(model.config)}
+        stream_tensors(state, draft, names=list(stored), metadata=header)
+        _check_written(draft, model)
+        _check_config(draft, model)
+        sync(draft)
+        draft.replace(file)
+    return file
 
 
 def save_model(
@@ -161,6 +190,17 @@ def _save(tensors: dict[str, Tensor], file: Path, header: Mapping[str, str]) -> 
     save_tensors(tensors, file, metadata=dict(header))
     with file.open("rb") as written:
         os.fsync(written.fileno())
+
+
+def _check_config(file: Path, model: ModelFolder) -> None:
+    """Refuse a model that readers of a file without a config would take for another, such as one of narrow heads."""
+    wanted, found = model.diffusers_config(), model.family.open(str(file)).diffusers_config()
+    odd = [f"{key} {wanted.get(key)!r} as {found.get(key)!r}" for key in wanted if wanted.get(key) != found.get(key)]
+    if odd:
+        raise UserError(
+            f"--out: one file in {model.family.title}'s original names holds no config, and its readers would take "
+            f"{', '.join(odd)}; give a folder, for diffusers' layout"
+        )
 
 
 def _check_written(folder: Path, model: ModelFolder) -> None:

@@ -25,12 +25,15 @@ def most(values: Iterable[Any], default: Any) -> Any:
 
 
 def beside(adapter: Adapter, ours: Mapping[str, str]) -> str:
-    """Make the config of an adapter's folder, with our header in it, for whoever looks there."""
+    """Make the config of an adapter's folder, with our header in it, for whoever looks there.
+
+    Where the scale is in the weights already, the alpha is the rank: whoever reads it does not scale again.
+    """
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.metadata.get("base_model", ""),
         "r": int(ours["rank"]),
-        "lora_alpha": float(ours["alpha"]),
+        "lora_alpha": float(ours["rank" if "folded" in ours else "alpha"]),
         "target_modules": sorted({target.split(".", 2)[-1] for target in adapter.targets}),
     }
     return json.dumps(config | {"transpixeler": dict(ours)}, indent=2) + "\n"

@@ -34,7 +34,6 @@ class Spelling(NamedTuple):
     down: str
     up: str
     alpha: str | None
-    whole_blocks: bool = False  # readers take every linear of a block for granted
 
     def module(self, target: str, names: Names) -> str:
         """Return the stored name of the module that a target names internally."""
@@ -45,7 +44,7 @@ FORMATS = {
     "transpixeler": Spelling("diffusion_model.", "original", ".lora_A.weight", ".lora_B.weight", ".alpha"),
     "comfyui": Spelling("diffusion_model.", "original", ".lora_A.weight", ".lora_B.weight", ".alpha"),
     "diffusers": Spelling("transformer.", "diffusers", ".lora_A.weight", ".lora_B.weight", None),
-    "kohya": Spelling(_FLAT_PREFIX, "flat", ".lora_down.weight", ".lora_up.weight", ".alpha", whole_blocks=True),
+    "kohya": Spelling(_FLAT_PREFIX, "flat", ".lora_down.weight", ".lora_up.weight", ".alpha"),
 }
 
 

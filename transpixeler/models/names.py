@@ -8,10 +8,10 @@ bijection over it, and a name outside the table raises `UnknownName`, so that no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BLOCK = "{n}"  # in a row of the table: the number of a block
 
@@ -54,6 +54,26 @@ class _Map:
         raise UnknownName(name)
 
 
+def _no_header(config: Mapping[str, Any]) -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Loaders:
+    """Facts of other programs' loaders: the files of a family that they read, and what they take for granted.
+
+    `tools/clients` asks the real programs.
+    """
+
+    read_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by format of a plain adapter: programs
+    joint_read_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the same of a joint adapter
+    model_read_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by layout, file or folder: programs
+    alpha_keys: bool = True  # False: `.alpha` is refused, so that the scale goes into the weights
+    whole_blocks: frozenset[str] = frozenset()  # formats in which diffusers takes every linear of a block for granted
+    file_prefix: str = ""  # of the weights in a file of the whole transformer
+    file_header: Callable[[Mapping[str, Any]], Mapping[str, str]] = _no_header  # config → header of such a file
+
+
 @dataclass(frozen=True, eq=False)
 class Names:
     """One family's table, and what follows from it. `tables`: internal names of parameters that are no module's."""
@@ -61,6 +81,7 @@ class Names:
     rows: Sequence[Row]
     tables: frozenset[str] = frozenset()
     block_linears: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # of a block, by their sizes' names
+    loaders: Loaders = field(default_factory=Loaders)
 
     @cached_property
     def _maps(self) -> dict[tuple[str, str], _Map]:

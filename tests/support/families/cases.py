@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Reference(NamedTuple):
 
     run: Callable[..., Tensor]  # (x [B, N], timesteps [B, 1], *fields, layout=…) → velocity [B, N]
     weights: Mapping[str, Tensor]  # by internal name; they require gradients
+    module: Any = None  # diffusers' own class, where there is one
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _wan_reference(model: Backbone) -> Reference:
         (latents,) = layout.unpack(x)
         return published(latents, 1000 * times[:, 0], text, return_dict=False)[0].flatten(1)
 
-    return Reference(run, weights)
+    return Reference(run, weights, published)
 
 
 def _ltx_reference(model: Backbone) -> Reference:
@@ -231,7 +232,7 @@ def _ltx_reference(model: Backbone) -> Reference:
         )[0]
         return velocity.mT.flatten(1)
 
-    return Reference(run, weights)
+    return Reference(run, weights, published)
 
 
 def _toy_reference(model: Backbone) -> Reference:

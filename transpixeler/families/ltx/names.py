@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from transpixeler.families.ltx.config import HEADS
-from transpixeler.models.names import Names, Row
+from transpixeler.models.names import Loaders, Names, Row
 
 _ATTENTIONS = ("attn1", "attn2")
 _SAME_IN_BLOCKS = (  # internal, and as both kinds of file spell it
@@ -19,6 +20,12 @@ _SAME_IN_BLOCKS = (  # internal, and as both kinds of file spell it
 _NORMS = tuple((f"{attention}.{part}_norm", f"{attention}.norm_{part}") for attention in _ATTENTIONS for part in "qk")
 _TIME = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
 _FILED = "transformer_blocks.{n}"  # a block in either kind of file
+
+
+def _file_header(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the header of Lightricks' own files: ComfyUI and this project read from it what no shape tells."""
+    return {"config": json.dumps({"transformer": {key: value for key, value in config.items() if key[0] != "_"}})}
+
 
 NAMES = Names(
     rows=(
@@ -38,6 +45,18 @@ NAMES = Names(
         "ff.0": ("width", "inner"),
         "ff.2": ("inner", "width"),
     },
+    loaders=Loaders(
+        read_by={
+            "transpixeler": ("ComfyUI", "diffusers"),
+            "comfyui": ("ComfyUI", "diffusers"),
+            "diffusers": ("diffusers",),
+            "kohya": ("ComfyUI",),
+        },
+        model_read_by={"file": ("ComfyUI", "diffusers"), "folder": ("diffusers",)},
+        alpha_keys=False,  # diffusers takes every key of the original names for a matrix
+        file_prefix="model.diffusion_model.",
+        file_header=_file_header,
+    ),
 )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from transpixeler.models.names import Names, Row
+from transpixeler.models.names import Loaders, Names, Row
 
 _IN_BLOCKS = (
     ("self_attn.q", "attn1.to_q"),
@@ -47,6 +47,17 @@ NAMES = Names(
         "ffn.0": ("width", "inner"),
         "ffn.2": ("inner", "width"),
     },
+    loaders=Loaders(
+        read_by={
+            "transpixeler": ("ComfyUI", "diffusers"),
+            "comfyui": ("ComfyUI", "diffusers"),
+            "diffusers": ("diffusers",),
+            "kohya": ("ComfyUI", "diffusers"),
+        },
+        joint_read_by=dict.fromkeys(("transpixeler", "comfyui"), ("ComfyUI with the nodes in tools/comfyui",)),
+        model_read_by={"file": ("ComfyUI", "diffusers"), "folder": ("diffusers",)},
+        whole_blocks=frozenset({"kohya"}),
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def merged(case: Case, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     adapter = adapter_of(trained(case, base), {"family": case.name, "base_model": str(base)})
     file = write_adapter(adapter, tmp_path / "adapter.safetensors")
     assert export(file, tmp_path / "merged.safetensors") == 0
-    assert capsys.readouterr().out.startswith("read by ComfyUI, diffusers, transpixeler\n")
+    told = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"read by ComfyUI \(.*\), diffusers \(from_single_file\), transpixeler", told[0])
+    assert told[1:] == [str(tmp_path / "merged.safetensors")]
     yield tmp_path / "merged.safetensors"
 
 

@@ -105,7 +105,7 @@ def test_diffusers_reads_a_merged_folder(case: Case, tmp_path: Path) -> None:
     reference.module.load_state_dict(type(reference.module).from_pretrained(made).state_dict())
     merged, ours = velocities(case, [reference.run, model])
     torch.testing.assert_close(merged, ours, atol=1e-5, rtol=1e-5)
-    assert "diffusers" in model_readers(case.family, made)
+    assert "diffusers (from_pretrained)" in model_readers(case.family, made)
 
 
 # -- ComfyUI, by its rule: a weight is patched by the key of its module in the family's original names

@@ -52,7 +52,10 @@ NAMES = Names(
             "diffusers": ("diffusers",),
             "kohya": ("ComfyUI",),
         },
-        model_read_by={"file": ("ComfyUI", "diffusers"), "folder": ("diffusers",)},
+        model_read_by={
+            "file": ("ComfyUI (Load Checkpoint)", "diffusers (from_single_file)"),
+            "folder": ("diffusers (from_pretrained)",),
+        },
         alpha_keys=False,  # diffusers takes every key of the original names for a matrix
         file_prefix="model.diffusion_model.",
         file_header=_file_header,

@@ -55,7 +55,10 @@ NAMES = Names(
             "kohya": ("ComfyUI", "diffusers"),
         },
         joint_read_by=dict.fromkeys(("transpixeler", "comfyui"), ("ComfyUI with the nodes in tools/comfyui",)),
-        model_read_by={"file": ("ComfyUI", "diffusers"), "folder": ("diffusers",)},
+        model_read_by={
+            "file": ("ComfyUI (Load Diffusion Model)", "diffusers (from_single_file)"),
+            "folder": ("diffusers (from_pretrained)",),
+        },
         whole_blocks=frozenset({"kohya"}),
     ),
 )

@@ -1,0 +1,222 @@
+"""Load what `transpixeler export` writes in a real ComfyUI, and compare its weights and its velocity with ours.
+
+In: the folder of a ComfyUI; nothing of it is installed or changed. Out: a line of JSON for each family and export, of
+tiny models with random weights. The exit code is 1 where ComfyUI does anything but what the exports say of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tooling import run
+
+from transpixeler.config import LoraConfig, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from transpixeler.adapters.adapter import Adapter
+    from transpixeler.models.backbone import Backbone
+
+NAME = "ComfyUI"
+PARTS = ("comfy/sd.py", "comfy/lora.py", "comfy/model_detection.py")
+TOLERANCE = 1e-5
+KINDS = {"plain": ("rgb",), "joint": ("rgb", "seg")}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model of a family; ComfyUI takes the widths of heads, texts and times for granted."""
+
+    family: str
+    config: dict[str, Any]
+    shape: tuple[int, int, int, int]  # of latents: channels, frames, height, width
+    text: tuple[int, int]
+    found: str  # the class that ComfyUI should take it for
+    loader: str  # ComfyUI's function that reads a merged file
+    velocity: Callable[[Any, Tensor, Tensor, Tensor], Tensor]  # ComfyUI's model, latents, t, text → velocity
+    more: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json that diffusers does not know
+
+
+def _wan_velocity(model: Any, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    return model(latents, 1000 * time, text, transformer_options={})
+
+
+def _ltx_velocity(model: Any, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    import torch
+
+    mask = torch.ones(text.shape[:2], dtype=torch.long)
+    return model(latents, time, text, mask, frame_rate=24, transformer_options={})
+
+
+WAN = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 64}
+LTX = {"num_attention_heads": 32, "attention_head_dim": 4, "cross_attention_dim": 128, "num_layers": 2}
+FROM_0_9_5 = {"causal_temporal_positioning": True}  # which ComfyUI reads from the header, in this loader alone
+MODELS = (
+    Tiny("wan", WAN, (16, 2, 4, 4), (512, 4096), "WAN21_T2V", "load_diffusion_model", _wan_velocity),
+    Tiny("ltx", LTX, (128, 2, 3, 4), (128, 4096), "LTXV", "load_checkpoint_guess_config", _ltx_velocity, FROM_0_9_5),
+)
+
+
+def comfyui(argv: Sequence[str]) -> None:
+    """Print a line for every family and export; raise SystemExit(1) where one is not read as it says."""
+    parser = argparse.ArgumentParser(prog="comfyui", description=__doc__)
+    parser.add_argument("--comfyui", required=True, type=Path, metavar="FOLDER", help="the folder of a ComfyUI")
+    client = _imported(parser.parse_args(argv).comfyui)
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        for line in _lines(client, Path(folder)):
+            print(json.dumps(line), flush=True)
+            good &= line["as_said"]
+    if not good:
+        raise SystemExit(1)
+
+
+def _imported(folder: Path) -> ModuleType:
+    """Import the `comfy` of a folder, on the CPU."""
+    absent = [part for part in PARTS if not (folder / part).is_file()]
+    if absent:
+        raise UserError(f"--comfyui: {folder} is no ComfyUI: it has no {absent[0]}; give the folder that holds main.py")
+    logging.getLogger().setLevel(logging.ERROR)
+    sys.path.insert(0, str(folder.resolve()))
+    sys.argv = [sys.argv[0], "--cpu"]  # ComfyUI reads its options from here
+    try:
+        import comfy.options  # pyright: ignore[reportMissingImports]  lies in the folder that the user gives
+
+        comfy.options.enable_args_parsing()
+        import comfy.lora  # pyright: ignore[reportMissingImports]
+        import comfy.sd  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as fault:
+        raise UserError(
+            f"--comfyui: {folder} needs the package {fault.name}; run this with a Python that has the packages of "
+            "ComfyUI's requirements.txt and this project's"
+        ) from fault
+    return comfy
+
+
+def _lines(client: ModuleType, folder: Path) -> Iterator[dict[str, Any]]:
+    from transpixeler.adapters.spelling import FORMATS
+
+    for tiny in MODELS:
+        base = folder / tiny.family
+        write_base(tiny, base)
+        for kind, streams in KINDS.items():
+            model, adapter = trained(tiny, base, streams)
+            for format in FORMATS:
+                yield {"family": tiny.family, "adapter": kind} | _patched(client, tiny, base, adapter, format)
+            if kind == "plain":
+                yield {"family": tiny.family, "adapter": kind} | _merged(client, tiny, base, model, adapter)
+
+
+# -- ours
+
+
+def write_base(tiny: Tiny, folder: Path) -> None:
+    """Write a transformer of random weights in diffusers' layout."""
+    import diffusers
+    import torch
+
+    from transpixeler.models.family import find_family
+
+    torch.manual_seed(0)
+    model: nn.Module = getattr(diffusers, find_family(tiny.family).transformer_class)(**tiny.config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "transformer")  # pyright: ignore[reportCallIssue]  diffusers' own method
+    config = folder / "transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | tiny.more))
+
+
+def trained(tiny: Tiny, base: Path, streams: Sequence[str]) -> tuple[Backbone, Adapter]:
+    """Return a model whose adapter has moved, and the adapter: of every default linear, at a scale that is not 1."""
+    import torch
+
+    from transpixeler.adapters.on_model import adapter_of
+    from transpixeler.models.family import find_family
+    from transpixeler.models.lora import inject
+    from transpixeler.models.weights import WeightSource, load_weights
+
+    family = find_family(tiny.family)
+    model = family.open(str(base)).build(streams=streams)
+    load_weights(model, WeightSource(base, family.internal_names))
+    inject(model, LoraConfig(rank=4, alpha=6.0, scope="all" if len(streams) == 1 else "aux"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name or "stream_embedding" in name:
+                parameter.normal_(std=0.1)
+    return model.eval(), adapter_of(model, {"base_model": str(base)})
+
+
+# -- ComfyUI's
+
+
+def _patched(client: ModuleType, tiny: Tiny, base: Path, adapter: Adapter, format: str) -> dict[str, Any]:
+    """Load an adapter file as ComfyUI's LoRA node does; compare the patched weights with W + scale·B·A."""
+    import torch
+    from safetensors.torch import load_file
+
+    from transpixeler.adapters.files import write_adapter
+    from transpixeler.adapters.readers import readers
+    from transpixeler.models.weights import WeightSource
+
+    file = write_adapter(adapter, base / f"{format}.safetensors", format=format)
+    source, names = WeightSource(base, adapter.family.internal_names), adapter.family.names
+    state = {names.parameter(name, source="internal", to="original"): source.read(name) for name in source.names()}
+    model = client.sd.load_diffusion_model_state_dict(dict(state), model_options={"dtype": torch.float32})
+    patcher, _ = client.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)
+    errors = []
+    for target in adapter.targets:
+        name = names.module(target, source="internal", to="original") + ".weight"
+        if patches := patcher.patches.get(f"diffusion_model.{name}"):
+            found = client.lora.calculate_weight(patches, state[name].clone(), name)
+            wanted = state[name] + adapter.scale(target) * adapter.up(target) @ adapter.down(target)
+            errors.append((found - wanted).abs().max().item())
+    read = NAME in readers(adapter, format)
+    good = len(errors) == (len(adapter.targets) if read else 0) and bool(patcher.patches) == read
+    told = {"format": format, "weights": len(adapter.targets), "patched": len(patcher.patches)}
+    return told | {"error": max(errors, default=None), "as_said": good and max(errors, default=0.0) < TOLERANCE}
+
+
+def _merged(client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter: Adapter) -> dict[str, Any]:
+    """Load a merged file as ComfyUI's node for it does; compare its velocity with ours."""
+    import torch
+
+    from transpixeler.adapters.merge import merge_adapter
+
+    file = merge_adapter(adapter.family.open(str(base)), [adapter], base / "merged.safetensors")
+    told: dict[str, Any] = {"format": "merged"}
+    try:
+        loaded = getattr(client.sd, tiny.loader)(str(file), model_options={"dtype": torch.float32})
+        found = (loaded[0] if isinstance(loaded, tuple) else loaded).model
+    except RuntimeError as fault:
+        return told | {"fault": str(fault).splitlines()[0], "as_said": False}
+    stored = client.utils.load_torch_file(str(file))
+    stored = {name.removeprefix("model.diffusion_model."): value for name, value in stored.items()}
+    there = found.diffusion_model.state_dict()
+    told |= {"class": type(found.model_config).__name__}
+    told |= {"missing": len(there.keys() - stored.keys()), "left_over": len(stored.keys() - there.keys())}
+    latents, time = torch.randn(1, *tiny.shape), torch.tensor([0.4])
+    text = torch.randn(1, *tiny.text)
+    fields = [text, torch.tensor(tiny.text[:1])] if model.fields[0].masked else [text]
+    with torch.no_grad():
+        ours = model(latents.flatten(1), time[:, None], *fields, layout=model.layout(tiny.shape)).view_as(latents)
+        error = (tiny.velocity(found.diffusion_model, latents, time, text) - ours).abs().max().item()
+    error /= ours.abs().max().item()
+    good = told["class"] == tiny.found and not told["missing"] and not told["left_over"] and error < TOLERANCE
+    return told | {"error": error, "as_said": good}
+
+
+if __name__ == "__main__":
+    sys.exit(run("comfyui", comfyui))

@@ -71,9 +71,7 @@ MODELS = (
 
 def comfyui(argv: Sequence[str]) -> None:
     """Print a line for every family and export; raise SystemExit(1) where one is not read as it says."""
-    parser = argparse.ArgumentParser(prog="comfyui", description=__doc__)
-    parser.add_argument("--comfyui", required=True, type=Path, metavar="FOLDER", help="the folder of a ComfyUI")
-    client = _imported(parser.parse_args(argv).comfyui)
+    client = _imported(_parser().parse_args(argv).comfyui)
     good = True
     with tempfile.TemporaryDirectory() as folder:
         for line in _lines(client, Path(folder)):
@@ -81,6 +79,12 @@ def comfyui(argv: Sequence[str]) -> None:
             good &= line["as_said"]
     if not good:
         raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="comfyui", description=__doc__)
+    parser.add_argument("--comfyui", required=True, type=Path, metavar="FOLDER", help="the folder of a ComfyUI")
+    return parser
 
 
 def _imported(folder: Path) -> ModuleType:

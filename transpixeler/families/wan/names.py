@@ -52,7 +52,7 @@ NAMES = Names(
             "transpixeler": ("ComfyUI", "diffusers"),
             "comfyui": ("ComfyUI", "diffusers"),
             "diffusers": ("diffusers",),
-            "kohya": ("ComfyUI", "diffusers"),
+            "kohya": ("ComfyUI", "diffusers", "musubi-tuner"),
         },
         joint_read_by=dict.fromkeys(("transpixeler", "comfyui"), ("ComfyUI with the nodes in tools/comfyui",)),
         model_read_by={

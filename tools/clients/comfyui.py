@@ -7,6 +7,7 @@ tiny models with random weights. The exit code is 1 where ComfyUI does anything 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import sys
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 
     from transpixeler.adapters.adapter import Adapter
     from transpixeler.models.backbone import Backbone
+    from transpixeler.models.family import Family
 
 NAME = "ComfyUI"
 PARTS = ("comfy/sd.py", "comfy/lora.py", "comfy/model_detection.py")
 TOLERANCE = 1e-5
+NODES = Path(__file__).parents[1] / "comfyui/transpixeler_wan.py"
 KINDS = {"plain": ("rgb",), "joint": ("rgb", "seg")}
 
 
@@ -118,9 +121,13 @@ def _lines(client: ModuleType, folder: Path) -> Iterator[dict[str, Any]]:
         for kind, streams in KINDS.items():
             model, adapter = trained(tiny, base, streams)
             for format in FORMATS:
-                yield {"family": tiny.family, "adapter": kind} | _patched(client, tiny, base, adapter, format)
+                yield {"family": tiny.family, "adapter": kind} | _patched(client, base, adapter, format)
+            told = {"family": tiny.family, "adapter": kind}
             if kind == "plain":
-                yield {"family": tiny.family, "adapter": kind} | _merged(client, tiny, base, model, adapter)
+                yield told | _merged(client, tiny, base, model, adapter)
+            else:
+                for format in adapter.family.names.loaders.joint_read_by:
+                    yield told | _through_nodes(client, tiny, base, model, adapter, format)
 
 
 # -- ours
@@ -160,29 +167,36 @@ def trained(tiny: Tiny, base: Path, streams: Sequence[str]) -> tuple[Backbone, A
         for name, parameter in model.named_parameters():
             if ".lora_" in name or "stream_embedding" in name:
                 parameter.normal_(std=0.1)
-    return model.eval(), adapter_of(model, {"base_model": str(base)})
+    return model.eval(), adapter_of(model, {"base_model": str(base), "streams": ",".join(streams)})
 
 
 # -- ComfyUI's
 
 
-def _patched(client: ModuleType, tiny: Tiny, base: Path, adapter: Adapter, format: str) -> dict[str, Any]:
-    """Load an adapter file as ComfyUI's LoRA node does; compare the patched weights with W + scale·B·A."""
+def _loaded(client: ModuleType, base: Path, family: Family) -> tuple[dict[str, Tensor], Any]:
+    """Return a base's weights under their original names, and ComfyUI's model of them."""
     import torch
+
+    from transpixeler.models.weights import WeightSource
+
+    source = WeightSource(base, family.internal_names)
+    state = {family.names.parameter(n, source="internal", to="original"): source.read(n) for n in source.names()}
+    return state, client.sd.load_diffusion_model_state_dict(dict(state), model_options={"dtype": torch.float32})
+
+
+def _patched(client: ModuleType, base: Path, adapter: Adapter, format: str) -> dict[str, Any]:
+    """Load an adapter file as ComfyUI's LoRA node does; compare the patched weights with W + scale·B·A."""
     from safetensors.torch import load_file
 
     from transpixeler.adapters.files import write_adapter
     from transpixeler.adapters.readers import readers
-    from transpixeler.models.weights import WeightSource
 
     file = write_adapter(adapter, base / f"{format}.safetensors", format=format)
-    source, names = WeightSource(base, adapter.family.internal_names), adapter.family.names
-    state = {names.parameter(name, source="internal", to="original"): source.read(name) for name in source.names()}
-    model = client.sd.load_diffusion_model_state_dict(dict(state), model_options={"dtype": torch.float32})
+    state, model = _loaded(client, base, adapter.family)
     patcher, _ = client.sd.load_lora_for_models(model, None, load_file(file), 1.0, 0.0)
     errors = []
     for target in adapter.targets:
-        name = names.module(target, source="internal", to="original") + ".weight"
+        name = adapter.family.names.module(target, source="internal", to="original") + ".weight"
         if patches := patcher.patches.get(f"diffusion_model.{name}"):
             found = client.lora.calculate_weight(patches, state[name].clone(), name)
             wanted = state[name] + adapter.scale(target) * adapter.up(target) @ adapter.down(target)
@@ -191,6 +205,38 @@ def _patched(client: ModuleType, tiny: Tiny, base: Path, adapter: Adapter, forma
     good = len(errors) == (len(adapter.targets) if read else 0) and bool(patcher.patches) == read
     told = {"format": format, "weights": len(adapter.targets), "patched": len(patcher.patches)}
     return told | {"error": max(errors, default=None), "as_said": good and max(errors, default=0.0) < TOLERANCE}
+
+
+def _through_nodes(
+    client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter: Adapter, format: str
+) -> dict[str, Any]:
+    """Load a joint adapter as our own node does; compare the velocity of all streams with ours."""
+    from transpixeler.adapters.files import write_adapter
+
+    spec = importlib.util.spec_from_file_location(NODES.stem, NODES)
+    assert spec is not None and spec.loader is not None
+    nodes = importlib.util.module_from_spec(spec)
+    sys.modules[NODES.stem] = nodes  # where dataclasses look for it
+    spec.loader.exec_module(nodes)
+    file = write_adapter(adapter, base / f"{format}.safetensors", format=format)
+    patcher = nodes.patched(_loaded(client, base, adapter.family)[1], nodes.read_adapter(file), 1.0)
+    patcher.patch_model()
+    error = _velocity_error(tiny, patcher.model.diffusion_model, model)
+    return {"format": format, "by": "our nodes", "error": error, "as_said": error < TOLERANCE}
+
+
+def _velocity_error(tiny: Tiny, theirs: Any, model: Backbone) -> float:
+    """Return the largest difference of two velocities, by the largest value; streams lie along ComfyUI's frames."""
+    import torch
+
+    layout, time = model.layout(tiny.shape), torch.tensor([0.4])
+    x, text = torch.randn(1, layout.elements), torch.randn(1, *tiny.text)
+    fields = [text, torch.tensor(tiny.text[:1])] if model.fields[0].masked else [text]
+    with torch.no_grad():
+        ours = model(x, time.expand(1, len(layout.groups)), *fields, layout=layout)
+        latents, wanted = (torch.cat(layout.unpack(values), dim=2) for values in (x, ours))
+        found = tiny.velocity(theirs, latents, time, text)
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def _merged(client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter: Adapter) -> dict[str, Any]:
@@ -211,13 +257,7 @@ def _merged(client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter
     there = found.diffusion_model.state_dict()
     told |= {"class": type(found.model_config).__name__}
     told |= {"missing": len(there.keys() - stored.keys()), "left_over": len(stored.keys() - there.keys())}
-    latents, time = torch.randn(1, *tiny.shape), torch.tensor([0.4])
-    text = torch.randn(1, *tiny.text)
-    fields = [text, torch.tensor(tiny.text[:1])] if model.fields[0].masked else [text]
-    with torch.no_grad():
-        ours = model(latents.flatten(1), time[:, None], *fields, layout=model.layout(tiny.shape)).view_as(latents)
-        error = (tiny.velocity(found.diffusion_model, latents, time, text) - ours).abs().max().item()
-    error /= ours.abs().max().item()
+    error = _velocity_error(tiny, found.diffusion_model, model)
     good = told["class"] == tiny.found and not told["missing"] and not told["left_over"] and error < TOLERANCE
     return told | {"error": error, "as_said": good}
 

@@ -298,7 +298,7 @@ def test_a_large_video_is_decoded_tile_by_tile(model: Path, monkeypatch: pytest.
     vae = encoders.load_vae(model, device=torch.device("cpu"), dtype=torch.float32)
     latents = torch.randn(1, 16, 1, 36, 40, generator=torch.Generator().manual_seed(0))
     whole = vae.decode(latents)
-    monkeypatch.setattr(encoders, "TILED_LATENTS", 100)
+    monkeypatch.setattr(WanVae, "tiled_latents", 100)
     tiled = vae.decode(latents)
     assert tiled.shape == whole.shape == (1, 3, 1, 288, 320) and not torch.equal(tiled, whole)
     assert (tiled - whole).abs().mean() < 0.1

@@ -1,19 +1,25 @@
-"""Share what the encoders of all families do alike: hash the files that a result depends on, and give the same bits.
+"""Encoders as families share them: a VAE whose latents are scaled, a text encoder of T5's kind, and their fingerprints.
 
-In: a model's folder. Out: the fingerprint under which latents or texts are cached.
+In: a network of diffusers or transformers and the files it came from. Out: what encoding and sampling ask for. Each
+video and caption is encoded by itself and to the same bits every time, so that no record depends on its neighbours.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from transpixeler.models.family import Digest
 
+T = TypeVar("T", bound="Encoder")
+Network = Any  # the libraries' stubs know neither their `config` nor their `to`
 _READ = (".safetensors", ".bin", ".pth", ".json", ".model")
 
 
@@ -29,3 +35,95 @@ def same_bits_every_time() -> Iterator[None]:
     """Keep convolution kernels from being picked by timing, else two runs would cache different latents."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         yield
+
+
+class Encoder:
+    """A frozen network on a device; `hashed` gives the fingerprint of what it was made from."""
+
+    def __init__(self, network: Network, hashed: Callable[[], str], *, device: torch.device) -> None:
+        self.network, self._hashed = network.eval().requires_grad_(False), hashed
+        self.to(device)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self._hashed()
+
+    def to(self: T, device: torch.device) -> T:
+        self.device = device
+        self.network.to(device)
+        return self
+
+
+class LatentVae(Encoder):
+    """A video autoencoder whose latents are scaled, by channel, to what the transformer was trained on."""
+
+    tiled_latents: int  # of one frame, beyond which decoding goes tile by tile, blended at the seams
+
+    def __init__(
+        self, network: Network, scale: tuple[Tensor, Tensor], hashed: Callable[[], str], *, device: torch.device
+    ) -> None:
+        """scale: mean and deviation of each channel."""
+        self._scale = torch.stack(scale).float()[:, :, None, None, None]
+        super().__init__(network, hashed, device=device)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """uint8 [B,F,H,W,3] or float in [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w], the posterior's mean."""
+        mean, deviation = self._scale.to(self.device)
+        self.network.disable_tiling()
+        with same_bits_every_time():
+            latents = [self.network.encode(self._pixels(one)).latent_dist.mode().float() for one in video.split(1)]
+        return (torch.cat(latents) - mean) / deviation
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B,C,f,h,w] → fp32 [B,3,F,H,W] in [-1,1]."""
+        large = latents.shape[-1] * latents.shape[-2] > self.tiled_latents
+        self.network.enable_tiling() if large else self.network.disable_tiling()
+        with same_bits_every_time():
+            videos = [self._decode(one) for one in latents.to(self.device).float().split(1)]
+        return torch.cat(videos).clamp(-1, 1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode one video."""
+        return self.network.decode(self._unscaled(latents), return_dict=False)[0].float()
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        mean, deviation = self._scale.to(self.device)
+        return (latents * deviation + mean).to(self.network.dtype)
+
+    def _pixels(self, video: Tensor) -> Tensor:
+        video = video.to(self.device, non_blocking=True)
+        if video.dtype == torch.uint8:
+            video = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        return video.to(self.network.dtype)
+
+
+class T5TextEncoder(Encoder):
+    """A T5 or UMT5 encoder; embeddings keep their true length, so that no mask is needed and short texts are quick."""
+
+    length: int  # of the longest text, in tokens
+
+    def __init__(self, network: Network, tokenizer: Any, hashed: Callable[[], str], *, device: torch.device) -> None:
+        super().__init__(network, hashed, device=device)
+        self.tokenizer = tokenizer
+
+    @staticmethod
+    def clean(text: str) -> str:
+        """Return what is encoded of a caption."""
+        return text.strip()
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return each text's embedding [true length, width]."""
+        return [{"text": self._encode(self.clean(text))} for text in texts]
+
+    def _encode(self, text: str) -> Tensor:
+        tokens = self.tokenizer(
+            text, truncation=True, max_length=self.length, add_special_tokens=True, return_tensors="pt"
+        )
+        return self.network(input_ids=tokens.input_ids.to(self.device)).last_hidden_state[0]

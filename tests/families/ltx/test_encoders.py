@@ -127,7 +127,7 @@ def test_large_frames_are_decoded_tile_by_tile_and_encoded_whole(
     vae = encoders.load_vae(models["0.9.0"], device=CPU, dtype=torch.float32)
     latents = torch.randn(1, 4, 1, 17, 17)
     whole = vae.decode(latents)
-    monkeypatch.setattr(encoders, "TILED_LATENTS", 16 * 16)
+    monkeypatch.setattr(LtxVae, "tiled_latents", 16 * 16)
     assert not torch.equal(vae.decode(latents), whole) and vae.network.use_tiling
     vae.encode(video_of(1))
     assert not vae.network.use_tiling
@@ -225,7 +225,8 @@ def test_a_single_file_gives_the_same_vae(version: str, tmp_path: Path, monkeypa
     state = {original_vae_name(name, version): value.contiguous() for name, value in network.state_dict().items()}
     save_file(state | {"model.diffusion_model.proj_out.bias": torch.zeros(3)}, file)
     monkeypatch.setitem(original.VAE_CONFIGS, version, {"latent_channels": 4, **VAES[version]})
-    ours, theirs = encoders.load_vae(file, device=CPU, dtype=torch.float32), LtxVae(network, tmp_path, device=CPU)
+    ours, scale = encoders.load_vae(file, device=CPU, dtype=torch.float32), (network.latents_mean, network.latents_std)
+    theirs = LtxVae(network, scale, str, device=CPU)
     latents = ours.encode(video_of(1))
     assert torch.equal(latents, theirs.encode(video_of(1)))
     assert torch.equal(ours.decode(latents), theirs.decode(latents))

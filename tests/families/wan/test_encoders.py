@@ -144,7 +144,8 @@ def test_wans_own_folder_gives_the_same_encoders(text: WanTextEncoder, model: Pa
     network = AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 4])
     torch.save({original_vae_name(name): value for name, value in network.state_dict().items()}, tmp_path / VAE_FILE)
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    theirs = WanVae(network, tmp_path, device=CPU)
+    scale = torch.tensor(network.config.latents_mean), torch.tensor(network.config.latents_std)
+    theirs = WanVae(network, scale, str, device=CPU)
     ours = encoders.load_vae(tmp_path, device=CPU, dtype=torch.float32)
     assert torch.equal(ours.encode(video), theirs.encode(video))
     assert encoders.vae_geometry(tmp_path) == ((4, 8, 8), 16)

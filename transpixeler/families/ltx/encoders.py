@@ -7,7 +7,7 @@ everything is cached. Each video and caption is encoded by itself, so that no re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from transpixeler.config import UserError
 from transpixeler.families.ltx.config import TEXT_LEN
 from transpixeler.families.ltx.original import VAE_FILE_PREFIX, original_vae_config, original_vae_state, stored_names
 from transpixeler.models.damage import naming_damage, read_config
-from transpixeler.models.encoders import fingerprint, same_bits_every_time
+from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint
 from transpixeler.models.family import Digest, file_digest
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Grid
-
-Network = Any  # the libraries' stubs know neither their `config` nor their `to`
 
 VAE_CONFIG = "vae/config.json"
 _TEXT_CONFIG = "text_encoder/config.json"
@@ -34,55 +32,14 @@ _TEXT_FILES = ("text_encoder/*", "tokenizer/*")
 DECODE_TIMESTEP = 0.05
 DECODE_NOISE = 0.025
 
-# Latents of one frame beyond which decoding goes tile by tile, blended at the seams: 704×1216.
-TILED_LATENTS = 22 * 38
 
+class LtxVae(LatentVae):
+    """`AutoencoderKLLTXVideo`, whose later decoders take a timestep."""
 
-class LtxVae:
-    """`AutoencoderKLLTXVideo` with its latents scaled to what the transformer was trained on."""
-
-    def __init__(self, network: Network, path: str | Path, *, device: torch.device) -> None:
-        self.path = path
-        self.network = network.eval().requires_grad_(False)
-        mean, deviation = network.latents_mean.float(), network.latents_std.float() / network.config.scaling_factor
-        self._scale = torch.stack([mean, deviation])[:, :, None, None, None]
-        self.to(device)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return vae_fingerprint(self.path)
-
-    def to(self, device: torch.device) -> LtxVae:
-        self.device = device
-        self.network.to(device)
-        self._scale = self._scale.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """uint8 [B,F,H,W,3] or float in [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w], the posterior's mean."""
-        mean, deviation = self._scale
-        self.network.disable_tiling()
-        with same_bits_every_time():
-            latents = [self.network.encode(self._pixels(one)).latent_dist.mode().float() for one in video.split(1)]
-        return (torch.cat(latents) - mean) / deviation
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B,C,f,h,w] → fp32 [B,3,F,H,W] in [-1,1]."""
-        large = latents.shape[-1] * latents.shape[-2] > TILED_LATENTS
-        self.network.enable_tiling() if large else self.network.disable_tiling()
-        with same_bits_every_time():
-            videos = [self._decode(one) for one in latents.to(self.device).float().split(1)]
-        return torch.cat(videos).clamp(-1, 1)
+    tiled_latents = 22 * 38  # 704×1216
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode one video; the noise of a decoder that wants some is the same for all videos of one shape."""
-        mean, deviation = self._scale
         timestep = None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)  # some decoders also draw noise inside
@@ -90,55 +47,16 @@ class LtxVae:
                 timestep = torch.tensor([DECODE_TIMESTEP], device=self.device, dtype=self.network.dtype)
                 noise = torch.randn(latents.shape).to(self.device)
                 latents = torch.lerp(latents, noise, DECODE_NOISE)
-            scaled = (latents * deviation + mean).to(self.network.dtype)
-            return self.network.decode(scaled, timestep, return_dict=False)[0].float()
-
-    def _pixels(self, video: Tensor) -> Tensor:
-        video = video.to(self.device, non_blocking=True)
-        if video.dtype == torch.uint8:
-            video = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return video.to(self.network.dtype)
+            return self.network.decode(self._unscaled(latents), timestep, return_dict=False)[0].float()
 
 
-class LtxTextEncoder:
-    """T5's encoder; embeddings keep their true length.
+class LtxTextEncoder(T5TextEncoder):
+    """T5's encoder. Padding is neither encoded nor attended, as in Lightricks' code.
 
-    Padding is neither encoded nor attended, as in Lightricks' code. Diffusers' pipeline lets T5 attend its padding.
+    Diffusers' pipeline lets T5 attend its padding.
     """
 
-    def __init__(self, network: Network, tokenizer: Any, path: str | Path, *, device: torch.device) -> None:
-        self.path = path
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.to(device)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return text_fingerprint(self.path)
-
-    def to(self, device: torch.device) -> LtxTextEncoder:
-        self.device = device
-        self.network.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return each text's embedding [length, width], length ≤ 128."""
-        return [{"text": self._encode(clean_caption(text))} for text in texts]
-
-    def _encode(self, text: str) -> Tensor:
-        tokens = self.tokenizer(
-            text, truncation=True, max_length=TEXT_LEN, add_special_tokens=True, return_tensors="pt"
-        )
-        return self.network(input_ids=tokens.input_ids.to(self.device)).last_hidden_state[0]
-
-
-def clean_caption(text: str) -> str:
-    return text.strip()
+    length = TEXT_LEN
 
 
 def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> LtxVae:
@@ -154,7 +72,8 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> L
     else:
         with naming_damage(place / "vae"):
             network = AutoencoderKLLTXVideo.from_pretrained(place / "vae", torch_dtype=dtype, local_files_only=True)
-    return LtxVae(network, path, device=device)
+    mean, deviation = network.latents_mean.float(), network.latents_std.float() / network.config.scaling_factor
+    return LtxVae(network, (mean, deviation), partial(vae_fingerprint, path), device=device)
 
 
 def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> LtxTextEncoder:
@@ -168,7 +87,7 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
         network = T5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype, local_files_only=True)
     with naming_damage(folder / "tokenizer"):  # by default transformers offers to run code from the folder
         tokenize = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
-    return LtxTextEncoder(network, tokenize, path, device=device)
+    return LtxTextEncoder(network, tokenize, partial(text_fingerprint, path), device=device)
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:

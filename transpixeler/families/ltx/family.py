@@ -81,7 +81,7 @@ class LtxFolder(ModelFolder):
         return diffusers_config(self.config)
 
     def clean_caption(self, text: str) -> str:
-        return encoders.clean_caption(text)
+        return encoders.LtxTextEncoder.clean(text)
 
     def vae_fingerprint(self, digest: Digest = file_digest) -> str:
         return encoders.vae_fingerprint(self.path, digest)

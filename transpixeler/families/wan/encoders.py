@@ -9,13 +9,11 @@ from __future__ import annotations
 import html
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from transpixeler.config import UserError
 from transpixeler.families.wan.config import TEXT_LEN
@@ -29,110 +27,14 @@ from transpixeler.families.wan.original import (
     original_vae_state,
 )
 from transpixeler.models.damage import naming_damage, read_config
-from transpixeler.models.encoders import fingerprint, same_bits_every_time
+from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint
 from transpixeler.models.family import Digest, file_digest
 from transpixeler.models.resolve import resolve
-
-Network = Any  # the libraries' stubs know neither their `config` nor their `to`
 
 _VAE_CONFIG = "vae/config.json"
 _TEXT_CONFIG = "text_encoder/config.json"
 _VAE_FILES = ("vae/*", VAE_FILE)
 _TEXT_FILES = ("text_encoder/*", "tokenizer/*", T5_FILE, f"{TOKENIZER_FOLDER}/*")
-
-# Latents of one frame beyond which decoding goes tile by tile, blended at the seams: above 480×832 a whole frame's
-# activations no longer fit beside a model on a small GPU.
-TILED_LATENTS = 60 * 104
-
-
-class WanVae:
-    """`AutoencoderKLWan` with its latents scaled to what the transformer was trained on."""
-
-    def __init__(self, network: Network, folder: Path, *, device: torch.device) -> None:
-        self.folder = folder
-        self.network = network.eval().requires_grad_(False)
-        self._scale = torch.tensor([network.config.latents_mean, network.config.latents_std])[:, :, None, None, None]
-        self.to(device)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return vae_fingerprint(self.folder)
-
-    def to(self, device: torch.device) -> WanVae:
-        self.device = device
-        self.network.to(device)
-        self._scale = self._scale.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """uint8 [B,F,H,W,3] or float in [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w], the posterior's mean."""
-        mean, deviation = self._scale
-        with same_bits_every_time():
-            latents = [self.network.encode(self._pixels(one)).latent_dist.mode().float() for one in video.split(1)]
-        return (torch.cat(latents) - mean) / deviation
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B,C,f,h,w] → fp32 [B,3,F,H,W] in [-1,1]."""
-        mean, deviation = self._scale
-        latents = (latents.to(self.device).float() * deviation + mean).to(self.network.dtype)
-        large = latents.shape[-1] * latents.shape[-2] > TILED_LATENTS
-        self.network.enable_tiling() if large else self.network.disable_tiling()
-        with same_bits_every_time():
-            videos = [self.network.decode(one, return_dict=False)[0].float() for one in latents.split(1)]
-        return torch.cat(videos).clamp(-1, 1)
-
-    def _pixels(self, video: Tensor) -> Tensor:
-        video = video.to(self.device, non_blocking=True)
-        if video.dtype == torch.uint8:
-            video = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return video.to(self.network.dtype)
-
-
-class WanTextEncoder:
-    """UMT5's encoder with Wan's cleaning; embeddings keep their true length."""
-
-    def __init__(
-        self,
-        network: Network,
-        tokenizer: Network,
-        folder: Path,
-        *,
-        device: torch.device,
-    ) -> None:
-        self.folder = folder
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.to(device)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return text_fingerprint(self.folder)
-
-    def to(self, device: torch.device) -> WanTextEncoder:
-        self.device = device
-        self.network.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """[length, width] each, length ≤ 512; without padding no mask is needed and short captions are quick."""
-        return [{"text": self._encode(clean_caption(text))} for text in texts]
-
-    def _encode(self, text: str) -> Tensor:
-        tokens = self.tokenizer(
-            text, truncation=True, max_length=TEXT_LEN, add_special_tokens=True, return_tensors="pt"
-        )
-        return self.network(input_ids=tokens.input_ids.to(self.device)).last_hidden_state[0]
 
 
 def clean_caption(text: str) -> str:
@@ -150,6 +52,19 @@ def _mender() -> Callable[[str], str]:
     return ftfy.fix_text
 
 
+class WanVae(LatentVae):
+    """`AutoencoderKLWan`."""
+
+    tiled_latents = 60 * 104  # 480×832: a larger frame's activations no longer fit beside a model on a small GPU
+
+
+class WanTextEncoder(T5TextEncoder):
+    """UMT5's encoder with Wan's cleaning."""
+
+    length = TEXT_LEN
+    clean = staticmethod(clean_caption)
+
+
 def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanVae:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -163,7 +78,8 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> W
         with naming_damage(folder / VAE_FILE):
             network.load_state_dict(original_vae_state(folder))
         network.to(dtype)
-    return WanVae(network, folder, device=device)
+    scale = torch.tensor(network.config.latents_mean), torch.tensor(network.config.latents_std)
+    return WanVae(network, scale, partial(vae_fingerprint, folder), device=device)
 
 
 def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanTextEncoder:
@@ -186,7 +102,7 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
         tokenizer = folder / TOKENIZER_FOLDER
     with naming_damage(tokenizer):  # by default transformers offers to run code from the folder
         tokenize = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
-    return WanTextEncoder(network, tokenize, folder, device=device)
+    return WanTextEncoder(network, tokenize, partial(text_fingerprint, folder), device=device)
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:

@@ -1,4 +1,6 @@
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -203,6 +205,19 @@ def test_a_fault_of_many_ranks_is_one_line(tmp_path: Path, case: str, minutes: f
     assert program.name not in "".join(own[1:]), done.stderr
     assert done.returncode == 1  # torchrun's own, whatever a rank ends with
     assert "(exitcode: 2)" in done.stderr or case in ("dies", "hangs")
+
+
+def _asks_for_rank_zero(rank: int, world_size: int, port: int, said: Path) -> tuple[bool, str]:
+    os.environ |= {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+    return runtime.main_tells(0.5), said.read_text()
+
+
+def test_a_store_that_is_out_of_reach_keeps_nobody_from_telling(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        port = closed.getsockname()[1]
+        assert run_ranks(_asks_for_rank_zero, 1, port, tmp_path / "said", timeout=20) == [(False, "")]
 
 
 def test_real_torchrun_starts_speaks_and_leaves(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -134,13 +135,17 @@ def _end_with_launcher() -> None:
 def main_tells(seconds: float) -> bool:
     """Return whether rank 0 tells an error too, which other ranks with the same one then need not repeat.
 
-    Rank 0 leaves a mark in torchrun's store, which outlives it; the others wait so long for the mark.
+    Rank 0 leaves a mark in torchrun's store, which outlives it; the others wait so long for the mark, and no longer
+    for a store that does not answer, as when the network is down.
     """
     if "MASTER_ADDR" not in os.environ:
         return False
+    limit = datetime.timedelta(seconds=seconds)
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+        with socket.create_connection((address, port), seconds):  # `TCPStore` would log a page for each attempt
+            pass
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
         mark = f"transpixeler/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if os.environ.get("RANK", "0") == "0":
             store.set(mark, "")
@@ -149,7 +154,7 @@ def main_tells(seconds: float) -> bool:
         while not (told := store.check([mark])) and time.monotonic() < deadline:
             time.sleep(0.1)  # `store.wait` would log a warning when it ends
         return told
-    except (RuntimeError, ValueError, KeyError):  # there is no such store
+    except (OSError, RuntimeError, ValueError, KeyError):  # there is no such store
         return False
 
 

@@ -119,15 +119,16 @@ def test_a_host_with_another_base_is_named(demo: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(demo / "model", tmp_path / "model"))
     weights = next((other / "transformer").glob("*.safetensors"))
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
-    words = (f"output_dir={tmp_path}", *FAST, "train.max_steps=1")
+    words = (f"output_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}", *FAST, "train.max_steps=1")
     with pytest.raises(RanksFailed, match=r"UserError: model.path: .* holds other weights for rank 1 on"):
         run_ranks(_with_another_base, 2, demo / "config.yaml", words, other)
+    assert not (tmp_path / "cache").exists()  # it is told before hours of encoding
 
 
 def _with_other_clips(rank: int, world_size: int, folders: list[Path]) -> str:
     config = configfile.from_overrides([f"data.train=[{{path: {folders[rank]}}}]"])
     try:
-        identity.check_sources(config, Runtime(rank, world_size, rank, torch.device("cpu")))
+        identity._check_sources(config, Runtime(rank, world_size, rank, torch.device("cpu")))
     except UserError as error:
         return str(error)
     return ""
@@ -145,6 +146,29 @@ def test_hosts_that_see_other_clips_are_told_so(tmp_path: Path) -> None:
         assert "holds other files for rank 1" in said
     (same / "b.mp4").write_bytes(b"longer frames")
     assert "holds other files" in run_ranks(_with_other_clips, 2, [one, same])[0]
+
+
+def test_a_caption_of_the_same_length_is_another(tmp_path: Path) -> None:
+    told = []
+    for caption in ("a red circle", "a big circle"):
+        (tmp_path / "a.txt").write_text(caption)
+        (tmp_path / "clips.jsonl").write_text(f'{{"rgb": "{"a" * 5000}.mp4", "text": "{caption}"}}')
+        told.append([identity.source_fingerprint(source) for source in (tmp_path, tmp_path / "clips.jsonl")])
+    assert told[0][0] != told[1][0] and told[0][1] != told[1][1]
+
+
+def _with_other_code(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> str:
+    if rank:
+        identity.code_fingerprint = lambda: "other"
+    config = configfile.load(path, overrides)
+    return str(trainer.train(config, Runtime(rank, world_size, rank, torch.device("cpu"))))
+
+
+def test_a_host_with_other_code_is_refused_before_anything_is_encoded(demo: Path, tmp_path: Path) -> None:
+    words = (f"output_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}", *FAST, "train.max_steps=1")
+    with pytest.raises(RanksFailed, match=r"UserError: rank 1 on \S+ runs other code of transpixeler than rank 0 on"):
+        run_ranks(_with_other_code, 2, demo / "config.yaml", words)
+    assert not (tmp_path / "cache").exists()
 
 
 def _with_own_folder(rank: int, world_size: int, folders: list[Path]) -> str:

@@ -40,23 +40,50 @@ class Identity:
     data: dict[str, dict[str, Any]]  # by set: the number of clips, and hashes of their names and of their records
 
 
-def check(config: Config, runtime: Runtime, run: Run, base: Path, data: Datasets) -> Identity:
-    """Return what is trained; refuse what differs between ranks or from the checkpoint. A collective call."""
-    own = Rank(platform.node(), code_fingerprint(), base_fingerprint(base, config.model.fuse))
-    ranks = runtime.gather(own)
-    _check_ranks(ranks, config)
+class Rank(NamedTuple):
+    """Code and base of one rank, and the host that it runs on."""
+
+    host: str
+    code: str
+    base: str
+
+
+def check_hosts(config: Config, runtime: Runtime, base: Path) -> Rank:
+    """Return rank 0's code and base; refuse hosts that have others, or other data sets. A collective call.
+
+    All hosts encode from rank 0's list of clips, so this comes before anything is encoded.
+    """
+    ranks = runtime.gather(Rank(platform.node(), code_fingerprint(), base_fingerprint(base, config.model.fuse)))
+    first = ranks[0]
+    for number, rank in enumerate(ranks):
+        here, there = f"rank {number} on {rank.host}", f"rank 0 on {first.host}"
+        if rank.code != first.code:
+            raise UserError(
+                f"{here} runs other code of transpixeler than {there}; install the same version on all hosts"
+            )
+        if rank.base != first.base:
+            raise UserError(
+                f"model.path: {config.model.path} holds other weights for {here} than for {there}; "
+                "give all hosts the same files"
+            )
+    _check_sources(config, runtime)
+    return first
+
+
+def check(config: Config, runtime: Runtime, run: Run, first: Rank, data: Datasets) -> Identity:
+    """Return what is trained; refuse what differs from the checkpoint. first: of `check_hosts`. A collective call."""
     sets = {"train": data_fingerprint(data.train), "eval": data_fingerprint(data.eval)} if runtime.is_main else {}
     shared = runtime.broadcast(sets)
     assert isinstance(shared, dict)
-    found = Identity(ranks[0].code, ranks[0].base, shared)
+    found = Identity(first.code, first.base, shared)
     if run.restored is not None:
         for line in compare(run.restored.state.get("identity"), found, config, run.changed):
             logger.warning("%s", line)
     return found
 
 
-def check_sources(config: Config, runtime: Runtime) -> None:
-    """Refuse hosts that see other files in the data sets than rank 0, whose list of clips all ranks encode from."""
+def _check_sources(config: Config, runtime: Runtime) -> None:
+    """Refuse hosts that see other files in the data sets than rank 0."""
     if runtime.world_size == 1:
         return
     for key, sources in (("train", config.data.train), ("eval", config.data.eval)):
@@ -68,27 +95,6 @@ def check_sources(config: Config, runtime: Runtime) -> None:
                         f"data.{key}: {source.path} holds other files for rank {number} on {host} than for rank 0 on "
                         f"{seen[0][0]}; all hosts must see the same data"
                     )
-
-
-class Rank(NamedTuple):
-    """Code and base of one rank, and the host that it runs on."""
-
-    host: str
-    code: str
-    base: str
-
-
-def _check_ranks(ranks: Sequence[Rank], config: Config) -> None:
-    """Refuse ranks that load other weights than rank 0, and name those that run other code."""
-    for number, rank in enumerate(ranks):
-        if rank.base != ranks[0].base:
-            raise UserError(
-                f"model.path: {config.model.path} holds other weights for rank {number} on {rank.host} than for "
-                f"rank 0 on {ranks[0].host}; give all hosts the same files"
-            )
-    other = [f"{number} on {rank.host}" for number, rank in enumerate(ranks) if rank.code != ranks[0].code]
-    if other:
-        logger.warning("not all hosts run the same transpixeler: rank 0 and rank %s differ", ", ".join(other[:3]))
 
 
 def compare(
@@ -158,7 +164,7 @@ def data_fingerprint(data: Dataset) -> dict[str, Any]:
 
 
 def source_fingerprint(source: Path) -> str:
-    """Return a hash of a manifest's size, or of the names of a folder's files and the sizes of some of them."""
+    """Return a hash of a manifest, or of the names of a folder's files, and of some of these: size, or caption."""
     digest = _hash()
     files = [source]
     if source.is_dir():
@@ -167,7 +173,11 @@ def source_fingerprint(source: Path) -> str:
         digest.update("\0".join(names).encode("utf-8", "surrogateescape"))
         files = [source / name for name in names[:: -(-len(names) // SIZES_READ) or 1]]
     for file in files:
-        digest.update(f"{file.stat().st_size if file.is_file() else 'absent'}\0".encode())
+        size = file.stat().st_size if file.is_file() else -1
+        digest.update(f"{size}\0".encode())
+        if 0 <= size <= BLOCK or (size > 0 and file == source):
+            for part in _parts(file):
+                digest.update(part)
     return digest.hexdigest()
 
 

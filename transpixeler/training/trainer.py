@@ -74,16 +74,15 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, controls: Controls) -> None:
         self.config, self.controls = config, controls
         beginning = find_beginning(config, run.restored)
-        identity.check_sources(config, runtime)
-        model = open_model(config.model)
+        model, source = open_model(config.model), base_weights(config)
         preflight.check_model(config, model)
+        hosts = identity.check_hosts(config, runtime, source.path)
         self.data = encode_missing(config, model, runtime)
         order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.schedule = make_schedule(config, order)
         self.mesh = meshes.build(layout, runtime)
-        make, source = partial(make_model, config), base_weights(config)
-        found = identity.check(config, runtime, run, source.path, self.data)
-        self.engine = build_engine(config, self.mesh, make, source, scopes=beginning.scopes)
+        found = identity.check(config, runtime, run, hosts, self.data)
+        self.engine = build_engine(config, self.mesh, partial(make_model, config), source, scopes=beginning.scopes)
         self.state = TrainingState(config, runtime, self.engine, beginning, found)
         self.state.resume(run)
         if runtime.is_main:

@@ -1,6 +1,7 @@
 """Many ranks encode what one would, and a kill at any moment costs the records in flight."""
 
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -14,7 +15,8 @@ import torch.distributed as dist
 
 from tests.support.encoding import ALONE, config, records, write_pairs
 from tests.support.ranks import run_ranks
-from transpixeler.config import Config, UserError
+from transpixeler.config import Config, Fault, UserError
+from transpixeler.data.cache import records as cache_records
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.encode import encode_missing, share
 from transpixeler.families.wan.encoders import WanVae
@@ -136,3 +138,21 @@ def _told_by_another(rank: int, world_size: int, setup: Config) -> str:
 def test_a_fault_of_one_rank_is_told_on_all(model: Path, tmp_path: Path) -> None:
     said = run_ranks(_told_by_another, 2, config(model, tmp_path / "nowhere"))
     assert said[0] == said[1] and "nowhere" in said[0]
+
+
+def _with_a_full_disk_on_rank_one(rank: int, world_size: int, setup: Config) -> str:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if rank:
+        cache_records._write = refuse  # a limit on files' sizes would hit the ranks' store as well
+    with pytest.raises(Fault) as told:
+        encode_missing(setup, open_model(setup.model), Runtime(rank, world_size, rank, torch.device("cpu")))
+    return str(told.value)
+
+
+def test_a_full_disk_of_one_rank_is_a_fault_on_all(model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "d", 4)
+    setup = config(model, tmp_path / "d", f"data.cache_dir={tmp_path / 'cache'}")
+    said = run_ranks(_with_a_full_disk_on_rank_one, 2, setup)
+    assert said[0] == said[1] and "no space left" in said[0]

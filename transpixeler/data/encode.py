@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from transpixeler.config import Config, UserError
+from transpixeler.config import Config, Fault, UserError
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
 from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
@@ -304,9 +304,10 @@ class _Ranks:
 
 
 def _portable(fault: Exception, rank: int) -> Exception:
-    """Return a fault for other ranks to raise: not every exception can be pickled, these two can."""
-    if isinstance(fault, UserError):
-        return UserError(str(fault))
+    """Return a fault for other ranks to raise: not every exception can be pickled, these three can."""
+    for kind in (UserError, Fault):
+        if isinstance(fault, kind):
+            return kind(str(fault))
     return RuntimeError(f"rank {rank} failed: {type(fault).__name__}: {fault}")
 
 

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transpixeler.config import UserError
+from transpixeler.config import Fault, UserError
 from transpixeler.data.cache import index
 from transpixeler.data.cache import records as cache_module
 from transpixeler.data.cache.records import Cache, CacheDamaged, CacheWriter, Record
@@ -315,7 +315,7 @@ def _kill_writers(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_line_and_what_was_written_stays(tmp_path: Path) -> None:
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (896 * 5 + 300, resource.RLIM_INFINITY))
-        with pytest.raises(UserError, match=r"no space left .*stays valid.*data\.cache_dir"):
+        with pytest.raises(Fault, match=r"no space left .*stays valid.*data\.cache_dir"):
             fill(tmp_path, range(100))
 
     assert os.waitpid(_in_child(work), 0)[1] == 0

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config import Fault, UserError
 from transpixeler.data.cache import index
 from transpixeler.data.cache.index import IndexFile, Place, Segment, Spec, Table
 from transpixeler.files import sync
@@ -289,12 +289,12 @@ def _write(file: int, data: memoryview, offset: int | None = None) -> None:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a UserError with a way out."""
+    """Turn a full disk into a Fault and a read-only one into a UserError, both with a way out."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise UserError(
+            raise Fault(
                 f"{folder}: no space left ({error.strerror}); what was written stays valid. "
                 "Free some space, or set data.cache_dir to another disk, and start again"
             ) from error

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.md")
 QUIET = ("save.every_epochs=0", "eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false")
-SMALL = ("data.frames=[1, 9]", "train.global_batch=2", "train.micro_batch=1", "optim.warmup_steps=0")
+SMALL = ("data.frames=[1, 9]", "train.global_batch=2", "train.micro_batch=2", "optim.warmup_steps=0", "lora.rank=4")
 Figures = dict[str, Any]
 
 
@@ -31,15 +31,17 @@ def main(
     work: Callable[[argparse.Namespace, Path], Figures],
     *,
     rounds: int,
+    unit: str = "rounds",
     lacking: Callable[[], str] = str,
 ) -> int:
     """Run a campaign in a temporary folder, append its figures, and return 1 if something went wrong in it.
 
+    unit: what `rounds` counts, as the option is named.
     lacking: return what this machine lacks for the campaign, or ""; with anything lacking, say so and return 2.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"how many to make (default: {rounds})")
+    parser.add_argument(f"--{unit}", dest="rounds", type=int, default=rounds, help=f"how many (default: {rounds})")
     parser.add_argument("--no-record", action="store_true", help="do not append the figures to results.md")
     arguments = parser.parse_args()
     if absent := lacking():
@@ -47,7 +49,7 @@ def main(
         return 2
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         figures = work(arguments, Path(folder))
-    line = json.dumps({"campaign": name, "seed": arguments.seed, "rounds": arguments.rounds, **figures})
+    line = json.dumps({"campaign": name, "seed": arguments.seed, unit: arguments.rounds, **figures})
     print(line)
     if not arguments.no_record:
         made = f"torch {torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}"

@@ -1,11 +1,13 @@
 """Start commands of transpixeler in a fraction of a second: forked from a server that has imported everything already.
 
-In: a command's words, and its rank where it has several. Out: a process that can be killed like any other; what it
-says goes into a file. A start with its imports takes seconds, and most of a campaign of kills would be that.
+In: a command's words, the number of its ranks, and the hosts of `namespaces` that they run on, if any. Out: processes
+that can be killed like any other; what they say goes into a file each. A start with its imports takes seconds, and most
+of a campaign of kills would be that.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from namespaces import ADDRESSES, CABLE, Host
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["preloaded"])
@@ -49,14 +53,19 @@ class Command:
 
 
 @contextmanager
-def running(said: Path, *words: object, ranks: int = 1) -> Iterator[Command]:
-    """Start a command of transpixeler, and kill what is left of it at the end."""
+def running(said: Path, *words: object, ranks: int = 1, hosts: Sequence[Host] = ()) -> Iterator[Command]:
+    """Start a command of transpixeler, and kill what is left of it at the end. hosts: one for each rank."""
     said.parent.mkdir(parents=True, exist_ok=True)
-    port = _free_port() if ranks > 1 else 0
     arguments = [str(word) for word in words]
-    processes = [
-        _server.Process(target=_run, args=(arguments, rank, ranks, port, f"{said}.{rank}")) for rank in range(ranks)
-    ]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if hosts:
+        shared |= {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": CABLE}
+    processes = []
+    for rank in range(ranks):
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": "0" if hosts else str(rank)}
+        host = hosts[rank].holder.pid if hosts else 0
+        arguments_of_rank = (arguments, own if ranks > 1 else {}, f"{said}.{rank}", host)
+        processes.append(_server.Process(target=_run, args=arguments_of_rank))
     command = Command(processes, said)
     for process in processes:
         process.start()
@@ -77,18 +86,26 @@ def finished(said: Path, *words: object, ranks: int = 1, seconds: float = 900.0)
     return text
 
 
-def _run(words: Sequence[str], rank: int, ranks: int, port: int, said: str) -> None:
-    """Be the command: its environment, its output, its exit code."""
+def _run(words: Sequence[str], environment: dict[str, str], said: str, host: int) -> None:
+    """Be the command: its host, its environment, its output, its exit code. host: a process there, or 0."""
     from transpixeler import cli
 
-    file = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND)
+    file = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(file, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if ranks > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if host:
+        _enter(host)
+    os.environ |= environment
     raise SystemExit(cli.main(words))
+
+
+def _enter(host: int) -> None:
+    """Move this process to the network and the name of a host; files are the same on all."""
+    for kind in ("net", "uts"):
+        namespace = os.open(f"/proc/{host}/ns/{kind}", os.O_RDONLY)
+        assert not ctypes.CDLL(None).setns(namespace, 0)
+        os.close(namespace)
 
 
 def _free_port() -> int:

@@ -20,8 +20,9 @@ from pathlib import Path
 from campaign import QUIET, SMALL, Figures, main, write_demo
 from forked import Command, finished, running
 
-STEPS = 60
+STEPS = 40
 CACHINGS = 8  # a round
+PROGRESS = 4  # most steps that a training makes before it is killed
 ALONE = 120.0  # seconds that a rank has to end by itself when another was killed
 OFTEN = (f"train.max_steps={STEPS}", "checkpoint.every_steps=2", "run_name=run", *SMALL)
 
@@ -33,32 +34,40 @@ def campaign(arguments: argparse.Namespace, folder: Path) -> Figures:
     finished(folder / "said", "cache", config, *SMALL)
     figures: Figures = {"training_kills": 0, "in_a_start": 0, "in_a_step": 0, "in_a_save": 0, "of_one_rank": 0}
     figures |= {"trainings": 0, "caching_kills": 0, "cachings": 0, "wrong": 0}
+    usual: dict[int, float] = {}
     for number in range(arguments.rounds):
-        train_round(config, folder / f"{number}", draw, figures, ranks=1 + number % 2)
+        ranks = 1 + number % 2
+        if ranks not in usual:
+            usual[ranks] = train_whole(config, folder / f"{ranks}", ranks=ranks)
+        train_round(config, folder / f"{ranks}", draw, figures, ranks=ranks, usual=usual[ranks])
         for _ in range(CACHINGS):
             cache_round(config, folder / "said", draw, figures)
         print(f"round {number + 1} of {arguments.rounds}: {figures}", file=sys.stderr, flush=True)
     return figures
 
 
-def train_round(config: Path, folder: Path, draw: random.Random, figures: Figures, *, ranks: int) -> None:
-    """Kill one training until it is done, and compare it with a whole one."""
-    words = ["train", config, *QUIET, *OFTEN]
+def train_whole(config: Path, folder: Path, *, ranks: int) -> float:
+    """Train without a kill, and return the seconds it took."""
     start = time.monotonic()
-    finished(folder / "said", *words, f"output_dir={folder / 'whole'}", ranks=ranks)
-    usual = time.monotonic() - start
-    killed, run = folder / "killed", folder / "killed" / "run"
+    finished(folder / "said", "train", config, *QUIET, *OFTEN, f"output_dir={folder / 'whole'}", ranks=ranks)
+    return time.monotonic() - start
+
+
+def train_round(config: Path, folder: Path, draw: random.Random, figures: Figures, *, ranks: int, usual: float) -> None:
+    """Kill one training until it is done, and compare it with the whole one. usual: seconds that one takes."""
+    whole, killed = folder / "whole" / "run", folder / "killed"
+    run, words = killed / "run", ["train", config, *QUIET, *OFTEN, f"output_dir={killed}"]
     while not (run / f"step{STEPS}").exists():
         resume = ["--resume"] if (run / "config.yaml").exists() else []
-        with running(folder / "said", *words, f"output_dir={killed}", *resume, ranks=ranks) as command:
+        with running(folder / "said", *words, *resume, ranks=ranks) as command:
             _kill_at_a_random_moment(command, run, draw, figures, usual=usual)
     if any(command.codes()):  # killed after its last save; its last checkpoint may still lack
-        finished(folder / "said", *words, f"output_dir={killed}", "--resume", ranks=ranks)
+        finished(folder / "said", *words, "--resume", ranks=ranks)
     figures["trainings"] += 1
-    for name in (f"step{STEPS}/adapter_model.safetensors", *_tensors(folder / "whole" / "run")):
-        same = (folder / "whole" / "run" / name).read_bytes() == (run / name).read_bytes()
+    for name in (f"step{STEPS}/adapter_model.safetensors", *_tensors(whole)):
+        same = (whole / name).read_bytes() == (run / name).read_bytes()
         _count(figures, "" if same else f"{ranks} ranks: {name} differs")
-    shutil.rmtree(folder)
+    shutil.rmtree(killed)
 
 
 def _tensors(run: Path) -> list[str]:
@@ -72,7 +81,7 @@ def _kill_at_a_random_moment(
 ) -> None:
     metrics, before = run / "metrics.jsonl", _lines(run / "metrics.jsonl")
     kind = draw.choice(("in_a_start", "in_a_step", "in_a_save", "in_a_save"))
-    more = draw.randint(1, 8)
+    more = draw.randint(1, PROGRESS)
     reached: dict[str, Callable[[], bool]] = {
         "in_a_start": lambda: False,
         "in_a_step": lambda: _lines(metrics) >= before + more,

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.support.ranks import run_ranks
+from tests.training.trainings import children, end, steps, wait_for_step, wait_until
 from transpixeler.config import CheckpointConfig
 from transpixeler.files import write_text
 from transpixeler.parallel.runtime import Runtime
@@ -44,27 +45,12 @@ def launched(
     try:
         yield process
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def steps(output: Path) -> int:
-    lines = list(output.glob("latest/metrics.jsonl"))
-    return lines[0].read_text().count("\n") if lines else 0
-
-
-def wait_for(process: subprocess.Popen, output: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while steps(output) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.02)
+        end(process)
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranked = []
-    for child in map(int, children):
+    for child in children(process):
         for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             if entry.startswith(b"RANK="):
                 ranked.append((int(entry[5:]), child))
@@ -80,7 +66,7 @@ def test_sigterm_saves_and_ends_four_ranks_within_seconds(demo: Path, tmp_path: 
     overrides = ("train.max_steps=1000", "parallel.pipeline=2", "parallel.shard=2")
     begun = time.monotonic()
     with launched(demo, tmp_path, 4, *overrides) as process:
-        wait_for(process, tmp_path, 3)
+        wait_for_step(process, tmp_path, 3)
         start = time.monotonic()
         os.kill(workers(process)[2] if asked == "one rank" else process.pid, signal.SIGTERM)
         code = process.wait(45)
@@ -94,10 +80,10 @@ def test_sigterm_saves_and_ends_four_ranks_within_seconds(demo: Path, tmp_path: 
 
 def test_a_lost_rank_ends_the_job_with_the_reason(demo: Path, tmp_path: Path) -> None:
     with launched(demo, tmp_path, 2, "train.max_steps=1000", "checkpoint.every_steps=2") as process:
-        wait_for(process, tmp_path, 3)
-        while not (saved := checkpoint.candidates((tmp_path / "latest").resolve() / "checkpoints")):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.02)  # the first one is written beside training
+        wait_for_step(process, tmp_path, 3)
+        folder = (tmp_path / "latest").resolve() / "checkpoints"
+        wait_until(process, lambda: bool(checkpoint.candidates(folder)))  # the first one is written beside training
+        saved = checkpoint.candidates(folder)
         start = time.monotonic()
         os.kill(workers(process)[1], signal.SIGKILL)
         _, said = process.communicate(timeout=60)
@@ -174,7 +160,7 @@ def test_a_restart_by_torchrun_goes_on_with_the_run_that_the_job_made(demo: Path
     overrides = ("train.max_steps=8", "checkpoint.every_steps=2", "checkpoint.asynchronous=false")
     options = ("--max-restarts", "1", "--monitor-interval", "0.1")
     with launched(demo, tmp_path, 2, *overrides, options=options) as process:
-        wait_for(process, tmp_path, 4)
+        wait_for_step(process, tmp_path, 4)
         os.kill(workers(process)[1], signal.SIGKILL)
         _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
@@ -185,7 +171,7 @@ def test_a_restart_by_torchrun_goes_on_with_the_run_that_the_job_made(demo: Path
 
 def test_ctrl_c_under_torchrun_saves_on_all_ranks(demo: Path, tmp_path: Path) -> None:
     with launched(demo, tmp_path, 2, "train.max_steps=1000", "checkpoint.every_steps=0") as process:
-        wait_for(process, tmp_path, 2)
+        wait_for_step(process, tmp_path, 2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to torchrun, and to ranks in its group
         _, said = process.communicate(timeout=120)
     assert process.returncode != 0

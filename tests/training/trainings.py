@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,34 @@ def start(demo: Path, output: Path, *overrides: str) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        lines = list(output.glob("latest/metrics.jsonl"))
-        if lines and lines[0].read_text().count("\n") >= step:
-            return
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+    wait_until(process, lambda: steps(output) >= step)
+
+
+def steps(output: Path) -> int:
+    """Return how many steps the latest run in a folder has told of."""
+    lines = list(output.glob("latest/metrics.jsonl"))
+    return lines[0].read_text().count("\n") if lines else 0
+
+
+def wait_until(process: subprocess.Popen, done: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait for a training to come that far; one that does not is ended, so that it takes nothing from later tests."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if process.poll() is not None or time.monotonic() >= deadline:
+            end(process)
+            raise AssertionError(process.stderr.read())
         time.sleep(0.01)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a training and, if that is torchrun, its ranks, which have process groups of their own."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # so that torchrun starts no rank again
+        for child in children(process):
+            os.kill(child, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]

@@ -39,8 +39,9 @@ class Frames:
         try:
             yield self._vae.to(self.device)
         finally:
-            self._vae.to(torch.device("cpu"))
-            release_memory(self.device)
+            if self.device.type != "cpu":  # a CPU's VAE stays, and collecting after each video takes half a second
+                self._vae.to(torch.device("cpu"))
+                release_memory(self.device)
 
 
 def to_pixels(video: Tensor) -> np.ndarray:

@@ -111,3 +111,15 @@ def test_inspect_takes_a_folder_of_any_name(name: str, tmp_path: Path, capsys: p
     words = ["inspect", str(tmp_path / name), "data.resolutions=[64]", "--out", str(tmp_path / "page.html")]
     assert cli.main(words) == 0
     assert "1 samples can be used, 0 cannot" in capsys.readouterr().out
+
+
+def test_a_command_ends_without_a_search_for_garbage() -> None:
+    """What is frozen is not searched when the interpreter ends, which for all of torch takes most of a second."""
+    program = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count() > 1000))  # the last that is registered runs first
+from transpixeler import cli
+raise SystemExit(cli.main(["report", "nowhere"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True\n" and done.returncode == 2, done.stderr

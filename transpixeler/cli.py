@@ -7,7 +7,9 @@ Each command imports what it needs when it runs, so that `--help` and a misspelt
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
+import gc
 import os
 import shlex
 import sys
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that argv names and return its exit code."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     threading.excepthook = _tell_thread_error
+    atexit.register(gc.freeze)  # or the interpreter's end searches all of torch for cycles: about a second a process
     try:
         return COMMANDS[arguments.command](arguments)
     except UserError as error:

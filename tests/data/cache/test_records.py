@@ -269,6 +269,7 @@ def _put_the_row_first(self: CacheWriter, records: list[Record]) -> None:
             [record.key], spec, segment=segment.number, offsets=[segment.end], crcs=[zlib.crc32(data)]
         )
         os.write(self._index, row.tobytes())
+        time.sleep(0.001)  # so that a kill soon falls between the two
         segment.write(data)
 
 

@@ -23,7 +23,7 @@ from transpixeler.families.wan.encoders import WanVae
 from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
 
-PAIRS = 30  # of the set whose encoding is killed
+PAIRS = 18  # of the set whose encoding is killed
 
 
 def test_the_share_is_even_by_cost_and_nothing_is_lost() -> None:

@@ -19,7 +19,7 @@ from transpixeler.parallel import runtime
 from transpixeler.parallel.build import build_engine
 from transpixeler.training import optim
 
-STEPS = 10
+STEPS = 4  # two of each bucket: the second has schedules and shards that the first left behind
 BASE = (
     *("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3"),
     *("objective.caption_dropout=0", "objective.tasks={joint: 2, rgb_to_aux: 1}"),
@@ -143,7 +143,7 @@ def difference(one: Result, other: Result) -> float:
 
 @pytest.mark.parametrize(("kind", "ranks"), LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
-def test_ten_steps_are_the_same_on_any_layout(name: str, kind: str, ranks: int) -> None:
+def test_steps_are_the_same_on_any_layout(name: str, kind: str, ranks: int) -> None:
     runs = {run: (*overrides, *KINDS[kind]) for run, overrides in LAYOUTS[kind, ranks].items()}
     found = {run: difference(result, alone(name, kind)) for run, result in train(ranks, name, runs).items()}
     assert max(found.values()) < 1e-6, found

@@ -152,7 +152,7 @@ def kill_during_saves(folder: Path, times: int) -> list[int]:
 
 
 def test_a_kill_during_saves_always_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    resumed = kill_during_saves(tmp_path, 12)
+    resumed = kill_during_saves(tmp_path, 20)
     assert resumed == sorted(resumed) and len(set(resumed)) > 5
 
 

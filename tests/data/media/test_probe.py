@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from transpixeler.data.file_memory import memory_lines, write_memory
+from transpixeler.data.media.clip import Media
 from transpixeler.data.media.probe import Probes
 from transpixeler.data.media.write import write_png
 
@@ -18,14 +19,21 @@ def test_a_memory_of_another_version_is_forgotten(tmp_path: Path) -> None:
     assert Probes(tmp_path)._memory._known == {}
 
 
-@pytest.mark.parametrize("text", ["", "\n", "{whole}\nnonsense\n\0\t\t\n", "{whole}\n{line}\n1\t2\t3", "{whole}"])
-def test_a_broken_memory_is_read_as_far_as_it_goes(text: str, tmp_path: Path) -> None:
+@pytest.fixture
+def looked_at(tmp_path: Path) -> tuple[Path, Path, Media]:
+    """An image, the memory of it that was saved, and what is remembered."""
     image, memory = tmp_path / "a.png", tmp_path / "cache" / "probes.tsv"
     write_png(image, np.zeros((16, 16, 3), np.uint8))
     os.utime(image, (1e9, 1e9))
     probes = Probes(memory.parent)
     found = probes(image)
     probes.save()
+    return image, memory, found
+
+
+@pytest.mark.parametrize("text", ["", "\n", "{whole}\nnonsense\n\0\t\t\n", "{whole}\n{line}\n1\t2\t3", "{whole}"])
+def test_a_broken_memory_is_read_as_far_as_it_goes(text: str, looked_at: tuple[Path, Path, Media]) -> None:
+    image, memory, found = looked_at
     whole, garbled = memory.read_text().rstrip("\n"), "1\t2\t1\t16\t16\t1/0\t0\t0\tb.png"
     memory.write_text(text.format(whole=whole, line=garbled))
     again = Probes(memory.parent)
@@ -35,14 +43,9 @@ def test_a_broken_memory_is_read_as_far_as_it_goes(text: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("shift", [-1, 1, 30])
-def test_an_edited_line_is_no_fact(shift: int, tmp_path: Path) -> None:
+def test_an_edited_line_is_no_fact(shift: int, looked_at: tuple[Path, Path, Media]) -> None:
     """A number that was changed, by hand or by the disk, would be believed for ever."""
-    image, memory = tmp_path / "a.png", tmp_path / "cache" / "probes.tsv"
-    write_png(image, np.zeros((16, 16, 3), np.uint8))
-    os.utime(image, (1e9, 1e9))
-    probes = Probes(memory.parent)
-    found = probes(image)
-    probes.save()
+    image, memory, found = looked_at
     memory.write_text(memory.read_text().replace("\t16\t", f"\t{16 + shift}\t", 1))
     again = Probes(memory.parent)
     assert again(image) == found and again.opened == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -11,9 +12,20 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 import tests.support.families  # noqa: F401 - a family of the tests alone is found from here on
 from tests.support.shared import made_once, session_folder, settle
 from transpixeler.models.family import open_model
+
+torch.set_num_threads(1)  # results are the same bit for bit, and each worker has a core
+# Garbage is looked for in what a test makes, and not each time in all of torch and of pytest's own.
+gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@
 import gc
 import os
 
+gc.disable()  # what is loaded here stays
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
@@ -33,5 +34,6 @@ import transpixeler.sampling.command
 import transpixeler.training.trainer
 
 torch.set_num_threads(1)
+gc.enable()
 gc.collect()
 gc.freeze()  # a collection in a rank would else write to every object, and so copy the memory shared with the server

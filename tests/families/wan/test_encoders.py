@@ -1,6 +1,5 @@
 """Wan's VAE and text encoder give what diffusers' own pipeline gives."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,14 +33,6 @@ def pipeline(model: Path) -> "WanPipeline":
     from diffusers import WanPipeline
 
     return WanPipeline.from_pretrained(model)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

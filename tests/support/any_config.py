@@ -31,7 +31,7 @@ SIDE = st.integers(16, 4096)
 # Where the limits are not in the type, because they hang on other keys.
 CHOSEN: dict[str, st.SearchStrategy] = {
     "streams": st.just({"rgb": "", "seg": "_seg"}),
-    "model.family": st.sampled_from(["", *family_names()]),
+    "family": st.sampled_from(["", *family_names()]),
     "lora.scope": st.sampled_from(["aux", "all", ("seg",), ("rgb", "seg")]),
     "lora.enabled": st.just(True),
     "objective.t_min": st.floats(0, 0.4),

@@ -30,6 +30,7 @@ from transpixeler.config import Config
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
+from transpixeler.models.backbone import Flow
 from transpixeler.models.costs import Costs
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
@@ -93,9 +94,9 @@ def slow(block: Any, clock: Clock, *, seconds: float, weights: float) -> None:
     block.cost = nn.Parameter(torch.zeros(()))
     inputs, others = seconds * BACKWARD_OVER_FORWARD * (1 - weights), seconds * BACKWARD_OVER_FORWARD * weights
 
-    def compute(_: Any, hidden: Tensor, *state: Any) -> Tensor:
-        out = InputCost.apply(hidden, clock, seconds, inputs)
-        return out + WeightCost.apply(block.cost, clock, others) if others else out + block.cost
+    def compute(_: Any, flow: Flow, tokens: Any) -> Flow:
+        out = InputCost.apply(flow[0], clock, seconds, inputs)
+        return (out + WeightCost.apply(block.cost, clock, others) if others else out + block.cost,)
 
     block.recompute = compute
 

@@ -55,13 +55,14 @@ def train_whole(config: Path, folder: Path, *, ranks: int) -> float:
 
 def train_round(config: Path, folder: Path, draw: random.Random, figures: Figures, *, ranks: int, usual: float) -> None:
     """Kill one training until it is done, and compare it with the whole one. usual: seconds that one takes."""
-    whole, killed = folder / "whole" / "run", folder / "killed"
+    whole, killed, codes = folder / "whole" / "run", folder / "killed", []
     run, words = killed / "run", ["train", config, *QUIET, *OFTEN, f"output_dir={killed}"]
     while not (run / f"step{STEPS}").exists():
         resume = ["--resume"] if (run / "config.yaml").exists() else []
         with running(folder / "said", *words, *resume, ranks=ranks) as command:
             _kill_at_a_random_moment(command, run, draw, figures, usual=usual)
-    if any(command.codes()):  # killed after its last save; its last checkpoint may still lack
+            codes = command.codes()
+    if any(codes):  # killed after its last save; its last checkpoint may still lack
         finished(folder / "said", *words, "--resume", ranks=ranks)
     figures["trainings"] += 1
     for name in (f"step{STEPS}/adapter_model.safetensors", *_tensors(whole)):

@@ -21,7 +21,7 @@ quiet_libraries()
 
 import torchao.optim
 import transformers
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 import transpixeler.data.upkeep

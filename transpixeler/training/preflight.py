@@ -5,7 +5,7 @@ In: a config and a layout. Out: nothing, or a `UserError`. Each key by itself is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from transpixeler.adapters.on_model import check_names
 from transpixeler.config import Config, UserError
 from transpixeler.flow import objective
 from transpixeler.models.family import ModelFolder, examples
+from transpixeler.models.streams import Scope
 from transpixeler.parallel import build, shard
 from transpixeler.parallel.mesh import Layout
 from transpixeler.runs.folder import MANIFEST, METRICS
@@ -62,8 +63,11 @@ def check(config: Config, layout: Layout) -> None:
     objective.check_tasks(config.objective, tuple(config.streams))
 
 
-def check_model(config: Config, model: ModelFolder) -> None:
-    """Refuse what this model cannot train, or could train and not save, before anything is encoded."""
+def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope]) -> None:
+    """Refuse what this model cannot train, or could train and not save, before anything is encoded.
+
+    scopes: by target, those of the adapter that training starts from.
+    """
     known = objective.tasks(tuple(config.streams))
     for name, weight in config.objective.tasks.items():
         if weight > 0 and known[name].first and not model.geometry.first_alone:
@@ -72,7 +76,7 @@ def check_model(config: Config, model: ModelFolder) -> None:
                 f"objective.tasks.{name}: {model.family.title} encodes {frames} frames at a time, so that none can be "
                 "given alone; leave it out"
             )
-    whole = build.shape(config, partial(make_model, config), torch.float32)
+    whole = build.shape(config, partial(make_model, config), torch.float32, scopes=scopes)
     check_names(whole, model.family)
 
 

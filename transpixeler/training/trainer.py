@@ -75,7 +75,7 @@ class Trainer:
         self.config, self.controls = config, controls
         beginning = find_beginning(config, run.restored)
         model, source = open_model(config.model), base_weights(config)
-        preflight.check_model(config, model)
+        preflight.check_model(config, model, beginning.scopes)
         hosts = identity.check_hosts(config, runtime, source.path)
         self.data = encode_missing(config, model, runtime)
         order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)

@@ -131,6 +131,7 @@ TRAINS = (
     "save.every_epochs=0",
     "log.tensorboard=false",
     "eval.clips=2",
+    "eval.times=[0.3, 0.7]",
     "eval.samples=0",
     "sample.prompts=[]",
     "sample.steps=2",

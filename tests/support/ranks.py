@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def run_ranks(
                 if worker.is_alive():
                     worker.kill()
                     worker.join()
+
+
+def fork(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start a module-level function in a process that is forked from the server, with one thread and no group."""
+    worker = _server.Process(target=target, args=args, daemon=False)
+    worker.start()
+    return worker
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.trainings import FAST, metrics, start, wait_for_step
+from tests.training.trainings import FAST, launch, metrics, start, wait_for_step
 from transpixeler import cli
 from transpixeler.runs import checkpoint, folder, lock
 
@@ -50,7 +50,7 @@ def test_a_run_folder_that_is_lost_ends_training_and_is_not_made_again(demo: Pat
 
 
 def test_ctrl_c_saves_at_the_step_boundary_and_prints_the_line_that_resumes(demo: Path, tmp_path: Path) -> None:
-    process = start(demo, tmp_path, "train.max_steps=500", "checkpoint.every_steps=0")
+    process = launch(demo, tmp_path, "train.max_steps=500", "checkpoint.every_steps=0")
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)

@@ -212,12 +212,12 @@ def test_save_quit_ends_a_run_with_a_checkpoint(demo: Path, tmp_path: Path) -> N
 
 
 def test_sigusr1_saves_and_goes_on(demo: Path, tmp_path: Path) -> None:
-    process = start(demo, tmp_path, "train.max_steps=40", "checkpoint.every_steps=0")
+    process = start(demo, tmp_path, "train.max_steps=24", "checkpoint.every_steps=0")
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(90) == 0, process.stderr.read()
     steps = [checkpoint.step_of(f) for f in checkpoint.candidates((tmp_path / "latest" / "checkpoints").resolve())]
-    assert len(steps) == 2 and steps[0] == 40 and steps[1] < 40
+    assert len(steps) == 2 and steps[0] == 24 and steps[1] < 24
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

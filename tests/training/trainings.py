@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.support import ranks
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
+from transpixeler import cli, configfile
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint
 from transpixeler.training import trainer
@@ -24,6 +25,7 @@ from transpixeler.training import trainer
 ROOT = Path(__file__).parents[2]
 FAST = (
     "train.max_steps=8",
+    "train.global_batch=4",
     "checkpoint.every_steps=4",
     "save.every_steps=0",
     "save.every_epochs=0",
@@ -75,13 +77,62 @@ def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
     return (f"parallel.pipeline={pipeline}", f"parallel.replicate={replicate}", f"parallel.shard={shard}")
 
 
-def start(demo: Path, output: Path, *overrides: str) -> subprocess.Popen:
+class Forked:
+    """A command in its own process, forked from where torch is loaded; used as a `Popen` whose stderr is a file."""
+
+    def __init__(self, words: list[str], said: Path) -> None:
+        self._said = said
+        self._process = ranks.fork(_command, words, said)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def stderr(self) -> BinaryIO:
+        return self._said.open("rb")
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self.returncode is not None, f"it still runs after {timeout} s"
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[None, bytes]:
+        self.wait(timeout)
+        return None, self._said.read_bytes()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _command(words: list[str], said: Path) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    raise SystemExit(cli.main(words))
+
+
+def start(demo: Path, output: Path, *overrides: str) -> Forked:
+    """Start the command, with what it says in a file beside its output."""
+    words = ["train", str(demo / "config.yaml"), f"output_dir={output}", *FAST, *overrides]
+    return Forked(words, output.with_name(f"{output.name}.said"))
+
+
+def launch(demo: Path, output: Path, *overrides: str) -> subprocess.Popen:
+    """Start the command as a shell does, in an interpreter of its own."""
     words = ["train", str(demo / "config.yaml"), f"output_dir={output}", *FAST, *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-m", "transpixeler", *words], env=environment, stderr=subprocess.PIPE)
 
 
-def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen | Forked, output: Path, step: int) -> None:
     wait_until(process, lambda: steps(output) >= step)
 
 
@@ -91,7 +142,7 @@ def steps(output: Path) -> int:
     return lines[0].read_text().count("\n") if lines else 0
 
 
-def wait_until(process: subprocess.Popen, done: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(process: subprocess.Popen | Forked, done: Callable[[], bool], seconds: float = 120) -> None:
     """Wait for a training to come that far; one that does not is ended, so that it takes nothing from later tests."""
     deadline = time.monotonic() + seconds
     while not done():
@@ -101,7 +152,7 @@ def wait_until(process: subprocess.Popen, done: Callable[[], bool], seconds: flo
         time.sleep(0.01)
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen | Forked) -> None:
     """Kill a training and, if that is torchrun, its ranks, which have process groups of their own."""
     if process.poll() is None:
         process.send_signal(signal.SIGSTOP)  # so that torchrun starts no rank again
@@ -111,5 +162,5 @@ def end(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def children(process: subprocess.Popen) -> list[int]:
+def children(process: subprocess.Popen | Forked) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]

@@ -299,7 +299,9 @@ def test_neither_lost_clips_nor_a_page_that_fails_end_the_training(
         return measure(evaluator, folder, *more)
 
     monkeypatch.setattr(heldout.Evaluator, "samples", samples)
-    words = [*TRAINS, *ONCE, "eval.samples=1", f"data.eval={held}", f"output_dir={tmp_path / 'runs'}"]
+    cache = shutil.copytree(demo / "data/cache", tmp_path / "cache")  # which remembers what it saw of the lost files
+    words = [*TRAINS, *ONCE, "eval.samples=1", f"data.eval={held}", f"data.cache_dir={cache}"]
+    words.append(f"output_dir={tmp_path / 'runs'}")
     assert cli.main(["train", str(demo / "config.yaml"), *words]) == 0
     latest = tmp_path / "runs/latest"
     measures = lines(latest)[-1]["eval"]["held"]["metrics"]

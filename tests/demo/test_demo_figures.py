@@ -151,22 +151,22 @@ MEASURED = ("sample.steps=6", "--captions", "7")
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, float]]:
-    """Lend what `tools/demo_figures.py` says in its last line of an adapter that two processes trained for a minute."""
+    """Lend what `tools/demo_figures.py` says in its last line of an adapter that was trained for a minute."""
     with made_once(session_folder(tmp_path_factory) / "shared/taught", _teach_and_measure) as folder:
         yield json.loads((folder / "figures.json").read_text())
 
 
 def _teach_and_measure(folder: Path) -> None:
     write_demo(folder, train_clips=32, eval_clips=1)
-    launch("-m", "transpixeler", "train", folder / "config.yaml", *LESS)
+    launch("-m", "transpixeler", "train", folder / "config.yaml", *LESS, ranks=1)
     said = launch(TOOLS / "demo_figures.py", folder / "output/latest", *MEASURED, "--picture", folder / "f.png")
     assert (folder / "f.png").read_bytes().startswith(b"\x89PNG")
     (folder / "figures.json").write_text(said.splitlines()[-1])
 
 
-def launch(*words: object) -> str:
-    """Under torchrun, two processes; what they print."""
-    command = [sys.executable, *torchrun(2), *map(str, words)]
+def launch(*words: object, ranks: int = 2) -> str:
+    """Under torchrun; what they print."""
+    command = [sys.executable, *torchrun(ranks), *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr

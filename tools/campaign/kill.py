@@ -21,7 +21,8 @@ from campaign import QUIET, SMALL, Figures, main, write_demo
 from forked import Command, finished, running
 
 STEPS = 40
-CACHINGS = 8  # a round
+CACHINGS = 4  # a round
+POLL = 0.01  # seconds between two looks
 PROGRESS = 4  # most steps that a training makes before it is killed
 ALONE = 120.0  # seconds that a rank has to end by itself when another was killed
 OFTEN = (f"train.max_steps={STEPS}", "checkpoint.every_steps=2", "run_name=run", *SMALL)
@@ -36,7 +37,7 @@ def campaign(arguments: argparse.Namespace, folder: Path) -> Figures:
     figures |= {"trainings": 0, "caching_kills": 0, "cachings": 0, "wrong": 0}
     usual: dict[int, float] = {}
     for number in range(arguments.rounds):
-        ranks = 1 + number % 2
+        ranks = 2 - number % 2  # two at first
         if ranks not in usual:
             usual[ranks] = train_whole(config, folder / f"{ranks}", ranks=ranks)
         train_round(config, folder / f"{ranks}", draw, figures, ranks=ranks, usual=usual[ranks])
@@ -91,7 +92,7 @@ def _kill_at_a_random_moment(
     wait = draw.uniform(0, usual / 2) if kind == "in_a_start" else 600.0
     deadline = time.monotonic() + wait
     while not reached[kind]() and time.monotonic() < deadline and not command.ended():
-        time.sleep(0.002)
+        time.sleep(POLL)
     time.sleep(0 if kind == "in_a_start" else draw.uniform(0, 0.03))
     if command.ended():  # by itself
         _count(figures, "" if not any(command.codes()) else f"ended with {command.codes()}: {command.lines()[-3:]}")
@@ -111,7 +112,7 @@ def cache_round(config: Path, said: Path, draw: random.Random, figures: Figures)
         written, deadline = draw.randrange(1, 1 << 15), time.monotonic() + 600
         wait_for_start = draw.random() < 0.8  # else it is killed before or while the old cache goes
         while wait_for_start and _bytes(cache) < written and time.monotonic() < deadline and not command.ended():
-            time.sleep(0.002)
+            time.sleep(POLL)
         time.sleep(draw.uniform(0, 0.05 if wait_for_start else 0.5))
         figures["caching_kills"] += not command.ended()
     finished(said, "cache", config, *SMALL)

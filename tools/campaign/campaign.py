@@ -84,7 +84,7 @@ def started(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         kill(process)
 
 
-def kill(process: subprocess.Popen[Any]) -> None:
+def kill(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
     """Kill a process and everything that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, 9)

@@ -58,11 +58,12 @@ def train_round(config: Path, folder: Path, draw: random.Random, figures: Figure
     """Kill one training until it is done, and compare it with the whole one. usual: seconds that one takes."""
     whole, killed, codes = folder / "whole" / "run", folder / "killed", []
     run, words = killed / "run", ["train", config, *QUIET, *OFTEN, f"output_dir={killed}"]
+    codes: list[int | None] = []
     while not (run / f"step{STEPS}").exists():
         resume = ["--resume"] if (run / "config.yaml").exists() else []
         with running(folder / "said", *words, *resume, ranks=ranks) as command:
             _kill_at_a_random_moment(command, run, draw, figures, usual=usual)
-            codes = command.codes()
+        codes = command.codes()
     if any(codes):  # killed after its last save; its last checkpoint may still lack
         finished(folder / "said", *words, "--resume", ranks=ranks)
     figures["trainings"] += 1

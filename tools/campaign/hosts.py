@@ -5,7 +5,7 @@ another base, other code or other data must be named in one line at the start, a
 is cut at a random step must end on both hosts within `parallel.timeout_minutes`, each with one line that says what to
 do; once the cable is back, `--resume` must come to the same adapter, bit for bit, as a training that nobody cut. A
 round is one cut. A torchrun that lost its store looks for it for minutes after its rank has ended, which is torch's own
-and is only counted (`torchruns_left`). It needs root, and `ip`, `mount`, `nsenter` and `unshare`; without them it says so
+and is only counted (`torchruns_left`). It needs root and `ip`, `mount`, `nsenter` and `unshare`; without, it says so
 and exits with 2.
 """
 

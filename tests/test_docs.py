@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -44,6 +45,16 @@ TARGETS = set(re.findall(r"[a-z]+", re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.
 SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
 LANGUAGES = {"sh", "bash", "text", "yaml", "python", "dockerfile"}
 OTHERS = {"touch", "tensorboard", "docker", ".venv/bin/basedpyright"}  # programs that are not ours
+OF_MAKE = {
+    "MAKEFLAGS",
+    "MFLAGS",
+    "MAKEOVERRIDES",
+    "MAKELEVEL",
+    "ARGS",
+    "CONFIG",
+    "NPROC",
+    "DIST",
+}  # of make test
 CHEAP = {"plan", "inspect", "eval", "sample", "export", "report"}
 CHEAP_CACHE = ("--list", "--verify")
 KILOBYTES = 1000
@@ -210,7 +221,8 @@ def our_words(words: Sequence[str]) -> list[list[str]]:
     """Return the arguments of each `transpixeler` that a shell line calls, by itself, under torchrun or from make."""
     words = list(words)
     if words[0] == "make":
-        lines = subprocess.run(["make", "--dry-run", *words[1:]], capture_output=True, text=True)
+        plain = {key: value for key, value in os.environ.items() if key not in OF_MAKE}
+        lines = subprocess.run(["make", "--dry-run", *words[1:]], capture_output=True, text=True, env=plain)
         assert lines.returncode == 0, lines.stderr
         called = [shlex.split(line) for line in lines.stdout.splitlines() if "-m transpixeler " in line]
         return [word for line in called for word in our_words(line)]

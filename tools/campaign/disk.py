@@ -97,7 +97,7 @@ def campaign(arguments: argparse.Namespace, folder: Path) -> Figures:
 
 @dataclass(frozen=True)
 class Hit:
-    """What happens to a disk, and where its outcome is counted."""
+    """A way to spoil a disk, and the name under which its outcome is counted."""
 
     name: str
     strike: Callable[[Disk], None]

@@ -4,8 +4,8 @@ A training is killed with SIGKILL again and again, and resumed each time, until 
 of its start, in a step, or while a checkpoint is written. Its adapter and the tensors of its last checkpoint must then
 be the same, bit for bit, as those of a training that nobody killed. Every second training is on two ranks; where only
 one of them is killed (never in a start, where the other would look for it for minutes, as for a host that comes late),
-the other must end by itself. The cache is killed while it is built and built again; every record
-must be whole. A round is one training and some such buildings.
+the other must end by itself. The cache is killed while it is built and built again; every record must be whole. A round
+is one training and some such buildings.
 """
 
 from __future__ import annotations

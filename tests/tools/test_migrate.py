@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,8 @@ def test_no_key_vanishes(home: Path, capsys) -> None:
 def test_plan_accepts_it(home: Path, demo: Path, capsys) -> None:
     train = TRAIN.replace("weights/Wan2.1-T2V-1.3B", str(demo / "model")).replace("init_from_existing", "#")
     (home / "configs/train.toml").write_text(train.replace('[{name = "held", config = "configs/held.toml"}]', "[]"))
-    pairs = f'mode = "pair"\nresolutions = [64]\nframe_buckets = [1, 9]\n[[directory]]\npath = "{demo}/data/train"\n'
+    clips = shutil.copytree(demo / "data/train", home / "pairs")  # beside which a plan remembers what it saw of them
+    pairs = f'mode = "pair"\nresolutions = [64]\nframe_buckets = [1, 9]\n[[directory]]\npath = "{clips}"\n'
     (home / "configs/pairs.toml").write_text(pairs)
     migrated(home, "--gpus", 2)
     assert cli.main(["plan", str(home / "ours.yaml")]) == 0

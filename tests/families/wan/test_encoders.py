@@ -94,6 +94,16 @@ def test_a_video_is_encoded_to_the_same_bits_in_any_company(vae: WanVae) -> None
     torch.testing.assert_close(batch, singles, atol=1e-4, rtol=1e-4)
 
 
+def test_a_large_video_is_encoded_whole_also_after_one_was_decoded_in_tiles(
+    vae: WanVae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = torch.randint(0, 256, (1, 1, 288, 288, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    before = vae.encode(video)
+    monkeypatch.setattr(WanVae, "tiled_latents", 1)
+    vae.decode(torch.zeros(1, before.shape[1], 1, 4, 4))
+    assert vae.network.use_tiling and torch.equal(vae.encode(video), before)
+
+
 def test_a_fingerprint_follows_the_content_and_needs_no_weights(model: Path, tmp_path: Path) -> None:
     import shutil
 

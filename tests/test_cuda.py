@@ -31,7 +31,7 @@ def gradients(here: Runtime, *overrides: str) -> torch.Tensor:
     """Of one step's adapter, or of the base where that is trained."""
     config = tiny.config("train.global_batch=4", "parallel.compile=off", *overrides)
     mesh = meshes.build(meshes.resolve(config.parallel, 1), here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     engine.forward_backward(tiny.example(config, 1, range(4)).pinned().to(here.device), 2)
     found = [p.grad for _, p in engine.named_parameters() if p.grad is not None]
     return torch.cat([ema.local(g).float().cpu().flatten() for g in found])

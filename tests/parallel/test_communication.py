@@ -71,7 +71,7 @@ def _step(rank: int, world_size: int, overrides: tuple[str, ...], twin: str) -> 
     config = tiny.config(*BASE, *overrides)
     here = Runtime(rank, world_size, rank, torch.device("cpu"))
     mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     trained = {name: p for name, p in engine.named_parameters() if p.requires_grad}
     share = config.train.global_batch // mesh.layout.data
     engine.reduces_often |= twin == "reduces often"

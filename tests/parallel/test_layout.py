@@ -41,7 +41,7 @@ def _train(rank: int, world_size: int, overrides: tuple[str, ...], twin: str, st
     here = runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
     layout = meshes.resolve(config.parallel, world_size)
     mesh = meshes.build(layout, here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     trained = {name: p for name, p in engine.named_parameters() if p.requires_grad}
     optimizer = optim.build(trained, config.optim, mesh.data_group)
     share = config.train.global_batch // layout.data
@@ -272,7 +272,7 @@ def _inputs_left(rank: int, world_size: int, overrides: tuple[str, ...]) -> list
     """Of the blocks whose inputs are to wait elsewhere, those whose inputs are still here after a forward pass."""
     config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
     mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     inputs: list[weakref.ref] = []
     for block in engine.models()[0].blocks.values():
         block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0][0].untyped_storage())))
@@ -296,7 +296,7 @@ def _gathered(rank: int, world_size: int, overrides: tuple[str, ...]) -> int:
     """The most blocks whose weights are whole on the device at a time in a backward pass."""
     config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
     mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     blocks = [block for model in engine.models() for block in model.blocks.values()]
     found = []
     for block in blocks:
@@ -336,7 +336,7 @@ def _schedules(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[
     """Microbatches of the schedules that an evaluation makes, and which are alive after it: those that train."""
     config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
     mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     example = tiny.example(config, 1, range(4))
     engine.forward_backward(example, 1)
     gc.disable()  # as training does between its own collections

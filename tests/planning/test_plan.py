@@ -228,7 +228,7 @@ def _received(rank: int, world_size: int, schedule: str) -> float:
     config = tiny.config(f"train.global_batch={count}", f"parallel.pipeline={world_size}", schedule)
     here = Runtime(rank, world_size, rank, torch.device("cpu"))
     joined = mesh.build(mesh.resolve(config.parallel, world_size), here)
-    engine = build_engine(config, joined, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, joined, lambda: tiny.make(config), tiny.seeded(config))
     example = tiny.example(config, 1, range(count))
     with mock.patch.object(torch, "empty_strided", wraps=torch.empty_strided) as made:
         engine.forward_backward(example, 1)

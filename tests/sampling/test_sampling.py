@@ -187,7 +187,7 @@ def _sample(rank: int, world_size: int, overrides: tuple[str, ...], guidance: fl
     config = tiny.config(*overrides)
     here = Runtime(rank, world_size, rank, torch.device("cpu"))
     mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     for model in engine.models():
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tests.support.models import wan_model
+from tests.support.seeded import SeededSource
 from transpixeler import configfile
 from transpixeler.config import Config
 from transpixeler.families.wan.model import WanModel
@@ -45,26 +44,9 @@ def make(config: Config) -> WanModel:
     )
 
 
-class SeededSource:
-    """Base weights that are a pure function of their name, so that every rank reads the same model."""
-
-    path = Path("seeded")
-
-    def __init__(self, config: Config) -> None:
-        with torch.device("meta"):
-            parameters = dict(make(config).named_parameters())
-        self._shapes = {n: tuple(p.shape) for n, p in parameters.items() if "stream_embedding" not in n}
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read_slice(self, name: str, slices: Sequence[slice]) -> Tensor:
-        shape = self._shapes[name]
-        value = torch.randn(shape, generator=objective.generator(name)) / max(shape[-1], 1) ** 0.5
-        return (1 + 0.1 * value if "norm" in name and name.endswith("weight") else value)[tuple(slices)]
+def seeded(config: Config) -> SeededSource:
+    """Return base weights of the config's model."""
+    return SeededSource(partial(make, config))
 
 
 def example(config: Config, step: int, slots: range) -> objective.Example:

@@ -194,7 +194,7 @@ def _learn(rank: int, world_size: int, overrides: tuple[str, ...], steps: int) -
     config = tiny.config("train.global_batch=4", "optim.name=adamw", "optim.clip=1", *overrides)
     here = runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
     mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
-    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.SeededSource(config))
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
     trained = {name: p for name, p in engine.named_parameters() if p.requires_grad}
     optimizer = optim.build(trained, config.optim)
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from transpixeler.config import ObjectiveConfig, UserError
 from transpixeler.models.streams import StreamLayout
 
+Time = TypeVar("Time", float, Tensor)
 Fields = Mapping[str, Tensor]  # by name, in the order in which the model takes them
 
 
@@ -117,8 +119,12 @@ def quantile(config: ObjectiveConfig, uniform: Tensor, *, shift: float) -> Tenso
         if config.density == "uniform"
         else torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
     )
-    shifted = shift * t / (1 + (shift - 1) * t)
-    return shifted.clamp(config.t_min, config.t_max)
+    return shifted(t, shift).clamp(config.t_min, config.t_max)
+
+
+def shifted(t: Time, shift: float) -> Time:
+    """Move times towards noise: t → shift·t / (1 + (shift − 1)·t)."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def _distribution(config: ObjectiveConfig, t: float, *, shift: float) -> float:

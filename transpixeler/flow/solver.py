@@ -23,7 +23,7 @@ TRAIN_TIMESTEPS = 1000  # diffusers' schedulers count a flow's times from 1000 t
 def make_solver(name: str, *, steps: int, shift: float, levels: Sequence[float] | None = None) -> Any:
     """Return the diffusers scheduler of a `sample.scheduler`, set to noise levels from 1 down to 0.
 
-    levels: those of the steps where they are not the even ones shifted; only euler takes them.
+    levels: those of the steps; None: even ones, shifted. Only euler takes others.
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler

@@ -141,11 +141,12 @@ class ModelFolder(ABC):
         """Return what `sample.shift: auto` stands for."""
         return self.family.sampling.shift
 
-    def noise_levels(self, steps: int, tokens: int) -> list[float]:
-        """Return the levels of `sample.shift: auto` with the euler scheduler, from 1 down, without the 0 at the end."""
-        shift = self.sampling_shift(tokens)
-        even = [1 - step / steps for step in range(steps)]
-        return [shift * t / (1 + (shift - 1) * t) for t in even]
+    def noise_levels(self, steps: int, tokens: int) -> list[float] | None:
+        """Return the levels of `sample.shift: auto` with the euler scheduler, from 1 down, without the 0 at the end.
+
+        None: even ones, shifted by `sampling_shift`.
+        """
+        return None
 
     # -- made when they are asked for
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.support.families.cases import CASES, STREAMS, SeededSource, config, example
+from tests.support.families.cases import CASES, STREAMS, example
 from tests.support.ranks import run_ranks
+from tests.support.seeded import SeededSource
+from tests.support.tiny import config
 from transpixeler.config import Config
 from transpixeler.models.backbone import Backbone, Flow
 from transpixeler.models.streams import StreamLayout

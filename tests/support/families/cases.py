@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import tests.support.families  # noqa: F401 - the toy is found from here on
 from tests.support.models import move
-from transpixeler import configfile
 from transpixeler.config import Config
 from transpixeler.flow import objective
 from transpixeler.models.backbone import Backbone
@@ -113,34 +112,6 @@ def zero(model: nn.Module, part: str) -> None:
 
 
 # -- training
-
-
-def config(*overrides: str) -> Config:
-    return configfile.from_overrides(
-        ["lora.rank=4", "optim.name=sgd", "optim.lr=0.5", "optim.warmup_steps=0", *overrides]
-    )
-
-
-class SeededSource:
-    """Base weights that are a pure function of their name, so that every rank reads the same model."""
-
-    path = Path("seeded")
-
-    def __init__(self, make: Callable[[], Backbone]) -> None:
-        with torch.device("meta"):
-            parameters = dict(make().named_parameters())
-        self._shapes = {n: tuple(p.shape) for n, p in parameters.items() if "stream_embedding" not in n}
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read_slice(self, name: str, slices: Sequence[slice]) -> Tensor:
-        shape = self._shapes[name]
-        value = torch.randn(shape, generator=objective.generator(name)) / max(shape[-1], 1) ** 0.5
-        return (1 + 0.1 * value if "norm" in name and name.endswith("weight") else value)[tuple(slices)]
 
 
 def example(case: Case, model: Backbone, config: Config, step: int, slots: range) -> objective.Example:

@@ -18,6 +18,7 @@ from transpixeler.families.ltx.config import PATCH, LtxConfig, diffusers_config
 from transpixeler.families.ltx.model import FPS, LtxModel, text_field
 from transpixeler.families.ltx.names import NAMES, config_from_shapes
 from transpixeler.families.ltx.original import header_config
+from transpixeler.flow.objective import shifted
 from transpixeler.models.damage import read_config
 from transpixeler.models.family import (
     Digest,
@@ -100,7 +101,7 @@ class LtxFolder(ModelFolder):
         config = self._scheduler
         if not config.get("use_dynamic_shifting", not self._checked.causal_temporal_positioning):
             return schedule.linear_quadratic(steps)
-        levels = super().noise_levels(steps, tokens)
+        levels = [shifted(1 - step / steps, schedule.shift(tokens)) for step in range(steps)]
         last = config.get("shift_terminal", schedule.LAST)
         return schedule.stretched(levels, last) if last else levels
 

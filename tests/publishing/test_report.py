@@ -175,7 +175,11 @@ onmessage = event => {{
   document.getElementById("found").textContent = JSON.stringify(found);
 }};
 </script>"""
-WATCH = "<script>window.faults = []; onerror = (message, file, line) => faults.push(`${message} at ${line}`);</script>"
+WATCH = """<script>
+window.faults = [];
+onerror = (message, file, line) => faults.push(`${message} at ${line}`);
+if (innerWidth < 500) ResizeObserver = class { observe() {} }; // as in a browser too busy to have drawn a frame
+</script>"""
 PROBE = """<script>
 onload = () => setTimeout(() => {
   const all = selector => [...document.querySelectorAll(selector)], one = selector => document.querySelector(selector);

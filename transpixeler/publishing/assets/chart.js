@@ -74,7 +74,10 @@ function path(xs, ys, x, y) {
 }
 
 // series: {name, x, y, color, dash, raw: draw the points faintly under their smoothed curve, marks: a dot on each point}
+// The page draws Chart.all once it is laid out; a chart draws itself again whenever its width changes.
 class Chart {
+  static all = [];
+
   constructor({ title, sub, line, series, height = 220, zero = false, xlabel = "step", xname = v => `step ${short(v)}`, wide = false }) {
     Object.assign(this, { series, height, zero, xlabel, xname, weight: 0 });
     this.tip = el("div", { class: "tip", hidden: "" });
@@ -87,6 +90,7 @@ class Chart {
     this.svg.onpointermove = this.svg.onpointerdown = event => this.point(event);
     this.svg.onpointerleave = () => this.leave();
     new ResizeObserver(() => this.svg.clientWidth !== this.width && this.draw()).observe(this.svg);
+    Chart.all.push(this);
   }
 
   legend() {
@@ -140,6 +144,7 @@ class Chart {
   }
 
   point(event) {
+    if (!this.width) return;
     const box = this.svg.getBoundingClientRect(), at = event.clientX - box.left;
     const all = [...new Set(this.series.flatMap(s => s.x))];
     const near = all.reduce((best, v) => Math.abs(this.x(v) - at) < Math.abs(this.x(best) - at) ? v : best, all[0]);

@@ -357,6 +357,7 @@ for (const [id, title, part] of PARTS) {
 }
 main.append(el("footer", {}, `transpixeler${data.manifest.versions?.transpixeler ? ` ${data.manifest.versions.transpixeler}` : ""}`));
 for (const chart of smoothing) chart.weight = Number(document.querySelector("#training input")?.value ?? 0);
+for (const chart of Chart.all) chart.draw();
 const observer = new IntersectionObserver(entries => {
   for (const entry of entries) if (entry.isIntersecting) for (const link of nav.children) link.classList.toggle("here", link.hash === `#${entry.target.id}`);
 }, { rootMargin: "-30% 0px -65% 0px" });

@@ -67,7 +67,9 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> L
     if place.is_file():
         with naming_damage(place), torch.device("meta"):
             network = AutoencoderKLLTXVideo(**original_vae_config(place))
-            network.load_state_dict(original_vae_state(place), assign=True)
+            # Copied, because weights that lie in a mapped file at odd addresses give other last bits on some CPUs.
+            weights = {name: value.clone() for name, value in original_vae_state(place).items()}
+            network.load_state_dict(weights, assign=True)
         network.to(dtype)
     else:
         with naming_damage(place / "vae"):

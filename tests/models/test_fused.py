@@ -17,7 +17,8 @@ from transpixeler.models.linear import Linear, project
 from transpixeler.models.streams import StreamLayout
 
 HEADS, EPS, SCOPE = 3, 1e-6, slice(5, 17)
-ROPE = rope_table((2, 3, 4), 8)
+PLACES = [torch.arange(n, dtype=torch.float64) for n in (2, 3, 4)]
+ROPE = rope_table(PLACES, 8)
 
 
 def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -65,7 +66,7 @@ def test_normed_heads_keep_what_they_take_in_and_no_wide_copy() -> None:
 
 
 def test_rotation_is_one_rotation_however_it_is_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, rope = torch.randn(2, 24, 3, 24), rope_table((2, 3, 4), 24)
+    x, rope = torch.randn(2, 24, 3, 24), rope_table(PLACES, 24)
     complex_product = rotate(x, rope)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(rotate(x, rope), complex_product)

@@ -76,7 +76,8 @@ def continue_positions(model: WanModel) -> None:
 
     def positions(layout: StreamLayout, device: torch.device) -> wan.Tokens:
         f, h, w = layout.grids[0]
-        longer = wan.rope_table((2 * f, h, w), TINY["attention_head_dim"])
+        places = [torch.arange(n, dtype=torch.float64) for n in (2 * f, h, w)]
+        longer = wan.rope_table(places, TINY["attention_head_dim"])
         return shared(layout, device)._replace(rope=longer)
 
     model.positions = positions

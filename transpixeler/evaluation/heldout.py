@@ -97,7 +97,7 @@ class Evaluator:
         for piece in spread(self.held_out.pieces, self.config.eval.samples):
             item, batch = self.held_out.item(piece), self.held_out.batch(piece)
             fields = {name: value[0] for name, value in batch.fields.items()}
-            given = given_latents(piece.task, batch.layout.unpack(batch.latents))
+            given = given_latents(piece.task, batch.layout.videos(batch.latents))
             name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task.name}" if given else "")
             layout = piece.task.cut(batch.layout)
             plan.append((Video(name, item.caption, fields, seed + len(plan), layout, given), piece))

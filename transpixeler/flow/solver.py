@@ -76,7 +76,7 @@ def denoise(
 def _with_held(x: Tensor, held: Mapping[int, Tensor], layout: StreamLayout) -> Tensor:
     x = x.clone() if held else x
     for stream, latents in held.items():
-        layout.unpack(x)[stream][:, :, : latents.shape[1]] = latents
+        layout.videos(x)[stream][:, :, : latents.shape[1]] = latents
     return x
 
 

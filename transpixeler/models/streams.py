@@ -7,7 +7,7 @@ other path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -31,8 +31,15 @@ class Tokens(NamedTuple):
     groups: tuple[int, ...]  # tokens of each time group, in the order of the sequence
     kernel: str  # attention kernel
     rgb_attends_aux: bool = True
+    text_group: int = 0  # the time group whose time text takes, where it flows
     copy_scope: bool = True  # copy what an adapter keeps for the backward pass, where that frees more than it takes
     recomputing: bool = False  # this is the recomputation: only what the backward pass keeps is needed
+
+    @classmethod
+    def of(cls, layout: StreamLayout, rope: Tensor, *, kernel: str, rgb_attends_aux: bool) -> Tokens:
+        """Return what a layout says, with the positions and the kernel of a model."""
+        text = [not group.stream and not group.alone for group in layout.groups].count(True) - 1
+        return cls(rope, layout.lengths, layout.group_lengths, kernel, rgb_attends_aux, text)
 
     @property
     def text_weight(self) -> float:
@@ -78,18 +85,24 @@ def span_slice(lengths: Sequence[int], span: tuple[int, int]) -> slice:
 class StreamLayout:
     """The shapes of one batch's streams; hashable, the key for all that is cached by shape.
 
-    A time group is a run of tokens with one timestep. It is a whole stream, unless `cuts` names latent frames of that
-    stream at which another group begins, such as 1 where a given first frame has a time of its own.
+    A segment is a run of tokens with a grid of its own: a stream's video, and after it, where `lasts` names the stream,
+    its last frame, encoded alone because a latent frame of a video holds several. A time group is a run of tokens with
+    one timestep. It is a whole segment, unless `cuts` names latent frames of that stream's video at which another group
+    begins, such as 1 where a given first frame has a time of its own.
     """
 
     names: tuple[str, ...]
-    shapes: tuple[Shape, ...]  # latent (C, F, H, W) of each stream
+    shapes: tuple[Shape, ...]  # latent (C, F, H, W) of each stream's video
     patch: Grid
-    cuts: tuple[tuple[int, ...], ...] = ()  # of each stream; empty where every stream is one group
+    cuts: tuple[tuple[int, ...], ...] = ()  # of each stream; empty where every segment is one group
+    scales: tuple[int, ...] = ()  # of each stream: rows and columns of stream 0 that one of its own covers; empty: 1
+    lasts: tuple[int, ...] = ()  # streams whose last frame is a segment
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.shapes) > 0, (self.names, self.shapes)
         assert len(self.cuts) in (0, len(self.names)), (self.names, self.cuts)
+        assert len(self.scales) in (0, len(self.names)), (self.names, self.scales)
+        assert not self.lasts or self.patch[0] == 1, "a frame alone is no whole patch"
         for _, *extent in self.shapes:
             assert all(n % p == 0 for n, p in zip(extent, self.patch, strict=True)), (self.shapes, self.patch)
         for (_, frames, *_), cuts in zip(self.shapes, self.cuts):
@@ -106,40 +119,72 @@ class StreamLayout:
         """Return the same streams in other time groups: for each stream the latent frames where a group begins."""
         return replace(self, cuts=tuple(tuple(own) for own in cuts) if any(cuts) else ())
 
+    def with_lasts(self, streams: Iterable[int]) -> StreamLayout:
+        """Return the same videos, those of `streams` followed by their last frame."""
+        return replace(self, lasts=tuple(sorted(set(streams))))
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Segments in the order of the sequence."""
+        found = []
+        for stream, shape in enumerate(self.shapes):
+            scale = self.scales[stream] if self.scales else 1
+            found.append(Segment(stream, shape, self.patch, scale))
+            if stream in self.lasts:
+                channels, frames, height, width = shape
+                found.append(Segment(stream, (channels, 1, height, width), self.patch, scale, first=frames - 1))
+        return tuple(found)
+
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
-        """(f, h, w) in tokens of each stream."""
-        return tuple(_grid([n // p for n, p in zip(shape[1:], self.patch, strict=True)]) for shape in self.shapes)
+        """(f, h, w) in tokens of each segment."""
+        return tuple(segment.grid for segment in self.segments)
+
+    @cached_property
+    def segment_lengths(self) -> tuple[int, ...]:
+        """Tokens of each segment."""
+        return tuple(prod(grid) for grid in self.grids)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each stream."""
-        return tuple(prod(grid) for grid in self.grids)
+        return self._by_stream(self.segment_lengths)
+
+    @cached_property
+    def segment_sizes(self) -> tuple[int, ...]:
+        """Latent elements of each segment."""
+        return tuple(prod(segment.shape) for segment in self.segments)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Latent elements of each stream."""
-        return tuple(prod(shape) for shape in self.shapes)
+        return self._by_stream(self.segment_sizes)
+
+    def _by_stream(self, counts: Sequence[int]) -> tuple[int, ...]:
+        pairs = list(zip(self.segments, counts, strict=True))
+        return tuple(sum(n for segment, n in pairs if segment.stream == s) for s in range(len(self.names)))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Time groups in the order of the sequence."""
         found = []
-        for stream, (_, frames, *_) in enumerate(self.shapes):
-            starts = (0, *(self.cuts[stream] if self.cuts else ()))
-            found += [Group(stream, start, end) for start, end in zip(starts, (*starts[1:], frames), strict=True)]
+        for place, (stream, (_, frames, *_), *_) in enumerate(self.segments):
+            alone = self.segments[place].alone
+            starts = (0, *(self.cuts[stream] if self.cuts and not alone else ()))
+            ends = (*starts[1:], frames)
+            found += [Group(stream, start, end, alone) for start, end in zip(starts, ends, strict=True)]
         return tuple(found)
 
     @cached_property
     def group_lengths(self) -> tuple[int, ...]:
         """Tokens of each time group."""
-        frames = [prod(self.grids[group.stream][1:]) for group in self.groups]
+        frames = [prod(n // p for n, p in zip(self.shapes[group.stream][2:], self.patch[1:])) for group in self.groups]
         return tuple((group.end - group.start) // self.patch[0] * n for group, n in zip(self.groups, frames))
 
     @cached_property
     def group_sizes(self) -> tuple[int, ...]:
         """Latent elements of each time group."""
-        frames = [self.sizes[group.stream] // self.shapes[group.stream][1] for group in self.groups]
+        frames = [prod(self.shapes[group.stream]) // self.shapes[group.stream][1] for group in self.groups]
         return tuple((group.end - group.start) * n for group, n in zip(self.groups, frames))
 
     def groups_of(self, stream: int) -> range:
@@ -159,39 +204,74 @@ class StreamLayout:
         return span_slice(self.sizes, (stream, stream + 1))
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """[B, N] → a view [B, C, F, H, W] of each stream."""
-        parts = packed.split(self.sizes, dim=1)
-        return tuple(part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True))
+        """[B, N] → a view [B, C, F, H, W] of each segment."""
+        parts = packed.split(self.segment_sizes, dim=1)
+        return tuple(part.unflatten(1, one.shape) for part, one in zip(parts, self.segments, strict=True))
 
-    def pack(self, streams: Sequence[Tensor]) -> Tensor:
-        """[B, C, F, H, W] of each stream → [B, N]."""
-        assert tuple(tuple(stream.shape[1:]) for stream in streams) == self.shapes
-        return torch.cat([stream.flatten(1) for stream in streams], dim=1)
+    def videos(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """[B, N] → a view [B, C, F, H, W] of each stream's video."""
+        return tuple(part for part, one in zip(self.unpack(packed), self.segments, strict=True) if not one.alone)
+
+    def pack(self, segments: Sequence[Tensor]) -> Tensor:
+        """[B, C, F, H, W] of each segment → [B, N]."""
+        assert [tuple(part.shape[1:]) for part in segments] == [one.shape for one in self.segments]
+        return torch.cat([part.flatten(1) for part in segments], dim=1)
 
     def split_groups(self, packed: Tensor) -> tuple[Tensor, ...]:
         """[B, N] → [B, elements] of each time group."""
         if not self.cuts:
-            return packed.split(self.sizes, dim=1)
-        streams = self.unpack(packed)
-        return tuple(streams[group.stream][:, :, group.start : group.end].flatten(1) for group in self.groups)
+            return packed.split(self.segment_sizes, dim=1)
+        parts = {(one.stream, one.alone): part for one, part in zip(self.segments, self.unpack(packed), strict=True)}
+        return tuple(parts[one.stream, one.alone][:, :, one.start : one.end].flatten(1) for one in self.groups)
 
     def spread(self, values: Tensor) -> Tensor:
         """[B, G] → [B, N], each time group's number at each of its elements."""
         if not self.cuts:
-            sizes = zip(values.unbind(1), self.sizes, strict=True)
+            sizes = zip(values.unbind(1), self.segment_sizes, strict=True)
             return torch.cat([value[:, None].expand(-1, size) for value, size in sizes], dim=1)
         frames = torch.tensor([group.end - group.start for group in self.groups], device=values.device)
-        each = values.repeat_interleave(frames, dim=1).split([shape[1] for shape in self.shapes], dim=1)  # [B, F]
-        rows = zip(each, self.shapes, strict=True)
-        return torch.cat([v[:, None, :, None, None].expand(-1, *shape).flatten(1) for v, shape in rows], dim=1)
+        each = values.repeat_interleave(frames, dim=1).split([one.shape[1] for one in self.segments], dim=1)  # [B, F]
+        rows = zip(each, self.segments, strict=True)
+        return torch.cat([v[:, None, :, None, None].expand(-1, *one.shape).flatten(1) for v, one in rows], dim=1)
+
+
+class Segment(NamedTuple):
+    """A run of tokens with a grid of its own."""
+
+    stream: int
+    shape: Shape  # latent (C, F, H, W)
+    patch: Grid
+    scale: int = 1  # rows and columns of stream 0 that one of its own covers
+    first: int = 0  # the latent frame of the stream's video where it begins
+
+    @property
+    def alone(self) -> bool:
+        """Tell a video's last frame from the video."""
+        return self.first > 0
+
+    @property
+    def grid(self) -> Grid:
+        """(f, h, w) in tokens."""
+        return _grid([n // p for n, p in zip(self.shape[1:], self.patch, strict=True)])
+
+    def positions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the places in time, height and width of its tokens, in fp64 and in tokens of stream 0.
+
+        A token of another scale stands in the middle of those that it covers.
+        """
+        f, h, w = self.grid
+        time, *sides = (torch.arange(n, dtype=torch.float64) for n in (f, h, w))
+        rows, columns = ((side + 0.5) * self.scale - 0.5 for side in sides)
+        return time + self.first // self.patch[0], rows, columns
 
 
 class Group(NamedTuple):
-    """A time group: latent frames `start` to `end` of a stream."""
+    """A time group: latent frames `start` to `end` of a stream's video, or of its last frame alone."""
 
     stream: int
     start: int
     end: int
+    alone: bool = False
 
 
 def _grid(numbers: Sequence[int]) -> Grid:

@@ -24,7 +24,7 @@ class Frames:
     def decode(self, latents: Tensor, layout: StreamLayout) -> dict[str, np.ndarray]:
         """Return uint8 [F, H, W, 3] by stream, from packed latents [N]."""
         with self._vae_on_device() as vae:
-            streams = zip(layout.names, layout.unpack(latents[None]), strict=True)
+            streams = zip(layout.names, layout.videos(latents[None]), strict=True)
             return {name: to_pixels(vae.decode(part)[0]) for name, part in streams}
 
     def encode(self, frames: np.ndarray) -> Tensor:

@@ -13,7 +13,7 @@ from transpixeler.families.ltx.config import LtxConfig
 from transpixeler.families.ltx.model import LtxModel, positions_in_pixels, rope_table
 from transpixeler.families.ltx.names import NAMES
 from transpixeler.models.backbone import apply_dtypes
-from transpixeler.models.streams import StreamLayout
+from transpixeler.models.streams import Segment, StreamLayout
 
 FPS = 24.0
 SHAPES = [(4, 1, 3, 4), (4, 3, 4, 5), (4, 5, 2, 7)]
@@ -159,11 +159,16 @@ def test_positions_are_in_seconds() -> None:
 
 def test_a_token_begins_where_its_pixels_do() -> None:
     cpu = torch.device("cpu")
-    places = positions_in_pixels((3, 2, 2), fps=8.0, causal=True, device=cpu).view(3, 2, 2, 3)
+    places = positions_in_pixels(Segment(0, (1, 3, 2, 2), (1, 1, 1)), fps=8.0, causal=True, device=cpu).view(3, 2, 2, 3)
     assert places[:, 0, 0, 0].tolist() == [0.0, 1 / 8, 9 / 8]
     assert places[0, :, 0, 1].tolist() == [0.0, 32.0] and places[0, 0, :, 2].tolist() == [0.0, 32.0]
-    plain = positions_in_pixels((3, 2, 2), fps=8.0, causal=False, device=cpu).view(3, 2, 2, 3)
+    plain = positions_in_pixels(Segment(0, (1, 3, 2, 2), (1, 1, 1)), fps=8.0, causal=False, device=cpu).view(3, 2, 2, 3)
     assert plain[:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
+    last = Segment(0, (1, 1, 2, 2), (1, 1, 1), first=2)
+    ends = [positions_in_pixels(last, fps=8.0, causal=causal, device=cpu)[0, 0].item() for causal in (True, False)]
+    assert ends == [16 / 8, 2.0 + 7 / 8]  # where the last of the clip's 17 or 24 frames begins
+    half = positions_in_pixels(Segment(1, (1, 3, 1, 1), (1, 1, 1), scale=2), fps=8.0, causal=True, device=cpu)
+    assert half[:, 1:].tolist() == [[16.0, 16.0]] * 3  # half a cell on, in the middle of the two that it covers
     table = rope_table(places.flatten(0, 2), 32)
     assert table.shape == (12, 16, 2) and torch.equal(table[:, 0], torch.tensor([1.0, 0.0]).expand(12, 2))
 

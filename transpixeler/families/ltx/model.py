@@ -23,7 +23,7 @@ from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import FeedForward, Linear, project_shared
 from transpixeler.models.modulation import add_gated, modulate
-from transpixeler.models.streams import Grid, StreamLayout, Tokens, stream_embeddings
+from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
 
 FPS = 24.0  # of the clips, where nothing says otherwise
 STRIDE: Grid = (8, 32, 32)  # frames, rows and columns of pixels in one latent cell
@@ -33,16 +33,18 @@ QK_EPS = 1e-5
 # -- positions
 
 
-def positions_in_pixels(grid: Grid, *, fps: float, causal: bool, device: torch.device) -> Tensor:
+def positions_in_pixels(segment: Segment, *, fps: float, causal: bool, device: torch.device) -> Tensor:
     """[f·h·w, 3]: the second, row and column of pixels where each token begins.
 
-    causal: the first latent frame lasts one frame, so the n-th one begins 8n − 7 frames in, not 8n.
+    causal: the first latent frame lasts one frame, so the n-th one begins 8n − 7 frames in, not 8n. A last frame that
+    stands alone begins where its latent frame's last one does.
     """
-    frames, rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
+    frames, rows, columns = (places.float().to(device) for places in segment.positions())
+    later = STRIDE[0] - 1 if segment.alone else 0
     if causal:
-        seconds = (frames * STRIDE[0] + 1 - STRIDE[0]).clamp(min=0) * (1.0 / fps)
+        seconds = (frames * STRIDE[0] + 1 - STRIDE[0] + later).clamp(min=0) * (1.0 / fps)
     else:
-        seconds = frames * (STRIDE[0] / fps)
+        seconds = frames * (STRIDE[0] / fps) + later / fps
     return torch.cartesian_prod(seconds, rows * STRIDE[1], columns * STRIDE[2])
 
 
@@ -187,8 +189,9 @@ class Embed(nn.Module):
         """[B, N] → [B, T, D]; a stream's embedding is nothing but another bias."""
         weight, bias = self.patchify_proj.weight, self.patchify_proj.bias
         biases = [bias, *(bias + self.stream_embedding[name] for name in layout.names[1:])]
-        cells = [stream.flatten(2).mT.to(weight.dtype) for stream in layout.unpack(x)]  # [B, L, C]
-        return torch.cat([F.linear(cell, weight, b) for cell, b in zip(cells, biases, strict=True)], dim=1)
+        cells = [part.flatten(2).mT.to(weight.dtype) for part in layout.unpack(x)]  # [B, L, C]
+        pairs = zip(cells, layout.segments, strict=True)
+        return torch.cat([F.linear(cell, weight, biases[segment.stream]) for cell, segment in pairs], dim=1)
 
 
 class Head(nn.Module):
@@ -211,7 +214,7 @@ class Head(nn.Module):
     ) -> Tensor:
         shift, scale = (self.scale_shift_table + temb[:, :, None]).unbind(2)  # [B, G, D]
         y = self.proj_out(modulate(hidden, shift, scale, groups=layout.group_lengths, eps=1e-6))
-        return torch.cat([part.mT.flatten(1) for part in y.split(layout.lengths, dim=1)], dim=1)
+        return torch.cat([part.mT.flatten(1) for part in y.split(layout.segment_lengths, dim=1)], dim=1)
 
 
 class LtxModel(Backbone):
@@ -239,22 +242,23 @@ class LtxModel(Backbone):
         self.embed = Embed(config, self.streams)
         self.blocks = nn.ModuleDict({str(index): LtxBlock(config) for index in range(config.num_layers)})
         self.head = Head(config)
-        self._ropes: OrderedDict[tuple[tuple[Grid, ...], float, torch.device], Tensor] = OrderedDict()
+        self._ropes: OrderedDict[tuple[tuple[Segment, ...], float, torch.device], Tensor] = OrderedDict()
 
     def positions(self, layout: StreamLayout, device: torch.device) -> Tokens:
-        key = (layout.grids, self.fps, device)
+        key = (layout.segments, self.fps, device)
         if key not in self._ropes:
-            tables = {grid: self._rope(grid, device) for grid in set(layout.grids)}
-            self._ropes[key] = torch.cat([tables[grid] for grid in layout.grids])
+            places = [segment._replace(stream=0) for segment in layout.segments]  # equal streams share a table
+            tables = {segment: self._rope(segment, device) for segment in set(places)}
+            self._ropes[key] = torch.cat([tables[segment] for segment in places])
             if len(self._ropes) > 2:  # 219 MB each on 2B at 1216×704×121, joint
                 self._ropes.popitem(last=False)
         self._ropes.move_to_end(key)
         kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.config.attention_head_dim)
-        return Tokens(self._ropes[key], layout.lengths, layout.group_lengths, kernel, self.rgb_attends_aux)
+        return Tokens.of(layout, self._ropes[key], kernel=kernel, rgb_attends_aux=self.rgb_attends_aux)
 
-    def _rope(self, grid: Grid, device: torch.device) -> Tensor:
+    def _rope(self, segment: Segment, device: torch.device) -> Tensor:
         causal = self.config.causal_temporal_positioning
-        return rope_table(positions_in_pixels(grid, fps=self.fps, causal=causal, device=device), self.width)
+        return rope_table(positions_in_pixels(segment, fps=self.fps, causal=causal, device=device), self.width)
 
     def flow_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> Flow:
         width, groups = self.width, len(layout.groups)

@@ -33,14 +33,17 @@ THETA = 10000.0
 # -- positions
 
 
-def rope_table(grid: Grid, head_dim: int) -> Tensor:
-    """[f·h·w, head_dim / 2, 2]: cosine and sine of each token's angles; the head splits over time, height and width."""
+def rope_table(places: Sequence[Tensor], head_dim: int) -> Tensor:
+    """[f·h·w, head_dim / 2, 2]: cosine and sine of each token's angles; the head splits over time, height and width.
+
+    places: of the grid's frames, rows and columns, in fp64.
+    """
     side = 2 * (head_dim // 6)
     axes = [
-        torch.arange(n, dtype=torch.float64)[:, None] * THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        for n, dim in zip(grid, (head_dim - 2 * side, side, side), strict=True)
+        place[:, None] * THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for place, dim in zip(places, (head_dim - 2 * side, side, side), strict=True)
     ]
-    f, h, w = grid
+    f, h, w = (len(place) for place in places)
     angles = torch.cat(
         [
             axes[0][:, None, None].expand(f, h, w, -1),
@@ -165,8 +168,9 @@ class Embed(nn.Module):
         """[B, N] → [B, T, D]; a stream's embedding is nothing but another bias."""
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         biases = [bias, *(bias + self.stream_embedding[name] for name in layout.names[1:])]
-        patches = [patchify(stream.to(weight.dtype), layout.patch) for stream in layout.unpack(x)]
-        return torch.cat([F.linear(p, weight, b) for p, b in zip(patches, biases, strict=True)], dim=1)
+        patches = [patchify(part.to(weight.dtype), layout.patch) for part in layout.unpack(x)]
+        pairs = zip(patches, layout.segments, strict=True)
+        return torch.cat([F.linear(patch, weight, biases[segment.stream]) for patch, segment in pairs], dim=1)
 
 
 class Head(nn.Module):
@@ -183,7 +187,7 @@ class Head(nn.Module):
     ) -> Tensor:
         shift, scale = (self.modulation + temb[:, :, None]).unbind(2)  # [B, G, D]
         y = self.head(modulate(hidden, shift, scale, groups=layout.group_lengths, eps=self.eps))
-        parts = y.split(layout.lengths, dim=1)
+        parts = y.split(layout.segment_lengths, dim=1)
         return torch.cat([unpatchify(p, g, layout.patch) for p, g in zip(parts, layout.grids, strict=True)], dim=1)
 
 
@@ -210,15 +214,15 @@ class WanModel(Backbone):
         limit = self.config.rope_max_seq_len
         if any(n > limit for grid in layout.grids for n in grid):
             raise UserError(f"data: a clip of {layout.grids} tokens is longer than the model's {limit} positions")
-        key = (layout.grids, device)
+        key = (layout.segments, device)
         if key not in self._ropes:
-            table = torch.cat([rope_table(grid, self.config.attention_head_dim) for grid in layout.grids])
-            self._ropes[key] = table.to(device)
+            places = [segment.positions() for segment in layout.segments]
+            self._ropes[key] = torch.cat([rope_table(p, self.config.attention_head_dim) for p in places]).to(device)
             if len(self._ropes) > 4:  # 34 MB each at 480×832×81, joint
                 self._ropes.popitem(last=False)
         self._ropes.move_to_end(key)
         kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.config.attention_head_dim)
-        return Tokens(self._ropes[key], layout.lengths, layout.group_lengths, kernel, self.rgb_attends_aux)
+        return Tokens.of(layout, self._ropes[key], kernel=kernel, rgb_attends_aux=self.rgb_attends_aux)
 
     def flow_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> Flow:
         width, groups = self.config.width, len(layout.groups)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +20,20 @@ from transpixeler.models.family import Field
 from transpixeler.models.fused import rotate
 from transpixeler.models.linear import FeedForward, Linear, project_shared
 from transpixeler.models.modulation import add_gated, modulate
-from transpixeler.models.streams import Grid, StreamLayout, Tokens, stream_embeddings
+from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
 
 # -- positions and times
 
 
-def rope_table(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
+def rope_table(segment: Segment, head_dim: int, device: torch.device) -> Tensor:
     """[f·h·w, head_dim / 2, 2]: cosine and sine of each token's angles; the head splits over time, height and width."""
     side = 2 * (head_dim // 6)
+    places = torch.cartesian_prod(*segment.positions())
     parts = []
-    for count, dim in zip(grid, (head_dim - 2 * side, side, side), strict=True):
-        frequencies = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        parts.append(torch.arange(count, device=device)[:, None] * frequencies)
-    f, h, w = (torch.arange(n, device=device) for n in grid)
-    places = torch.cartesian_prod(f, h, w)
-    angles = torch.cat([part[places[:, axis]] for axis, part in enumerate(parts)], dim=1)
+    for axis, dim in enumerate((head_dim - 2 * side, side, side)):
+        frequencies = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        parts.append(places[:, axis, None] * frequencies)
+    angles = torch.cat(parts, dim=1).to(device)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
@@ -45,11 +43,6 @@ def sinusoid(values: Tensor) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=values.device)
     phase = (1000.0 * values.float())[..., None] * torch.exp(-math.log(THETA) * steps / half)
     return torch.cat([phase.cos(), phase.sin()], dim=-1)
-
-
-def text_group(tokens: Tokens) -> int:
-    """Return the time group whose time the text takes: the last one of stream 0, so that it sees no companion's."""
-    return list(accumulate(tokens.groups)).index(tokens.lengths[0])
 
 
 # -- blocks
@@ -107,7 +100,7 @@ class DoubleBlock(Block):
     def compute(self, flow: Flow, tokens: Tokens) -> Flow:
         hidden, text, vectors, lengths = flow
         active, streams, words = F.silu(vectors), tokens.groups, (text.shape[1],)
-        place = text_group(tokens)
+        place = tokens.text_group
         img, txt = self.img, self.txt
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = img.mod(active).chunk(6, dim=-1)  # [B, G, D]
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = txt.mod(active[:, place, None]).chunk(
@@ -150,7 +143,7 @@ class SingleBlock(Block):
     def compute(self, flow: Flow, tokens: Tokens) -> Flow:
         hidden, text, vectors, lengths = flow
         groups = (*tokens.groups, text.shape[1])
-        active = F.silu(torch.cat([vectors, vectors[:, text_group(tokens), None]], dim=1))
+        active = F.silu(torch.cat([vectors, vectors[:, tokens.text_group, None]], dim=1))
         shift, scale, gate = self.mod(active).chunk(3, dim=-1)  # [B, G + 1, D]
         both = torch.cat([hidden, text], dim=1)
         x = modulate(both, shift, scale, groups=groups, eps=EPS).to(both.dtype)
@@ -209,8 +202,9 @@ class Embed(nn.Module):
     def embed(self, x: Tensor, layout: StreamLayout) -> Tensor:
         """[B, N] → [B, T, D]."""
         biases = [0.0, *(self.stream_embedding[name] for name in layout.names[1:])]
-        patches = [self.img_in(patchify(stream.float())) for stream in layout.unpack(x)]
-        return torch.cat([patch + bias for patch, bias in zip(patches, biases, strict=True)], dim=1)
+        patches = [self.img_in(patchify(part.float())) for part in layout.unpack(x)]
+        pairs = zip(patches, layout.segments, strict=True)
+        return torch.cat([patch + biases[segment.stream] for patch, segment in pairs], dim=1)
 
 
 def patchify(x: Tensor) -> Tensor:
@@ -238,7 +232,7 @@ class Head(nn.Module):
     ) -> Tensor:
         shift, scale = self.modulation(F.silu(vectors)).chunk(2, dim=-1)  # [B, G, D]
         y = self.linear(modulate(hidden, shift, scale, groups=layout.group_lengths, eps=EPS))
-        parts = y.split(layout.lengths, dim=1)
+        parts = y.split(layout.segment_lengths, dim=1)
         return torch.cat([unpatchify(part, grid) for part, grid in zip(parts, layout.grids, strict=True)], dim=1)
 
 
@@ -265,9 +259,9 @@ class ToyModel(Backbone):
         self.head = Head(config)
 
     def positions(self, layout: StreamLayout, device: torch.device) -> Tokens:
-        rope = torch.cat([rope_table(grid, self.config.attention_head_dim, device) for grid in layout.grids])
+        rope = torch.cat([rope_table(part, self.config.attention_head_dim, device) for part in layout.segments])
         kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.config.attention_head_dim)
-        return Tokens(rope, layout.lengths, layout.group_lengths, kernel, self.rgb_attends_aux)
+        return Tokens.of(layout, rope, kernel=kernel, rgb_attends_aux=self.rgb_attends_aux)
 
     def flow_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> Flow:
         with torch.device("meta"):

@@ -17,6 +17,7 @@ ORDER = (
         "config",
         "files",
         "configtypes",
+        "configfaults",
         "configfile",
         "models",
         "flow",
@@ -28,9 +29,18 @@ ORDER = (
     ),
     *("sampling", "evaluation", "publishing", "training", "planning", "demo", "arguments", "cli", "__main__"),
 )
-TOP_FLOOR = {"__init__", "__main__", "arguments", "cli", "config", "configfile", "configtypes", "files"}
+TOP_FLOOR = {
+    *("__init__", "__main__", "arguments", "cli", "config", "configfaults", "configfile", "configtypes", "files"),
+}
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}
-LIGHT = ("config", "configtypes", "configfile", "cli", "arguments")  # what `--help` and a misspelt key load
+LIGHT = (
+    "config",
+    "configtypes",
+    "configfaults",
+    "configfile",
+    "cli",
+    "arguments",
+)  # what `--help` and a misspelt key load
 KNOWS_ARCHITECTURES = ("families", "demo")
 
 MODULES = {

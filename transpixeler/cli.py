@@ -275,7 +275,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = inspect_dataset(
         sources,
         Path(arguments.out),
-        streams=config.streams,
+        streams=config.suffixes,
         data=config.data,
         geometry=_geometry(config),
         seed=config.seed,
@@ -292,7 +292,7 @@ def _geometry(config: Config) -> Geometry:
     from transpixeler.models.geometry import USUAL
 
     if config.model.path and Path(config.model.path).exists():
-        return open_model(config.model).geometry
+        return open_model(config.model).geometry.over(config.scales)
     tall, wide = USUAL.unit
     print(
         f"model.path: not here; buckets are counted for sides of {wide}×{tall} pixels and {USUAL.stride[0]}k+1 frames"

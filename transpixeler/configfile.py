@@ -14,7 +14,8 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from transpixeler.config import Config, UserError, faults
+from transpixeler.config import Config, UserError
+from transpixeler.configfaults import faults
 from transpixeler.configtypes import COMMAND_LINE, Key, Raw, Tree, fields_of, in_full, kind_of, to_dataclass
 
 MERGE_KEY = "tag:yaml.org,2002:merge"  # `<<: *other`

@@ -144,6 +144,9 @@ def _path(kind: PathKind, value: str, key: Key, tree: Tree) -> str:
 def _union(hints: tuple[Any, ...], value: Any, key: Key, tree: Tree) -> Any:
     if value is None and type(None) in hints:
         return None
+    for hint in hints:
+        if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            return _convert(hint, value, key, tree)  # only this one takes it, so its error is the one that helps
     faults = []
     for hint in (h for h in hints if h is not type(None)):
         try:

@@ -13,7 +13,7 @@ from transpixeler.families.wan import model as wan
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.attention import attention
 from transpixeler.models.lora import inject
-from transpixeler.models.streams import StreamLayout, Tokens, scope_span, span_slice
+from transpixeler.models.streams import Segment, StreamLayout, Tokens, scope_span, span_slice
 
 SHAPE = (4, 2, 4, 6)
 UNEQUAL = ((4, 2, 4, 6), (4, 2, 2, 4), (4, 1, 4, 6))
@@ -161,6 +161,24 @@ def test_outputs_and_all_gradients_equal_the_slow_reference(shapes, attends: boo
     compare(model, slow(model, layout, attends=attends, scope=scope), layout)
 
 
+SEGMENTED = StreamLayout(NAMES[:2], ((4, 3, 8, 4), (4, 3, 4, 2)), (1, 2, 2), scales=(1, 2), lasts=(0, 1))
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_a_companion_at_another_scale_and_last_frames_equal_the_slow_reference(attends: bool) -> None:
+    model = adapted(2, attends=attends)
+    compare(model, slow(model, SEGMENTED, attends=attends, scope=(1,)), SEGMENTED)
+
+
+@pytest.mark.parametrize("broken", ["scale", "first"])
+def test_the_slow_reference_sees_a_segment_in_another_place(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, positions = adapted(2), Segment.positions
+    right, usual = slow(model, SEGMENTED, attends=True, scope=(1,)), {"scale": 1, "first": 0}[broken]
+    monkeypatch.setattr(Segment, "positions", lambda segment: positions(segment._replace(**{broken: usual})))
+    with pytest.raises(AssertionError):
+        compare(model, right, SEGMENTED)
+
+
 @pytest.mark.parametrize("broken", ["attention", "scope"])
 def test_the_slow_reference_sees_what_is_broken(broken: str) -> None:
     layout = StreamLayout(NAMES[:2], (SHAPE,) * 2, (1, 2, 2))
@@ -240,6 +258,20 @@ def test_spread_puts_a_streams_number_on_its_elements() -> None:
     spread = layout.spread(torch.tensor([[1.0, 2.0, 3.0]]))
     assert spread.shape == (1, layout.elements)
     assert [part.unique().item() for part in layout.unpack(spread)] == [1, 2, 3]
+
+
+def test_segments_and_their_groups_stand_in_the_order_of_the_sequence() -> None:
+    layout = SEGMENTED.cut([[1], []])
+    assert layout.lengths == (24 + 8, 6 + 2) and layout.segment_lengths == (24, 8, 6, 2)
+    groups = [(group.stream, group.start, group.end, group.alone) for group in layout.groups]
+    assert groups == [(0, 0, 1, False), (0, 1, 3, False), (0, 0, 1, True), (1, 0, 3, False), (1, 0, 1, True)]
+    assert layout.group_lengths == (8, 16, 8, 6, 2) and layout.group_sizes == (128, 256, 128, 96, 32)
+    packed = layout.spread(torch.arange(5.0)[None])
+    assert [part.unique().tolist() for part in layout.split_groups(packed)] == [[n] for n in range(5)]
+    assert [tuple(video.shape[1:]) for video in layout.videos(packed)] == [*layout.shapes]
+    assert torch.equal(layout.pack(layout.unpack(packed)), packed)
+    ones = StreamLayout(NAMES[:2], (SHAPE,) * 2, (1, 2, 2), scales=(1, 1))
+    assert ones == StreamLayout.equal(NAMES[:2], SHAPE, (1, 2, 2))
 
 
 def test_layouts_are_equal_and_hash_by_value() -> None:

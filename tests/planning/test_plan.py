@@ -292,12 +292,12 @@ def test_a_file_is_opened_once_until_it_changes(demo: Path, tmp_path: Path) -> N
 
     def look() -> tuple[Scan, int]:
         probes = Probes(tmp_path / "cache")
-        found = scan(config.data.train, config.streams, config.data, probe=probes)
+        found = scan(config.data.train, config.suffixes, config.data, probe=probes)
         probes.save()
         return found, probes.opened
 
     first, opened = look()
-    assert first == scan(config.data.train, config.streams, config.data) and opened >= len(files)
+    assert first == scan(config.data.train, config.suffixes, config.data) and opened >= len(files)
     assert look() == (first, 0)
     os.utime(files[0], (1.1e9, 1.1e9))
     assert look() == (first, 1)

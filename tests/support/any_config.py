@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from transpixeler import configfile
-from transpixeler.config import Config, PathKind, Range, family_names, faults
+from transpixeler.config import Config, PathKind, Range, family_names
+from transpixeler.configfaults import faults
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", "20"))  # more, and others, to look for faults that these do not show
 fast = settings(

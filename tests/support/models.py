@@ -66,12 +66,12 @@ def tiny(streams: int = 1, *, seed: int = 0, attends: bool = True, **overrides: 
 
 
 def inputs(layout: StreamLayout, *, batch: int = 2, seed: int = 0, words: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed latents, timesteps of each stream, and text that is padded with zeros after `words`."""
+    """Packed latents, timesteps of each time group, and text that is padded with zeros after `words`."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(batch, 512, TINY["text_dim"], generator=generator)
     text[:, words:] = 0
     x = torch.randn(batch, layout.elements, generator=generator)
-    return x, torch.rand(batch, len(layout.names), generator=generator), text
+    return x, torch.rand(batch, len(layout.groups), generator=generator), text
 
 
 def without_embeddings(model: WanModel) -> WanModel:

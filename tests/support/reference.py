@@ -28,11 +28,16 @@ class Reference:
     ) -> None:
         self.w, self.layout, self.heads, self.freq_dim = weights, layout, heads, freq_dim
         self.scopes, self.lora_scale = scopes or {}, lora_scale
-        self.stream_of, self.place_of = [], []
-        for stream, (f, h, w) in enumerate(layout.grids):
+        self.stream_of, self.part_of, self.cell_of, self.place_of = [], [], [], []
+        for part, segment in enumerate(layout.segments):
+            f, h, w = segment.grid
             for token in range(f * h * w):
-                self.stream_of.append(stream)
-                self.place_of.append((token // (h * w), token // w % h, token % w))
+                frame, row, column = cell = (token // (h * w), token // w % h, token % w)
+                self.stream_of.append(segment.stream)
+                self.part_of.append(part)
+                self.cell_of.append(cell)
+                middles = [segment.scale * n + (segment.scale - 1) / 2 for n in (row, column)]
+                self.place_of.append((frame + segment.first, *middles))
         total = len(self.stream_of)
         self.mask = torch.ones(total, total, dtype=torch.bool)
         if not attends:
@@ -108,9 +113,9 @@ class Reference:
     def tokens(self, streams: tuple[Tensor, ...]) -> Tensor:
         weight, bias = self.w["embed.patch_embedding.weight"], self.w["embed.patch_embedding.bias"]
         rows = []
-        for stream, (f, h, w) in zip(self.stream_of, self.place_of, strict=True):
+        for stream, part, (f, h, w) in zip(self.stream_of, self.part_of, self.cell_of, strict=True):
             pf, ph, pw = self.layout.patch
-            cut = streams[stream][
+            cut = streams[part][
                 :, :, f * pf : (f + 1) * pf, h * ph : (h + 1) * ph, w * pw : (w + 1) * pw
             ]  # one patch: [B, C, pf, ph, pw]
             row = torch.einsum("bcfhw,dcfhw->bd", cut, weight) + bias
@@ -120,12 +125,12 @@ class Reference:
         return torch.stack(rows, 1)
 
     def velocity(self, x: Tensor) -> list[Tensor]:
-        """[B, T, patch·C] → each stream's [B, C, F, H, W]."""
-        out = [torch.zeros(x.shape[0], *shape) for shape in self.layout.shapes]
+        """[B, T, patch·C] → each segment's [B, C, F, H, W]."""
+        out = [torch.zeros(x.shape[0], *segment.shape) for segment in self.layout.segments]
         pf, ph, pw = self.layout.patch
-        for token, (stream, (f, h, w)) in enumerate(zip(self.stream_of, self.place_of, strict=True)):
+        for token, (part, (f, h, w)) in enumerate(zip(self.part_of, self.cell_of, strict=True)):
             patch = x[:, token].reshape(x.shape[0], pf, ph, pw, -1).permute(0, 4, 1, 2, 3)
-            out[stream][:, :, f * pf : (f + 1) * pf, h * ph : (h + 1) * ph, w * pw : (w + 1) * pw] = patch
+            out[part][:, :, f * pf : (f + 1) * pf, h * ph : (h + 1) * ph, w * pw : (w + 1) * pw] = patch
         return out
 
     def __call__(self, streams: tuple[Tensor, ...], timesteps: Tensor, text: Tensor) -> list[Tensor]:
@@ -138,7 +143,7 @@ class Reference:
         x = self.tokens(streams)
         blocks = sorted({int(name.split(".")[1]) for name in self.w if name.startswith("blocks.")})
         for index in blocks:
-            x = self.block(f"blocks.{index}", x, vectors[:, self.stream_of], text)
-        shift, scale = (self.w["head.modulation"] + time[:, self.stream_of, None]).unbind(2)
+            x = self.block(f"blocks.{index}", x, vectors[:, self.part_of], text)
+        shift, scale = (self.w["head.modulation"] + time[:, self.part_of, None]).unbind(2)
         y = self.norm(x) * (1 + scale) + shift
         return self.velocity(self.linear("head.head", y))

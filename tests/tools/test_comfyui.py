@@ -272,6 +272,13 @@ def test_an_adapter_under_other_names_is_refused(tmp_path: Path, node, format: s
         node.read_adapter(file)
 
 
+def test_smaller_companions_are_refused(tmp_path: Path, node) -> None:
+    file = stored(trained(2), tmp_path / "a.safetensors", scales="1,2")
+    with pytest.raises(ValueError, match="its companions are smaller than RGB.*`transpixeler sample`"):
+        node.read_adapter(file)
+    assert node.read_adapter(stored(trained(2), tmp_path / "b.safetensors", scales="1,1"))
+
+
 def test_a_latent_holds_the_streams_and_comes_apart(node) -> None:
     (latent,) = node.JointLatent().make(64, 48, 9, 2, 3)
     assert latent["samples"].shape == (3, 16, 2 * 3, 6, 8)

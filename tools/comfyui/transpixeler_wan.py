@@ -13,6 +13,7 @@ Limits:
 - Only text-to-video models of ComfyUI's own `WanModel`: no image-to-video, VACE, camera or other variants, and no nodes
   that split the video into windows or replace the model's forward.
 - All streams are generated together. Giving one of them (matting) is not possible here.
+- All streams are of one size: adapters whose companions have a scale are refused.
 - Time and memory are those of a video with the frames of all streams. ComfyUI does not count the adapter's own weights.
 - Previews show the streams one after another.
 - Adapters of other programs, or under their names, must first go through `transpixeler export --format comfyui`.
@@ -94,6 +95,11 @@ def read_adapter(path: str | Path) -> AdapterFile:
         raise ValueError(f"{path}: not an adapter of transpixeler; `transpixeler export --format comfyui` makes one")
     if other := [key for key in stored if not _is_own(key)]:
         raise ValueError(f"{path}: {other[0]} is no name of ours; `transpixeler export --format comfyui` gives those")
+    if any(scale != "1" for scale in header.get(f"{HEADER}scales", "1").split(",")):
+        raise ValueError(
+            f"{path}: its companions are smaller than RGB, which a latent here cannot hold; sample it with "
+            "`transpixeler sample`"
+        )
     embeddings = {key.removeprefix(EMBEDDING): value for key, value in stored.items() if key.startswith(EMBEDDING)}
     streams = tuple(name.strip() for name in header.get(f"{HEADER}streams", "").split(",") if name.strip())
     joint = Joint(streams or ("rgb", *embeddings), header.get(f"{HEADER}rgb_attends_aux", "true") != "false")

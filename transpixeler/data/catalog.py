@@ -159,9 +159,9 @@ def _clip_jobs(
         return [], ()
     found = survey(
         sources,
-        config.streams,
+        config.suffixes,
         config.data,
-        geometry=model.geometry,
+        geometry=model.geometry.over(config.scales),
         seed=config.seed,
         memory=cache_folders(config)[0],
     )
@@ -170,7 +170,7 @@ def _clip_jobs(
     digests, fill = _digests(used, folders, hashes), Fill.of(config.data)
     jobs = []
     for sample, clip, bucket in found.clips:
-        keys = latent_keys(sample, clip, digests=digests, fill=fill, vae=vae)
+        keys = latent_keys(sample, clip, digests=digests, fill=fill, vae=vae, scales=config.scales)
         jobs.append(ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys))
     return jobs, found.skipped
 
@@ -191,7 +191,9 @@ def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
-def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str) -> dict[str, bytes]:
+def latent_keys(
+    sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str, scales: Sequence[int] = ()
+) -> dict[str, bytes]:
     """Return a key for each stream. A companion is cut at the first stream's times, so it depends on both files."""
     first = sample.paths[0][1]
     return {
@@ -204,6 +206,7 @@ def latent_keys(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill
             plane=("color" if number == 0 else "alpha") if sample.rgba else "all",
             fill=fill.parts if sample.rgba else [],
             clip=[str(clip.start), clip.frames, _rate(sample, clip), clip.height, clip.width],
+            **({"scale": scales[number]} if scales and scales[number] > 1 else {}),
         )
         for number, (stream, path) in enumerate(sample.paths)
     }

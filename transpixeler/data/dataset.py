@@ -41,6 +41,7 @@ class Dataset:
     prompts: Mapping[str, tuple[bytes, ...]] = field(
         default_factory=dict
     )  # keys of the texts that evaluations sample from
+    scales: tuple[int, ...] = ()  # of the streams
 
     def order(self, *, seed: int, global_batch: int) -> Order:
         """Return the order in which training takes the clips."""

@@ -33,6 +33,7 @@ from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
+from transpixeler.data.media.scale import shrink
 from transpixeler.data.progress import Progress
 from transpixeler.data.sources.pairs import decode_pair
 from transpixeler.models.family import ModelFolder
@@ -152,14 +153,15 @@ def _encode_clips(
     cores = _cores(runtime)
     workers = config.data.workers or min(DECODERS, cores)
     decode = partial(_decode, fill=Fill.of(config.data), threads=max(1, cores // workers))
-    frames = sum(job.clip.frames * len(job.keys) for job in jobs)
+    frames, scales = sum(job.clip.frames * len(job.keys) for job in jobs), dict(zip(config.streams, config.scales))
     with Progress("clips", len(jobs), frames, shown=runtime.is_main, ranks=runtime.world_size) as progress:
         for job, decoded in _ahead(jobs, decode, workers):
             try:
                 videos = decoded.result()
                 vae = vae or model.load_vae(device=runtime.device, dtype=torch.float32)
-                latents = {stream: vae.encode(torch.from_numpy(videos[stream])[None])[0] for stream in job.keys}
-                _check(latents, model.geometry.latent(*job.bucket))
+                small = {stream: shrink(videos[stream], scales[stream]) for stream in job.keys}
+                latents = {stream: vae.encode(torch.from_numpy(video)[None])[0] for stream, video in small.items()}
+                _check(latents, {stream: model.geometry.latent(*job.bucket, scale=scales[stream]) for stream in small})
             except BadMedia as reason:
                 if config.data.on_bad == "error":
                     raise UserError(f"{job.id}: {reason}; mend it or set data.on_bad=skip") from reason
@@ -173,9 +175,9 @@ def _encode_clips(
     _free(runtime.device)
 
 
-def _check(latents: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+def _check(latents: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     for stream, latent in latents.items():
-        assert latent.shape == shape, (stream, latent.shape, shape)
+        assert latent.shape == shapes[stream], (stream, latent.shape, shapes[stream])
         if not latent.isfinite().all():
             raise BadMedia(f"its {stream} stream gives values that are not finite when it is encoded")
 
@@ -340,7 +342,9 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datase
                 "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
             )
         skipped = (*found.skipped[name], *reasons.items())
-        sets[name] = Dataset(kept, tuple(config.streams), found.empty_text_keys, cache, name, skipped, found.prompts)
+        sets[name] = Dataset(
+            kept, tuple(config.streams), found.empty_text_keys, cache, name, skipped, found.prompts, config.scales
+        )
     return Datasets(sets["train"], sets["eval"])
 
 

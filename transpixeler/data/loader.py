@@ -71,11 +71,11 @@ class Assembler:
         )
 
     def layout(self, item: Item) -> StreamLayout:
-        return StreamLayout(self.dataset.streams, self.dataset.shapes(item), self.patch)
+        return StreamLayout(self.dataset.streams, self.dataset.shapes(item), self.patch, scales=self.dataset.scales)
 
     def _latents(self, items: list[Item], layout: StreamLayout) -> Tensor:
         packed = torch.empty(len(items), layout.elements, pin_memory=self.pin)
-        streams = layout.unpack(packed)
+        streams = layout.videos(packed)
         for place, item in enumerate(items):
             for stream, key in enumerate(item.latent_keys):
                 self._read(key, streams[stream][place], f"{item.id}, stream {self.dataset.streams[stream]}")

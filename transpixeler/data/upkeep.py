@@ -128,7 +128,11 @@ class Expected(NamedTuple):
 
 def expectations(config: Config, model: ModelFolder) -> dict[bytes, Expected]:
     found = catalog(config, model)
-    shapes = {key: model.geometry.latent(*job.bucket) for job in found.clips for key in job.keys.values()}
+    shapes = {
+        key: model.geometry.latent(*job.bucket, scale=scale)
+        for job in found.clips
+        for key, scale in zip(job.latent_keys, config.scales, strict=True)
+    }
     return {key: Expected(name, shapes.get(key)) for key, name in found.keys().items()}
 
 

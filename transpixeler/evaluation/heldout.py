@@ -58,7 +58,7 @@ class Evaluator:
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
         self.texts = cached_prompts(config, data, self.model)
         self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model)
-        self.frames = Frames(self.model, self.mesh.device)
+        self.frames = Frames(self.model, self.mesh.device, upsample=config.sample.upsample)
         self.measures = Measures(config, self.held_out, self.frames)
 
     @property

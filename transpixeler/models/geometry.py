@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from transpixeler.models.streams import Grid, Shape
+from transpixeler.models.streams import Grid, Shape, StreamLayout
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,27 @@ class Geometry:
     channels: int  # of a latent
     patch: Grid  # latent cells in one token
     first_alone: bool = True  # the first frame is a latent frame of its own, and the others go by strides
+    coarsest: int = 1  # scale that sides must also suit, that of a companion
 
     @property
     def unit(self) -> tuple[int, int]:
         """(height, width) that sides must be multiples of."""
-        return self.stride[1] * self.patch[1], self.stride[2] * self.patch[2]
+        return self.stride[1] * self.patch[1] * self.coarsest, self.stride[2] * self.patch[2] * self.coarsest
 
-    def latent(self, frames: int, height: int, width: int) -> Shape:
-        """Return the shape (C, f, h, w) of a video's latents."""
+    def over(self, scales: Sequence[int]) -> Geometry:
+        """Return the geometry of sizes at which streams of these scales can all be encoded."""
+        return replace(self, coarsest=math.lcm(*scales))
+
+    def latent(self, frames: int, height: int, width: int, *, scale: int = 1) -> Shape:
+        """Return the shape (C, f, h, w) of the latents of a video, encoded at 1/scale of its height and width."""
         assert not self.fault(width, height, frames), self.fault(width, height, frames)
         f = (frames - 1) // self.stride[0] + 1 if self.first_alone else frames // self.stride[0]
-        return self.channels, f, height // self.stride[1], width // self.stride[2]
+        return self.channels, f, height // scale // self.stride[1], width // scale // self.stride[2]
+
+    def layout(self, names: Sequence[str], scales: Sequence[int], bucket: tuple[int, int, int]) -> StreamLayout:
+        """Lay out streams of a bucket (frames, height, width), each at its scale."""
+        shapes = tuple(self.latent(*bucket, scale=scale) for scale in scales)
+        return StreamLayout(tuple(names), shapes, self.patch, scales=tuple(scales))
 
     def frames(self, latent_frames: int) -> int:
         """Return how many frames decode from so many latent ones."""
@@ -67,7 +78,8 @@ class Geometry:
         if width < 1 or height < 1 or width % wide or height % tall:
             w, h, _ = self.nearest(width, height, frames)
             return (
-                f"{width}×{height} is not a multiple of {wide}×{tall} pixels, which this model needs; {w}×{h} would be"
+                f"{width}×{height} is not a multiple of {wide}×{tall} pixels, which this model needs"
+                f"{f' with a companion at scale {self.coarsest}' * (self.coarsest > 1)}; {w}×{h} would be"
             )
         return self.length_fault(frames)
 

@@ -100,6 +100,8 @@ class StreamLayout:
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.shapes) > 0, (self.names, self.shapes)
+        if self.scales and max(self.scales) == 1:
+            object.__setattr__(self, "scales", ())  # one key for one layout
         assert len(self.cuts) in (0, len(self.names)), (self.names, self.cuts)
         assert len(self.scales) in (0, len(self.names)), (self.names, self.scales)
         assert not self.lasts or self.patch[0] == 1, "a frame alone is no whole patch"

@@ -88,11 +88,12 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     layout = meshes.resolve(config.parallel, machine.gpus)
     preflight.check(config, layout)
     folder, model = open_model(config.model), _model(config, machine)
+    geometry = folder.geometry.over(config.scales)
     started = time.perf_counter()
-    train, evaluation = (_dataset(config, folder.geometry, key) for key in ("train", "eval"))
+    train, evaluation = (_dataset(config, geometry, key) for key in ("train", "eval"))
     scan_seconds = time.perf_counter() - started
     order = train.order(seed=config.seed, global_batch=config.train.global_batch)
-    loads = _loads(config, folder.geometry, order, train)
+    loads = _loads(config, geometry, order, train)
     estimate = _estimate(config, model, machine)
     mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
     parameters = list(model.parameters())
@@ -115,7 +116,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         memory={
             str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *estimates.RECOMPUTE_MODES])
         },
-        cache_latents=sum(_latent_bytes(config, folder.geometry, data) for data in (train, evaluation)),
+        cache_latents=sum(_latent_bytes(config, geometry, data) for data in (train, evaluation)),
         cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
         fits=tuple(_fits(config, estimate, loads, machine)),
         scan_seconds=scan_seconds,
@@ -141,7 +142,7 @@ def _dataset(config: Config, geometry: Geometry, key: str) -> Dataset:
     if sources:
         found = survey(
             sources,
-            config.streams,
+            config.suffixes,
             config.data,
             geometry=geometry,
             seed=config.seed,
@@ -178,7 +179,7 @@ def _latent_bytes(config: Config, geometry: Geometry, data: Dataset) -> int:
 
 
 def _layout(config: Config, geometry: Geometry, bucket: Bucket) -> StreamLayout:
-    return StreamLayout.equal(tuple(config.streams), geometry.latent(*bucket), geometry.patch)
+    return geometry.layout(tuple(config.streams), config.scales, bucket)
 
 
 def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:

@@ -168,6 +168,8 @@ def _use_section(card: Card) -> list[str]:
         )
         node = "the streams need the custom node of transpixeler's `tools/comfyui`"
         comfy = f"Put `{ADAPTER_FILE}` into `models/loras`; {node}."
+        if max(card.config.scales) > 1:
+            comfy = "The companions are smaller than RGB, which ComfyUI's latents cannot hold. Use the command above."
     return lines if full else [*lines, "### ComfyUI", comfy]
 
 

@@ -68,11 +68,11 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     check_background(config)
     check_place(Path(options.out), "--out")
     prompts = _prompts(config.sample, options)
-    frames = Frames(model, runtime.device)
+    frames = Frames(model, runtime.device, upsample=config.sample.upsample)
     clips = _given_clips(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
     image = _first_frame(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
     texts = encode_prompts(config, prompts, model, runtime)
-    given = {stream: frames.encode(clip) for stream, clip in clips.items()}
+    given = {stream: frames.encode(clip, scale=config.scales[stream]) for stream, clip in clips.items()}
     if image is not None:
         given[0], shape = frames.encode(image), cut_first(shape, {0})
     videos = _videos(config.sample, prompts, texts.by_prompt, shape, given, count=options.count)
@@ -83,8 +83,7 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     written = []
     for number, latents in sampler.each(videos):
         if mesh.is_first_stage:
-            streams = frames.decode(latents, shape)
-            streams |= {shape.names[stream]: clip for stream, clip in clips.items()}  # not through the VAE
+            streams = frames.decode(latents, shape, known=clips)
             with writing_to(Path(options.out), "--out"):
                 written.append(write_video(Path(options.out), videos[number], streams, config, facts))
             logger.info("%s", written[-1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from transpixeler.data.media.scale import enlarge, shrink
 from transpixeler.models.family import ModelFolder, Vae
 from transpixeler.models.streams import StreamLayout
 
@@ -17,20 +18,29 @@ from transpixeler.models.streams import StreamLayout
 class Frames:
     """Convert latents to frames and back. The VAE is loaded when first used, and on the device only while it works."""
 
-    def __init__(self, model: ModelFolder, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: ModelFolder, device: torch.device, *, upsample: str = "guided") -> None:
+        """upsample: as `sample.upsample`, for companions at another scale."""
+        self.model, self.device, self.upsample = model, device, upsample
         self._vae: Vae | None = None
 
-    def decode(self, latents: Tensor, layout: StreamLayout) -> dict[str, np.ndarray]:
-        """Return uint8 [F, H, W, 3] by stream, from packed latents [N]."""
-        with self._vae_on_device() as vae:
-            streams = zip(layout.names, layout.videos(latents[None]), strict=True)
-            return {name: to_pixels(vae.decode(part)[0]) for name, part in streams}
+    def decode(
+        self, latents: Tensor, layout: StreamLayout, known: Mapping[int, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return uint8 [F, H, W, 3] by stream, all at RGB's size, from packed latents [N].
 
-    def encode(self, frames: np.ndarray) -> Tensor:
-        """Return latents [C, f, h, w] of frames uint8 [F, H, W, 3]."""
+        known: frames of streams that need not be decoded.
+        """
+        found, known = {}, known or {}
         with self._vae_on_device() as vae:
-            return vae.encode(torch.from_numpy(frames)[None])[0].cpu()
+            for stream, (name, part) in enumerate(zip(layout.names, layout.videos(latents[None]), strict=True)):
+                found[name] = known[stream] if stream in known else to_pixels(vae.decode(part)[0])
+        rgb = found[layout.names[0]]
+        return {name: enlarge(video, rgb, guided=self.upsample == "guided") for name, video in found.items()}
+
+    def encode(self, frames: np.ndarray, *, scale: int = 1) -> Tensor:
+        """Return latents [C, f, h, w] of frames uint8 [F, H, W, 3], encoded at 1/scale of their height and width."""
+        with self._vae_on_device() as vae:
+            return vae.encode(torch.from_numpy(shrink(frames, scale))[None])[0].cpu()
 
     @contextmanager
     def _vae_on_device(self) -> Iterator[Vae]:

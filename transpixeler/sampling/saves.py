@@ -197,6 +197,8 @@ def _config_of(adapter: Adapter, name: str, overrides: Sequence[str]) -> Config:
     streams = [stream for stream in said.get("streams", "").split(",") if stream] or ["rgb", *adapter.stream_embeddings]
     suffixes = {stream: f"_{stream}" if number else "" for number, stream in enumerate(streams)}
     keys = ["lora.enabled=false", f"streams={json.dumps(suffixes)}"]
+    scales = zip(streams, said.get("scales", "").split(","))
+    keys += [f"streams.{stream}={{suffix: _{stream}, scale: {scale}}}" for stream, scale in scales if scale > "1"]
     if said.get("base_model"):
         keys.append(f"model.path={said['base_model']}")
     config = configfile.from_overrides([*keys, *_config_keys(adapter), *overrides])

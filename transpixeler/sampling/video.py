@@ -39,13 +39,14 @@ class Video:
 
 def video_layout(config: Config, model: ModelFolder) -> StreamLayout:
     """Return the layout of a video of `sample.size`, or where that is not set of the first bucket that is trained."""
+    geometry = model.geometry.over(config.scales)
     if config.sample.size:
         width, height, frames = config.sample.size
     else:
-        frames, height, width = first_bucket(config.data, geometry=model.geometry)
-    if fault := model.geometry.fault(width, height, frames):
+        frames, height, width = first_bucket(config.data, geometry=geometry)
+    if fault := geometry.fault(width, height, frames):
         raise UserError(f"sample.size: {fault}")
-    return StreamLayout.equal(tuple(config.streams), model.geometry.latent(frames, height, width), model.geometry.patch)
+    return geometry.layout(tuple(config.streams), config.scales, (frames, height, width))
 
 
 def frame_rate(config: Config) -> Fraction:

@@ -77,6 +77,7 @@ class Saver:
             "base_model": self.config.model.path,
             **({"fuse": json.dumps(self.config.model.fuse)} if self.config.model.fuse else {}),
             "streams": ",".join(self.config.streams),
+            **({"scales": ",".join(map(str, self.config.scales))} if max(self.config.scales) > 1 else {}),
             "fill": self.config.data.fill,
             "rgb_attends_aux": str(self.config.model.rgb_attends_aux).lower(),
             "step": str(step),

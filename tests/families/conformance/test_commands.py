@@ -130,6 +130,27 @@ def test_a_first_frame_is_given(case: Case, world: Path, tmp_path: Path, capsys:
     assert facts["given"] == ["first frame of rgb"] and facts["image"] == str(image)
 
 
+def test_a_companion_of_half_the_size_goes_the_whole_way(
+    case: Case, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = f"data.frames=[{case.frames[1]}]"
+    half = ("streams.seg={suffix: _seg, scale: 2}", "train.max_steps=1", frames, "eval.every_epochs=1")
+    assert cli.main(["plan", str(copied), "--device", "a100", "--json", frames]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert cli.main(["plan", str(copied), "--device", "a100", "--json", *half]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["buckets"][0]["tokens"] * 2 / 1.25 == whole["buckets"][0]["tokens"]
+    run = train(copied.parent, tmp_path / "run", *half)
+    assert all(math.isfinite(line["loss"]) for line in metrics(run) if "loss" in line)
+    saved = find_save(str(run)).path / "adapter_model.safetensors"
+    assert read_adapter(saved).metadata["scales"] == "1,2"
+    alone, out = shutil.copy(saved, tmp_path / "alone.safetensors"), tmp_path / "out"  # whose header says the scale
+    words = ["sample", str(alone), "--model", str(copied.parent / "model"), "--prompt", "a red circle"]
+    settings = (f"sample.size=[64,64,{case.frames[1]}]", "sample.steps=1", "sample.guidance=0")
+    assert cli.main([*words, "--out", str(out), *settings]) == 0
+    assert {(video.width, video.height) for video in map(probe, out.rglob("*.mp4"))} == {(64, 64)}
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_run_is_exported_in_every_spelling(case: Case, format: str, run: Path, tmp_path: Path) -> None:
     assert cli.main(["export", str(run), "--format", format, "--out", str(tmp_path / "out.safetensors")]) == 0

@@ -6,7 +6,7 @@ The conformance suite runs over these; a family without a case fails it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,11 +115,16 @@ def zero(model: nn.Module, part: str) -> None:
 
 
 def example(case: Case, model: Backbone, config: Config, step: int, slots: range) -> objective.Example:
-    """Draw the share at `slots` of a step's global batch; buckets alternate, one with a first frame of its own time."""
-    names = tuple(config.streams)
-    layout = StreamLayout.equal(names, case.shapes[step % 2], model.patch)
+    """Draw the share at `slots` of a step's global batch; buckets alternate.
+
+    One has a companion at half the size, and first frames of their own time.
+    """
+    names, shape = tuple(config.streams), case.shapes[step % 2]
+    layout = StreamLayout.equal(names, shape, model.patch)
     if step % 2:
-        layout = layout.cut([[1]] * len(names))
+        channels, frames, height, width = shape
+        small = (channels, frames, height // 2, width // 2)
+        layout = replace(layout, shapes=(shape, small), scales=(1, 2)).cut([[1]] * len(names))
     ids = [f"sample{step}-{slot}" for slot in slots]
     rows = [_fields(model.fields, 1, objective.generator("fields", name)) for name in ids]
     return objective.prepare(
@@ -257,8 +262,8 @@ LTX = {
     "caption_channels": 24,
     "num_layers": 4,
 }
-SMALL = ((4, 1, 4, 4), (4, 2, 4, 6))
-UNCUT = ((4, 1, 3, 4), (4, 3, 4, 5))  # of a model that takes each cell as a token
+SMALL = ((4, 1, 4, 4), (4, 2, 4, 8))
+UNCUT = ((4, 1, 3, 4), (4, 3, 4, 6))  # of a model that takes each cell as a token
 CASES = {
     case.name: case
     for case in (

@@ -172,7 +172,8 @@ def _add_sample(commands: Any) -> None:
     )
     option("--rgb", default="", metavar="CLIP", help="matting: make the other streams for the start of this video")
     option("--alpha", default="", metavar="CLIP", help="painting: make RGB for the start of this matte")
-    option("--image", default="", metavar="FILE", help="the first frame of RGB: the video goes on from this image")
+    option("--image", default="", metavar="FILE", help="the first frame: the video goes on from it, and from its alpha")
+    option("--last", default="", metavar="FILE", help="the last frame, beside --image: the video ends with it")
     option("--out", default="samples", metavar="DIR", help="the folder to write (default: samples)")
     option("--format", action="append", default=[], metavar="NAME", help="mov, webm, png, …; may be repeated")
     for name in ("steps", "guidance", "shift", "seed", "scheduler", "alpha-mode", "background"):

@@ -227,6 +227,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         rgb=arguments.rgb,
         alpha=arguments.alpha,
         image=arguments.image,
+        last=arguments.last,
         asked_layout=_asks_layout(overrides),
     )
     with _running(source.config) as runtime:

@@ -11,15 +11,20 @@ LAYOUT = StreamLayout(("rgb", "seg"), ((2, 3, 4, 6), (2, 3, 2, 4)), (1, 2, 2))
 IDS = ["a", "b", "c", "d", "e", "f"]
 
 
-def example(config: ObjectiveConfig, slots: list[int], *, step: int = 3) -> objective.Example:
-    latents = torch.stack([objective.draw_noise(LAYOUT.elements, "latents", IDS[slot]) for slot in slots])
+def latents_of(slots: list[int], layout: StreamLayout) -> torch.Tensor:
+    return torch.stack([objective.draw_noise(layout.elements, "latents", IDS[slot]) for slot in slots])
+
+
+def example(
+    config: ObjectiveConfig, slots: list[int], *, step: int = 3, layout: StreamLayout = LAYOUT
+) -> objective.Example:
     text = torch.ones(len(slots), 4, 5)
     return objective.prepare(
         config,
         seed=1,
         step=step,
-        layout=LAYOUT,
-        latents=latents,
+        layout=layout,
+        latents=latents_of(slots, layout),
         fields={"text": text},
         empty={"text": torch.zeros(4, 5)},
         ids=[IDS[slot] for slot in slots],
@@ -56,6 +61,37 @@ def test_a_given_stream_is_clean_and_costs_nothing() -> None:
     assert not torch.equal(it.noisy()[:, LAYOUT.element_slice(1)], it.latents[:, LAYOUT.element_slice(1)])
 
 
+ENDS = ObjectiveConfig(tasks={"ends_to_video": 1.0, "joint": 1.0, "rgb_to_aux": 2.0})
+
+
+def test_a_step_trains_tasks_with_last_frames_or_without_as_often_as_their_weights_say() -> None:
+    drawn = [objective.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=step) for step in range(400)]
+    assert all(list(tasks) in (["ends_to_video"], ["joint", "rgb_to_aux"]) for tasks in drawn)
+    assert 0.2 < sum("ends_to_video" in tasks for tasks in drawn) / len(drawn) < 0.3
+    assert drawn[7] == objective.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=7)
+    alone = ObjectiveConfig(tasks={"joint": 1.0, "rgb_to_aux": 2.0})
+    assert objective.tasks_of_step(alone, LAYOUT.names, seed=1, step=7) == alone.tasks
+
+
+def test_a_given_last_frame_is_clean_costs_nothing_and_is_there_only_where_it_is_given() -> None:
+    steps = [objective.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=step) for step in range(20)]
+    ends = next(step for step, tasks in enumerate(steps) if "ends_to_video" in tasks)
+    layout = LAYOUT.with_lasts([0])
+    it = example(ENDS, [0, 1], step=ends, layout=layout)
+    assert it.layout == layout.cut([[1], []])
+    pairs = zip(it.layout.split_groups(it.latents), it.layout.split_groups(it.noisy()), strict=True)
+    assert [torch.equal(clean, noisy) for clean, noisy in pairs] == [True, False, True, False]
+    assert [bool(w) for w in it.weights[0]] == [False, True, False, True]
+    torch.testing.assert_close(it.weights.sum(1), torch.full((2,), 1 / 6))
+    errors = torch.arange(4.0).expand(2, 4)
+    by_stream, counted = objective.by_stream(errors, (it.weights > 0).float(), it.layout)
+    assert by_stream.tolist() == [[1.0, 3.0]] * 2 and counted.all()
+    other = example(ENDS, [0, 1], step=next(s for s, tasks in enumerate(steps) if "joint" in tasks), layout=layout)
+    assert other.layout == LAYOUT
+    for read, kept in zip(layout.videos(latents_of([0, 1], layout)), LAYOUT.videos(other.latents), strict=True):
+        assert torch.equal(read, kept)
+
+
 def test_a_given_first_frame_is_clean_and_costs_nothing() -> None:
     config = ObjectiveConfig(tasks={"image_to_video": 1.0}, stream_weights={"seg": 3.0})
     it = example(config, [0, 1])
@@ -85,8 +121,9 @@ def test_a_mixture_has_one_layout_and_the_loss_of_each_task() -> None:
 
 def test_an_image_is_not_given_to_itself() -> None:
     one = StreamLayout.equal(("rgb", "seg"), (2, 1, 4, 6), (1, 2, 2))
-    assert objective.cut_for_tasks(ObjectiveConfig(tasks={"images_to_videos": 1.0}), one) == one
-    assert objective.tasks(("rgb", "seg"))["images_to_videos"].groups(one) == []
+    known = objective.tasks(("rgb", "seg"))
+    for name in ("images_to_videos", "ends_to_videos"):
+        assert known[name].cut(one) == one and known[name].groups(one) == []
 
 
 def test_noisy_and_velocity_follow_the_straight_line() -> None:

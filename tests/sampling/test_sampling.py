@@ -27,6 +27,7 @@ from transpixeler.data.media.write import write_mp4
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES as wan_names
+from transpixeler.flow.objective import tasks
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
 from transpixeler.models.family import open_model
 from transpixeler.models.geometry import USUAL
@@ -158,6 +159,25 @@ def test_streams_start_from_noises_of_their_own() -> None:
     rgb, aux = layout.unpack(start_noise(layout, seed=1))
     assert difference(rgb, aux) > 1
     assert torch.equal(rgb, tiny_model(1).layout(SHAPE).unpack(start_noise(tiny_model(1).layout(SHAPE), seed=1))[0])
+
+
+def test_first_and_last_frames_stay_as_they_are_and_their_times_are_zero() -> None:
+    alone = StreamLayout.equal(("rgb", "seg"), (2, 3, 4, 4), (1, 2, 2))
+    layout = tasks(alone.names)["ends_to_video"].cut(alone)
+    first, last = torch.randn(2, 2, 1, 4, 4)
+    seen = []
+
+    def velocity(x: Tensor, times: Tensor) -> Tensor:
+        seen.append(times[0].tolist())
+        assert torch.equal(layout.videos(x)[0][0, :, :1], first) and torch.equal(layout.unpack(x)[1][0], last)
+        return torch.ones_like(x)
+
+    noise, solver = start_noise(layout, 0), make_solver("euler", steps=3, shift=1.0)
+    made = denoise(velocity, noise, layout, solver, given={0: first}, lasts={0: last})
+    assert torch.equal(layout.videos(made)[0][0, :, :1], first) and torch.equal(layout.unpack(made)[1][0], last)
+    assert [[time > 0 for time in times] for times in seen] == [[False, True, False, True]] * 3
+    for video, same in zip(layout.videos(noise), alone.videos(start_noise(alone, 0)), strict=True):
+        assert torch.equal(video, same)  # a last frame beside them changes no noise
 
 
 @pytest.mark.parametrize("given", [0, 1])

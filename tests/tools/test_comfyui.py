@@ -274,7 +274,7 @@ def test_an_adapter_under_other_names_is_refused(tmp_path: Path, node, format: s
 
 def test_smaller_companions_are_refused(tmp_path: Path, node) -> None:
     file = stored(trained(2), tmp_path / "a.safetensors", scales="1,2")
-    with pytest.raises(ValueError, match="its companions are smaller than RGB.*`transpixeler sample`"):
+    with pytest.raises(ValueError, match=r"its companions are smaller than RGB.*`transpixeler sample`"):
         node.read_adapter(file)
     assert node.read_adapter(stored(trained(2), tmp_path / "b.safetensors", scales="1,1"))
 

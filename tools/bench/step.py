@@ -7,7 +7,8 @@ outputs (all projections but the last, whose result no gradient needs). The riva
 diffusers' blocks, a peft LoRA whose output is masked, every block checkpointed whole.
 
 All ratios are ours over theirs, so smaller is better: `x_limit` (time), `x_rival_time`, `x_rival_memory`, and
-`x_rival_memory_full`, where ours keeps as little between blocks as the rival. On CPUs time is one thread's CPU time.
+`x_rival_memory_full`, where ours keeps as little between blocks as the rival. `x_half_time` and `x_half_memory` are
+ours with a companion at scale 2 over ours with one of full size. On CPUs time is one thread's CPU time.
 `--against PATH` compares ours with ours of another checkout; `limit`, the same in both, shows how far to trust it.
 
 Both sides hold the same weights, start from the same hidden states, which want a gradient as between two blocks, and
@@ -156,8 +157,12 @@ class Ours(nn.Module):
         super().__init__()
         model = WanModel(WanConfig.read(config), streams=layout.names)
         inject(model, lora)
-        self.blocks, self.tokens = model.blocks, model.positions(layout, torch.device("cpu"))
+        self.blocks, self.positions = model.blocks, model.positions
+        self.lay_out(layout)
         self.keep("attention")
+
+    def lay_out(self, layout: StreamLayout) -> None:
+        self.tokens = self.positions(layout, torch.device("cpu"))
 
     def keep(self, mode: str) -> None:
         set_recompute(self.layers(), mode)
@@ -192,10 +197,11 @@ def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.
     return pairs
 
 
-def layout_of(args: argparse.Namespace) -> StreamLayout:
-    """Return the layout of two streams of the asked grid."""
+def layout_of(args: argparse.Namespace, *, scale: int = 1) -> StreamLayout:
+    """Return the layout of two streams of the asked grid, the second at a scale."""
     f, h, w = args.grid
-    return StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
+    shapes = (16, f, 2 * h, 2 * w), (16, f, 2 * h // scale, 2 * w // scale)
+    return StreamLayout(("rgb", "seg"), shapes, (1, 2, 2), scales=(1, scale))
 
 
 def make_ours(args: argparse.Namespace) -> Ours:
@@ -209,6 +215,12 @@ def make_inputs(args: argparse.Namespace) -> Inputs:
     hidden, context = torch.randn(args.batch, tokens, width), torch.randn(args.batch, TEXT_TOKENS, width)
     modulation = torch.randn(args.batch, 1, 6, width).expand(-1, 2, -1, -1) / 4
     return hidden.requires_grad_(), modulation, context
+
+
+def shortened(inputs: Inputs, layout: StreamLayout) -> Inputs:
+    """Return the same with only as many tokens as a layout has."""
+    hidden, modulation, context = inputs
+    return hidden.detach()[:, : layout.tokens].clone().requires_grad_(), modulation, context
 
 
 def both(args: argparse.Namespace) -> tuple[Ours, Rival, Inputs]:
@@ -232,6 +244,12 @@ def step(model: nn.Module, inputs: Inputs) -> None:
     model.zero_grad(set_to_none=True)
     inputs[0].grad = None
     model(*inputs).square().mean().backward()
+
+
+def step_of(ours: Ours, inputs: Inputs, layout: StreamLayout) -> None:
+    """Run our step of a layout."""
+    ours.lay_out(layout)
+    step(ours, inputs)
 
 
 # -- memory
@@ -328,8 +346,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         profile(ours, inputs, args.profile)
         return
     mine, mine_full, other = peaks(ours, rival, inputs)
-    limit = limit_of(ours, inputs, args)
-    sides = {"limit": limit, "ours": partial(step, ours, inputs), "rival": partial(step, rival, inputs)}
+    limit, whole, half = limit_of(ours, inputs, args), layout_of(args), layout_of(args, scale=2)
+    fewer = shortened(inputs, half)
+    ours.lay_out(half)
+    mine_half = peak_bytes(ours, fewer)
+    sides = {
+        "limit": limit,
+        "ours": partial(step_of, ours, inputs, whole),
+        "half": partial(step_of, ours, fewer, half),
+        "rival": partial(step, rival, inputs),
+    }
     times = harness.alternate(sides, repeats=args.repeats, clock=harness.step_clock())
     figures = {
         "seconds": round(times["ours"].median, 4),
@@ -340,6 +366,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "x_rival_time": times.ratio("ours", "rival").figure,
         "x_rival_memory": round(mine / other, 3),
         "x_rival_memory_full": round(mine_full / other, 3),
+        "x_half_time": times.ratio("half", "ours").figure,
+        "x_half_memory": round(mine_half / mine, 3),
         "mib": round(mine / 2**20, 1),
         "rival_mib": round(other / 2**20, 1),
         "gflop": round(limit.flops / 1e9, 1),

@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket
@@ -23,6 +24,7 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.prompts import sampled_texts
 from transpixeler.data.sources.pairs import Sample, source_names
 from transpixeler.data.survey import survey
+from transpixeler.flow.objective import all_lasts
 from transpixeler.models.family import Field, ModelFolder
 
 Keys = tuple[bytes, ...]  # of a caption's fields, in the model's order
@@ -33,17 +35,28 @@ HASHING_THREADS = 8
 ANIMATED = IMAGE_ENDINGS | {".gif"}
 
 
+class Part(NamedTuple):
+    """One record of a clip: a stream of it, or the last frame of one, alone."""
+
+    stream: str
+    last: bool = False
+
+    def __str__(self) -> str:
+        """Name it for people."""
+        return f"{self.stream}, its last frame" if self.last else self.stream
+
+
 @dataclass(frozen=True)
 class ClipJob:
-    """One clip and the streams of it to encode: all, or those whose records are missing."""
+    """One clip and the parts of it to encode: all, or those whose records are missing."""
 
     id: str
     sample: Sample
     clip: Clip
     bucket: Bucket
     folder: Path
-    latent_keys: tuple[bytes, ...]  # one a stream
-    keys: Mapping[str, bytes]  # by stream, of those to encode
+    latent_keys: tuple[bytes, ...]  # one a part, in the order of the sequence
+    keys: Mapping[Part, bytes]  # of those to encode
 
     @property
     def cost(self) -> int:
@@ -81,7 +94,7 @@ class Catalog:
 
     def keys(self) -> dict[bytes, str]:
         """Return every key with a name for it."""
-        names = {key: f"clip {job.id}, stream {stream}" for job in self.clips for stream, key in job.keys.items()}
+        names = {key: f"clip {job.id}, stream {part}" for job in self.clips for part, key in job.keys.items()}
         return names | {key: f"caption {job.caption[:60]!r}" for job in self.texts for key in job.keys.values()}
 
 
@@ -170,7 +183,7 @@ def _clip_jobs(
     digests, fill = _digests(used, folders, hashes), Fill.of(config.data)
     jobs = []
     for sample, clip, bucket in found.clips:
-        keys = latent_keys(sample, clip, digests=digests, fill=fill, vae=vae, scales=config.scales)
+        keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=vae)
         jobs.append(ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys))
     return jobs, found.skipped
 
@@ -191,8 +204,30 @@ def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
+def part_keys(
+    config: Config, sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str
+) -> dict[Part, bytes]:
+    """Return a key for each stream's clip, and for the last frames that some trained task gives."""
+    lasts = all_lasts(config.objective, tuple(config.streams)) if clip.frames > 1 else ()
+    made = partial(latent_keys, sample, clip, digests=digests, fill=fill, vae=vae, scales=config.scales)
+    whole, alone = made(), made(last=True) if lasts else {}
+    found = {}
+    for number, stream in enumerate(whole):
+        found[Part(stream)] = whole[stream]
+        if number in lasts:
+            found[Part(stream, last=True)] = alone[stream]
+    return found
+
+
 def latent_keys(
-    sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str, scales: Sequence[int] = ()
+    sample: Sample,
+    clip: Clip,
+    *,
+    digests: Mapping[Path, str],
+    fill: Fill,
+    vae: str,
+    scales: Sequence[int] = (),
+    last: bool = False,
 ) -> dict[str, bytes]:
     """Return a key for each stream. A companion is cut at the first stream's times, so it depends on both files."""
     first = sample.paths[0][1]
@@ -207,6 +242,7 @@ def latent_keys(
             fill=fill.parts if sample.rgba else [],
             clip=[str(clip.start), clip.frames, _rate(sample, clip), clip.height, clip.width],
             **({"scale": scales[number]} if scales and scales[number] > 1 else {}),
+            **({"part": "last frame"} if last else {}),
         )
         for number, (stream, path) in enumerate(sample.paths)
     }

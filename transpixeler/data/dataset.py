@@ -10,7 +10,7 @@ from transpixeler.data.cache.records import Cache
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.order import Order, make_order
 from transpixeler.data.sources.pairs import Sample
-from transpixeler.models.streams import Shape
+from transpixeler.models.streams import Grid, Shape, StreamLayout
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Item:
     sample_id: str
     caption: str
     bucket: tuple[int, int, int]  # frames, height, width in pixels
-    latent_keys: tuple[bytes, ...]  # one a stream
+    latent_keys: tuple[bytes, ...]  # one a segment, in the order of the sequence
     text_keys: tuple[bytes, ...]  # one a field that comes from the caption
     repeats: int = 1
     source: str = ""  # name of the data set it comes from
@@ -42,6 +42,7 @@ class Dataset:
         default_factory=dict
     )  # keys of the texts that evaluations sample from
     scales: tuple[int, ...] = ()  # of the streams
+    lasts: tuple[int, ...] = ()  # streams whose last frames are in the cache too, of clips that have more than one
 
     def order(self, *, seed: int, global_batch: int) -> Order:
         """Return the order in which training takes the clips."""
@@ -55,9 +56,16 @@ class Dataset:
             key=self.key,
         )
 
-    def shapes(self, item: Item) -> tuple[Shape, ...]:
-        """Return the latent shape [C, f, h, w] of each stream."""
-        return tuple((c, f, h, w) for c, f, h, w in (self.cache.spec(key).shape for key in item.latent_keys))
+    def layout(self, item: Item, patch: Grid) -> StreamLayout:
+        """Lay out a clip's records."""
+        shapes, lasts = [self._shape(key) for key in item.latent_keys], self.lasts if item.bucket[0] > 1 else ()
+        for stream in reversed(lasts):
+            del shapes[stream + 1 + sum(other < stream for other in lasts)]  # that of a last frame alone
+        return StreamLayout(self.streams, tuple(shapes), patch, scales=self.scales, lasts=lasts)
+
+    def _shape(self, key: bytes) -> Shape:
+        channels, frames, height, width = self.cache.spec(key).shape
+        return channels, frames, height, width
 
     def buckets(self) -> Mapping[tuple[int, int, int], int]:
         """Count the clips in each bucket."""

@@ -29,14 +29,15 @@ import torch.distributed as dist
 
 from transpixeler.config import Config, Fault, UserError
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
-from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
+from transpixeler.data.catalog import Catalog, ClipJob, Part, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.scale import shrink
 from transpixeler.data.progress import Progress
 from transpixeler.data.sources.pairs import decode_pair
-from transpixeler.models.family import ModelFolder
+from transpixeler.flow.objective import all_lasts
+from transpixeler.models.family import ModelFolder, Vae
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
@@ -87,13 +88,13 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
 
 
 def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
-    """Return the jobs that lack a record, each with only the streams that lack one."""
+    """Return the jobs that lack a record, each with only the parts that lack one."""
     cache = Cache(*found.folders)
     jobs = [job for job in found.clips if job.latent_keys not in without]
     absent = set(cache.missing([*(key for job in jobs for key in job.keys.values())]))
     clips: list[ClipJob] = []
     for job in jobs:
-        keys = {stream: key for stream, key in job.keys.items() if key in absent}
+        keys = {part: key for part, key in job.keys.items() if key in absent}
         absent.difference_update(keys.values())  # the same content twice is encoded once
         if keys:
             clips.append(replace(job, keys=keys))
@@ -159,27 +160,38 @@ def _encode_clips(
             try:
                 videos = decoded.result()
                 vae = vae or model.load_vae(device=runtime.device, dtype=torch.float32)
-                small = {stream: shrink(videos[stream], scales[stream]) for stream in job.keys}
-                latents = {stream: vae.encode(torch.from_numpy(video)[None])[0] for stream, video in small.items()}
-                _check(latents, {stream: model.geometry.latent(*job.bucket, scale=scales[stream]) for stream in small})
+                latents = {part: _encoded(vae, videos[part.stream], part, scales) for part in job.keys}
+                _check(latents, {part: part_shape(model, job, part, scales) for part in job.keys})
             except BadMedia as reason:
                 if config.data.on_bad == "error":
                     raise UserError(f"{job.id}: {reason}; mend it or set data.on_bad=skip") from reason
                 logger.warning("%s is skipped: %s", job.id, reason)
                 writers.outcome.bad[job.latent_keys] = str(reason)
             else:
-                records = [Record("latent", key, latents[stream].to(DTYPE)) for stream, key in job.keys.items()]
+                records = [Record("latent", key, latents[part].to(DTYPE)) for part, key in job.keys.items()]
                 writers.put(job.folder, records)
             progress.step(frames=job.clip.frames * len(job.keys))
     del vae
     _free(runtime.device)
 
 
-def _check(latents: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for stream, latent in latents.items():
-        assert latent.shape == shapes[stream], (stream, latent.shape, shapes[stream])
+def _encoded(vae: Vae, video: np.ndarray, part: Part, scales: Mapping[str, int]) -> torch.Tensor:
+    """Return the latents of one part of a clip."""
+    frames = video[-1:] if part.last else video
+    return vae.encode(torch.from_numpy(shrink(frames, scales[part.stream]))[None])[0]
+
+
+def part_shape(model: ModelFolder, job: ClipJob, part: Part, scales: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a part's latents."""
+    frames, *sides = job.bucket
+    return model.geometry.latent(1 if part.last else frames, *sides, scale=scales[part.stream])
+
+
+def _check(latents: Mapping[Part, torch.Tensor], shapes: Mapping[Part, tuple[int, ...]]) -> None:
+    for part, latent in latents.items():
+        assert latent.shape == shapes[part], (part, latent.shape, shapes[part])
         if not latent.isfinite().all():
-            raise BadMedia(f"its {stream} stream gives values that are not finite when it is encoded")
+            raise BadMedia(f"its {part.stream} stream gives values that are not finite when it is encoded")
 
 
 def _encode_texts(
@@ -343,7 +355,15 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datase
             )
         skipped = (*found.skipped[name], *reasons.items())
         sets[name] = Dataset(
-            kept, tuple(config.streams), found.empty_text_keys, cache, name, skipped, found.prompts, config.scales
+            kept,
+            tuple(config.streams),
+            found.empty_text_keys,
+            cache,
+            name,
+            skipped,
+            found.prompts,
+            config.scales,
+            all_lasts(config.objective, tuple(config.streams)),
         )
     return Datasets(sets["train"], sets["eval"])
 

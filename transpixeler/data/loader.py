@@ -71,14 +71,14 @@ class Assembler:
         )
 
     def layout(self, item: Item) -> StreamLayout:
-        return StreamLayout(self.dataset.streams, self.dataset.shapes(item), self.patch, scales=self.dataset.scales)
+        return self.dataset.layout(item, self.patch)
 
     def _latents(self, items: list[Item], layout: StreamLayout) -> Tensor:
         packed = torch.empty(len(items), layout.elements, pin_memory=self.pin)
-        streams = layout.videos(packed)
+        parts = layout.unpack(packed)
         for place, item in enumerate(items):
-            for stream, key in enumerate(item.latent_keys):
-                self._read(key, streams[stream][place], f"{item.id}, stream {self.dataset.streams[stream]}")
+            for segment, part, key in zip(layout.segments, parts, item.latent_keys, strict=True):
+                self._read(key, part[place], f"{item.id}, stream {self.dataset.streams[segment.stream]}")
         return packed
 
     def _fields(self, rows: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from transpixeler.data.cache.records import (
 )
 from transpixeler.data.catalog import cache_folders, catalog
 from transpixeler.data.dataset import Datasets
-from transpixeler.data.encode import encode_missing
+from transpixeler.data.encode import encode_missing, part_shape
 from transpixeler.files import whole
 from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel.runtime import Runtime
@@ -128,11 +128,8 @@ class Expected(NamedTuple):
 
 def expectations(config: Config, model: ModelFolder) -> dict[bytes, Expected]:
     found = catalog(config, model)
-    shapes = {
-        key: model.geometry.latent(*job.bucket, scale=scale)
-        for job in found.clips
-        for key, scale in zip(job.latent_keys, config.scales, strict=True)
-    }
+    scales = dict(zip(config.streams, config.scales))
+    shapes = {key: part_shape(model, job, part, scales) for job in found.clips for part, key in job.keys.items()}
     return {key: Expected(name, shapes.get(key)) for key, name in found.keys().items()}
 
 

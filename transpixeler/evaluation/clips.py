@@ -85,7 +85,7 @@ def at_all_times(batch: Batch, config: Config, task: Task) -> Example:
     noise = [objective.draw_noise(layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
     return Example(
         layout=layout,
-        latents=batch.latents.expand(rows, -1),
+        latents=objective.narrowed(batch.latents, batch.layout, layout).expand(rows, -1),
         noise=torch.stack(noise),
         timesteps=times,
         fields={name: value.expand(rows, *value.shape[1:]) for name, value in batch.fields.items()},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset
+from transpixeler.data.loader import Batch
 from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
@@ -100,7 +101,8 @@ class Evaluator:
             given = given_latents(piece.task, batch.layout.videos(batch.latents))
             name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task.name}" if given else "")
             layout = piece.task.cut(batch.layout)
-            plan.append((Video(name, item.caption, fields, seed + len(plan), layout, given), piece))
+            lasts = last_latents(piece.task, batch)
+            plan.append((Video(name, item.caption, fields, seed + len(plan), layout, given, lasts), piece))
         for prompt in self.prompts:
             assert self.prompt_layout is not None
             name = f"{len(plan)}-{name_part(prompt)}"
@@ -120,6 +122,12 @@ def given_latents(task: Task, streams: Sequence[Tensor]) -> dict[int, Tensor]:
     """Return what a task gives of a clip's streams [1, C, F, H, W]: whole, or the first latent frame."""
     first = {stream: streams[stream][0][:, :1] for stream in task.first if streams[stream].shape[2] > 1}
     return first | {stream: streams[stream][0] for stream in task.given}
+
+
+def last_latents(task: Task, batch: Batch) -> dict[int, Tensor]:
+    """Return the last frames that a task gives of a clip, each encoded alone."""
+    pairs = zip(batch.layout.segments, batch.layout.unpack(batch.latents), strict=True)
+    return {one.stream: part[0] for one, part in pairs if one.alone and one.stream in task.last}
 
 
 def _task(piece: Piece | None) -> str:

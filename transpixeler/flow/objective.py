@@ -77,7 +77,7 @@ def mean_squared_errors(predicted: Tensor, velocity: Tensor, layout: StreamLayou
 
 def by_stream(errors: Tensor, free: Tensor, layout: StreamLayout) -> tuple[Tensor, Tensor]:
     """Return each stream's error over what is free (not given) of it, and whether anything is: [b, G] → [b, S]."""
-    if not layout.cuts:
+    if layout.whole:
         return errors, free
     sizes = free * torch.tensor(layout.group_sizes, dtype=errors.dtype, device=errors.device)
     places = [layout.groups_of(stream) for stream in range(len(layout.names))]
@@ -146,20 +146,22 @@ class Task:
     name: str
     given: frozenset[int] = frozenset()  # streams
     first: frozenset[int] = frozenset()  # streams whose first latent frame is given
+    last: frozenset[int] = frozenset()  # streams whose last frame is given beside the video, encoded alone
 
     @property
     def gives(self) -> bool:
-        return bool(self.given or self.first)
+        return bool(self.given or self.first or self.last)
 
     def cut(self, layout: StreamLayout) -> StreamLayout:
-        """Return the layout whose first frames have a time of their own, where they are given and others follow."""
-        return cut_first(layout, self.first)
+        """Return the layout whose given frames have times of their own, where others are left to make."""
+        return with_lasts(cut_first(layout, self.first), self.last)
 
     def groups(self, layout: StreamLayout) -> list[int]:
         """Return the places of the time groups that are given; a stream of one frame is never given by its first."""
         whole = [place for stream in sorted(self.given) for place in layout.groups_of(stream)]
         cut = [stream for stream in sorted(self.first - self.given) if layout.cuts and layout.cuts[stream]]
-        return whole + [layout.groups_of(stream)[0] for stream in cut]
+        lasts = [place for place, group in enumerate(layout.groups) if group.alone and group.stream not in self.given]
+        return whole + [layout.groups_of(stream)[0] for stream in cut] + lasts
 
 
 def cut_first(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
@@ -172,25 +174,58 @@ def cut_first(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
     )
 
 
+def with_lasts(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
+    """Return the layout with the last frame of these streams beside their videos, where these have more than one."""
+    return layout.with_lasts(stream for stream in streams if layout.shapes[stream][1] > 1)
+
+
 def tasks(streams: Sequence[str]) -> dict[str, Task]:
     """Return every task of these streams by name."""
-    everyone = frozenset(range(len(streams)))
+    everyone, rgb = frozenset(range(len(streams))), frozenset({0})
     known = [Task("joint")]
     if len(streams) > 1:
         known += [Task(f"{streams[0]}_to_aux", frozenset({0})), Task(f"aux_to_{streams[0]}", everyone - {0})]
     if len(streams) > 2:
         known += [Task(f"{name}_to_rest", frozenset({i})) for i, name in enumerate(streams)]
-    known.append(Task("image_to_video", first=frozenset({0})))
+    known += [Task("image_to_video", first=rgb), Task("ends_to_video", first=rgb, last=rgb)]
     if len(streams) > 1:
-        known.append(Task("images_to_videos", first=everyone))
+        known += [
+            Task("images_to_videos", first=everyone),
+            Task("ends_to_videos", first=everyone, last=everyone),
+        ]
     return {task.name: task for task in known}
 
 
-def cut_for_tasks(config: ObjectiveConfig, layout: StreamLayout) -> StreamLayout:
-    """Return the layout in which every trained task can be said: one for all samples, whichever task each draws."""
-    known = tasks(layout.names)
-    firsts = [known[name].first for name, weight in config.tasks.items() if weight > 0]
-    return cut_first(layout, frozenset().union(*firsts))
+def trained(config: ObjectiveConfig, streams: Sequence[str]) -> list[Task]:
+    """Return the tasks with a weight."""
+    return [task for name, task in tasks(streams).items() if config.tasks.get(name, 0) > 0]
+
+
+def all_lasts(config: ObjectiveConfig, streams: Sequence[str]) -> tuple[int, ...]:
+    """Return the streams whose last frame some trained task gives."""
+    return tuple(sorted(frozenset().union(*(task.last for task in trained(config, streams)))))
+
+
+def tasks_of_step(config: ObjectiveConfig, streams: Sequence[str], *, seed: int, step: int) -> dict[str, float]:
+    """Return the tasks that a step's samples are drawn from, with their weights.
+
+    All samples of a step have one layout, so those tasks alone that give the last frames of the same streams: which, is
+    drawn by step, so that every task still comes up as often as its weight says.
+    """
+    kinds: dict[frozenset[int], dict[str, float]] = {}
+    for task in trained(config, streams):
+        kinds.setdefault(task.last, {})[task.name] = config.tasks[task.name]
+    shares = {",".join(map(str, sorted(last))): sum(weights.values()) for last, weights in kinds.items()}
+    drawn = draw_task(shares, "lasts", seed, step)
+    return next(weights for last, weights in kinds.items() if ",".join(map(str, sorted(last))) == drawn)
+
+
+def narrowed(latents: Tensor, layout: StreamLayout, to: StreamLayout) -> Tensor:
+    """Return packed latents [B, N] without the last frames that `to` leaves out."""
+    if layout.lasts == to.lasts:
+        return latents
+    pairs = zip(layout.segments, layout.unpack(latents), strict=True)
+    return to.pack([part for segment, part in pairs if not segment.alone or segment.stream in to.lasts])
 
 
 def check_tasks(config: ObjectiveConfig, streams: Sequence[str]) -> None:
@@ -220,7 +255,7 @@ def loss_weights(config: ObjectiveConfig, layout: StreamLayout, free: Tensor, ba
     weights = torch.tensor([config.stream_weights.get(name, 1.0) for name in layout.names]) * (counts > 0)
     total = weights.sum(1, keepdim=True)
     weights = torch.where(total > 0, weights / total.clamp(min=1e-12), 0.0) / batch
-    return weights[:, stream_of] * sizes / counts.clamp(min=1)[:, stream_of] if layout.cuts else weights
+    return weights if layout.whole else weights[:, stream_of] * sizes / counts.clamp(min=1)[:, stream_of]
 
 
 # --- together --------------------------------------------------------------------------------------------------------
@@ -242,8 +277,12 @@ def prepare(
 ) -> Example:
     """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields."""
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
-    known, layout = tasks(layout.names), cut_for_tasks(config, layout)
-    drawn = [known[draw_task(config.tasks, *key)] for key in keys]
+    known, weights = tasks(layout.names), tasks_of_step(config, layout.names, seed=seed, step=step)
+    wanted = [known[name] for name in weights]
+    firsts = frozenset().union(*(task.first for task in wanted))
+    read, layout = layout, with_lasts(cut_first(layout, firsts), wanted[0].last)  # in which each of them can be said
+    latents = narrowed(latents, read, layout)
+    drawn = [known[draw_task(weights, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
     drawn_times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch, shift=shift)
     times = drawn_times[:, None].repeat(1, len(layout.groups))

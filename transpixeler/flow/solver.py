@@ -17,6 +17,7 @@ from transpixeler.flow.objective import draw_noise
 from transpixeler.models.streams import Group, StreamLayout
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, S] in [0, 1]) → [B, N]
+Held = Mapping[tuple[int, bool], Tensor]  # clean latents [C, F, H, W] by stream and whether they are of its last frame
 TRAIN_TIMESTEPS = 1000  # diffusers' schedulers count a flow's times from 1000 to 0
 
 
@@ -43,8 +44,11 @@ def make_solver(name: str, *, steps: int, shift: float, levels: Sequence[float] 
 
 def start_noise(layout: StreamLayout, seed: int) -> Tensor:
     """Return the noise [1, N] that a video starts from; a stream's part does not depend on the other streams."""
-    streams = zip(layout.names, layout.sizes, strict=True)
-    return torch.cat([draw_noise(size, "sample", seed, name) for name, size in streams])[None]
+    parts = []
+    for segment, size in zip(layout.segments, layout.segment_sizes, strict=True):
+        name = layout.names[segment.stream]
+        parts.append(draw_noise(size, "sample", seed, name) if not segment.alone else torch.zeros(size))
+    return torch.cat(parts)[None]
 
 
 @torch.no_grad()
@@ -55,14 +59,16 @@ def denoise(
     solver: Any,
     *,
     given: Mapping[int, Tensor] | None = None,
+    lasts: Mapping[int, Tensor] | None = None,
     after_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Return the latents [B, N] that noise [B, N] becomes.
 
     `given` holds clean latents [C, F, H, W] by stream, of all frames or of the first ones, which are a time group then:
-    they stay as they are, at time 0 in every step.
+    they stay as they are, at time 0 in every step. So do `lasts`, of the last frames that stand beside their videos.
     """
-    held = {stream: latents.to(noise.device).float() for stream, latents in (given or {}).items()}
+    held = {(stream, False): latents.to(noise.device).float() for stream, latents in (given or {}).items()}
+    held |= {(stream, True): latents.to(noise.device).float() for stream, latents in (lasts or {}).items()}
     places = [p for p, group in enumerate(layout.groups) if _is_held(group, held)]
     x = _with_held(noise.float(), held, layout)
     for t in solver.timesteps:
@@ -73,12 +79,15 @@ def denoise(
     return x
 
 
-def _with_held(x: Tensor, held: Mapping[int, Tensor], layout: StreamLayout) -> Tensor:
+def _with_held(x: Tensor, held: Held, layout: StreamLayout) -> Tensor:
     x = x.clone() if held else x
-    for stream, latents in held.items():
-        layout.videos(x)[stream][:, :, : latents.shape[1]] = latents
+    for segment, part in zip(layout.segments, layout.unpack(x), strict=True):
+        if (segment.stream, segment.alone) in held:
+            latents = held[segment.stream, segment.alone]
+            part[:, :, : latents.shape[1]] = latents
     return x
 
 
-def _is_held(group: Group, held: Mapping[int, Tensor]) -> bool:
-    return group.stream in held and group.end <= held[group.stream].shape[1]
+def _is_held(group: Group, held: Held) -> bool:
+    latents = held.get((group.stream, group.alone))
+    return latents is not None and group.end <= latents.shape[1]

@@ -195,6 +195,11 @@ class StreamLayout:
         return range(places[0], places[-1] + 1)
 
     @property
+    def whole(self) -> bool:
+        """Tell whether every stream is one time group."""
+        return len(self.groups) == len(self.names)
+
+    @property
     def tokens(self) -> int:
         return sum(self.lengths)
 

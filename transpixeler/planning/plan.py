@@ -22,6 +22,7 @@ from transpixeler.data.catalog import cache_folders
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.data.survey import Survey, survey
+from transpixeler.flow.objective import all_lasts, with_lasts
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import step_flops
 from transpixeler.models.family import ModelFolder, open_model
@@ -179,7 +180,11 @@ def _latent_bytes(config: Config, geometry: Geometry, data: Dataset) -> int:
 
 
 def _layout(config: Config, geometry: Geometry, bucket: Bucket) -> StreamLayout:
-    return geometry.layout(tuple(config.streams), config.scales, bucket)
+    """Return the largest layout that a step of this bucket may have."""
+    layout, lasts = geometry.layout(tuple(config.streams), config.scales, bucket), ()
+    if bucket.frames > 1:
+        lasts = all_lasts(config.objective, tuple(config.streams))
+    return with_lasts(layout, lasts)
 
 
 def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:

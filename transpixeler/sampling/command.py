@@ -18,11 +18,12 @@ from torch import Tensor
 
 from transpixeler.config import Config, SampleConfig, UserError
 from transpixeler.data.media.clip import Clip
-from transpixeler.data.media.decode import frame_numbers, probe, read_frames
+from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.media.fill import Fill
 from transpixeler.data.prompts import prompt_lines, read_prompts
 from transpixeler.files import check_place, writing_to
-from transpixeler.flow.objective import Fields, cut_first
+from transpixeler.flow.objective import Fields, Task
 from transpixeler.models.family import open_model
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
@@ -43,6 +44,7 @@ from transpixeler.sampling.video import (
 )
 
 logger = logging.getLogger("transpixeler")
+GIVEN = ("rgb", "alpha", "image", "last")  # options that name a file
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class SampleOptions:
     out: str = "samples"
     rgb: str = ""  # a clip to make mattes of
     alpha: str = ""  # a clip of mattes to paint
-    image: str = ""  # the first frame of RGB
+    image: str = ""  # the first frame: of RGB, and of the alpha that it may have
+    last: str = ""  # the last frame, likewise
     asked_layout: bool = False  # whether the user set parallel.*
 
 
@@ -69,17 +72,20 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     check_place(Path(options.out), "--out")
     prompts = _prompts(config.sample, options)
     frames = Frames(model, runtime.device, upsample=config.sample.upsample)
-    clips = _given_clips(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
-    image = _first_frame(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
+    size = model.geometry.pixels(shape.shapes[0])
+    clips = _given_clips(config, options, model.geometry, size)
+    ends = [_given_frame(config, options, option, model.geometry, size) for option in ("--image", "--last")]
     texts = encode_prompts(config, prompts, model, runtime)
-    given = {stream: frames.encode(clip, scale=config.scales[stream]) for stream, clip in clips.items()}
-    if image is not None:
-        given[0], shape = frames.encode(image), cut_first(shape, {0})
-    videos = _videos(config.sample, prompts, texts.by_prompt, shape, given, count=options.count)
+    clip, first, last = (
+        {stream: frames.encode(part, scale=config.scales[stream]) for stream, part in parts.items()}
+        for parts in (clips, *ends)
+    )
+    shape = Task("", given=frozenset(clip), first=frozenset(first), last=frozenset(last)).cut(shape)
+    videos = _videos(config.sample, prompts, texts.by_prompt, shape, first | clip, last, count=options.count)
     mesh = meshes.build(layout, runtime)
     sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
     facts = {"model": config.model.path, "adapter": source.name, "step": source.step}
-    facts |= {"rgb": options.rgb, "alpha": options.alpha, "image": options.image} if given else {}
+    facts |= {name: getattr(options, name) for name in GIVEN} if clips or first else {}
     written = []
     for number, latents in sampler.each(videos):
         if mesh.is_first_stage:
@@ -94,7 +100,7 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
 def _prompts(config: SampleConfig, options: SampleOptions) -> Sequence[str]:
     asked = (*options.prompts, *prompt_lines(options.prompts_file, key="--prompts"))
     prompts = asked or read_prompts(config)
-    if prompts or options.rgb or options.alpha or options.image:
+    if prompts or any(getattr(options, name) for name in GIVEN):
         return prompts or ("",)
     raise UserError('sample: nothing to make; give --prompt "…", --prompts FILE, or set sample.prompts')
 
@@ -105,6 +111,7 @@ def _videos(
     texts: Mapping[str, Fields],
     shape: StreamLayout,
     given: Mapping[int, Tensor],
+    lasts: Mapping[int, Tensor],
     *,
     count: int,
 ) -> list[Video]:
@@ -113,7 +120,7 @@ def _videos(
     for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count)):
         seed = config.seed + number
         name = f"{number:03}-{name_part(prompt)}-seed{seed}"
-        videos.append(Video(name, prompt, texts[prompt], seed, shape, given))
+        videos.append(Video(name, prompt, texts[prompt], seed, shape, given, lasts))
     return videos
 
 
@@ -135,17 +142,26 @@ def _given_clips(
     }
 
 
-def _first_frame(
-    config: Config, options: SampleOptions, geometry: Geometry, size: tuple[int, int, int]
-) -> np.ndarray | None:
-    """Return the frame uint8 [1, H, W, 3] of --image."""
-    if not options.image:
-        return None
+def _given_frame(
+    config: Config, options: SampleOptions, option: str, geometry: Geometry, size: tuple[int, int, int]
+) -> dict[int, np.ndarray]:
+    """Return the frame uint8 [1, H, W, 3] of --image or --last by stream: RGB, and the alpha that the file may have."""
+    path = options.image if option == "--image" else options.last
+    if not path:
+        return {}
     if options.rgb:
-        raise UserError("--image, --rgb: --rgb gives every frame, the first one too; leave --image out")
+        raise UserError(f"{option}, --rgb: --rgb gives every frame; leave {option} out")
+    if not options.image:
+        raise UserError("--last: needs the first frame too; give it with --image")
     if not geometry.first_alone:
-        raise UserError("--image: this model's latents hold no single frame, so none can be given; leave it out")
-    return _read_clip("--image", options.image, frame_rate(config), geometry, (1, *size[1:]))
+        raise UserError(f"{option}: this model's latents hold no single frame, so none can be given; leave it out")
+    if size[0] == 1 and option == "--last":
+        raise UserError("--last: a video of one frame ends with its first; leave it out, or make --size longer")
+    frames = _read_clip(option, path, frame_rate(config), geometry, (1, *size[1:]))
+    if len(config.streams) == 1 or not probe(Path(path)).alpha or options.alpha:
+        return {0: frames}
+    both = read_rgba(Path(path), (0,), height=size[1], width=size[2], fill=Fill.of(config.data))
+    return dict(enumerate(both))
 
 
 def _read_clip(option: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:

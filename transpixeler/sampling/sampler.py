@@ -62,7 +62,8 @@ class Sampler:
         solver = self._solver(video.layout.lengths[0])
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
         velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=self.config.guidance)
-        return denoise(velocity, noise, video.layout, solver, given=video.given, after_step=after_step)[0].cpu()
+        held = {"given": video.given, "lasts": video.lasts}
+        return denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
 
     def _solver(self, tokens: int) -> Any:
         name, steps, shift = self.config.scheduler, self.config.steps, self.config.shift

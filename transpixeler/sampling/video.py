@@ -35,6 +35,7 @@ class Video:
     given: Mapping[int, Tensor] = field(
         default_factory=dict
     )  # clean latents [C, F, H, W] by stream; F may be the first frame alone
+    lasts: Mapping[int, Tensor] = field(default_factory=dict)  # [C, 1, H, W] by stream, of last frames encoded alone
 
 
 def video_layout(config: Config, model: ModelFolder) -> StreamLayout:
@@ -69,7 +70,8 @@ def settings(video: Video, sample: SampleConfig) -> dict[str, Any]:
         "shift": sample.shift,
         "scheduler": sample.scheduler,
         "negative_prompt": sample.negative_prompt,
-        "given": [_given_name(video, stream) for stream in sorted(video.given)],
+        "given": [_given_name(video, stream) for stream in sorted(video.given)]
+        + [f"last frame of {video.layout.names[stream]}" for stream in sorted(video.lasts)],
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.families.conformance.conftest import train
@@ -115,8 +116,9 @@ def test_a_run_is_sampled(case: Case, run: Path, tmp_path: Path) -> None:
     assert {(video.frames, video.width, video.height) for video in videos} >= {(case.frames[1], 64, 64)}
 
 
-def test_a_first_frame_is_given(case: Case, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tasks = ("objective.tasks={joint: 1, image_to_video: 3}", "eval.every_epochs=1", "train.max_steps=1")
+def test_first_and_last_frames_are_given(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = copied.parent  # last frames are encoded into its cache
+    tasks = ("objective.tasks={image_to_video: 1, ends_to_videos: 1}", "eval.every_epochs=1")
     if not open_model(ModelConfig(path=str(world / "model"))).geometry.first_alone:
         assert cli.main(["train", str(world / "config.yaml"), f"output_dir={tmp_path}", *tasks]) == 2
         assert "objective.tasks.image_to_video: Toy encodes 2 frames at a time" in capsys.readouterr().err
@@ -128,6 +130,12 @@ def test_a_first_frame_is_given(case: Case, world: Path, tmp_path: Path, capsys:
     assert cli.main(words) == 0
     facts = json.loads(next((tmp_path / "out").rglob("sample.json")).read_text())
     assert facts["given"] == ["first frame of rgb"] and facts["image"] == str(image)
+    rgba = tmp_path / "rgba.png"
+    Image.new("RGBA", (64, 64), (200, 40, 40, 128)).save(rgba)
+    assert cli.main([*words[:-1], str(tmp_path / "ends"), "--last", str(rgba)]) == 0
+    facts = json.loads(next((tmp_path / "ends").rglob("sample.json")).read_text())
+    assert facts["given"] == ["first frame of rgb", "last frame of rgb", "last frame of seg"]
+    assert cli.main([word for word in words if word not in ("--image", str(image))] + ["--last", str(rgba)]) == 2
 
 
 def test_a_companion_of_half_the_size_goes_the_whole_way(

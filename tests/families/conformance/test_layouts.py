@@ -24,7 +24,7 @@ from transpixeler.training import optim
 STEPS = 4  # two of each bucket: the second has schedules and shards that the first left behind
 BASE = (
     *("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3"),
-    *("objective.caption_dropout=0", "objective.tasks={joint: 2, rgb_to_aux: 1}"),
+    *("objective.caption_dropout=0", "objective.tasks={joint: 2, rgb_to_aux: 1, ends_to_video: 3}"),
 )
 KINDS = {"lora": (), "full": ("lora.enabled=false", "optim.lr=0.1")}
 ONE_TEXT = "no gradient of the text crosses a cut"

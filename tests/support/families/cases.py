@@ -117,14 +117,14 @@ def zero(model: nn.Module, part: str) -> None:
 def example(case: Case, model: Backbone, config: Config, step: int, slots: range) -> objective.Example:
     """Draw the share at `slots` of a step's global batch; buckets alternate.
 
-    One has a companion at half the size, and first frames of their own time.
+    One has a companion at half the size, and first and last frames of their own time where a step's tasks give them.
     """
     names, shape = tuple(config.streams), case.shapes[step % 2]
     layout = StreamLayout.equal(names, shape, model.patch)
     if step % 2:
         channels, frames, height, width = shape
         small = (channels, frames, height // 2, width // 2)
-        layout = replace(layout, shapes=(shape, small), scales=(1, 2)).cut([[1]] * len(names))
+        layout = replace(layout, shapes=(shape, small), scales=(1, 2), lasts=(0,))
     ids = [f"sample{step}-{slot}" for slot in slots]
     rows = [_fields(model.fields, 1, objective.generator("fields", name)) for name in ids]
     return objective.prepare(

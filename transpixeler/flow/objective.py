@@ -20,6 +20,8 @@ from transpixeler.models.streams import StreamLayout
 
 Time = TypeVar("Time", float, Tensor)
 Fields = Mapping[str, Tensor]  # by name, in the order in which the model takes them
+Keys = Sequence[tuple[object, ...]]  # what each sample's draws are a function of
+FIRST_FRAME_NOISE = (-3.5, 0.5)  # mean and deviation of the amount's logarithm
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,12 @@ class Task:
     def groups(self, layout: StreamLayout) -> list[int]:
         """Return the places of the time groups that are given; a stream of one frame is never given by its first."""
         whole = [place for stream in sorted(self.given) for place in layout.groups_of(stream)]
+        return whole + self.firsts(layout)
+
+    def firsts(self, layout: StreamLayout) -> list[int]:
+        """Return the places of the time groups of given first frames."""
         cut = [stream for stream in sorted(self.first - self.given) if layout.cuts and layout.cuts[stream]]
-        return whole + [layout.groups_of(stream)[0] for stream in cut]
+        return [layout.groups_of(stream)[0] for stream in cut]
 
 
 def cut_first(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
@@ -245,6 +251,7 @@ def prepare(
     known, layout = tasks(layout.names), cut_for_tasks(config, layout)
     drawn = [known[draw_task(config.tasks, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
+    latents = with_noisy_firsts(config, latents, noise, layout, drawn, keys)
     drawn_times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch, shift=shift)
     times = drawn_times[:, None].repeat(1, len(layout.groups))
     free = torch.ones_like(times)
@@ -256,6 +263,26 @@ def prepare(
         rows = torch.tensor(dropped)
         fields = {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
     return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch))
+
+
+def with_noisy_firsts(
+    config: ObjectiveConfig, latents: Tensor, noise: Tensor, layout: StreamLayout, drawn: Sequence[Task], keys: Keys
+) -> Tensor:
+    """Return the latents [b, N] with a little noise on given first frames, in a share of the samples.
+
+    The model is told that they are clean: it learns not to trust the last detail of an image that it is given.
+    """
+    noisy = latents
+    for row, (task, key) in enumerate(zip(drawn, keys, strict=True)):
+        draws = generator("first frame", *key)
+        if float(torch.rand((), generator=draws)) >= config.first_frame_noise:
+            continue
+        mean, deviation = FIRST_FRAME_NOISE
+        amounts = torch.zeros(1, len(layout.groups))
+        amounts[:, task.firsts(layout)] = (mean + deviation * torch.randn((), generator=draws)).exp().clamp(max=1)
+        noisy = noisy.clone() if noisy is latents else noisy
+        noisy[row] = torch.lerp(latents[row].float(), noise[row], layout.spread(amounts)[0]).to(latents.dtype)
+    return noisy
 
 
 def _replaced(value: Tensor, rows: Tensor, by: Tensor) -> Tensor:

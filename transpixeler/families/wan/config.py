@@ -15,6 +15,10 @@ from transpixeler.models.streams import Grid
 TEXT_LEN = 512
 # original config.json key → the diffusers key that the rest of the code knows
 ORIGINAL_KEYS = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
+MODEL_TYPES = (
+    "t2v",
+    "ti2v",
+)  # of original configs; the second is 2.2's 5B, to which a first frame is a time of its own
 UNSUPPORTED = {
     "added_kv_proj_dim": "image conditioning (image-to-video)",
     "image_dim": "an image embedder (image-to-video)",
@@ -52,7 +56,7 @@ class WanConfig:
         for key, what in UNSUPPORTED.items():
             if config.get(key) is not None:
                 raise UserError(f"model.path: {key} is set: {what} is not supported; use a Wan text-to-video model")
-        if config.get("model_type", "t2v") != "t2v":
+        if config.get("model_type", "t2v") not in MODEL_TYPES:
             raise UserError(f"model.path: model_type {config['model_type']!r} is not supported; use a Wan t2v model")
         if config.get("qk_norm", True) not in (True, "rms_norm_across_heads"):
             raise UserError(f"model.path: qk_norm {config['qk_norm']!r} is not supported, only rms_norm_across_heads")

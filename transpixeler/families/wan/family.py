@@ -14,7 +14,7 @@ import torch
 
 from transpixeler.config import UserError
 from transpixeler.families.wan import encoders
-from transpixeler.families.wan.config import TEXT_LEN, WanConfig, diffusers_config
+from transpixeler.families.wan.config import MODEL_TYPES, TEXT_LEN, WanConfig, diffusers_config
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES, config_from_shapes
 from transpixeler.models.damage import read_config
@@ -74,6 +74,11 @@ class WanFolder(ModelFolder):
         stride = (4, 16, 16) if channels == 48 else (4, 8, 8)  # of Wan 2.2's and 2.1's VAE; a transformer may lie alone
         if encoders.has_vae(self.path):
             stride, channels = encoders.vae_geometry(self.path)
+            if channels != self._checked.out_channels:
+                raise UserError(
+                    f"model.path: {self.path}: its VAE makes {channels} channels and its transformer takes "
+                    f"{self._checked.out_channels}; they belong to different models"
+                )
         return Geometry(stride, channels, self._checked.patch_size)
 
     @cached_property
@@ -122,7 +127,10 @@ def _is_wan(path: Path) -> bool:
     for name in ("transformer/config.json", "config.json"):
         if (path / name).is_file():
             config = read_config(path / name)
-            return str(config.get("_class_name", "")).startswith("Wan") or config.get("model_type") in ("t2v", "i2v")
+            return str(config.get("_class_name", "")).startswith("Wan") or config.get("model_type") in (
+                *MODEL_TYPES,
+                "i2v",
+            )
     return _has_two_experts(path)
 
 

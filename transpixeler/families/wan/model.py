@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video in three parts, with RoPE positions, over any number of streams.
+"""Wan in three parts, with RoPE positions, over any number of streams.
 
 In: packed noisy latents `[B, N]`, timesteps `[B, S]`, text `[B, 512, text_dim]`. Out: packed velocity `[B, N]`.
 Parameters carry the published original names inside `embed`, `blocks` and `head`. Streams are concatenated on the
@@ -188,7 +188,7 @@ class Head(nn.Module):
 
 
 class WanModel(Backbone):
-    """Wan 2.1 T2V, 1.3B and 14B and anything of their shape."""
+    """Wan 2.1 T2V, 1.3B and 14B, Wan 2.2 TI2V-5B and anything of their shape."""
 
     family = "wan"
     lora_targets = tuple(name for name in NAMES.block_linears if name not in ("cross_attn.k", "cross_attn.v"))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from transpixeler.config import ObjectiveConfig, UserError
+from transpixeler.models.conditions import Shown
 from transpixeler.models.streams import StreamLayout
 
 Time = TypeVar("Time", float, Tensor)
@@ -148,10 +149,11 @@ class Task:
     name: str
     given: frozenset[int] = frozenset()  # streams
     first: frozenset[int] = frozenset()  # streams whose first latent frame is given
+    shown: frozenset[int] = frozenset()  # streams whose given frames are shown beside the latents, in no time group
 
     @property
     def gives(self) -> bool:
-        return bool(self.given or self.first)
+        return bool(self.given or self.first or self.shown)
 
     def cut(self, layout: StreamLayout) -> StreamLayout:
         """Return the layout whose first frames have a time of their own, where they are given and others follow."""
@@ -178,8 +180,8 @@ def cut_first(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
     )
 
 
-def tasks(streams: Sequence[str]) -> dict[str, Task]:
-    """Return every task of these streams by name."""
+def tasks(streams: Sequence[str], *, shows: bool = False) -> dict[str, Task]:
+    """Return every task of these streams by name. shows: the model is shown given frames beside the latents."""
     everyone = frozenset(range(len(streams)))
     known = [Task("joint")]
     if len(streams) > 1:
@@ -189,6 +191,8 @@ def tasks(streams: Sequence[str]) -> dict[str, Task]:
     known.append(Task("image_to_video", first=frozenset({0})))
     if len(streams) > 1:
         known.append(Task("images_to_videos", first=everyone))
+    if shows:
+        known = [replace(task, first=frozenset(), shown=task.first) for task in known]
     return {task.name: task for task in known}
 
 
@@ -245,10 +249,15 @@ def prepare(
     slots: Sequence[int],
     batch: int,
     shift: float,
+    shown: Shown | None = None,
 ) -> Example:
-    """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields."""
+    """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields.
+
+    shown: what the samples can be shown of given frames, where a model takes that in channels.
+    """
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
-    known, layout = tasks(layout.names), cut_for_tasks(config, layout)
+    known = tasks(layout.names, shows=shown is not None)
+    layout = layout if shown is not None else cut_for_tasks(config, layout)
     drawn = [known[draw_task(config.tasks, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
     latents = with_noisy_firsts(config, latents, noise, layout, drawn, keys)
@@ -262,6 +271,8 @@ def prepare(
     if any(dropped):
         rows = torch.tensor(dropped)
         fields = {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
+    if shown is not None:
+        fields = {**fields, **shown.values(layout, [task.shown for task in drawn])}
     return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch))
 
 

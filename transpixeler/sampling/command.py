@@ -23,7 +23,7 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.prompts import prompt_lines, read_prompts
 from transpixeler.files import check_place, writing_to
 from transpixeler.flow.objective import Fields, cut_first
-from transpixeler.models.family import open_model
+from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
@@ -32,6 +32,7 @@ from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel
+from transpixeler.sampling.shown import show
 from transpixeler.sampling.texts import encode_prompts
 from transpixeler.sampling.video import (
     Video,
@@ -70,16 +71,19 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     prompts = _prompts(config.sample, options)
     frames = Frames(model, runtime.device)
     clips = _given_clips(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
-    image = _first_frame(config, options, model.geometry, model.geometry.pixels(shape.shapes[0]))
+    image = _given_picture(config, options, model, model.geometry.pixels(shape.shapes[0]))
     texts = encode_prompts(config, prompts, model, runtime)
     given = {stream: frames.encode(clip) for stream, clip in clips.items()}
-    if image is not None:
+    shown = show(model, frames, shape, {} if image is None else {0: image})
+    if image is not None and not shown:
         given[0], shape = frames.encode(image), cut_first(shape, {0})
-    videos = _videos(config.sample, prompts, texts.by_prompt, shape, given, count=options.count)
+    given_frames = frozenset({0}) if shown and image is not None else frozenset()
+    fields = {prompt: {**text, **shown} for prompt, text in texts.by_prompt.items()}
+    videos = _videos(config.sample, prompts, fields, shape, given, given_frames, count=options.count)
     mesh = meshes.build(layout, runtime)
     sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
     facts = {"model": config.model.path, "adapter": source.name, "step": source.step}
-    facts |= {"rgb": options.rgb, "alpha": options.alpha, "image": options.image} if given else {}
+    facts |= {"rgb": options.rgb, "alpha": options.alpha, "image": options.image} if given or given_frames else {}
     written = []
     for number, latents in sampler.each(videos):
         if mesh.is_first_stage:
@@ -106,6 +110,7 @@ def _videos(
     texts: Mapping[str, Fields],
     shape: StreamLayout,
     given: Mapping[int, Tensor],
+    shown: frozenset[int],
     *,
     count: int,
 ) -> list[Video]:
@@ -114,7 +119,7 @@ def _videos(
     for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count)):
         seed = config.seed + number
         name = f"{number:03}-{name_part(prompt)}-seed{seed}"
-        videos.append(Video(name, prompt, texts[prompt], seed, shape, given))
+        videos.append(Video(name, prompt, texts[prompt], seed, shape, given, shown))
     return videos
 
 
@@ -136,17 +141,24 @@ def _given_clips(
     }
 
 
-def _first_frame(
-    config: Config, options: SampleOptions, geometry: Geometry, size: tuple[int, int, int]
+def _given_picture(
+    config: Config, options: SampleOptions, model: ModelFolder, size: tuple[int, int, int]
 ) -> np.ndarray | None:
-    """Return the frame uint8 [1, H, W, 3] of --image."""
+    """Return the frame uint8 [1, H, W, 3] of --image; of a model that goes to a last frame, all frames of a clip."""
+    geometry = model.geometry
     if not options.image:
         return None
     if options.rgb:
         raise UserError("--image, --rgb: --rgb gives every frame, the first one too; leave --image out")
     if not geometry.first_alone:
         raise UserError("--image: this model's latents hold no single frame, so none can be given; leave it out")
-    return _read_clip("--image", options.image, frame_rate(config), geometry, (1, *size[1:]))
+    return _read_clip(
+        "--image",
+        options.image,
+        frame_rate(config),
+        geometry,
+        (size[0] if any(field.last for field in model.fields) else 1, *size[1:]),
+    )
 
 
 def _read_clip(option: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:

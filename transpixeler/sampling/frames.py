@@ -27,10 +27,11 @@ class Frames:
             streams = zip(layout.names, layout.unpack(latents[None]), strict=True)
             return {name: to_pixels(vae.decode(part)[0]) for name, part in streams}
 
-    def encode(self, frames: np.ndarray) -> Tensor:
-        """Return latents [C, f, h, w] of frames uint8 [F, H, W, 3]."""
+    def encode(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Return latents [C, f, h, w] of frames uint8 [F, H, W, 3], or of a video [1, 3, F, H, W] in [-1, 1]."""
+        video = frames if isinstance(frames, Tensor) else torch.from_numpy(frames)[None]
         with self._vae_on_device() as vae:
-            return vae.encode(torch.from_numpy(frames)[None])[0].cpu()
+            return vae.encode(video)[0].cpu()
 
     @contextmanager
     def _vae_on_device(self) -> Iterator[Vae]:

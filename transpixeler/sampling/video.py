@@ -35,6 +35,7 @@ class Video:
     given: Mapping[int, Tensor] = field(
         default_factory=dict
     )  # clean latents [C, F, H, W] by stream; F may be the first frame alone
+    shown: frozenset[int] = frozenset()  # streams whose given frames are in the fields
 
 
 def video_layout(config: Config, model: ModelFolder) -> StreamLayout:
@@ -68,12 +69,12 @@ def settings(video: Video, sample: SampleConfig) -> dict[str, Any]:
         "shift": sample.shift,
         "scheduler": sample.scheduler,
         "negative_prompt": sample.negative_prompt,
-        "given": [_given_name(video, stream) for stream in sorted(video.given)],
+        "given": [_given_name(video, stream) for stream in sorted({*video.given, *video.shown})],
     }
 
 
 def _given_name(video: Video, stream: int) -> str:
-    whole = video.given[stream].shape[1] == video.layout.shapes[stream][1]
+    whole = stream in video.given and video.given[stream].shape[1] == video.layout.shapes[stream][1]
     return video.layout.names[stream] if whole else f"first frame of {video.layout.names[stream]}"
 
 

@@ -36,6 +36,15 @@ VAE_22: dict[str, Any] = {  # a tiny one of Wan 2.2's kind
     "scale_factor_temporal": 4,
     "scale_factor_spatial": 16,
 }
+CLIP: dict[str, Any] = {  # 257 tokens, of pictures of 32×32
+    "hidden_size": 160,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 2,
+    "hidden_act": "gelu",
+}
 FIVE = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,
@@ -88,12 +97,57 @@ def write_five(folder: Path) -> Path:
     return folder
 
 
+def write_image_to_video(folder: Path, form: str) -> Path:
+    """Write a tiny model of 36 channels: "clip" as Wan 2.1's, "last" as FLF2V, "plain" as an expert of Wan 2.2's."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from transformers.utils.logging import disable_progress_bar
+
+    from transpixeler.demo.model import random_parts
+
+    disable_progress_bar()
+    parts = random_parts(3)
+    transformer = WanTransformer3DModel(**image_to_video(form))
+    move(transformer, seed=3)
+    encoder = None
+    if form != "plain":
+        encoder = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+        move(encoder, seed=5)
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=parts.vae,
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        image_encoder=encoder.eval() if encoder else None,
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32) if encoder else None,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def image_to_video(form: str) -> dict[str, Any]:
+    """Return the config of a tiny transformer of 36 channels."""
+    config: dict[str, Any] = {**FIVE, "in_channels": 36, "out_channels": 16}
+    if form != "plain":
+        config |= {"image_dim": CLIP["hidden_size"], "added_kv_proj_dim": 48}
+    return config | ({"pos_embed_seq_len": 514} if form == "last" else {})
+
+
 def layout_of(folder: Path, pixels: tuple[int, int, int]) -> StreamLayout:
     geometry = WanFolder(str(folder)).geometry
     return StreamLayout.equal(("rgb",), geometry.latent(*pixels), geometry.patch)
 
 
-def made(folder: Path, layout: StreamLayout, *, given: Mapping[int, Tensor] | None = None) -> Tensor:
+def made(
+    folder: Path,
+    layout: StreamLayout,
+    *,
+    given: Mapping[int, Tensor] | None = None,
+    shown: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Return the latents [1, C, F, H, W] of our sampler at its defaults."""
     opened = WanFolder(str(folder))
     model = opened.build(streams=layout.names)
@@ -103,6 +157,7 @@ def made(folder: Path, layout: StreamLayout, *, given: Mapping[int, Tensor] | No
         {"text": torch.nn.functional.pad(one["text"], (0, 0, 0, 512 - len(one["text"])))}
         for one in encoder.encode([PROMPT, NEGATIVE])
     ]
+    fields[0] |= shown or {}
     engine: Any = SimpleNamespace(
         config=SimpleNamespace(pipeline=1),
         mesh=SimpleNamespace(device=CPU),

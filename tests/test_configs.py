@@ -215,5 +215,31 @@ def test_a_shipped_adapter_fits_wan_and_has_the_parameters_that_are_said(name: s
     assert f"# {trained} M parameters" in (CONFIGS / f"wan2.1-t2v-{name}.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("name", "trained"), [("joint", 138), ("24gb", 69)])
+def test_an_adapter_of_the_5b_has_the_parameters_that_are_said(name: str, trained: int) -> None:
+    path = CONFIGS / f"wan2.2-ti2v-5b-{name}.yaml"
+    config = configfile.load(path)
+    five = {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+    with torch.device("meta"):
+        model = wan_model(WAN | five, streams=tuple(config.streams))
+        base = sum(p.numel() for p in model.parameters())
+        lora.inject(model, config.lora)
+    assert round(base / 1e6) == 5000
+    assert round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6) == trained
+    assert f"# {trained} M parameters" in path.read_text(encoding="utf-8")
+    assert (config.data.fps, config.sample.shift, config.sample.guidance) == (24, 5, 5)
+
+
+def test_the_image_to_video_config_has_the_parameters_that_are_said() -> None:
+    path = CONFIGS / "wan2.1-i2v-14b-480p.yaml"
+    config = configfile.load(path)
+    image = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+    with torch.device("meta"):
+        model = wan_model(WAN | SIZES["14b"] | image, streams=tuple(config.streams))
+        base = sum(p.numel() for name, p in model.named_parameters() if "stream_embedding" not in name)
+    assert f"{base / 1e9:.3f} B parameters" in path.read_text(encoding="utf-8")
+    assert (config.sample.shift, config.sample.steps, config.objective.tasks) == (3, 40, {"image_to_video": 1.0})
+
+
 def test_the_plain_config_has_one_stream() -> None:
     assert shipped("1.3b-plain").streams == {"rgb": ""}

@@ -157,6 +157,7 @@ class ObjectiveConfig:
     tasks: dict[str, NonNegative] = field(default_factory=lambda: {"joint": 1.0})
     stream_weights: dict[str, NonNegative] = field(default_factory=dict)
     caption_dropout: Fraction = 0.1
+    first_frame_noise: Fraction = 0.0
 
 
 @dataclass(frozen=True)

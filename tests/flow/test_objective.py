@@ -104,6 +104,30 @@ def test_a_given_first_frame_is_clean_and_costs_nothing() -> None:
     torch.testing.assert_close(it.weights.sum(1), torch.full((2,), 1 / 6))
 
 
+def test_a_share_of_given_first_frames_has_a_little_noise_and_is_told_clean() -> None:
+    config = ObjectiveConfig(tasks={"joint": 1, "images_to_videos": 2}, first_frame_noise=0.5)
+    clean = [example(dataclasses.replace(config, first_frame_noise=0.0), list(range(6)), step=n) for n in range(20)]
+    noisy = [example(config, list(range(6)), step=n) for n in range(20)]
+    amounts = []
+    for one, other in zip(clean, noisy):
+        for name in ("noise", "timesteps", "weights"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        before, after = (it.layout.split_groups(it.latents) for it in (one, other))
+        noise = one.layout.split_groups(one.noise)
+        for group in (1, 3):  # what follows the first frames
+            assert torch.equal(before[group], after[group])
+        given = one.timesteps[:, 0] == 0
+        moved = ((after[0] - before[0]) / (noise[0] - before[0])).mean(1)
+        assert not moved[~given].any()
+        amounts += moved[given].tolist()
+        torch.testing.assert_close(after[0], torch.lerp(before[0], noise[0], moved[:, None]))
+        torch.testing.assert_close(after[2], torch.lerp(before[2], noise[2], moved[:, None]))
+    logs = torch.tensor([amount for amount in amounts if amount > 0]).log()
+    assert 0.35 < len(logs) / len(amounts) < 0.65
+    assert abs(float(logs.mean()) + 3.5) < 0.25 and 0.3 < float(logs.std()) < 0.7
+    assert torch.equal(example(config, [4, 5]).latents, example(config, list(range(6))).latents[4:])
+
+
 def test_a_mixture_has_one_layout_and_the_loss_of_each_task() -> None:
     mixed = example(ObjectiveConfig(tasks={"joint": 1, "image_to_video": 1}), list(range(6)))
     alone = example(ObjectiveConfig(), list(range(6)))

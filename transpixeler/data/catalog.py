@@ -9,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.fingerprints import FileHashes
-from transpixeler.data.dataset import Item
+from transpixeler.data.dataset import Item, ShownKeys
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import IMAGE_ENDINGS, files_of
 from transpixeler.data.media.fill import Fill
+from transpixeler.data.parts import Part
 from transpixeler.data.prompts import sampled_texts
+from transpixeler.data.shown import BlankJob
 from transpixeler.data.sources.pairs import Sample, source_names
 from transpixeler.data.survey import survey
 from transpixeler.flow.objective import all_lasts
-from transpixeler.models.family import Field, ModelFolder
+from transpixeler.models.conditions import shown_fields
+from transpixeler.models.family import Digest, Field, ModelFolder
 
 Keys = tuple[bytes, ...]  # of a caption's fields, in the model's order
 
@@ -33,17 +36,6 @@ ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other va
 SETS = ("train", "eval")
 HASHING_THREADS = 8
 ANIMATED = IMAGE_ENDINGS | {".gif"}
-
-
-class Part(NamedTuple):
-    """One record of a clip: a stream of it, or the last frame of one, alone."""
-
-    stream: str
-    last: bool = False
-
-    def __str__(self) -> str:
-        """Name it for people."""
-        return f"{self.stream}, its last frame" if self.last else self.stream
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,12 @@ class ClipJob:
     folder: Path
     latent_keys: tuple[bytes, ...]  # one a part, in the order of the sequence
     keys: Mapping[Part, bytes]  # of those to encode
+    shown: ShownKeys | None = None
+    shown_keys: Mapping[tuple[str, int], bytes] = field(default_factory=dict)  # by field and stream, of those to encode
 
     @property
     def cost(self) -> int:
-        return self.clip.frames * self.clip.height * self.clip.width * len(self.keys)
+        return self.clip.frames * self.clip.height * self.clip.width * (len(self.keys) + len(self.shown_keys))
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,13 @@ class Catalog:
     empty_text_keys: Keys
     prompts: Mapping[str, Keys]  # keys of the texts that evaluations sample from
     folders: tuple[Path, ...]
+    blanks: tuple[BlankJob, ...] = ()
 
     def keys(self) -> dict[bytes, str]:
         """Return every key with a name for it."""
         names = {key: f"clip {job.id}, stream {part}" for job in self.clips for part, key in job.keys.items()}
+        names |= {key: f"clip {job.id}, {name}" for job in self.clips for (name, _), key in job.shown_keys.items()}
+        names |= {job.key: f"{job.field.name} of no frame" for job in self.blanks}
         return names | {key: f"caption {job.caption[:60]!r}" for job in self.texts for key in job.keys.values()}
 
 
@@ -105,7 +102,7 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
     folders = cache_folders(config)
     hashes = {folder: FileHashes(folder) for folder in folders}
     texts_with = model.text_fingerprint(hashes[folders[0]].digest)
-    latents_with = model.vae_fingerprint(hashes[folders[0]].digest)
+    encoders = _fingerprints(model, hashes[folders[0]].digest)
 
     def text_job(text: str, folder: Path) -> TextJob:
         return TextJob(text_keys(model.clean_caption(text), texts_with, model.fields), text, folder)
@@ -118,7 +115,7 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
     skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name in SETS:
         sources: tuple[SourceConfig, ...] = getattr(config.data, name)
-        jobs, skipped[name] = _clip_jobs(config, model, sources, hashes, latents_with)
+        jobs, skipped[name] = _clip_jobs(config, model, sources, hashes, encoders)
         names, found = source_names(sources), []
         for job in jobs:
             caption = job.sample.caption
@@ -131,7 +128,25 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
     for memory in hashes.values():
         memory.save()
     keys = {text: job.all_keys for text, job in prompts.items()}
-    return Catalog(items, skipped, tuple(clips.values()), tuple(texts.values()), empty.all_keys, keys, folders)
+    made = tuple(clips.values()), tuple(texts.values())
+    return Catalog(items, skipped, *made, empty.all_keys, keys, folders, _blank_jobs(made[0], model, folders[0]))
+
+
+def _fingerprints(model: ModelFolder, digest: Digest) -> dict[str, str]:
+    """Return what clips' records are made with, by the source of the fields that they are for; latents as "clip"."""
+    found = {"clip": model.vae_fingerprint(digest)}
+    images = any(field.source == "image" for field in model.fields)
+    return found | ({"image": model.image_fingerprint(digest)} if images else {})
+
+
+def _blank_jobs(clips: Sequence[ClipJob], model: ModelFolder, folder: Path) -> tuple[BlankJob, ...]:
+    """List what clips of which no frame is given are shown, once for each bucket."""
+    fields = {field.name: field for field in shown_fields(model.fields)}
+    found: dict[bytes, BlankJob] = {}
+    for job in clips:
+        for name, key in (job.shown.blank if job.shown else {}).items():
+            found.setdefault(key, BlankJob(fields[name], job.bucket, key, folder))
+    return tuple(found.values())
 
 
 def cache_folders(config: Config) -> tuple[Path, ...]:
@@ -157,6 +172,7 @@ def _item(job: ClipJob, text: TextJob, repeats: int, source: str) -> Item:
         text_keys=text.all_keys,
         repeats=repeats,
         source=source,
+        shown=job.shown,
     )
 
 
@@ -165,7 +181,7 @@ def _clip_jobs(
     model: ModelFolder,
     sources: Sequence[SourceConfig],
     hashes: Mapping[Path, FileHashes],
-    vae: str,
+    encoders: Mapping[str, str],
 ) -> tuple[list[ClipJob], tuple[tuple[str, str], ...]]:
     """Return all clips of one set in the order of their samples, and what is left out with its reason."""
     if not sources:
@@ -183,8 +199,14 @@ def _clip_jobs(
     digests, fill = _digests(used, folders, hashes), Fill.of(config.data)
     jobs = []
     for sample, clip, bucket in found.clips:
-        keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=vae)
-        jobs.append(ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys))
+        keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=encoders["clip"])
+        job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys)
+        if fields := shown_fields(model.fields):
+            content = latent_keys(sample, clip, digests=digests, fill=fill, vae="")
+            shown = keys_of_shown(fields, tuple(content.values()), bucket, encoders)
+            each = {(name, n): key for name, own in shown.own.items() for n, key in enumerate(own)}
+            job = replace(job, shown=shown, shown_keys=each)
+        jobs.append(job)
     return jobs, found.skipped
 
 
@@ -246,6 +268,20 @@ def latent_keys(
         )
         for number, (stream, path) in enumerate(sample.paths)
     }
+
+
+def keys_of_shown(
+    fields: Sequence[Field], content: Sequence[bytes], bucket: Bucket, encoders: Mapping[str, str]
+) -> ShownKeys:
+    """Return the keys of what a clip's given frames are shown by. content: hashes of each stream's pictures."""
+    own, blank = {}, {}
+    for one in fields:
+        parts: dict[str, Any] = {"what": one.name, "encoder": ENCODER_VERSION, "weights": encoders[one.source]}
+        parts |= {"dtype": "bfloat16", "last": one.last}
+        streams = content if one.source == "clip" else content[:1]
+        own[one.name] = tuple(_hash(pictures=pictures.hex(), **parts) for pictures in streams)
+        blank[one.name] = _hash(blank=list(bucket) if one.source == "clip" else [], **parts)
+    return ShownKeys(own, blank)
 
 
 def _rate(sample: Sample, clip: Clip) -> str:

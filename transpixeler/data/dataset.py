@@ -14,6 +14,18 @@ from transpixeler.models.streams import Grid, Shape, StreamLayout
 
 
 @dataclass(frozen=True)
+class ShownKeys:
+    """Keys of what an image-to-video model can be shown of a clip, by field; `blank` where no frame is given."""
+
+    own: Mapping[str, tuple[bytes, ...]]  # one a stream of a field of the source "clip", one of "image"
+    blank: Mapping[str, bytes]
+
+    @property
+    def all(self) -> tuple[bytes, ...]:
+        return (*(key for keys in self.own.values() for key in keys), *self.blank.values())
+
+
+@dataclass(frozen=True)
 class Item:
     """One clip and the keys of its records."""
 
@@ -25,6 +37,7 @@ class Item:
     text_keys: tuple[bytes, ...]  # one a field that comes from the caption
     repeats: int = 1
     source: str = ""  # name of the data set it comes from
+    shown: ShownKeys | None = None
     origin: tuple[Sample, Clip] | None = None  # the files behind an eval clip, to measure the loss by encoding
 
 

@@ -29,15 +29,16 @@ import torch.distributed as dist
 
 from transpixeler.config import Config, Fault, UserError
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
-from transpixeler.data.catalog import Catalog, ClipJob, Part, TextJob, catalog
+from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
-from transpixeler.data.media.scale import shrink
+from transpixeler.data.parts import Part, encode_part, part_shape
 from transpixeler.data.progress import Progress
+from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode_blank
 from transpixeler.data.sources.pairs import decode_pair
 from transpixeler.flow.objective import all_lasts
-from transpixeler.models.family import ModelFolder, Vae
+from transpixeler.models.family import ModelFolder, caption_fields
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
@@ -45,7 +46,7 @@ DECODERS = 4  # clips that a rank decodes at a time
 KINDS_SHOWN = 10  # kinds of reasons for skipping that the summary lists
 TEXTS_AT_ONCE = 16  # written together, with one fsync for all
 DTYPE = torch.bfloat16
-Job = TypeVar("Job", ClipJob, TextJob)
+Job = TypeVar("Job", ClipJob, TextJob, BlankJob)
 Keys = tuple[bytes, ...]  # of all streams of a clip
 
 
@@ -55,6 +56,7 @@ class Work:
 
     clips: tuple[ClipJob, ...]
     texts: tuple[TextJob, ...]
+    blanks: tuple[BlankJob, ...] = ()
 
 
 @dataclass
@@ -73,7 +75,7 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
         found, work = ranks.from_main(partial(_find_work, config, model))
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
-        while work.clips or work.texts:
+        while work.clips or work.texts or work.blanks:
             done = _encode_on_all(config, model, ranks, work)
             outcomes += done
             fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
@@ -91,15 +93,21 @@ def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
     """Return the jobs that lack a record, each with only the parts that lack one."""
     cache = Cache(*found.folders)
     jobs = [job for job in found.clips if job.latent_keys not in without]
-    absent = set(cache.missing([*(key for job in jobs for key in job.keys.values())]))
+    absent = set(cache.missing([key for job in jobs for key in (*job.keys.values(), *job.shown_keys.values())]))
     clips: list[ClipJob] = []
     for job in jobs:
         keys = {part: key for part, key in job.keys.items() if key in absent}
-        absent.difference_update(keys.values())  # the same content twice is encoded once
-        if keys:
-            clips.append(replace(job, keys=keys))
+        shown = {place: key for place, key in job.shown_keys.items() if key in absent}
+        absent.difference_update(keys.values(), shown.values())  # the same content twice is encoded once
+        if keys or shown:
+            clips.append(replace(job, keys=keys, shown_keys=shown))
     texts = set(cache.missing([key for job in found.texts for key in job.all_keys]))
-    return Work(tuple(clips), tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys)))
+    blanks = set(cache.missing([job.key for job in found.blanks]))
+    return Work(
+        tuple(clips),
+        tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys)),
+        tuple(job for job in found.blanks if job.key in blanks),
+    )
 
 
 def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
@@ -140,17 +148,25 @@ def _encode_on_all(config: Config, model: ModelFolder, ranks: _Ranks, work: Work
 def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, outcome: Outcome) -> None:
     clips = share(work.clips, rank=runtime.rank, ranks=runtime.world_size)
     texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
+    blanks = share(work.blanks, rank=runtime.rank, ranks=runtime.world_size)
     with _Writers(f"rank{runtime.rank}", outcome) as writers, _one_thread(runtime.device):
-        if clips:
-            _encode_clips(config, model, runtime, clips, writers)
+        if clips or blanks:
+            _encode_clips(config, model, runtime, clips, blanks, writers)
         if texts:
             _encode_texts(config, model, runtime, texts, writers)
 
 
 def _encode_clips(
-    config: Config, model: ModelFolder, runtime: Runtime, jobs: Sequence[ClipJob], writers: _Writers
+    config: Config,
+    model: ModelFolder,
+    runtime: Runtime,
+    jobs: Sequence[ClipJob],
+    blanks: Sequence[BlankJob],
+    writers: _Writers,
 ) -> None:
-    vae = None
+    encoders = Encoders(model, runtime.device)
+    for blank in blanks:
+        writers.put(blank.folder, [Record(blank.field.source, blank.key, encode_blank(blank, encoders).to(DTYPE))])
     cores = _cores(runtime)
     workers = config.data.workers or min(DECODERS, cores)
     decode = partial(_decode, fill=Fill.of(config.data), threads=max(1, cores // workers))
@@ -159,9 +175,9 @@ def _encode_clips(
         for job, decoded in _ahead(jobs, decode, workers):
             try:
                 videos = decoded.result()
-                vae = vae or model.load_vae(device=runtime.device, dtype=torch.float32)
-                latents = {part: _encoded(vae, videos[part.stream], part, scales) for part in job.keys}
-                _check(latents, {part: part_shape(model, job, part, scales) for part in job.keys})
+                latents = {part: encode_part(encoders.vae, videos[part.stream], part, scales) for part in job.keys}
+                _check(latents, {part: part_shape(model.geometry, job.bucket, part, scales) for part in job.keys})
+                shown = encode_all_shown(job.shown_keys, model.fields, [*videos.values()], encoders)
             except BadMedia as reason:
                 if config.data.on_bad == "error":
                     raise UserError(f"{job.id}: {reason}; mend it or set data.on_bad=skip") from reason
@@ -169,22 +185,11 @@ def _encode_clips(
                 writers.outcome.bad[job.latent_keys] = str(reason)
             else:
                 records = [Record("latent", key, latents[part].to(DTYPE)) for part, key in job.keys.items()]
+                records += [Record(kind, key, value.to(DTYPE)) for kind, key, value in shown]
                 writers.put(job.folder, records)
             progress.step(frames=job.clip.frames * len(job.keys))
-    del vae
+    del encoders
     _free(runtime.device)
-
-
-def _encoded(vae: Vae, video: np.ndarray, part: Part, scales: Mapping[str, int]) -> torch.Tensor:
-    """Return the latents of one part of a clip."""
-    frames = video[-1:] if part.last else video
-    return vae.encode(torch.from_numpy(shrink(frames, scales[part.stream]))[None])[0]
-
-
-def part_shape(model: ModelFolder, job: ClipJob, part: Part, scales: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the shape of a part's latents."""
-    frames, *sides = job.bucket
-    return model.geometry.latent(1 if part.last else frames, *sides, scale=scales[part.stream])
 
 
 def _check(latents: Mapping[Part, torch.Tensor], shapes: Mapping[Part, tuple[int, ...]]) -> None:
@@ -199,7 +204,7 @@ def _encode_texts(
 ) -> None:
     dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
     encoder = model.load_text_encoder(device=runtime.device, dtype=dtype)
-    kinds = {field.name: "text" if field.length else "vector" for field in model.fields}
+    kinds = {field.name: "text" if field.length else "vector" for field in caption_fields(model.fields)}
     with Progress("captions", len(jobs), 0, shown=runtime.is_main, ranks=runtime.world_size) as progress:
         for start in range(0, len(jobs), TEXTS_AT_ONCE):
             some = jobs[start : start + TEXTS_AT_ONCE]
@@ -342,29 +347,20 @@ def _connected(runtime: Runtime) -> Iterator[_Ranks]:
 
 
 def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datasets:
-    cache = Cache(*found.folders)
-    sets = {}
+    cache, streams, empty = Cache(*found.folders), tuple(config.streams), found.empty_text_keys
+    sets, lasts = {}, all_lasts(config.objective, streams)
     for name, items in found.items.items():
         reasons = {item.id: bad[item.latent_keys] for item in items if item.latent_keys in bad}
         kept = tuple(item for item in items if item.id not in reasons)
         keys = [key for item in kept for key in (*item.latent_keys, *item.text_keys)]
+        keys += [key for item in kept if item.shown for key in item.shown.all]
         if absent := cache.missing([*keys, *found.empty_text_keys]):
             raise UserError(
                 f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
                 "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
             )
         skipped = (*found.skipped[name], *reasons.items())
-        sets[name] = Dataset(
-            kept,
-            tuple(config.streams),
-            found.empty_text_keys,
-            cache,
-            name,
-            skipped,
-            found.prompts,
-            config.scales,
-            all_lasts(config.objective, tuple(config.streams)),
-        )
+        sets[name] = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, lasts)
     return Datasets(sets["train"], sets["eval"])
 
 

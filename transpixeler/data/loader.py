@@ -22,7 +22,8 @@ from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.flow.objective import Fields
-from transpixeler.models.family import Field
+from transpixeler.models.conditions import Shown, shown_fields, with_channels
+from transpixeler.models.family import Field, caption_fields
 from transpixeler.models.streams import Grid, StreamLayout
 
 CPU = torch.device("cpu")
@@ -41,6 +42,7 @@ class Batch:
     empty: Fields  # those of an empty caption, without the batch
     ids: tuple[str, ...]  # of the whole global batch
     slots: range  # positions in the global batch that this rank holds
+    shown: Shown | None = None  # what the clips can be shown of given frames, where the model takes that
 
 
 class Assembler:
@@ -49,7 +51,7 @@ class Assembler:
     def __init__(self, dataset: Dataset, *, patch: Grid, fields: Sequence[Field], device: torch.device = CPU) -> None:
         self.dataset = dataset
         self.patch = patch
-        self.fields = tuple(fields)
+        self.fields, self.shown = caption_fields(fields), shown_fields(fields)
         self.device = device
         self.pin = device.type == "cuda"  # copies from pinned memory overlap with compute
         self._empty = {name: value[0] for name, value in self._fields([dataset.empty_text_keys]).items()}
@@ -66,6 +68,7 @@ class Assembler:
             latents=self._latents(mine, layout),
             fields=self._fields([item.text_keys for item in mine]),
             empty=self._empty,
+            shown=self._shown(mine, layout) if self.shown else None,
             ids=tuple(item.id for item in chosen),
             slots=slots,
         )
@@ -80,6 +83,27 @@ class Assembler:
             for segment, part, key in zip(layout.segments, parts, item.latent_keys, strict=True):
                 self._read(key, part[place], f"{item.id}, stream {self.dataset.streams[segment.stream]}")
         return packed
+
+    def _shown(self, items: list[Item], layout: StreamLayout) -> Shown:
+        """Read what the clips can be shown: latents of each stream packed as the streams are, and image tokens."""
+        own, blank = {}, {}
+        for field in self.shown:
+            clip = field.source == "clip"
+            inside = with_channels(layout, field.width - field.mask)
+            shape = (inside.elements,) if clip else (field.length or 1, field.width)
+            own[field.name] = torch.empty(len(items), *shape, pin_memory=self.pin)
+            blank[field.name] = torch.empty(1, *shape)
+            streams, empty = inside.unpack(own[field.name]) if clip else (), blank[field.name]
+            for place, item in enumerate(items):
+                assert item.shown is not None, item.id
+                keys = item.shown.own[field.name]
+                outs = [stream[place] for stream in streams] if clip else [own[field.name][place]]
+                for key, out in zip(keys, outs, strict=True):
+                    self._read(key, out, f"{item.id}, {field.name}")
+            assert items[0].shown is not None, items[0].id
+            for out in inside.unpack(empty) if clip else (empty,):
+                self._read(items[0].shown.blank[field.name], out[0], f"{field.name} of no frame")
+        return Shown(self.shown, own, blank)
 
     def _fields(self, rows: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
         """Read the fields of some captions, each padded with zeros to the model's length."""
@@ -113,7 +137,7 @@ class Assembler:
 def padded_fields(values: Mapping[str, Tensor], fields: Sequence[Field]) -> dict[str, Tensor]:
     """Return one caption's fields, encoded or as the cache holds them, as an `Assembler` gives them."""
     found: dict[str, Tensor] = {}
-    for field in fields:
+    for field in caption_fields(fields):
         value = values[field.name].float()
         pad = (0, 0, 0, field.length - len(value)) if field.length else (0, 0)
         found[field.name] = torch.nn.functional.pad(value, pad)

@@ -129,7 +129,11 @@ class Expected(NamedTuple):
 def expectations(config: Config, model: ModelFolder) -> dict[bytes, Expected]:
     found = catalog(config, model)
     scales = dict(zip(config.streams, config.scales))
-    shapes = {key: part_shape(model, job, part, scales) for job in found.clips for part, key in job.keys.items()}
+    shapes = {
+        key: part_shape(model.geometry, job.bucket, part, scales)
+        for job in found.clips
+        for part, key in job.keys.items()
+    }
     return {key: Expected(name, shapes.get(key)) for key, name in found.keys().items()}
 
 

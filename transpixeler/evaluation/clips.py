@@ -17,7 +17,8 @@ from transpixeler.config import Config
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import objective
-from transpixeler.flow.objective import Example, Task
+from transpixeler.flow.objective import Example, Fields, Task
+from transpixeler.models.conditions import shows_frames
 from transpixeler.models.family import ModelFolder
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class HeldOut:
     def __init__(self, config: Config, data: Dataset, model: ModelFolder) -> None:
         self.config, self.data = config, data
         self.assembler = Assembler(data, patch=model.geometry.patch, fields=model.fields) if data.items else None
-        self.pieces = pieces(data, config)
+        self.pieces = pieces(data, config, shows=shows_frames(model.fields))
 
     def item(self, piece: Piece) -> Item:
         return self.data.items[piece.item]
@@ -53,9 +54,12 @@ class HeldOut:
         return at_all_times(self.batch(piece), self.config, piece.task)
 
 
-def pieces(data: Dataset, config: Config) -> tuple[Piece, ...]:
-    """Return every evaluated clip under every trained task, in the order of sets, tasks and ids."""
-    known = objective.tasks(data.streams)
+def pieces(data: Dataset, config: Config, *, shows: bool = False) -> tuple[Piece, ...]:
+    """Return every evaluated clip under every trained task, in the order of sets, tasks and ids.
+
+    shows: as `objective.tasks` takes it.
+    """
+    known = objective.tasks(data.streams, shows=shows)
     trained_tasks = [name for name in known if config.objective.tasks.get(name, 0) > 0]
     by_set: dict[str, list[int]] = {}
     for number in sorted(range(len(data.items)), key=lambda n: data.items[n].id):
@@ -88,6 +92,13 @@ def at_all_times(batch: Batch, config: Config, task: Task) -> Example:
         latents=objective.narrowed(batch.latents, batch.layout, layout).expand(rows, -1),
         noise=torch.stack(noise),
         timesteps=times,
-        fields={name: value.expand(rows, *value.shape[1:]) for name, value in batch.fields.items()},
+        fields={name: value.expand(rows, *value.shape[1:]) for name, value in all_fields(batch, task).items()},
         weights=weights,
     )
+
+
+def all_fields(batch: Batch, task: Task) -> Fields:
+    """Return the fields of a batch's clips under a task: those of captions, and what is shown of given frames."""
+    if batch.shown is None:
+        return batch.fields
+    return {**batch.fields, **batch.shown.values(batch.layout, [task.shown] * len(batch.latents))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,16 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import Batch
 from transpixeler.data.prompts import read_prompts
-from transpixeler.evaluation.clips import HeldOut, Piece, spread
+from transpixeler.evaluation.clips import HeldOut, Piece, all_fields, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
-from transpixeler.flow.objective import Task
+from transpixeler.flow.objective import Fields, Task
 from transpixeler.models.family import open_model
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.shown import show
 from transpixeler.sampling.texts import cached_prompts
 from transpixeler.sampling.video import Video, check_background, name_part, video_layout, write_video
 
@@ -97,17 +99,24 @@ class Evaluator:
         seed, plan = self.config.sample.seed, []
         for piece in spread(self.held_out.pieces, self.config.eval.samples):
             item, batch = self.held_out.item(piece), self.held_out.batch(piece)
-            fields = {name: value[0] for name, value in batch.fields.items()}
+            fields = {name: value[0] for name, value in all_fields(batch, piece.task).items()}
             given = given_latents(piece.task, batch.layout.videos(batch.latents))
-            name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task.name}" if given else "")
-            layout = piece.task.cut(batch.layout)
-            lasts = last_latents(piece.task, batch)
-            plan.append((Video(name, item.caption, fields, seed + len(plan), layout, given, lasts), piece))
+            name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task.name}" if piece.task.gives else "")
+            layout, lasts = piece.task.cut(batch.layout), last_latents(piece.task, batch)
+            video = Video(name, item.caption, fields, seed + len(plan), layout, given, lasts, piece.task.shown)
+            plan.append((video, piece))
         for prompt in self.prompts:
             assert self.prompt_layout is not None
             name = f"{len(plan)}-{name_part(prompt)}"
-            plan.append((Video(name, prompt, self.texts.by_prompt[prompt], seed + len(plan), self.prompt_layout), None))
+            fields = {**self.texts.by_prompt[prompt], **self._shown_of_nothing}
+            plan.append((Video(name, prompt, fields, seed + len(plan), self.prompt_layout), None))
         return plan
+
+    @cached_property
+    def _shown_of_nothing(self) -> Fields:
+        """Return what videos of prompts are shown."""
+        assert self.prompt_layout is not None
+        return show(self.model, self.frames, self.prompt_layout, {})
 
     def _write(
         self, folder: Path, request: Video, streams: Mapping[str, np.ndarray], facts: Mapping[str, object]

@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from transpixeler.config import ObjectiveConfig, UserError
+from transpixeler.models.conditions import Shown
 from transpixeler.models.streams import StreamLayout
 
 Time = TypeVar("Time", float, Tensor)
 Fields = Mapping[str, Tensor]  # by name, in the order in which the model takes them
+Keys = Sequence[tuple[object, ...]]  # what each sample's draws are a function of
+FIRST_FRAME_NOISE = (-3.5, 0.5)  # mean and deviation of the amount's logarithm
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,11 @@ class Task:
     given: frozenset[int] = frozenset()  # streams
     first: frozenset[int] = frozenset()  # streams whose first latent frame is given
     last: frozenset[int] = frozenset()  # streams whose last frame is given beside the video, encoded alone
+    shown: frozenset[int] = frozenset()  # streams whose given frames are shown beside the latents, in no time group
 
     @property
     def gives(self) -> bool:
-        return bool(self.given or self.first or self.last)
+        return bool(self.given or self.first or self.last or self.shown)
 
     def cut(self, layout: StreamLayout) -> StreamLayout:
         """Return the layout whose given frames have times of their own, where others are left to make."""
@@ -159,9 +163,13 @@ class Task:
     def groups(self, layout: StreamLayout) -> list[int]:
         """Return the places of the time groups that are given; a stream of one frame is never given by its first."""
         whole = [place for stream in sorted(self.given) for place in layout.groups_of(stream)]
-        cut = [stream for stream in sorted(self.first - self.given) if layout.cuts and layout.cuts[stream]]
         lasts = [place for place, group in enumerate(layout.groups) if group.alone and group.stream not in self.given]
-        return whole + [layout.groups_of(stream)[0] for stream in cut] + lasts
+        return whole + self.firsts(layout) + lasts
+
+    def firsts(self, layout: StreamLayout) -> list[int]:
+        """Return the places of the time groups of given first frames."""
+        cut = [stream for stream in sorted(self.first - self.given) if layout.cuts and layout.cuts[stream]]
+        return [layout.groups_of(stream)[0] for stream in cut]
 
 
 def cut_first(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
@@ -179,8 +187,8 @@ def with_lasts(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
     return layout.with_lasts(stream for stream in streams if layout.shapes[stream][1] > 1)
 
 
-def tasks(streams: Sequence[str]) -> dict[str, Task]:
-    """Return every task of these streams by name."""
+def tasks(streams: Sequence[str], *, shows: bool = False) -> dict[str, Task]:
+    """Return every task of these streams by name. shows: the model is shown given frames beside the latents."""
     everyone, rgb = frozenset(range(len(streams))), frozenset({0})
     known = [Task("joint")]
     if len(streams) > 1:
@@ -193,6 +201,8 @@ def tasks(streams: Sequence[str]) -> dict[str, Task]:
             Task("images_to_videos", first=everyone),
             Task("ends_to_videos", first=everyone, last=everyone),
         ]
+    if shows:  # such a model takes its last frame, if any, together with the first
+        known = [replace(task, first=frozenset(), shown=task.first) for task in known if not task.last]
     return {task.name: task for task in known}
 
 
@@ -274,16 +284,22 @@ def prepare(
     slots: Sequence[int],
     batch: int,
     shift: float,
+    shown: Shown | None = None,
 ) -> Example:
-    """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields."""
+    """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields.
+
+    shown: what the samples can be shown of given frames, where a model takes that in channels.
+    """
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
-    known, weights = tasks(layout.names), tasks_of_step(config, layout.names, seed=seed, step=step)
+    known = tasks(layout.names, shows=shown is not None)
+    weights = tasks_of_step(config, layout.names, seed=seed, step=step)
     wanted = [known[name] for name in weights]
     firsts = frozenset().union(*(task.first for task in wanted))
     read, layout = layout, with_lasts(cut_first(layout, firsts), wanted[0].last)  # in which each of them can be said
     latents = narrowed(latents, read, layout)
     drawn = [known[draw_task(weights, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
+    latents = with_noisy_firsts(config, latents, noise, layout, drawn, keys)
     drawn_times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch, shift=shift)
     times = drawn_times[:, None].repeat(1, len(layout.groups))
     free = torch.ones_like(times)
@@ -294,7 +310,29 @@ def prepare(
     if any(dropped):
         rows = torch.tensor(dropped)
         fields = {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
+    if shown is not None:
+        fields = {**fields, **shown.values(layout, [task.shown for task in drawn])}
     return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch))
+
+
+def with_noisy_firsts(
+    config: ObjectiveConfig, latents: Tensor, noise: Tensor, layout: StreamLayout, drawn: Sequence[Task], keys: Keys
+) -> Tensor:
+    """Return the latents [b, N] with a little noise on given first frames, in a share of the samples.
+
+    The model is told that they are clean: it learns not to trust the last detail of an image that it is given.
+    """
+    noisy = latents
+    for row, (task, key) in enumerate(zip(drawn, keys, strict=True)):
+        draws = generator("first frame", *key)
+        if float(torch.rand((), generator=draws)) >= config.first_frame_noise:
+            continue
+        mean, deviation = FIRST_FRAME_NOISE
+        amounts = torch.zeros(1, len(layout.groups))
+        amounts[:, task.firsts(layout)] = (mean + deviation * torch.randn((), generator=draws)).exp().clamp(max=1)
+        noisy = noisy.clone() if noisy is latents else noisy
+        noisy[row] = torch.lerp(latents[row].float(), noise[row], layout.spread(amounts)[0]).to(latents.dtype)
+    return noisy
 
 
 def _replaced(value: Tensor, rows: Tensor, by: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class Block(nn.Module, ABC):
 
     recompute: Callable[..., Flow] | None = None
     carried: int = 1  # tensors of the flow that it changes, the first ones; the same for all blocks of a model
-    attends: tuple[str, ...] = ("streams", "text")  # its attentions: among streams, to text, or "joint": both in one
+    # its attentions: among streams, to text, or "joint": both in one; "image": to an image encoder's tokens
+    attends: tuple[str, ...] = ("streams", "text")
 
     def forward(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the flow with its carried tensors changed."""
@@ -45,7 +46,10 @@ class Block(nn.Module, ABC):
         """Return the carried tensors of the flow, changed."""
 
     def reads(self, linear: str) -> str:
-        """Return what a linear of this block, by its name in it, reads: "streams", "text", "both" or "vectors"."""
+        """Return what a linear of this block, by its name in it, reads.
+
+        One of "streams", "text", "both", "image" and "vectors".
+        """
         return "streams"
 
 

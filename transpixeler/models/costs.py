@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from transpixeler.models.backbone import Backbone, Block
+from transpixeler.models.family import caption_fields
 from transpixeler.models.kept import KeptBytes, measure
 from transpixeler.models.linear import FeedForward, Linear
 from transpixeler.models.lora import LoraLinear
@@ -29,13 +30,16 @@ class LinearCost(NamedTuple):
 
     inputs: int
     outputs: int
-    reads: str  # "streams", "text", "both" or "vectors"
+    reads: str  # "streams", "text", "both", "image" or "vectors"
     rank: int = 0
     span: tuple[int, int] | None = None  # streams that the adapter acts on; None for all that is read
     discarded: bool = False  # the block's last projection: no backward pass asks for its output
+    image: int = 0  # tokens of an image encoder, where it reads them
 
     def tokens(self, lengths: Sequence[int], text: int) -> int:
-        return {"streams": sum(lengths), "text": text, "both": sum(lengths) + text, "vectors": 0}[self.reads]
+        return {"streams": sum(lengths), "text": text, "both": sum(lengths) + text, "image": self.image}.get(
+            self.reads, 0
+        )
 
     def adapted(self, lengths: Sequence[int], text: int) -> int:
         """Return the tokens that the adapter acts on."""
@@ -75,21 +79,26 @@ class Costs:
     field_numbers: int  # of one sample's fields
     kept: tuple[KeptBytes, ...]  # of each block
     rgb_attends_aux: bool = True
+    image: int = 0  # tokens of an image encoder
+    cell_numbers: int = 0  # of one sample's fields, for each cell of the streams' latents
 
     @classmethod
     def of(cls, model: Backbone) -> Costs:
         """Read a whole model, before `keep`."""
         assert model.embed is not None and model.head is not None, "costs are those of the whole model"
-        lengths = [field.length for field in model.fields if field.length]
+        lengths = [field.length for field in caption_fields(model.fields) if field.length]
+        whole = [field for field in model.fields if field.source != "clip"]
         return cls(
             width=model.width,
             heads=model.heads,
-            blocks=tuple(_block(block) for block in model.block_list()),
+            blocks=tuple(_block(block, _image_tokens(model)) for block in model.block_list()),
             ends=tuple(_ends(model)),
             text=max(lengths, default=0),
-            field_numbers=sum(field.width * (field.length or 1) for field in model.fields),
+            field_numbers=sum(field.width * (field.length or 1) for field in whole),
             kept=_kept(model),
             rgb_attends_aux=model.rgb_attends_aux,
+            image=_image_tokens(model),
+            cell_numbers=sum(field.width for field in model.fields if field.source == "clip"),
         )
 
     @property
@@ -100,21 +109,25 @@ class Costs:
 def _kept(model: Backbone) -> tuple[KeptBytes, ...]:
     """Measure each block, those that are alike once."""
     found: dict[object, KeptBytes] = {}
-    kinds = [(type(b), _block(b), tuple(p.requires_grad for p in b.parameters())) for b in model.block_list()]
+    kinds = [(type(b), _block(b, 0), tuple(p.requires_grad for p in b.parameters())) for b in model.block_list()]
     for kind, block in zip(kinds, model.block_list(), strict=True):
         if kind not in found:
             found[kind] = measure(model, block)
     return tuple(found[kind] for kind in kinds)
 
 
-def _block(block: Block) -> BlockCost:
+def _image_tokens(model: Backbone) -> int:
+    return sum(field.length or 1 for field in model.fields if field.source == "image")
+
+
+def _block(block: Block, image: int) -> BlockCost:
     last = {id(module[2]) for module in block.modules() if isinstance(module, FeedForward)}
     found = []
     for name, module in block.named_modules():
         if isinstance(module, Linear):
             rank, span = (module.rank, module.span) if isinstance(module, LoraLinear) else (0, None)
             cost = LinearCost(
-                module.in_features, module.out_features, block.reads(name), rank, span, id(module) in last
+                module.in_features, module.out_features, block.reads(name), rank, span, id(module) in last, image
             )
             found.append(cost)
     return BlockCost(tuple(found), block.attends)
@@ -127,7 +140,8 @@ def _ends(model: Backbone) -> list[LinearCost]:
         for name, module in getattr(model, part).named_modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
                 outputs = module.weight.shape[0]
-                found.append(LinearCost(module.weight.numel() // outputs, outputs, model.end_reads(f"{part}.{name}")))
+                reads, image = model.end_reads(f"{part}.{name}"), _image_tokens(model)
+                found.append(LinearCost(module.weight.numel() // outputs, outputs, reads, image=image))
     return found
 
 
@@ -158,6 +172,8 @@ def _attended_pairs(block: BlockCost, costs: Costs, lengths: Sequence[int]) -> i
         pairs += first * seen_by_first + (tokens - first) * tokens
     if "text" in block.attends:
         pairs += tokens * text
+    if "image" in block.attends:
+        pairs += tokens * costs.image
     if "joint" in block.attends:  # text sees what RGB sees
         pairs += (first + text) * (seen_by_first + text) + (tokens - first) * (tokens + text)
     return pairs

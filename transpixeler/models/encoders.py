@@ -103,6 +103,27 @@ class LatentVae(Encoder):
         return video.to(self.network.dtype)
 
 
+class ClipImageEncoder(Encoder):
+    """CLIP's vision transformer; the tokens are those before its last layer."""
+
+    def __init__(self, network: Network, processor: Any, hashed: Callable[[], str], *, device: torch.device) -> None:
+        super().__init__(network, hashed, device=device)
+        self.processor = processor
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [n, H, W, 3] → fp32 [n · tokens, width], each picture by itself."""
+        return torch.cat([self._encode(frame) for frame in frames])
+
+    def _encode(self, frame: Tensor) -> Tensor:
+        from PIL import Image
+
+        pixels = self.processor(images=Image.fromarray(frame.cpu().numpy()), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device, self.network.dtype)
+        with same_bits_every_time():
+            return self.network(pixels, output_hidden_states=True).hidden_states[-2][0].float()
+
+
 class T5TextEncoder(Encoder):
     """A T5 or UMT5 encoder; embeddings keep their true length, so that no mask is needed and short texts are quick."""
 

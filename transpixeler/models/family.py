@@ -41,13 +41,20 @@ class Field:
 
     A field with a `length` is `[B, length, width]`, cached at its true length and padded with zeros; without, it is
     `[B, width]`. A `masked` one is followed by its true lengths `[B]`.
+
+    Two sources tell a model of given frames. "clip": latents of each stream's first frame followed by grey ones, with
+    `mask` channels before them that tell which frames are given, packed as the streams are: `width` channels in all.
+    "image": an image encoder's tokens of stream 0's first frame. A model with a field of either is shown given frames
+    so, and not by a time of their own. `last`: the last frame is given with the first.
     """
 
     name: str  # also the kind of its cache records
     width: int
     length: int | None = None
     masked: bool = False
-    source: Literal["caption"] = "caption"
+    source: Literal["caption", "clip", "image"] = "caption"
+    mask: int = 0
+    last: bool = False
     droppable: bool = True  # caption dropout replaces it by that of an empty caption
 
     @property
@@ -94,6 +101,19 @@ class TextEncoder(Protocol):
     def to(self, device: torch.device) -> TextEncoder: ...
 
 
+class ImageEncoder(Protocol):
+    """Pictures to tokens, for models that are shown given frames through one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [n, H, W, 3] → fp32 [n · tokens, width], each picture by itself."""
+        ...
+
+    def to(self, device: torch.device) -> ImageEncoder: ...
+
+
 class ModelFolder(ABC):
     """One model on disk: what `model.path` resolves to, looked up once."""
 
@@ -131,6 +151,10 @@ class ModelFolder(ABC):
     def text_fingerprint(self, digest: Digest = file_digest) -> str:
         """Hash all that cached texts depend on."""
 
+    def image_fingerprint(self, digest: Digest = file_digest) -> str:
+        """Hash all that cached image tokens depend on; asked only where a field comes from images."""
+        raise NotImplementedError(f"{self.family.title} has no image encoder")
+
     # -- noise levels of a video of so many tokens, those of companions not counted
 
     def shift(self, tokens: int) -> float:
@@ -167,6 +191,10 @@ class ModelFolder(ABC):
     @abstractmethod
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder: ...
 
+    def load_image_encoder(self, *, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
+        """Load what makes the tokens of fields that come from images."""
+        raise NotImplementedError(f"{self.family.title} has no image encoder")
+
 
 @dataclass(frozen=True, eq=False)  # one object for each family
 class Family:
@@ -185,6 +213,11 @@ class Family:
 
     def internal_names(self, stored: Iterable[str]) -> dict[str, str]:
         return self.names.internal_names(stored)
+
+
+def caption_fields(fields: Sequence[Field]) -> tuple[Field, ...]:
+    """Return the fields that come from captions; they stand before the others."""
+    return tuple(field for field in fields if field.source == "caption")
 
 
 def find_family(name: str) -> Family:

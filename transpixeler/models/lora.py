@@ -104,9 +104,10 @@ def _span(name: str, scope: Scope, model: Backbone) -> tuple[int, int] | None:
         return None
     block = model.blocks[name.split(".")[1]]
     assert isinstance(block, Block)
-    if block.reads(inside(name)) in ("text", "vectors"):
+    if (read := block.reads(inside(name))) not in ("streams", "both"):
+        what = "image" if read == "image" else "text"
         raise UserError(
-            f"lora.targets: {inside(name)} acts on the text, which is the same for all streams: "
+            f"lora.targets: {inside(name)} acts on the {what}, which is the same for all streams: "
             f"it cannot have scope {scope!r}; leave it out or use `lora.scope: all`"
         )
     return span

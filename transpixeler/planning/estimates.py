@@ -217,8 +217,9 @@ class Estimate:
         )
 
     def _example(self, layout: StreamLayout) -> int:
-        """Return bytes of one sample's latents, noise and text."""
-        return FP32_BYTES * (2 * layout.elements + self.costs.field_numbers)
+        """Return bytes of one sample's latents, noise and fields."""
+        cells = sum(math.prod(shape[1:]) for shape in layout.shapes)
+        return FP32_BYTES * (2 * layout.elements + self.costs.field_numbers + cells * self.costs.cell_numbers)
 
     # -- time
 

@@ -25,7 +25,7 @@ from transpixeler.data.survey import Survey, survey
 from transpixeler.flow.objective import all_lasts, with_lasts
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import step_flops
-from transpixeler.models.family import ModelFolder, open_model
+from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, devices, shard
@@ -117,7 +117,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         memory={
             str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *estimates.RECOMPUTE_MODES])
         },
-        cache_latents=sum(_latent_bytes(config, geometry, data) for data in (train, evaluation)),
+        cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (train, evaluation)),
         cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
         fits=tuple(_fits(config, estimate, loads, machine)),
         scan_seconds=scan_seconds,
@@ -174,9 +174,12 @@ def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, 
     return Row(load.bucket, len(items), seen, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
 
 
-def _latent_bytes(config: Config, geometry: Geometry, data: Dataset) -> int:
+def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Sequence[Field]) -> int:
     layouts = {bucket: _layout(config, geometry, Bucket(*bucket)) for bucket in data.buckets()}
-    return BF16_BYTES * sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
+    latents = sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
+    shown = sum(field.source == "clip" for field in fields)  # as large as what is shown of
+    tokens = sum((field.length or 1) * field.width for field in fields if field.source == "image")
+    return BF16_BYTES * (latents * (1 + shown) + tokens * len(data.items))
 
 
 def _layout(config: Config, geometry: Geometry, bucket: Bucket) -> StreamLayout:
@@ -191,7 +194,8 @@ def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:
     """Estimate the records of captions: one row a token, or one a caption."""
     rows = [1 + len(caption) // LETTERS_PER_TOKEN for caption in captions]
     return BF16_BYTES * sum(
-        field.width * sum(min(field.length, n) if field.length else 1 for n in rows) for field in folder.fields
+        field.width * sum(min(field.length, n) if field.length else 1 for n in rows)
+        for field in caption_fields(folder.fields)
     )
 
 

@@ -8,13 +8,13 @@ out, or one model is spread over the processes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from transpixeler.config import Config, SampleConfig, UserError
 from transpixeler.data.media.clip import Clip
@@ -24,15 +24,16 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.prompts import prompt_lines, read_prompts
 from transpixeler.files import check_place, writing_to
 from transpixeler.flow.objective import Fields, Task
-from transpixeler.models.family import open_model
+from transpixeler.models.conditions import shows_frames
+from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.models.geometry import Geometry
-from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel
+from transpixeler.sampling.shown import show
 from transpixeler.sampling.texts import encode_prompts
 from transpixeler.sampling.video import (
     Video,
@@ -74,14 +75,17 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     frames = Frames(model, runtime.device, upsample=config.sample.upsample)
     size = model.geometry.pixels(shape.shapes[0])
     clips = _given_clips(config, options, model.geometry, size)
-    ends = [_given_frame(config, options, option, model.geometry, size) for option in ("--image", "--last")]
+    first, last = (_given_frame(config, options, option, model, size) for option in ("--image", "--last"))
     texts = encode_prompts(config, prompts, model, runtime)
-    clip, first, last = (
-        {stream: frames.encode(part, scale=config.scales[stream]) for stream, part in parts.items()}
-        for parts in (clips, *ends)
+    shown = show(model, frames, shape, {n: np.concatenate([first[n], last.get(n, first[n])]) for n in first})
+    parts = (clips, {}, {}) if shown else (clips, first, last)
+    clip, begins, ends = (
+        {stream: frames.encode(part, scale=config.scales[stream]) for stream, part in given.items()} for given in parts
     )
-    shape = Task("", given=frozenset(clip), first=frozenset(first), last=frozenset(last)).cut(shape)
-    videos = _videos(config.sample, prompts, texts.by_prompt, shape, first | clip, last, count=options.count)
+    shape = Task("", given=frozenset(clip), first=frozenset(begins), last=frozenset(ends)).cut(shape)
+    fields = {prompt: {**text, **shown} for prompt, text in texts.by_prompt.items()}
+    make = partial(Video, layout=shape, given=begins | clip, lasts=ends, shown=frozenset(first if shown else ()))
+    videos = _videos(config.sample, prompts, fields, make, count=options.count)
     mesh = meshes.build(layout, runtime)
     sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
     facts = {"model": config.model.path, "adapter": source.name, "step": source.step}
@@ -108,10 +112,8 @@ def _prompts(config: SampleConfig, options: SampleOptions) -> Sequence[str]:
 def _videos(
     config: SampleConfig,
     prompts: Sequence[str],
-    texts: Mapping[str, Fields],
-    shape: StreamLayout,
-    given: Mapping[int, Tensor],
-    lasts: Mapping[int, Tensor],
+    fields: Mapping[str, Fields],
+    make: Callable[[str, str, Fields, int], Video],
     *,
     count: int,
 ) -> list[Video]:
@@ -120,7 +122,7 @@ def _videos(
     for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count)):
         seed = config.seed + number
         name = f"{number:03}-{name_part(prompt)}-seed{seed}"
-        videos.append(Video(name, prompt, texts[prompt], seed, shape, given, lasts))
+        videos.append(make(name, prompt, fields[prompt], seed))
     return videos
 
 
@@ -143,25 +145,37 @@ def _given_clips(
 
 
 def _given_frame(
-    config: Config, options: SampleOptions, option: str, geometry: Geometry, size: tuple[int, int, int]
+    config: Config, options: SampleOptions, option: str, model: ModelFolder, size: tuple[int, int, int]
 ) -> dict[int, np.ndarray]:
     """Return the frame uint8 [1, H, W, 3] of --image or --last by stream: RGB, and the alpha that the file may have."""
-    path = options.image if option == "--image" else options.last
+    path, geometry = options.image if option == "--image" else options.last, model.geometry
+    _check_ends(options, option, model, frames=size[0])
     if not path:
         return {}
     if options.rgb:
         raise UserError(f"{option}, --rgb: --rgb gives every frame; leave {option} out")
-    if not options.image:
-        raise UserError("--last: needs the first frame too; give it with --image")
     if not geometry.first_alone:
         raise UserError(f"{option}: this model's latents hold no single frame, so none can be given; leave it out")
-    if size[0] == 1 and option == "--last":
-        raise UserError("--last: a video of one frame ends with its first; leave it out, or make --size longer")
     frames = _read_clip(option, path, frame_rate(config), geometry, (1, *size[1:]))
     if len(config.streams) == 1 or not probe(Path(path)).alpha or options.alpha:
         return {0: frames}
     both = read_rgba(Path(path), (0,), height=size[1], width=size[2], fill=Fill.of(config.data))
     return dict(enumerate(both))
+
+
+def _check_ends(options: SampleOptions, option: str, model: ModelFolder, *, frames: int) -> None:
+    """Refuse ends that do not go together, or that the model cannot be given."""
+    to_last = any(field.last for field in model.fields)
+    if option == "--image" and options.image and to_last and not options.last:
+        raise UserError("--image: this model goes from a first frame to a last one; give --last too")
+    if option != "--last" or not options.last:
+        return
+    if not options.image:
+        raise UserError("--last: needs the first frame too; give it with --image")
+    if frames == 1:
+        raise UserError("--last: a video of one frame ends with its first; leave it out, or make --size longer")
+    if shows_frames(model.fields) and not to_last:
+        raise UserError("--last: this model is shown a first frame alone; leave it out")
 
 
 def _read_clip(option: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:

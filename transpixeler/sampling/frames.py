@@ -37,10 +37,14 @@ class Frames:
         rgb = found[layout.names[0]]
         return {name: enlarge(video, rgb, guided=self.upsample == "guided") for name, video in found.items()}
 
-    def encode(self, frames: np.ndarray, *, scale: int = 1) -> Tensor:
-        """Return latents [C, f, h, w] of frames uint8 [F, H, W, 3], encoded at 1/scale of their height and width."""
+    def encode(self, frames: np.ndarray | Tensor, *, scale: int = 1) -> Tensor:
+        """Return latents [C, f, h, w] of frames uint8 [F, H, W, 3], or of a video [1, 3, F, H, W] in [-1, 1].
+
+        Frames are encoded at 1/scale of their height and width.
+        """
+        video = frames if isinstance(frames, Tensor) else torch.from_numpy(shrink(frames, scale))[None]
         with self._vae_on_device() as vae:
-            return vae.encode(torch.from_numpy(shrink(frames, scale))[None])[0].cpu()
+            return vae.encode(video)[0].cpu()
 
     @contextmanager
     def _vae_on_device(self) -> Iterator[Vae]:

@@ -79,7 +79,8 @@ def guided(engine: Engine, layout: StreamLayout, text: Fields, negative: Fields 
     Without them it is the model's own velocity, at half the cost.
     """
     both = [text] if negative is None else [text, negative]
-    fields = [torch.stack([found[name] for found in both]).to(engine.mesh.device) for name in text]
+    # what is shown of given frames stands beside either text
+    fields = [torch.stack([found.get(name, text[name]) for found in both]).to(engine.mesh.device) for name in text]
     rows = len(both)
     # Two microbatches fill a pipeline; on one stage a short sequence fills the device only when both run together.
     batch = rows if engine.config.pipeline == 1 and layout.tokens <= GUIDANCE_BATCH_TOKENS else 1

@@ -16,7 +16,7 @@ from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import padded_fields
 from transpixeler.data.prompts import negative_prompt
 from transpixeler.flow.objective import Fields
-from transpixeler.models.family import ModelFolder
+from transpixeler.models.family import ModelFolder, caption_fields
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import release_memory
 
@@ -54,7 +54,9 @@ def cached_prompts(config: Config, data: Dataset, model: ModelFolder) -> PromptT
     for prompt, keys in data.prompts.items():
         values = [data.cache.get(key) for key in keys]
         assert all(value is not None for value in values), f"the cache was filled without the prompt {prompt!r}"
-        found[prompt] = {field.name: value for field, value in zip(model.fields, values) if value is not None}
+        found[prompt] = {
+            field.name: value for field, value in zip(caption_fields(model.fields), values) if value is not None
+        }
     return _padded(found, negative_prompt(config.sample, model.family), model)
 
 

@@ -36,6 +36,7 @@ class Video:
         default_factory=dict
     )  # clean latents [C, F, H, W] by stream; F may be the first frame alone
     lasts: Mapping[int, Tensor] = field(default_factory=dict)  # [C, 1, H, W] by stream, of last frames encoded alone
+    shown: frozenset[int] = frozenset()  # streams whose given frames are in the fields
 
 
 def video_layout(config: Config, model: ModelFolder) -> StreamLayout:
@@ -70,13 +71,13 @@ def settings(video: Video, sample: SampleConfig) -> dict[str, Any]:
         "shift": sample.shift,
         "scheduler": sample.scheduler,
         "negative_prompt": sample.negative_prompt,
-        "given": [_given_name(video, stream) for stream in sorted(video.given)]
+        "given": [_given_name(video, stream) for stream in sorted({*video.given, *video.shown})]
         + [f"last frame of {video.layout.names[stream]}" for stream in sorted(video.lasts)],
     }
 
 
 def _given_name(video: Video, stream: int) -> str:
-    whole = video.given[stream].shape[1] == video.layout.shapes[stream][1]
+    whole = stream in video.given and video.given[stream].shape[1] == video.layout.shapes[stream][1]
     return video.layout.names[stream] if whole else f"first frame of {video.layout.names[stream]}"
 
 

@@ -48,6 +48,7 @@ def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tup
         ids=[batch.ids[slot] for slot in batch.slots],
         slots=batch.slots,
         batch=config.train.global_batch,
+        shown=batch.shown,
         shift=model.shift(batch.layout.lengths[0]) if config.objective.shift == "auto" else config.objective.shift,
     )
     return batch, example.pinned() if pin else example

@@ -272,11 +272,10 @@ def test_saved_ops_name_the_operator_that_runs() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"added_kv_proj_dim": 48}, "image conditioning"),
-        ({"image_dim": 1280}, "image embedder"),
-        ({"in_channels": 36}, "in_channels 36 and out_channels 4 differ"),
+        ({"image_dim": 1280, "added_kv_proj_dim": 40}, "added_kv_proj_dim 40 is not the model's width"),
+        ({"in_channels": 36}, "in_channels 36 beside out_channels 4 is no Wan"),
         ({"qk_norm": "layer_norm"}, "qk_norm 'layer_norm'"),
-        ({"model_type": "i2v"}, "model_type 'i2v'"),
+        ({"model_type": "other"}, "model_type 'other'"),
         ({"text_len": 226}, "text_len 226"),
     ],
 )

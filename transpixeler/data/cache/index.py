@@ -25,7 +25,8 @@ ROW_BYTES = 64
 MAGIC = b"TPXCACHE"
 DTYPES = ("bfloat16", "float32", "float16", "uint8")
 ITEM_BYTES = np.array([2, 4, 2, 1], np.uint64)
-KINDS = ("latent", "text", "vector")  # text: a field of tokens; vector: a field without
+# text: a field of tokens; vector: a field without; clip, image: what is shown of given frames, by a field's source
+KINDS = ("latent", "text", "vector", "clip", "image")
 
 ROW = np.dtype(
     [

@@ -43,7 +43,7 @@ class CacheDamaged(UserError):
 
 
 class Record(NamedTuple):
-    kind: str  # latent | text
+    kind: str  # one of `index.KINDS`
     key: bytes
     value: Tensor
 

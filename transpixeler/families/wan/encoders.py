@@ -20,11 +20,12 @@ from transpixeler.families.wan.config import TEXT_LEN
 from transpixeler.families.wan.original import (
     T5_FILE,
     TOKENIZER_FOLDER,
-    VAE_FILE,
+    VAE_FILES,
     original_t5_config,
     original_t5_state,
     original_vae_config,
     original_vae_state,
+    vae_file,
 )
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint
@@ -33,7 +34,7 @@ from transpixeler.models.resolve import resolve
 
 _VAE_CONFIG = "vae/config.json"
 _TEXT_CONFIG = "text_encoder/config.json"
-_VAE_FILES = ("vae/*", VAE_FILE)
+_VAE_FILES = ("vae/*", *VAE_FILES)
 _TEXT_FILES = ("text_encoder/*", "tokenizer/*", T5_FILE, f"{TOKENIZER_FOLDER}/*")
 
 
@@ -53,9 +54,17 @@ def _mender() -> Callable[[str], str]:
 
 
 class WanVae(LatentVae):
-    """`AutoencoderKLWan`."""
+    """`AutoencoderKLWan`, of Wan 2.1's kind and of 2.2's."""
 
-    tiled_latents = 60 * 104  # 480×832: a larger frame's activations no longer fit beside a model on a small GPU
+    @property
+    def tiled_latents(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  the networks differ
+        """Return as many cells as hold the activations of 480×832 in 2.1's decoder: 6,240 there, 2,340 in 2.2's.
+
+        A larger frame's no longer fit beside a model on a small GPU.
+        """
+        config = self.network.config
+        rows = config.scale_factor_spatial // (config.patch_size or 1)  # of the decoder's last level, for one latent's
+        return 480 * 832 * 96 // ((config.decoder_base_dim or config.base_dim) * rows**2)
 
 
 class WanTextEncoder(T5TextEncoder):
@@ -75,7 +84,7 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> W
             network = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True)
     else:
         network = AutoencoderKLWan(**original_vae_config(folder))
-        with naming_damage(folder / VAE_FILE):
+        with naming_damage(vae_file(folder)):
             network.load_state_dict(original_vae_state(folder))
         network.to(dtype)
     scale = torch.tensor(network.config.latents_mean), torch.tensor(network.config.latents_std)
@@ -118,7 +127,7 @@ def text_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
 def has_vae(path: str | Path) -> bool:
     """Return whether a local model folder holds its VAE."""
     folder = Path(path).expanduser()
-    return any((folder / name).exists() for name in (_VAE_CONFIG, VAE_FILE))
+    return any((folder / name).exists() for name in (_VAE_CONFIG, *VAE_FILES))
 
 
 def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
@@ -135,14 +144,14 @@ def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
 
 
 def _vae_folder(path: str | Path) -> Path:
-    return _holding(resolve(path, only=_VAE_FILES), "VAE", (_VAE_CONFIG, VAE_FILE))
+    return _holding(resolve(path, only=_VAE_FILES), "VAE", (_VAE_CONFIG, *VAE_FILES))
 
 
 def _text_folder(path: str | Path) -> Path:
     return _holding(resolve(path, only=_TEXT_FILES), "text encoder", (_TEXT_CONFIG, T5_FILE))
 
 
-def _holding(folder: Path, what: str, either: tuple[str, str]) -> Path:
+def _holding(folder: Path, what: str, either: tuple[str, ...]) -> Path:
     if not any((folder / name).exists() for name in either):
-        raise UserError(f"model.path: {folder} holds no {what}: neither {either[0]} nor {either[1]} is there")
+        raise UserError(f"model.path: {folder} holds no {what}: neither {' nor '.join(either)} is there")
     return folder

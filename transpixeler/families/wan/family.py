@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from transpixeler.config import UserError
-from transpixeler.families.wan import encoders
-from transpixeler.families.wan.config import TEXT_LEN, WanConfig, diffusers_config
-from transpixeler.families.wan.model import WanModel
-from transpixeler.families.wan.names import NAMES, config_from_shapes
+from transpixeler.families.wan import encoders, images
+from transpixeler.families.wan.config import MODEL_TYPES, WanConfig, diffusers_config, refuse_others
+from transpixeler.families.wan.model import WanModel, fields_of
+from transpixeler.families.wan.names import NAMES, config_from_shapes, image_settings
 from transpixeler.models.damage import read_config
 from transpixeler.models.family import (
     Digest,
     Family,
     Field,
+    ImageEncoder,
     ModelFolder,
     SamplingDefaults,
     TextEncoder,
@@ -36,6 +37,7 @@ NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+LAST_FRAME_SHIFT = 16.0  # of FLF2V, as published
 PIPELINE = "model_index.json"  # of a diffusers pipeline
 
 
@@ -50,6 +52,7 @@ class WanFolder(ModelFolder):
         folder = resolve(self.path, only=("config.json", "transformer/config.json", PIPELINE))
         if folder.is_file():
             source = WeightSource(folder, NAMES.internal_names)
+            refuse_others(name.split(".")[0] for name in source.names())
             try:
                 return config_from_shapes({name: source.shape(name) for name in source.names()})
             except KeyError as fault:
@@ -62,7 +65,16 @@ class WanFolder(ModelFolder):
         found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
         if not found:
             raise UserError(f"model.path: {self.path} holds neither transformer/config.json nor config.json")
-        return read_config(found[0])
+        config = read_config(found[0])
+        return config | self._image_settings() if config.get("model_type") in ("i2v", "flf2v") else config
+
+    def _image_settings(self) -> dict[str, Any]:
+        """Return what Wan's own config.json leaves out: whether an image encoder is read, and how wide it is.
+
+        2.1's and 2.2's image-to-video models name the same type, and only the first one's weights have such parts.
+        """
+        source = WeightSource(self.path, NAMES.internal_names)
+        return image_settings({name: source.shape(name) for name in source.names()})
 
     @cached_property
     def _checked(self) -> WanConfig:
@@ -74,11 +86,16 @@ class WanFolder(ModelFolder):
         stride = (4, 16, 16) if channels == 48 else (4, 8, 8)  # of Wan 2.2's and 2.1's VAE; a transformer may lie alone
         if encoders.has_vae(self.path):
             stride, channels = encoders.vae_geometry(self.path)
+            if channels != self._checked.out_channels:
+                raise UserError(
+                    f"model.path: {self.path}: its VAE makes {channels} channels and its transformer takes "
+                    f"{self._checked.out_channels}; they belong to different models"
+                )
         return Geometry(stride, channels, self._checked.patch_size)
 
     @cached_property
     def fields(self) -> tuple[Field, ...]:
-        return (Field("text", width=self._checked.text_dim, length=TEXT_LEN),)
+        return fields_of(self._checked)
 
     def diffusers_config(self) -> dict[str, Any]:
         return diffusers_config(self.config)
@@ -91,6 +108,12 @@ class WanFolder(ModelFolder):
 
     def text_fingerprint(self, digest: Digest = file_digest) -> str:
         return encoders.text_fingerprint(self.path, digest)
+
+    def image_fingerprint(self, digest: Digest = file_digest) -> str:
+        return images.image_fingerprint(self.path, digest)
+
+    def sampling_shift(self, tokens: int) -> float:
+        return LAST_FRAME_SHIFT if self._checked.shows_last else self.family.sampling.shift
 
     def build(
         self,
@@ -108,6 +131,9 @@ class WanFolder(ModelFolder):
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         return encoders.load_text_encoder(self.path, device=device, dtype=dtype)
 
+    def load_image_encoder(self, *, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
+        return images.load_image_encoder(self.path, device=device, dtype=dtype)
+
 
 def _has_two_experts(folder: Path) -> bool:
     """Tell a folder of two experts: in diffusers' layout by the pipeline's own list, in Wan's by its folders."""
@@ -122,7 +148,7 @@ def _is_wan(path: Path) -> bool:
     for name in ("transformer/config.json", "config.json"):
         if (path / name).is_file():
             config = read_config(path / name)
-            return str(config.get("_class_name", "")).startswith("Wan") or config.get("model_type") in ("t2v", "i2v")
+            return str(config.get("_class_name", "")).startswith("Wan") or config.get("model_type") in MODEL_TYPES
     return _has_two_experts(path)
 
 

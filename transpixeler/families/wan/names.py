@@ -21,6 +21,9 @@ _IN_BLOCKS = (
     ("cross_attn.o", "attn2.to_out.0"),
     ("cross_attn.norm_q", "attn2.norm_q"),
     ("cross_attn.norm_k", "attn2.norm_k"),
+    ("cross_attn.k_img", "attn2.add_k_proj"),  # to an image's tokens, in 2.1's image-to-video models
+    ("cross_attn.v_img", "attn2.add_v_proj"),
+    ("cross_attn.norm_k_img", "attn2.norm_added_k"),
     ("norm3", "norm2"),  # the affine norm before cross-attention
     ("ffn.0", "ffn.net.0.proj"),
     ("ffn.2", "ffn.net.2"),
@@ -33,6 +36,11 @@ _ENDS = (
     Row("embed.time_embedding.0", "time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     Row("embed.time_embedding.2", "time_embedding.2", "condition_embedder.time_embedder.linear_2"),
     Row("embed.time_projection.1", "time_projection.1", "condition_embedder.time_proj"),
+    Row("embed.img_emb.proj.0", "img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    Row("embed.img_emb.proj.1", "img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    Row("embed.img_emb.proj.3", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    Row("embed.img_emb.proj.4", "img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    Row("embed.img_emb.emb_pos", "img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
     Row("head.head", "head.head", "proj_out"),
     Row("head.modulation", "head.modulation", "scale_shift_table"),
 )
@@ -41,7 +49,7 @@ NAMES = Names(
         *(Row(f"blocks.{{n}}.{ours}", f"blocks.{{n}}.{ours}", f"blocks.{{n}}.{d}") for ours, d in _IN_BLOCKS),
         *_ENDS,
     ),
-    tables=frozenset({"blocks.{n}.modulation", "head.modulation"}),
+    tables=frozenset({"blocks.{n}.modulation", "head.modulation", "embed.img_emb.emb_pos"}),
     block_linears={
         **{f"{attention}.{part}": ("width", "width") for attention in ("self_attn", "cross_attn") for part in "qkvo"},
         "ffn.0": ("width", "inner"),
@@ -78,4 +86,16 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
         "num_layers": max(blocks) + 1,
         "patch_size": patch,
+        **image_settings(shapes),
     }
+
+
+def image_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return a config's keys about image tokens, which original configs leave out, from shapes by internal name."""
+    first, positions = shapes.get("embed.img_emb.proj.1.weight"), shapes.get("embed.img_emb.emb_pos")
+    if first is None:
+        return {}
+    width = shapes["embed.patch_embedding.weight"][0]
+    return {"image_dim": first[1], "added_kv_proj_dim": width} | (
+        {"pos_embed_seq_len": positions[1]} if positions else {}
+    )

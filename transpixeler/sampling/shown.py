@@ -1,0 +1,66 @@
+"""Pictures go in, the fields of an image-to-video model come out: what `sample` and prompts of `eval` are shown.
+
+Data sets read theirs from the cache; both are made by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transpixeler.models.conditions import GREY, Shown, grey_frames, shown_fields, shown_video
+from transpixeler.models.family import Field, ModelFolder
+from transpixeler.models.streams import StreamLayout
+from transpixeler.sampling.frames import Frames, release_memory
+
+
+def show(
+    model: ModelFolder, frames: Frames, layout: StreamLayout, pictures: Mapping[int, np.ndarray]
+) -> dict[str, Tensor]:
+    """Return the fields, without a batch, that show a video's streams their given frames; {} where none is taken.
+
+    pictures: uint8 [n, H, W, 3] by stream, the first frame and, where the model takes it, the last.
+    """
+    fields = shown_fields(model.fields)
+    own: dict[str, Tensor] = {}
+    blank: dict[str, Tensor] = {}
+    for field in fields:
+        make = _image_tokens if field.source == "image" else _clip_latents
+        own[field.name] = make(model, frames, layout, field, pictures)
+        blank[field.name] = own[field.name] if not pictures else make(model, frames, layout, field, {})
+    values = Shown(fields, own, blank).values(layout, [pictures.keys()])
+    return {name: value[0] for name, value in values.items()}
+
+
+def _clip_latents(
+    model: ModelFolder, frames: Frames, layout: StreamLayout, field: Field, pictures: Mapping[int, np.ndarray]
+) -> Tensor:
+    """Return [1, N] latents of all streams; those without pictures are grey."""
+    grey = grey_frames(*model.geometry.pixels(layout.shapes[0]))
+    made: dict[int, Tensor] = {}
+    for stream in range(len(layout.names)):
+        given = pictures.get(stream)
+        key = stream if given is not None else -1
+        if key not in made:
+            video = grey if given is None else shown_video(torch.from_numpy(given), grey.shape[2], last=field.last)
+            made[key] = frames.encode(video)
+    return torch.cat([made[stream if stream in pictures else -1].flatten() for stream in range(len(layout.names))])[
+        None
+    ]
+
+
+def _image_tokens(
+    model: ModelFolder, frames: Frames, layout: StreamLayout, field: Field, pictures: Mapping[int, np.ndarray]
+) -> Tensor:
+    """Return [1, tokens, width] of stream 0's pictures, or of grey ones."""
+    _, height, width = model.geometry.pixels(layout.shapes[0])
+    count = 2 if field.last else 1
+    given = pictures.get(0, np.full((count, height, width, 3), GREY, dtype=np.uint8))
+    encoder = model.load_image_encoder(device=frames.device, dtype=torch.float32)
+    tokens = encoder.encode(torch.from_numpy(given[[0, -1][:count]])).cpu()[None]
+    del encoder
+    release_memory(frames.device)
+    return tokens

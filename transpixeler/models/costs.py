@@ -73,12 +73,13 @@ class Costs:
     ends: tuple[LinearCost, ...]
     text: int  # tokens of the padded text
     field_numbers: int  # of one sample's fields
-    kept: tuple[KeptBytes, ...]  # of each block
+    kept: tuple[KeptBytes, ...]  # of each block; empty where it was not asked for
+    streams: int
     rgb_attends_aux: bool = True
 
     @classmethod
-    def of(cls, model: Backbone) -> Costs:
-        """Read a whole model, before `keep`."""
+    def of(cls, model: Backbone, *, kept: bool = True) -> Costs:
+        """Read a whole model, before `keep`. kept=False: blocks do not run on meta, for who asks for no bytes."""
         assert model.embed is not None and model.head is not None, "costs are those of the whole model"
         lengths = [field.length for field in model.fields if field.length]
         return cls(
@@ -88,7 +89,8 @@ class Costs:
             ends=tuple(_ends(model)),
             text=max(lengths, default=0),
             field_numbers=sum(field.width * (field.length or 1) for field in model.fields),
-            kept=_kept(model),
+            kept=_kept(model) if kept else (),
+            streams=len(model.streams),
             rgb_attends_aux=model.rgb_attends_aux,
         )
 

@@ -68,6 +68,7 @@ inspect: $(READY)
 # Workers share the expensive fixtures; each takes about a gigabyte, so that many cores do not mean more than eight.
 # make test ARGS=tests/data    make test ARGS="-n 0 tests/data -k pairs" in one process, as a debugger wants it
 test: $(READY)
+	@$(BIN)/python -m compileall -q transpixeler tests tools  # once, where PYTHONDONTWRITEBYTECODE has each process do it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist $(DIST) --durations 20 $(ARGS)
 
 lint: $(READY)

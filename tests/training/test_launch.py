@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,10 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [child for _, child in sorted(ranked)]
 
 
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def newest(output: Path) -> Path:
     return checkpoint.candidates((output / "latest").resolve() / "checkpoints")[0]
 
@@ -93,19 +98,6 @@ def test_a_lost_rank_ends_the_job_with_the_reason(demo: Path, tmp_path: Path) ->
     assert "Signal 9 (SIGKILL)" in said
     checkpoint.check(newest(tmp_path))
     assert checkpoint.step_of(newest(tmp_path)) >= checkpoint.step_of(saved[0])
-
-
-def test_two_real_ranks_train_what_one_process_trains(demo: Path, tmp_path: Path) -> None:
-    words = ["train", str(demo / "config.yaml"), f"output_dir={tmp_path / 'one'}", *FAST, "train.max_steps=3"]
-    assert cli.main(words) == 0
-    with launched(demo, tmp_path / "two", 2, "train.max_steps=3", "parallel.pipeline=2") as process:
-        assert process.wait(120) == 0, process.stderr.read()
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "latest" / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert [line["samples"] for line in one] == [line["samples"] for line in two]
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-5
 
 
 # --- killed while saving ---------------------------------------------------------------------------------------------
@@ -159,17 +151,38 @@ def test_a_kill_during_saves_always_leaves_a_whole_checkpoint(tmp_path: Path) ->
 # --- torchrun: restarts and Ctrl-C -----------------------------------------------------------------------------------
 
 
-def test_a_restart_by_torchrun_goes_on_with_the_run_that_the_job_made(demo: Path, tmp_path: Path) -> None:
-    overrides = ("train.max_steps=8", "checkpoint.every_steps=2", "checkpoint.asynchronous=false")
+@pytest.fixture(scope="module")
+def restarted(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two stages that torchrun starts again after one of them was killed: their output, and what was said."""
+    output = tmp_path_factory.mktemp("restarted")
+    overrides = (
+        "train.max_steps=8",
+        "parallel.pipeline=2",
+        "checkpoint.every_steps=2",
+        "checkpoint.asynchronous=false",
+    )
     options = ("--max-restarts", "1", "--monitor-interval", "0.1")
-    with launched(demo, tmp_path, 2, *overrides, options=options) as process:
-        wait_for_step(process, tmp_path, 4)
+    with launched(demo, output, 2, *overrides, options=options) as process:
+        wait_for_step(process, output, 4)
         os.kill(workers(process)[1], signal.SIGKILL)
         _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
-    (run,) = [folder for folder in tmp_path.iterdir() if not folder.is_symlink()]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(1, 9)] and "resumed" in said
+    return output, said
+
+
+def test_a_restart_by_torchrun_goes_on_with_the_run_that_the_job_made(restarted: tuple[Path, str]) -> None:
+    output, said = restarted
+    (run,) = [folder for folder in output.iterdir() if not folder.is_symlink()]
+    assert [line["step"] for line in lines(run)] == [*range(1, 9)] and "resumed" in said
+
+
+def test_two_real_ranks_train_what_one_process_trains(demo: Path, restarted: tuple[Path, str], tmp_path: Path) -> None:
+    """Before the restart, and after it."""
+    words = ["train", str(demo / "config.yaml"), f"output_dir={tmp_path}", *FAST, "train.max_steps=8"]
+    assert cli.main(words) == 0
+    one, two = lines(tmp_path / "latest"), lines(restarted[0] / "latest")
+    assert [line["samples"] for line in one] == [line["samples"] for line in two]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two)) < 1e-5
 
 
 def test_ctrl_c_under_torchrun_saves_on_all_ranks(demo: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -32,10 +33,19 @@ def test_the_eighth_step_is_not_the_fourth(straight: Path, tmp_path: Path) -> No
     assert difference(tensors(straight, 8, tmp_path), tensors(straight, 4, tmp_path)) > 1e-4
 
 
+@pytest.fixture(scope="module")
+def halfway(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps of stages and shards. Nobody goes on in this folder, only in copies of it."""
+    return run(demo, tmp_path_factory.mktemp("halfway"), *layout(2, 1, 2), "train.max_steps=4", ranks=4)
+
+
 @pytest.mark.parametrize("after", [(1, 1, 1), (1, 4, 1), (2, 2, 1)])
-def test_a_run_goes_on_on_another_layout(demo: Path, straight: Path, tmp_path: Path, after: tuple) -> None:
-    first = run(demo, tmp_path, *layout(2, 1, 2), "train.max_steps=4", ranks=4)
+def test_a_run_goes_on_on_another_layout(
+    demo: Path, straight: Path, halfway: Path, tmp_path: Path, after: tuple
+) -> None:
+    first = shutil.copytree(halfway, tmp_path / halfway.name, symlinks=True)
     folder = run(demo, tmp_path, *layout(*after), resume=str(first), ranks=after[0] * after[1] * after[2])
+    assert folder == first
     ours, theirs = exact(folder), exact(straight)
     assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-5

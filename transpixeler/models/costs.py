@@ -77,14 +77,15 @@ class Costs:
     ends: tuple[LinearCost, ...]
     text: int  # tokens of the padded text
     field_numbers: int  # of one sample's fields
-    kept: tuple[KeptBytes, ...]  # of each block
+    kept: tuple[KeptBytes, ...]  # of each block; empty where it was not asked for
+    streams: int
     rgb_attends_aux: bool = True
     image: int = 0  # tokens of an image encoder
     cell_numbers: int = 0  # of one sample's fields, for each cell of the streams' latents
 
     @classmethod
-    def of(cls, model: Backbone) -> Costs:
-        """Read a whole model, before `keep`."""
+    def of(cls, model: Backbone, *, kept: bool = True) -> Costs:
+        """Read a whole model, before `keep`. kept=False: blocks do not run on meta, for who asks for no bytes."""
         assert model.embed is not None and model.head is not None, "costs are those of the whole model"
         lengths = [field.length for field in caption_fields(model.fields) if field.length]
         whole = [field for field in model.fields if field.source != "clip"]
@@ -95,7 +96,8 @@ class Costs:
             ends=tuple(_ends(model)),
             text=max(lengths, default=0),
             field_numbers=sum(field.width * (field.length or 1) for field in whole),
-            kept=_kept(model),
+            kept=_kept(model) if kept else (),
+            streams=len(model.streams),
             rgb_attends_aux=model.rgb_attends_aux,
             image=_image_tokens(model),
             cell_numbers=sum(field.width for field in model.fields if field.source == "clip"),

@@ -38,7 +38,7 @@ def build_engine(
     """`make` builds the whole model on the current device: on meta, once a stage. `scopes`: what `inject` takes."""
     dtype = compute_dtype(config, mesh.device)
     whole = shape(config, make, dtype, scopes=scopes)
-    costs = Costs.of(whole)
+    costs = Costs.of(whole, kept=False)
     ranges = pipeline.split_blocks(config.parallel, costs)
     stages = []
     for index in pipeline.local_stages(config.parallel, mesh):

@@ -94,7 +94,7 @@ def split_blocks(config: ParallelConfig, costs: Costs) -> list[range]:
     else:
         if stages > count:
             raise UserError(f"parallel.pipeline: {stages} stages for a model of {count} blocks; use fewer stages")
-        flops = block_flops(costs, [NOMINAL_TOKENS] * len(costs.kept[0].eager.by_stream))
+        flops = block_flops(costs, [NOMINAL_TOKENS] * costs.streams)
         sizes = balanced_sizes([round(1000 * each / min(flops)) for each in flops], stages)
     ends = [sum(sizes[: i + 1]) for i in range(stages)]
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]

@@ -152,7 +152,7 @@ def browse(page: Path, *arguments: str) -> str:
         f"--user-data-dir={page.parent / 'profile'}",
     ]
     command = [CHROMIUM, *quiet, *arguments, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

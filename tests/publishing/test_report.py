@@ -214,7 +214,7 @@ def browse(page: Path) -> dict:
     )
     profile = page.with_name("profile")
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", host.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stdout[:2000]
     import html

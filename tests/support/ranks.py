@@ -19,6 +19,7 @@ from typing import Any
 
 _server = mp.get_context("forkserver")
 _server.set_forkserver_preload(["tests.support.preload"])
+LIMIT_SECONDS = 600.0  # for ranks that hang, on a machine that does much else besides
 GRACE_SECONDS = 5.0  # what the others get to report once a rank has failed
 
 
@@ -27,7 +28,7 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, grace: float = 0.5
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = LIMIT_SECONDS, grace: float = 0.5
 ) -> list[Any]:
     """`grace`: seconds that a rank has to leave by itself before it is killed."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:

@@ -38,7 +38,7 @@ def test_a_run_folder_that_is_lost_ends_training_and_is_not_made_again(demo: Pat
     (tmp_path / "mine").rename(tmp_path / "unmounted")
     if after == "an empty folder":
         (tmp_path / "mine").mkdir()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 1, said
     assert (b"mine" in said and b"another folder" in said) or b"gone" in said
     assert not list((tmp_path / "mine").rglob("*")) and (tmp_path / "mine").exists() == (after != "nothing")
@@ -53,7 +53,7 @@ def test_ctrl_c_saves_at_the_step_boundary_and_prints_the_line_that_resumes(demo
     process = launch(demo, tmp_path, "train.max_steps=500", "checkpoint.every_steps=0")
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     run = (tmp_path / "latest").resolve()
     assert process.returncode == 130, said
     last = metrics(run)[-1]["step"]

@@ -204,18 +204,18 @@ def test_save_quit_ends_a_run_with_a_checkpoint(demo: Path, tmp_path: Path) -> N
     process = start(demo, tmp_path, "train.max_steps=500")
     wait_for_step(process, tmp_path, 2)
     (tmp_path / "latest" / "save_quit").touch()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     folder = (tmp_path / "latest").resolve()
     last = metrics(folder)[-1]["step"]
     checkpoint.check(folder / "checkpoints" / checkpoint.folder_name(last))
-    assert not (folder / "save_quit").exists()
+    assert last < 500 and not (folder / "save_quit").exists()
 
 
 def test_sigusr1_saves_and_goes_on(demo: Path, tmp_path: Path) -> None:
     process = start(demo, tmp_path, "train.max_steps=24", "checkpoint.every_steps=0")
     wait_for_step(process, tmp_path, 2)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(90) == 0, process.stderr.read()
+    assert process.wait(300) == 0, process.stderr.read()
     steps = [checkpoint.step_of(f) for f in checkpoint.candidates((tmp_path / "latest" / "checkpoints").resolve())]
     assert len(steps) == 2 and steps[0] == 24 and steps[1] < 24
 
@@ -234,7 +234,8 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(demo: Path, tmp_path:
     wait_for_step(process, tmp_path, 8)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, process.stderr.read()
+    assert process.wait(300) == 0, process.stderr.read()
+    assert metrics(tmp_path / "latest")[-1]["step"] < 400
     log = (tmp_path / "latest" / "log.txt").read_text()
     assert "was not written" in log and "training goes on" in log and " GB are free there" in log
     assert "File too large" in log or "a file was cut off" in log

@@ -142,7 +142,7 @@ def steps(output: Path) -> int:
     return lines[0].read_text().count("\n") if lines else 0
 
 
-def wait_until(process: subprocess.Popen | Forked, done: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(process: subprocess.Popen | Forked, done: Callable[[], bool], seconds: float = 600) -> None:
     """Wait for a training to come that far; one that does not is ended, so that it takes nothing from later tests."""
     deadline = time.monotonic() + seconds
     while not done():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support.any_config import configs, fast, leaves, load, plain, values
 from transpixeler import configfile
-from transpixeler.config import Config
+from transpixeler.config import Config, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,6 +215,17 @@ def test_an_override_of_one_name_leaves_the_others_of_a_default() -> None:
     }
     assert configfile.from_overrides(["data.frames.1=81"]).data.frames == (1, 81)
     assert Config().streams == {"rgb": "", "seg": "_seg"}
+
+
+def test_an_override_reaches_into_a_stream_that_is_a_bare_suffix() -> None:
+    scaled = "streams.seg.scale=2"
+    in_file = load("streams: {rgb: '', seg: _seg, depth: _d}", overrides=(scaled,))
+    for found in (in_file, configfile.from_overrides([scaled])):
+        assert found.suffixes["seg"] == "_seg" and found.scales[:2] == (1, 2)
+    with pytest.raises(UserError, match=r"streams.rgb.scale: the others are laid over rgb"):
+        configfile.from_overrides(["streams.rgb.scale=2"])
+    with pytest.raises(UserError, match=r"streams.seg.scale: 9 is out of range"):
+        configfile.from_overrides(["streams.seg={suffix: _seg, scale: 9}"])
 
 
 def test_the_last_override_wins() -> None:

@@ -294,11 +294,12 @@ def _geometry(config: Config) -> Geometry:
 
     if config.model.path and Path(config.model.path).exists():
         return open_model(config.model).geometry.over(config.scales)
-    tall, wide = USUAL.unit
+    usual = USUAL.over(config.scales)
+    tall, wide = usual.unit
     print(
-        f"model.path: not here; buckets are counted for sides of {wide}×{tall} pixels and {USUAL.stride[0]}k+1 frames"
+        f"model.path: not here; buckets are counted for sides of {wide}×{tall} pixels and {usual.stride[0]}k+1 frames"
     )
-    return USUAL
+    return usual
 
 
 def _export(arguments: argparse.Namespace) -> int:

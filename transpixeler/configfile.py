@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from transpixeler.config import Config, UserError
+from transpixeler.config import Config, StreamConfig, UserError
 from transpixeler.configfaults import faults
 from transpixeler.configtypes import COMMAND_LINE, Key, Raw, Tree, fields_of, in_full, kind_of, to_dataclass
 
@@ -173,7 +173,7 @@ def _hint(key: Key) -> Any:
         if dataclasses.is_dataclass(hint):
             hint = fields_of(hint).get(name)
         else:
-            hint = get_args(hint)[0] if get_origin(hint) is tuple else None
+            hint = get_args(hint)[get_origin(hint) is dict] if get_origin(hint) in (tuple, dict) else None
     return hint
 
 
@@ -202,6 +202,8 @@ def _opened(tree: Tree, level: Any, key: Key) -> Any:
         default = functools.reduce(lambda value, name: getattr(value, name, None), key, Config())
         found = plain(default) if isinstance(default, dict | tuple) else {}
         tree.origins[key] = COMMAND_LINE
+    if isinstance(found, str) and StreamConfig in get_args(_hint(key)):
+        found = {"suffix": found}
     level[place] = in_full(_hint(key), found)
     return level[place]
 

@@ -136,7 +136,8 @@ def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, T
     def tell(name: str) -> None:
         for _ in range(STEPS_TOLD):
             steps[name] += 1
-            record = recorder.record(batch, facts, StepTimes(1.0, 0.0, 0.0), lr=1e-4, micro_batch=1)
+            times = StepTimes(1.0, 0.0, 0.0)
+            record = recorder.record(batch, batch.layout, facts, times, lr=1e-4, micro_batch=1)
             writers[name].step(record | {"step": steps[name]})
 
     found = alternate({name: partial(tell, name) for name in writers}, repeats=repeats)

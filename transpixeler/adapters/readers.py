@@ -22,6 +22,8 @@ DIFFUSERS = "diffusers"
 def readers(adapter: Adapter, format: str) -> tuple[str, ...]:
     """Return the other programs that read an adapter in a format, and apply all of it as it was trained."""
     loaders = adapter.family.names.loaders
+    if "scales" in adapter.metadata:
+        return ()  # no other program's latents hold streams of several sizes
     if not adapter.is_plain:
         return loaders.joint_read_by.get(format, ())
     found = loaders.read_by.get(format, ())

@@ -71,10 +71,18 @@ class Dataset:
 
     def layout(self, item: Item, patch: Grid) -> StreamLayout:
         """Lay out a clip's records."""
-        shapes, lasts = [self._shape(key) for key in item.latent_keys], self.lasts if item.bucket[0] > 1 else ()
+        shapes = tuple(self._shape(key) for key in self.video_keys(item))
+        return StreamLayout(self.streams, shapes, patch, scales=self.scales, lasts=self._lasts(item))
+
+    def video_keys(self, item: Item) -> list[bytes]:
+        """Return the keys of a clip's streams, without those of last frames alone."""
+        keys, lasts = list(item.latent_keys), self._lasts(item)
         for stream in reversed(lasts):
-            del shapes[stream + 1 + sum(other < stream for other in lasts)]  # that of a last frame alone
-        return StreamLayout(self.streams, tuple(shapes), patch, scales=self.scales, lasts=lasts)
+            del keys[stream + 1 + sum(other < stream for other in lasts)]
+        return keys
+
+    def _lasts(self, item: Item) -> tuple[int, ...]:
+        return self.lasts if item.bucket[0] > 1 else ()
 
     def _shape(self, key: bytes) -> Shape:
         channels, frames, height, width = self.cache.spec(key).shape

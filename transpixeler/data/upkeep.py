@@ -31,7 +31,8 @@ from transpixeler.data.cache.records import (
 )
 from transpixeler.data.catalog import cache_folders, catalog
 from transpixeler.data.dataset import Datasets
-from transpixeler.data.encode import encode_missing, part_shape
+from transpixeler.data.encode import encode_missing
+from transpixeler.data.parts import part_shape
 from transpixeler.files import whole
 from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel.runtime import Runtime

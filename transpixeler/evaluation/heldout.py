@@ -22,7 +22,7 @@ from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, all_fields, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
-from transpixeler.flow.objective import Fields, Task
+from transpixeler.flow.objective import Fields, Task, check_given
 from transpixeler.models.family import open_model
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
@@ -52,6 +52,7 @@ class Evaluator:
         """`pause` is called between pieces of work, equally often on all ranks; it may end an evaluation by raising."""
         self.config, self.runtime, self.mesh, self.pause = config, runtime, engine.mesh, pause
         self.model = open_model(config.model)
+        check_given(config, self.model)
         self.held_out = HeldOut(config, data, self.model)
         self.prompts = read_prompts(config.sample)  # once: the file may be edited while a run goes on
         # before the first step, so that a wrong size is refused now

@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from transpixeler.config import ObjectiveConfig, UserError
-from transpixeler.models.conditions import Shown
+from transpixeler.config import Config, ObjectiveConfig, UserError
+from transpixeler.models.conditions import Shown, shows_frames
+from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
 
 Time = TypeVar("Time", float, Tensor)
@@ -243,6 +244,28 @@ def check_tasks(config: ObjectiveConfig, streams: Sequence[str]) -> None:
         if name not in tasks(streams):
             raise UserError(
                 f"objective.tasks.{name}: not a task of these streams; there are {', '.join(tasks(streams))}"
+            )
+
+
+def check_given(config: Config, model: ModelFolder) -> None:
+    """Refuse tasks that give frames which this model cannot be given, and streams that it cannot lay side by side."""
+    shows = shows_frames(model.fields)
+    for task in trained(config.objective, tuple(config.streams)):
+        if task.first and not model.geometry.first_alone:
+            frames = model.geometry.stride[0]
+            raise UserError(
+                f"objective.tasks.{task.name}: {model.family.title} encodes {frames} frames at a time, so that none "
+                "can be given alone; leave it out"
+            )
+        if shows and task.last:
+            raise UserError(
+                f"objective.tasks.{task.name}: this model takes given frames in channels; say image_to_video, which "
+                "gives it all that it takes"
+            )
+    for name, scale in zip(config.streams, config.scales, strict=True):
+        if shows and scale > 1:
+            raise UserError(
+                f"streams.{name}.scale: this model takes given frames in channels, for streams of one size; set it to 1"
             )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transpixeler.flow.objective import draw_noise
 from transpixeler.models.streams import Group, StreamLayout
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, S] in [0, 1]) → [B, N]
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, G] in [0, 1]) → [B, N]
 Held = Mapping[tuple[int, bool], Tensor]  # clean latents [C, F, H, W] by stream and whether they are of its last frame
 TRAIN_TIMESTEPS = 1000  # diffusers' schedulers count a flow's times from 1000 to 0
 

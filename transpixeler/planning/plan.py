@@ -22,6 +22,7 @@ from transpixeler.data.catalog import cache_folders
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.data.survey import Survey, survey
+from transpixeler.flow import objective
 from transpixeler.flow.objective import all_lasts, with_lasts
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import step_flops
@@ -89,6 +90,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     layout = meshes.resolve(config.parallel, machine.gpus)
     preflight.check(config, layout)
     folder, model = open_model(config.model), _model(config, machine)
+    objective.check_given(config, folder)
     geometry = folder.geometry.over(config.scales)
     started = time.perf_counter()
     train, evaluation = (_dataset(config, geometry, key) for key in ("train", "eval"))

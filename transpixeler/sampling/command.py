@@ -23,7 +23,7 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.prompts import prompt_lines, read_prompts
 from transpixeler.files import check_place, writing_to
-from transpixeler.flow.objective import Fields, Task
+from transpixeler.flow.objective import Fields, Task, check_given, trained
 from transpixeler.models.conditions import shows_frames
 from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.models.geometry import Geometry
@@ -68,6 +68,7 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     config, layout = fit_layout(source.config, runtime, asked=options.asked_layout)
     source = replace(source, config=config)
     model = open_model(config.model)
+    check_given(config, model)
     shape = video_layout(config, model)
     check_background(config)
     check_place(Path(options.out), "--out")
@@ -76,6 +77,8 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     size = model.geometry.pixels(shape.shapes[0])
     clips = _given_clips(config, options, model.geometry, size)
     first, last = (_given_frame(config, options, option, model, size) for option in ("--image", "--last"))
+    if options.last and shows_frames(model.fields) and first.keys() != last.keys():
+        raise UserError("--image, --last: one has an alpha channel and the other has not; give both one, or neither")
     texts = encode_prompts(config, prompts, model, runtime)
     shown = show(model, frames, shape, {n: np.concatenate([first[n], last.get(n, first[n])]) for n in first})
     parts = (clips, {}, {}) if shown else (clips, first, last)
@@ -157,15 +160,23 @@ def _given_frame(
     if not geometry.first_alone:
         raise UserError(f"{option}: this model's latents hold no single frame, so none can be given; leave it out")
     frames = _read_clip(option, path, frame_rate(config), geometry, (1, *size[1:]))
-    if len(config.streams) == 1 or not probe(Path(path)).alpha or options.alpha:
+    if len(config.streams) == 1 or options.alpha or not probe(Path(path)).alpha:
         return {0: frames}
-    both = read_rgba(Path(path), (0,), height=size[1], width=size[2], fill=Fill.of(config.data))
+    if not any(1 in task.first for task in trained(config.objective, tuple(config.streams))):
+        logger.info("%s: the alpha of %s is left out: no trained task gives it (images_to_videos does)", option, path)
+        return {0: frames}
+    try:
+        both = read_rgba(Path(path), (0,), height=size[1], width=size[2], fill=Fill.of(config.data))
+    except BadMedia as fault:
+        raise UserError(f"{option}: {path} {fault}") from None
     return dict(enumerate(both))
 
 
 def _check_ends(options: SampleOptions, option: str, model: ModelFolder, *, frames: int) -> None:
     """Refuse ends that do not go together, or that the model cannot be given."""
     to_last = any(field.last for field in model.fields)
+    if options.image and frames == 1 and shows_frames(model.fields):
+        raise UserError("--image: a video of one frame leaves nothing to make; leave it out, or make --size longer")
     if option == "--image" and options.image and to_last and not options.last:
         raise UserError("--image: this model goes from a first frame to a last one; give --last too")
     if option != "--last" or not options.last:

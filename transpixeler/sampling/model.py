@@ -84,6 +84,11 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> Engine:
     The adapter has the ranks, strengths and scopes that its file says.
     """
     config, adapter = _for_inference(source.config), source.adapter
+    if adapter is not None and (scales := _trained_scales(adapter)) not in ((), config.scales):
+        raise UserError(
+            f"{source.name}: was trained with streams of scales {', '.join(map(str, scales))}, not "
+            f"{', '.join(map(str, config.scales))}; set streams.NAME.scale as it was then"
+        )
 
     def make() -> Backbone:
         model = make_model(config)
@@ -110,6 +115,14 @@ def _for_inference(config: Config) -> Config:
         lora=replace(config.lora, enabled=False),
         parallel=replace(config.parallel, recompute="none", compile=compile),
     )
+
+
+def _trained_scales(adapter: Adapter) -> tuple[int, ...]:
+    """Return the scales of the streams that an adapter was trained for; () where its file does not name them."""
+    if "streams" not in adapter.metadata:
+        return ()
+    ones = ",".join("1" for _ in adapter.metadata["streams"].split(","))
+    return tuple(int(scale) if scale.isdecimal() else 0 for scale in adapter.metadata.get("scales", ones).split(","))
 
 
 # --- whether an adapter fits -----------------------------------------------------------------------------------------

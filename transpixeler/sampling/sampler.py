@@ -59,7 +59,7 @@ class Sampler:
                     yield number, latents
 
     def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
-        solver = self._solver(video.layout.lengths[0])
+        solver = self._solver(video.layout.segment_lengths[0])
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
         velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=self.config.guidance)
         held = {"given": video.given, "lasts": video.lasts}

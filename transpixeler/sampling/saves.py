@@ -7,9 +7,11 @@ that `sample`, `eval` and `push` need to know.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
@@ -195,10 +197,13 @@ def _config_of(adapter: Adapter, name: str, overrides: Sequence[str]) -> Config:
     """Return the config of the model that an adapter file's header describes."""
     said = adapter.metadata
     streams = [stream for stream in said.get("streams", "").split(",") if stream] or ["rgb", *adapter.stream_embeddings]
-    suffixes = {stream: f"_{stream}" if number else "" for number, stream in enumerate(streams)}
-    keys = ["lora.enabled=false", f"streams={json.dumps(suffixes)}"]
-    scales = zip(streams, said.get("scales", "").split(","))
-    keys += [f"streams.{stream}={{suffix: _{stream}, scale: {scale}}}" for stream, scale in scales if scale > "1"]
+    scales = said["scales"].split(",") if "scales" in said else ["1"] * len(streams)
+    if len(scales) != len(streams) or not all(re.fullmatch("[1-8]", scale) for scale in scales):
+        raise UserError(f"{name}: damaged: the scales in its header are not a number from 1 to 8 for each stream")
+    tables: dict[str, str | dict[str, Any]] = {streams[0]: ""}
+    for stream, scale in zip(streams[1:], scales[1:]):
+        tables[stream] = {"suffix": f"_{stream}", "scale": int(scale)} if scale != "1" else f"_{stream}"
+    keys = ["lora.enabled=false", f"streams={json.dumps(tables)}"]
     if said.get("base_model"):
         keys.append(f"model.path={said['base_model']}")
     config = configfile.from_overrides([*keys, *_config_keys(adapter), *overrides])

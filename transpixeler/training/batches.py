@@ -37,6 +37,7 @@ def open_loader(config: Config, data: Dataset, model: ModelFolder, mesh: Mesh, s
 
 def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tuple[Batch, Example]:
     """Draw the noise and timesteps of a batch, in the loader's thread."""
+    tokens, shift = batch.layout.segment_lengths[0], config.objective.shift
     example = objective.prepare(
         config.objective,
         seed=config.seed,
@@ -49,7 +50,7 @@ def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tup
         slots=batch.slots,
         batch=config.train.global_batch,
         shown=batch.shown,
-        shift=model.shift(batch.layout.lengths[0]) if config.objective.shift == "auto" else config.objective.shift,
+        shift=model.shift(tokens) if shift == "auto" else shift,
     )
     return batch, example.pinned() if pin else example
 

@@ -159,7 +159,7 @@ def data_fingerprint(data: Dataset) -> dict[str, Any]:
     names, records = _hash(), _hash()
     for item in data.items:
         names.update(f"{item.id}\0{item.bucket}\0{item.repeats}\n".encode("utf-8", "surrogateescape"))
-        records.update(b"".join([*item.latent_keys, *item.text_keys, *(item.shown.all if item.shown else ())]))
+        records.update(b"".join([*data.video_keys(item), *item.text_keys, *(item.shown.all if item.shown else ())]))
     return {"clips": len(data.items), "names": names.hexdigest(), "records": records.hexdigest()}
 
 

@@ -16,7 +16,6 @@ from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
 from transpixeler.adapters.on_model import check_names
 from transpixeler.config import Config, UserError
 from transpixeler.flow import objective
-from transpixeler.models.conditions import shows_frames
 from transpixeler.models.family import ModelFolder, examples
 from transpixeler.models.streams import Scope
 from transpixeler.parallel import build, shard
@@ -69,33 +68,9 @@ def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope])
 
     scopes: by target, those of the adapter that training starts from.
     """
-    known = objective.tasks(tuple(config.streams))
-    for name, weight in config.objective.tasks.items():
-        if weight > 0 and known[name].first and not model.geometry.first_alone:
-            frames = model.geometry.stride[0]
-            raise UserError(
-                f"objective.tasks.{name}: {model.family.title} encodes {frames} frames at a time, so that none can be "
-                "given alone; leave it out"
-            )
-    if shows_frames(model.fields):
-        _check_shown(config, known)
+    objective.check_given(config, model)
     whole = build.shape(config, partial(make_model, config), torch.float32, scopes=scopes)
     check_names(whole, model.family)
-
-
-def _check_shown(config: Config, known: Mapping[str, objective.Task]) -> None:
-    """Refuse what a model cannot be told of given frames that it takes in channels beside its latents."""
-    for name, weight in config.objective.tasks.items():
-        if weight > 0 and known[name].last:
-            raise UserError(
-                f"objective.tasks.{name}: this model takes given frames in channels; say image_to_video, which gives "
-                "it all that it takes"
-            )
-    for name, scale in zip(config.streams, config.scales, strict=True):
-        if scale > 1:
-            raise UserError(
-                f"streams.{name}.scale: this model takes given frames in channels, for streams of one size; set it to 1"
-            )
 
 
 WRITTEN_BY_TRAINING = (METRICS, MANIFEST, ADAPTER_FILE, CONFIG_FILE)  # beside the config.yaml of a run or an adapter

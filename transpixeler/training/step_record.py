@@ -34,9 +34,11 @@ class Recorder:
     engine: Engine
     ranks: int
 
-    def record(self, batch: Batch, facts: Facts, times: StepTimes, *, lr: float, micro_batch: int) -> dict[str, Any]:
-        """Return the line of metrics.jsonl for a step that ended."""
-        samples, layout = self.config.train.global_batch, batch.layout
+    def record(
+        self, batch: Batch, layout: StreamLayout, facts: Facts, times: StepTimes, *, lr: float, micro_batch: int
+    ) -> dict[str, Any]:
+        """Return the line of metrics.jsonl for a step that ended. layout: what it ran, perhaps less than was read."""
+        samples = self.config.train.global_batch
         return {
             "step": batch.step + 1,
             "epoch": batch.epoch + 1,

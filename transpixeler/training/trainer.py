@@ -14,6 +14,7 @@ from pathlib import Path
 from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Batch
+from transpixeler.flow.objective import Example
 from transpixeler.models.family import open_model
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
@@ -125,7 +126,7 @@ class Trainer:
                 self.state.zero_grad()
                 self.state.step = batch.step + 1
 
-                self._record(batch, facts, lr, time.perf_counter() - started)
+                self._record(batch, example, facts, lr, time.perf_counter() - started)
                 self._check_finite(batch, facts)
                 self.keeper.keep_what_is_due(batch, facts.due, self.controls)
                 if self.evaluation.if_due(self.state.step, hurry=facts.due.quit):
@@ -137,12 +138,13 @@ class Trainer:
         """Seed what torch draws by itself."""
         seed_torch(self.config.seed, self.mesh.pipeline_rank, *key)
 
-    def _record(self, batch: Batch, facts: Facts, lr: float, seconds: float) -> None:
+    def _record(self, batch: Batch, example: Example, facts: Facts, lr: float, seconds: float) -> None:
         """Write the line of a step, on rank 0."""
         if self.telemetry is not None:
             times = StepTimes(seconds, self.loader.wait_seconds, self.keeper.take_stall())
             size = self.micro_batch(batch.layout)
-            self.telemetry.step(self.recorder.record(batch, facts, times, lr=lr, micro_batch=size))
+            line = self.recorder.record(batch, example.layout, facts, times, lr=lr, micro_batch=size)
+            self.telemetry.step(line)
 
     def _check_finite(self, batch: Batch, facts: Facts) -> None:
         """Name the samples of a step that was not finite, and end the run after too many in a row."""

@@ -17,6 +17,7 @@ from tests.support.families.cases import Case
 from tests.training.trainings import difference, exact, metrics, tensors
 from transpixeler import cli
 from transpixeler.adapters.files import read_adapter
+from transpixeler.adapters.readers import readers
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config import ModelConfig
 from transpixeler.data.media.decode import probe
@@ -157,6 +158,9 @@ def test_a_companion_of_half_the_size_goes_the_whole_way(
     settings = (f"sample.size=[64,64,{case.frames[1]}]", "sample.steps=1", "sample.guidance=0")
     assert cli.main([*words, "--out", str(out), *settings]) == 0
     assert {(video.width, video.height) for video in map(probe, out.rglob("*.mp4"))} == {(64, 64)}
+    assert cli.main([*words, "--out", str(out), *settings, "streams.seg.scale=1"]) == 2
+    assert "was trained with streams of scales 1, 2, not 1, 1" in capsys.readouterr().err
+    assert readers(read_adapter(saved), "comfyui") == ()
 
 
 @pytest.mark.parametrize("format", FORMATS)

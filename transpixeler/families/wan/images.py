@@ -57,7 +57,8 @@ def load_image_encoder(path: str | Path, *, device: torch.device, dtype: torch.d
         with naming_damage(folder / CLIP_FILE):
             config = CLIPVisionConfig(**original_clip_config(state))
             network = CLIPVisionModel(config)
-            network.load_state_dict(original_clip_state(state))
+            inner = getattr(network, "vision_model", network)  # transformers before 5 wraps it
+            inner.load_state_dict(original_clip_state(state))
         network.to(dtype)
         # Wan's own code squeezes a picture into the square, where diffusers' processor crops it
         square = {"height": config.image_size, "width": config.image_size}

@@ -1,8 +1,8 @@
 """Wan in three parts, with RoPE positions, over any number of streams.
 
-In: packed noisy latents `[B, N]`, timesteps `[B, S]`, text `[B, 512, text_dim]`. Out: packed velocity `[B, N]`.
+In: packed noisy latents `[B, N]`, timesteps `[B, G]`, text `[B, 512, text_dim]`. Out: packed velocity `[B, N]`.
 Parameters carry the published original names inside `embed`, `blocks` and `head`. Streams are concatenated on the
-sequence, share RoPE positions, and have each its own timestep: modulation is `[B, S, 6, D]` and never made per token.
+sequence and share RoPE positions. Each time group has its timestep: modulation is `[B, G, 6, D]`, never made per token.
 """
 
 from __future__ import annotations

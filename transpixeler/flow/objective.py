@@ -231,6 +231,12 @@ def tasks_of_step(config: ObjectiveConfig, streams: Sequence[str], *, seed: int,
     return next(weights for last, weights in kinds.items() if ",".join(map(str, sorted(last))) == drawn)
 
 
+def layout_for(wanted: Sequence[Task], layout: StreamLayout) -> StreamLayout:
+    """Return the layout in which each of some tasks can be said; all of them give the same last frames."""
+    firsts = frozenset().union(*(task.first for task in wanted))
+    return replace(wanted[0], first=firsts).cut(layout)
+
+
 def narrowed(latents: Tensor, layout: StreamLayout, to: StreamLayout) -> Tensor:
     """Return packed latents [B, N] without the last frames that `to` leaves out."""
     if layout.lasts == to.lasts:
@@ -316,9 +322,7 @@ def prepare(
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
     known = tasks(layout.names, shows=shown is not None)
     weights = tasks_of_step(config, layout.names, seed=seed, step=step)
-    wanted = [known[name] for name in weights]
-    firsts = frozenset().union(*(task.first for task in wanted))
-    read, layout = layout, with_lasts(cut_first(layout, firsts), wanted[0].last)  # in which each of them can be said
+    read, layout = layout, layout_for([known[name] for name in weights], layout)
     latents = narrowed(latents, read, layout)
     drawn = [known[draw_task(weights, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
@@ -345,6 +349,8 @@ def with_noisy_firsts(
 
     The model is told that they are clean: it learns not to trust the last detail of an image that it is given.
     """
+    if not config.first_frame_noise:
+        return latents
     noisy = latents
     for row, (task, key) in enumerate(zip(drawn, keys, strict=True)):
         draws = generator("first frame", *key)

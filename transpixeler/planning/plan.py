@@ -23,7 +23,6 @@ from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.data.survey import Survey, survey
 from transpixeler.flow import objective
-from transpixeler.flow.objective import all_lasts, with_lasts
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import step_flops
 from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model
@@ -186,10 +185,10 @@ def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Seq
 
 def _layout(config: Config, geometry: Geometry, bucket: Bucket) -> StreamLayout:
     """Return the largest layout that a step of this bucket may have."""
-    layout, lasts = geometry.layout(tuple(config.streams), config.scales, bucket), ()
-    if bucket.frames > 1:
-        lasts = all_lasts(config.objective, tuple(config.streams))
-    return with_lasts(layout, lasts)
+    streams = tuple(config.streams)
+    return objective.with_lasts(
+        geometry.layout(streams, config.scales, bucket), objective.all_lasts(config.objective, streams)
+    )
 
 
 def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:

@@ -24,7 +24,7 @@ from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling.saves import SavedModel
+from transpixeler.sampling.saves import SavedModel, trained_scales
 
 # --- a config's model ------------------------------------------------------------------------------------------------
 
@@ -84,11 +84,8 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> Engine:
     The adapter has the ranks, strengths and scopes that its file says.
     """
     config, adapter = _for_inference(source.config), source.adapter
-    if adapter is not None and (scales := _trained_scales(adapter)) not in ((), config.scales):
-        raise UserError(
-            f"{source.name}: was trained with streams of scales {', '.join(map(str, scales))}, not "
-            f"{', '.join(map(str, config.scales))}; set streams.NAME.scale as it was then"
-        )
+    if adapter is not None and "streams" in adapter.metadata:
+        _check_scales(trained_scales(adapter, adapter.metadata["streams"].split(","), source.name), config, source.name)
 
     def make() -> Backbone:
         model = make_model(config)
@@ -117,15 +114,15 @@ def _for_inference(config: Config) -> Config:
     )
 
 
-def _trained_scales(adapter: Adapter) -> tuple[int, ...]:
-    """Return the scales of the streams that an adapter was trained for; () where its file does not name them."""
-    if "streams" not in adapter.metadata:
-        return ()
-    ones = ",".join("1" for _ in adapter.metadata["streams"].split(","))
-    return tuple(int(scale) if scale.isdecimal() else 0 for scale in adapter.metadata.get("scales", ones).split(","))
-
-
 # --- whether an adapter fits -----------------------------------------------------------------------------------------
+
+
+def _check_scales(scales: tuple[int, ...], config: Config, name: str) -> None:
+    if scales != config.scales:
+        raise UserError(
+            f"{name}: was trained with streams of scales {', '.join(map(str, scales))}, not "
+            f"{', '.join(map(str, config.scales))}; set streams.NAME.scale as it was then"
+        )
 
 
 def _check_fits(adapter: Adapter, model: Backbone, name: str, base: str) -> None:

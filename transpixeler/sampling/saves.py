@@ -193,16 +193,21 @@ def _config_keys(adapter: Adapter | None) -> list[str]:
     return [f"model.rgb_attends_aux={said['rgb_attends_aux']}", f"model.fuse={said.get('fuse', '[]')}"]
 
 
+def trained_scales(adapter: Adapter, streams: Sequence[str], name: str) -> tuple[int, ...]:
+    """Return the scales that an adapter's streams were trained at. name: of its file, for an error."""
+    scales = adapter.metadata["scales"].split(",") if "scales" in adapter.metadata else ["1"] * len(streams)
+    if len(scales) != len(streams) or not all(re.fullmatch("[1-8]", scale) for scale in scales):
+        raise UserError(f"{name}: damaged: the scales in its header are not a number from 1 to 8 for each stream")
+    return tuple(map(int, scales))
+
+
 def _config_of(adapter: Adapter, name: str, overrides: Sequence[str]) -> Config:
     """Return the config of the model that an adapter file's header describes."""
     said = adapter.metadata
     streams = [stream for stream in said.get("streams", "").split(",") if stream] or ["rgb", *adapter.stream_embeddings]
-    scales = said["scales"].split(",") if "scales" in said else ["1"] * len(streams)
-    if len(scales) != len(streams) or not all(re.fullmatch("[1-8]", scale) for scale in scales):
-        raise UserError(f"{name}: damaged: the scales in its header are not a number from 1 to 8 for each stream")
     tables: dict[str, str | dict[str, Any]] = {streams[0]: ""}
-    for stream, scale in zip(streams[1:], scales[1:]):
-        tables[stream] = {"suffix": f"_{stream}", "scale": int(scale)} if scale != "1" else f"_{stream}"
+    for stream, scale in zip(streams[1:], trained_scales(adapter, streams, name)[1:]):
+        tables[stream] = {"suffix": f"_{stream}", "scale": scale} if scale > 1 else f"_{stream}"
     keys = ["lora.enabled=false", f"streams={json.dumps(tables)}"]
     if said.get("base_model"):
         keys.append(f"model.path={said['base_model']}")

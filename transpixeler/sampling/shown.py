@@ -29,38 +29,34 @@ def show(
     blank: dict[str, Tensor] = {}
     for field in fields:
         make = _image_tokens if field.source == "image" else _clip_latents
-        own[field.name] = make(model, frames, layout, field, pictures)
-        blank[field.name] = own[field.name] if not pictures else make(model, frames, layout, field, {})
+        own[field.name], blank[field.name] = make(model, frames, layout, field, pictures)
     values = Shown(fields, own, blank).values(layout, [pictures.keys()])
     return {name: value[0] for name, value in values.items()}
 
 
 def _clip_latents(
     model: ModelFolder, frames: Frames, layout: StreamLayout, field: Field, pictures: Mapping[int, np.ndarray]
-) -> Tensor:
-    """Return [1, N] latents of all streams; those without pictures are grey."""
+) -> tuple[Tensor, Tensor]:
+    """Return [1, N] latents of all streams, those without pictures grey; and of grey alone."""
     grey = grey_frames(*model.geometry.pixels(layout.shapes[0]))
-    made: dict[int, Tensor] = {}
-    for stream in range(len(layout.names)):
-        given = pictures.get(stream)
-        key = stream if given is not None else -1
-        if key not in made:
-            video = grey if given is None else shown_video(torch.from_numpy(given), grey.shape[2], last=field.last)
-            made[key] = frames.encode(video)
-    return torch.cat([made[stream if stream in pictures else -1].flatten() for stream in range(len(layout.names))])[
-        None
-    ]
+    nothing, streams = frames.encode(grey).flatten(), range(len(layout.names))
+    given = {stream: torch.from_numpy(pictures[stream]) for stream in streams if stream in pictures}
+    made = {
+        stream: frames.encode(shown_video(picture, grey.shape[2], last=field.last)).flatten()
+        for stream, picture in given.items()
+    }
+    return torch.cat([made.get(stream, nothing) for stream in streams])[None], nothing.repeat(len(streams))[None]
 
 
 def _image_tokens(
     model: ModelFolder, frames: Frames, layout: StreamLayout, field: Field, pictures: Mapping[int, np.ndarray]
-) -> Tensor:
-    """Return [1, tokens, width] of stream 0's pictures, or of grey ones."""
+) -> tuple[Tensor, Tensor]:
+    """Return [1, tokens, width] of stream 0's pictures, grey ones where there are none; and of grey ones."""
     _, height, width = model.geometry.pixels(layout.shapes[0])
     count = 2 if field.last else 1
-    given = pictures.get(0, np.full((count, height, width, 3), GREY, dtype=np.uint8))
     encoder = model.load_image_encoder(device=frames.device, dtype=torch.float32)
-    tokens = encoder.encode(torch.from_numpy(given[[0, -1][:count]])).cpu()[None]
+    blank = encoder.encode(torch.full((count, height, width, 3), GREY, dtype=torch.uint8)).cpu()[None]
+    own = encoder.encode(torch.from_numpy(pictures[0][[0, -1][:count]])).cpu()[None] if 0 in pictures else blank
     del encoder
     release_memory(frames.device)
-    return tokens
+    return own, blank

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.families.conformance.conftest import train
 from tests.support.families.cases import Case
@@ -161,6 +162,12 @@ def test_a_companion_of_half_the_size_goes_the_whole_way(
     assert cli.main([*words, "--out", str(out), *settings, "streams.seg.scale=1"]) == 2
     assert "was trained with streams of scales 1, 2, not 1, 1" in capsys.readouterr().err
     assert readers(read_adapter(saved), "comfyui") == ()
+    with safe_open(saved, framework="pt") as file:
+        stored, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    for scales in ("1,2x{", "1", "0,2", "1,2,2"):
+        save_file(stored, alone, header | {next(key for key in header if key.endswith("scales")): scales})
+        assert cli.main([*words, "--out", str(out), *settings]) == 2
+        assert "damaged: the scales in its header are not a number from 1 to 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", FORMATS)

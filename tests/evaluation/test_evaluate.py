@@ -23,7 +23,6 @@ from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.write import write_png
 from transpixeler.data.order import make_order
 from transpixeler.evaluation import clips, heldout, losses
-from transpixeler.flow import objective
 from transpixeler.models.family import open_model
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
@@ -47,8 +46,8 @@ def _losses(rank: int, world_size: int, run: Path, overrides: tuple[str, ...], t
     source = load_saved(str(run), ["objective.tasks={joint: 1, rgb_to_aux: 1}", *overrides])
     data = encode_missing(source.config, open_model(source.config.model), runtime)
     if twin == "noise of the rank":
-        draw = objective.draw_noise
-        objective.draw_noise = lambda elements, *key: draw(elements, *key, rank)
+        draw = clips.draw_noise
+        clips.draw_noise = lambda elements, *key: draw(elements, *key, rank)
     mesh = meshes.build(meshes.resolve(source.config.parallel, world_size), runtime)
     engine = open_engine(source, mesh)
     return heldout.Evaluator(source.config, runtime, engine, data.eval).losses()

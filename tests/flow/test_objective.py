@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transpixeler.config import ObjectiveConfig, UserError
-from transpixeler.flow import objective
+from transpixeler.flow import draws, objective
 from transpixeler.models.streams import StreamLayout
 
 LAYOUT = StreamLayout(("rgb", "seg"), ((2, 3, 4, 6), (2, 3, 2, 4)), (1, 2, 2))
@@ -12,7 +12,7 @@ IDS = ["a", "b", "c", "d", "e", "f"]
 
 
 def latents_of(slots: list[int], layout: StreamLayout) -> torch.Tensor:
-    return torch.stack([objective.draw_noise(layout.elements, "latents", IDS[slot]) for slot in slots])
+    return torch.stack([draws.draw_noise(layout.elements, "latents", IDS[slot]) for slot in slots])
 
 
 def example(
@@ -170,22 +170,22 @@ def test_errors_are_means_over_each_streams_elements() -> None:
 def test_the_quantile_inverts_the_distribution(density: str, shift: float) -> None:
     config = ObjectiveConfig(density=density, logit_mean=0.3, logit_std=0.8)
     u = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-    back = [objective._distribution(config, float(t), shift=shift) for t in objective.quantile(config, u, shift=shift)]
+    back = [draws.distribution(config, float(t), shift=shift) for t in draws.quantile(config, u, shift=shift)]
     torch.testing.assert_close(torch.tensor(back, dtype=torch.float64), u)
 
 
 def test_a_cut_range_is_a_cut_density_not_a_pile_at_its_ends() -> None:
     config = ObjectiveConfig(t_min=0.875)
     u = torch.rand(4000, generator=torch.Generator().manual_seed(0))
-    t = objective.quantile(config, u, shift=12.0)
+    t = draws.quantile(config, u, shift=12.0)
     assert t.min() >= 0.875 and (t == 0.875).float().mean() < 0.001
-    free = objective.quantile(dataclasses.replace(config, t_min=0.0), torch.linspace(0.0005, 0.9995, 20000), shift=12.0)
+    free = draws.quantile(dataclasses.replace(config, t_min=0.0), torch.linspace(0.0005, 0.9995, 20000), shift=12.0)
     torch.testing.assert_close(t.mean(), free[free >= 0.875].mean(), atol=3e-3, rtol=0)
 
 
 def test_stratified_times_fill_every_stratum() -> None:
     config = ObjectiveConfig(density="uniform")
-    times = objective.draw_times(config, seed=0, step=9, slots=range(8), batch=8, shift=1.0)
+    times = draws.draw_times(config, seed=0, step=9, slots=range(8), batch=8, shift=1.0)
     assert sorted((times * 8).long().tolist()) == list(range(8))
 
 

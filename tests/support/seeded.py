@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transpixeler.flow import objective
+from transpixeler.flow import draws
 from transpixeler.models.backbone import Backbone
 
 
@@ -30,5 +30,5 @@ class SeededSource:
 
     def read_slice(self, name: str, slices: Sequence[slice]) -> Tensor:
         shape = self._shapes[name]
-        value = torch.randn(shape, generator=objective.generator(name)) / max(shape[-1], 1) ** 0.5
+        value = torch.randn(shape, generator=draws.generator(name)) / max(shape[-1], 1) ** 0.5
         return (1 + 0.1 * value if "norm" in name and name.endswith("weight") else value)[tuple(slices)]

@@ -13,7 +13,7 @@ from tests.support.seeded import SeededSource
 from transpixeler import configfile
 from transpixeler.config import Config
 from transpixeler.families.wan.model import WanModel
-from transpixeler.flow import objective
+from transpixeler.flow import draws, objective
 from transpixeler.models.streams import StreamLayout
 
 WAN = {
@@ -54,8 +54,8 @@ def example(config: Config, step: int, slots: range) -> objective.Example:
     layout = StreamLayout.equal(tuple(config.streams), SHAPES[step % 2], (1, 2, 2))
     ids = [f"sample{step}-{slot}" for slot in range(config.train.global_batch)]
     mine = [ids[slot] for slot in slots]
-    latents = torch.stack([objective.draw_noise(layout.elements, "latents", name) for name in mine])
-    text = torch.stack([torch.randn(512, 16, generator=objective.generator("text", name)) for name in mine])
+    latents = torch.stack([draws.draw_noise(layout.elements, "latents", name) for name in mine])
+    text = torch.stack([torch.randn(512, 16, generator=draws.generator("text", name)) for name in mine])
     return objective.prepare(
         config.objective,
         seed=config.seed,

@@ -17,6 +17,7 @@ from transpixeler.config import Config
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import objective
+from transpixeler.flow.draws import draw_noise
 from transpixeler.flow.objective import Example, Fields, Task
 from transpixeler.models.conditions import shows_frames
 from transpixeler.models.family import ModelFolder
@@ -86,7 +87,7 @@ def at_all_times(batch: Batch, config: Config, task: Task) -> Example:
     weights, rows = torch.ones_like(times), len(times)
     places = task.groups(layout)
     times[:, places] = weights[:, places] = 0
-    noise = [objective.draw_noise(layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
+    noise = [draw_noise(layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
     return Example(
         layout=layout,
         latents=objective.narrowed(batch.latents, batch.layout, layout).expand(rows, -1),

@@ -6,21 +6,18 @@ Nothing depends on the layout, the number of workers or earlier calls, so every 
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from transpixeler.config import Config, ObjectiveConfig, UserError
+from transpixeler.flow.draws import draw_noise, draw_times, generator
 from transpixeler.models.conditions import Shown, shows_frames
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
 
-Time = TypeVar("Time", float, Tensor)
 Fields = Mapping[str, Tensor]  # by name, in the order in which the model takes them
 Keys = Sequence[tuple[object, ...]]  # what each sample's draws are a function of
 FIRST_FRAME_NOISE = (-3.5, 0.5)  # mean and deviation of the amount's logarithm
@@ -88,56 +85,6 @@ def by_stream(errors: Tensor, free: Tensor, layout: StreamLayout) -> tuple[Tenso
     counts = torch.stack([sizes[:, place.start : place.stop].sum(1) for place in places], dim=1)
     sums = torch.stack([(sizes * errors)[:, place.start : place.stop].sum(1) for place in places], dim=1)
     return sums / counts.clamp(min=1), (counts > 0).to(free.dtype)
-
-
-# --- draws -----------------------------------------------------------------------------------------------------------
-
-
-def generator(*key: object) -> torch.Generator:
-    """Make a generator that is a pure function of its key."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def draw_noise(elements: int, *key: object) -> Tensor:
-    """[N] standard normal on the CPU, so that every kind of device trains on the same noise."""
-    return torch.randn(elements, generator=generator("noise", *key))
-
-
-def draw_times(
-    config: ObjectiveConfig, *, seed: int, step: int, slots: Sequence[int], batch: int, shift: float
-) -> Tensor:
-    """[b] in [t_min, t_max]: the given places of a global batch, one from each of its equal strata."""
-    strata = torch.randperm(batch, generator=generator("strata", seed, step))
-    offsets = torch.rand(batch, generator=generator("times", seed, step), dtype=torch.float64)
-    uniform = (strata + offsets) / batch if config.stratified else offsets
-    return quantile(config, uniform[list(slots)], shift=shift).float()
-
-
-def quantile(config: ObjectiveConfig, uniform: Tensor, *, shift: float) -> Tensor:
-    """Invert the density's distribution, cut to [t_min, t_max] without piling up at its ends."""
-    low, high = (_distribution(config, t, shift=shift) for t in (config.t_min, config.t_max))
-    u = low + uniform.double() * (high - low)
-    t = (
-        u
-        if config.density == "uniform"
-        else torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
-    )
-    return shifted(t, shift).clamp(config.t_min, config.t_max)
-
-
-def shifted(t: Time, shift: float) -> Time:
-    """Move times towards noise: t → shift·t / (1 + (shift − 1)·t)."""
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def _distribution(config: ObjectiveConfig, t: float, *, shift: float) -> float:
-    """Return the share of the density that lies below t."""
-    t = t / (shift - (shift - 1) * t)
-    if config.density == "uniform" or t in (0.0, 1.0):
-        return t
-    z = (math.log(t / (1 - t)) - config.logit_mean) / config.logit_std
-    return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transpixeler.flow.objective import draw_noise
+from transpixeler.flow.draws import draw_noise
 from transpixeler.models.streams import Group, StreamLayout
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, G] in [0, 1]) → [B, N]

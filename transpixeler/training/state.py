@@ -19,7 +19,7 @@ from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.on_model import apply_adapter
 from transpixeler.config import Config
 from transpixeler.data.order import Order
-from transpixeler.flow import objective
+from transpixeler.flow import draws
 from transpixeler.models import lora
 from transpixeler.models.streams import Scope
 from transpixeler.parallel.pipeline import Engine
@@ -140,4 +140,4 @@ class TrainingState:
 
 def seed_torch(seed: int, *key: int) -> None:
     """Seed torch's own generator by the step, so that a resumed run draws the same."""
-    torch.manual_seed(objective.generator(seed, *key).initial_seed())
+    torch.manual_seed(draws.generator(seed, *key).initial_seed())

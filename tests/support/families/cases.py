@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tests.support.families  # noqa: F401 - the toy is found from here on
 from tests.support.models import move
 from transpixeler.config import Config
-from transpixeler.flow import objective
+from transpixeler.flow import draws, objective
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, Field, find_family
 from transpixeler.models.streams import Shape, StreamLayout
@@ -126,13 +126,13 @@ def example(case: Case, model: Backbone, config: Config, step: int, slots: range
         small = (channels, frames, height // 2, width // 2)
         layout = replace(layout, shapes=(shape, small), scales=(1, 2), lasts=(0,))
     ids = [f"sample{step}-{slot}" for slot in slots]
-    rows = [_fields(model.fields, 1, objective.generator("fields", name)) for name in ids]
+    rows = [_fields(model.fields, 1, draws.generator("fields", name)) for name in ids]
     return objective.prepare(
         config.objective,
         seed=config.seed,
         step=step,
         layout=layout,
-        latents=torch.stack([objective.draw_noise(layout.elements, "latents", name) for name in ids]),
+        latents=torch.stack([draws.draw_noise(layout.elements, "latents", name) for name in ids]),
         fields={str(place): torch.cat(values) for place, values in enumerate(zip(*rows, strict=True))},
         empty={},
         ids=ids,

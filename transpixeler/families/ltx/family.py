@@ -18,7 +18,7 @@ from transpixeler.families.ltx.config import PATCH, LtxConfig, diffusers_config
 from transpixeler.families.ltx.model import FPS, LtxModel, text_field
 from transpixeler.families.ltx.names import NAMES, config_from_shapes
 from transpixeler.families.ltx.original import header_config
-from transpixeler.flow.objective import shifted
+from transpixeler.flow.draws import shifted
 from transpixeler.models.damage import read_config
 from transpixeler.models.family import (
     Digest,

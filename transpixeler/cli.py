@@ -314,7 +314,7 @@ def _export(arguments: argparse.Namespace) -> int:
         alpha=arguments.alpha,
         stream=arguments.stream,
     )
-    print(made)
+    print("\n".join(map(str, made)))
     return 0
 
 

@@ -70,6 +70,7 @@ BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # names that a sam
 class ModelConfig:
     family: str = ""
     path: HubPath = ""
+    expert: str = "all"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Literal["none", "fp8", "int8"] = "none"
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex"] = "auto"
@@ -198,6 +199,7 @@ class TrainConfig:
     nonfinite_limit: Count = 5
     allow_changed: tuple[Literal["base", "data"], ...] = ()
     gc_every: Count = 50
+    expert_steps: Count = 10
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class ParallelConfig:
     recompute: Literal["auto", "none", "full", "attention", "offload"] | Count = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     offload: bool = False
+    idle_expert: Literal["auto", "device", "host", "disk"] = "auto"
     timeout_minutes: Positive = 10.0
 
 
@@ -256,7 +259,7 @@ class SampleConfig:
     negative_prompt: str | None = None
     size: Size | None = None
     steps: Count = 30
-    guidance: NonNegative = 5.0
+    guidance: NonNegative | dict[str, NonNegative] = 5.0
     shift: Positive | Literal["auto"] = 5.0
     scheduler: Literal["unipc", "euler", "dpm++"] = "unipc"
     seed: Natural = 0

@@ -18,6 +18,8 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.family and config.model.family not in (known := family_names()):
         yield "model.family", f"{config.model.family!r} is not one of {', '.join(known)}; leave it out to be detected"
     yield from _training_faults(config)
+    if isinstance(config.sample.guidance, dict) and not config.sample.guidance:
+        yield "sample.guidance", "names no expert; give a number, or one for each, as in {high: 4, low: 3}"
     for key, empty in (
         ("eval.times", not config.eval.times),
         ("data.frames", not config.data.frames),

@@ -33,7 +33,7 @@ def test_a_runs_newest_adapter_is_exported(tmp_path: Path, base: Path) -> None:
         write_adapter(adapter_of(trained(base), METADATA | {"step": str(step)}), run / name)
     (tmp_path / "output" / "latest").symlink_to(run)
     for path in (run, tmp_path / "output"):
-        out = export_command(path, format="kohya", out=tmp_path / "k.safetensors")
+        (out,) = export_command(path, format="kohya", out=tmp_path / "k.safetensors")
         assert header(out)["transpixeler.step"] == "100"
         assert all(key.startswith("lora_unet_") for key in load_file(out))
 
@@ -72,7 +72,7 @@ def test_a_whole_model_needs_no_export(tmp_path: Path, base: Path, capsys: pytes
 def test_a_merged_export_finds_its_base_or_asks_for_it(tmp_path: Path, base: Path) -> None:
     adapter = adapter_of(trained(base), METADATA | {"base_model": str(base)})
     write_adapter(adapter, tmp_path / "a")
-    assert export_command(tmp_path / "a", format="merged", out=tmp_path / "m") == tmp_path / "m" / "transformer"
+    assert export_command(tmp_path / "a", format="merged", out=tmp_path / "m") == [tmp_path / "m" / "transformer"]
     write_adapter(Adapter(**vars(adapter) | {"metadata": {"family": "wan"}}), tmp_path / "b")
     with pytest.raises(UserError, match="--base"):
         export_command(tmp_path / "b", format="merged", out=tmp_path / "n")

@@ -21,7 +21,7 @@ from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
 from transpixeler.models.weights import load_weights, local_slices
-from transpixeler.sampling.model import initial_adapter
+from transpixeler.sampling.model import initial_adapters
 
 
 def test_an_adapter_moves_to_another_model_of_the_same_streams(tmp_path: Path, base: Path) -> None:
@@ -57,7 +57,7 @@ def test_an_adapter_for_other_streams_or_ranks_is_refused(tmp_path: Path, base: 
         write_adapter(kept, tmp_path / name)
         keys = [f"model.path={base}", f"streams={streams}", "lora.scope=all", f"lora.init_from={tmp_path / name}"]
         with pytest.raises(UserError, match=rf"^lora\.init_from: .*{message}"):
-            initial_adapter(configfile.from_overrides(keys))
+            initial_adapters(configfile.from_overrides(keys))
 
 
 def test_averages_are_saved_in_place_of_the_values(base: Path) -> None:

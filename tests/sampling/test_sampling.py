@@ -59,7 +59,7 @@ def guided_by(model: WanModel, layout: StreamLayout, text: Tensor, negative: Ten
         config=SimpleNamespace(pipeline=1),
         forward=lambda x, inputs, layout, size: model(x, *inputs, layout=layout),
     )
-    return sampler.guided(engine, layout, {"text": text}, {"text": negative}, guidance=scale)
+    return sampler.guided(engine, layout, {"text": text}, {"text": negative}, guidance=lambda _: scale)
 
 
 # --- diffusers -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Denoising:
     def _denoise(self, negative: Fields | None, *, together: bool) -> Tensor:
         limit, sampler.GUIDANCE_BATCH_TOKENS = sampler.GUIDANCE_BATCH_TOKENS, self.layout.tokens if together else 0
         try:
-            velocity = sampler.guided(self.engine, self.layout, self.text, negative, guidance=GUIDANCE)
+            velocity = sampler.guided(self.engine, self.layout, self.text, negative, guidance=lambda _: GUIDANCE)
         finally:
             sampler.GUIDANCE_BATCH_TOKENS = limit
         solver = make_solver("unipc", steps=self.steps, shift=5.0)

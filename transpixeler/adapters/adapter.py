@@ -25,7 +25,7 @@ class Adapter:
     alphas: Mapping[str, float]  # by target; scale = alpha / rank
     scopes: Mapping[str, Scope]  # by target
     stream_embeddings: Mapping[str, Tensor]  # by stream, [D]
-    metadata: Mapping[str, str]  # family, base_model, fuse, streams, fill, step, ema
+    metadata: Mapping[str, str]  # family, base_model, expert, fuse, streams, fill, step, ema
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -34,6 +34,11 @@ class Adapter:
     @property
     def family(self) -> Family:
         return find_family(self.metadata["family"])
+
+    @property
+    def expert(self) -> str:
+        """The name of the expert that it is for; none where its model is one, or nothing is said."""
+        return self.metadata.get("expert", "")
 
     @property
     def fused(self) -> list[str]:

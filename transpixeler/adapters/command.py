@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.files import ADAPTER_FILE, MODEL_FOLDER, read_adapter, write_adapter
+from transpixeler.adapters.files import ADAPTER_FILE, MODEL_FOLDER, expert_folders, read_adapter, write_adapter
 from transpixeler.adapters.merge import merge_adapter, read_fused, save_file
 from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
 from transpixeler.adapters.spelling import FORMATS
@@ -31,10 +32,27 @@ def export_command(
     base: str | Path = "",
     alpha: float | None = None,
     stream: str = "seg",
-) -> Path:
-    """`transpixeler export`: an adapter, or a run's newest save, in another spelling or merged into its base."""
+) -> list[Path]:
+    """`transpixeler export`: an adapter, or a run's newest save, in another spelling or merged into its base.
+
+    Of a save of several experts, each is written: to FILE_NAME.safetensors, or into OUT/NAME.
+    """
     if format not in (*FORMATS, MERGED):
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}, {MERGED}")
+    export = partial(_export_one, format=format, base=base, alpha=alpha, stream=stream)
+    parts, out = expert_folders(Path(path)), Path(out)
+    if not parts:
+        return [export(path, out=out)]
+    one_file = is_one_file(out)
+    return [
+        export(part, out=out.with_name(f"{out.stem}_{name}{out.suffix}") if one_file else out / name)
+        for name, part in parts.items()
+    ]
+
+
+def _export_one(
+    path: str | Path, *, format: str, out: Path, base: str | Path, alpha: float | None, stream: str
+) -> Path:
     if (Path(path) / MODEL_FOLDER).is_dir():
         return _export_model(Path(path), format=format, out=Path(out), base=str(base))
     adapter = read_adapter(path, alpha=alpha, stream=stream)

@@ -6,7 +6,8 @@ A file is written so that nothing half-written is ever found, and read back befo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,24 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, stream: str = 
         raise UserError(f"{key}: {fault}") from fault
 
 
+def read_experts(path: Path, read: Callable[[Path], Adapter]) -> dict[str, Adapter]:
+    """Read a save's adapters by expert; the one of a model of one expert, or of which nothing is said, has no name."""
+    save = path
+    if path.is_dir() and not is_save(path):
+        save = newest_save(path / "latest" if (path / "latest").exists() else path) or path
+    parts = expert_folders(save)
+    found = [read(part) for part in (parts.values() if parts else [path])]
+    return {adapter.expert: adapter for adapter in found}
+
+
+def expert_folders(save: Path) -> dict[str, Path]:
+    """Return the folders of a save that hold an adapter each, by expert; none where the save is of one."""
+    if is_own(save) or not save.is_dir():
+        return {}
+    inner = [file.parent for file in sorted(save.glob(f"*/{ADAPTER_FILE}"))]
+    return {folder.name: folder for folder in inner if not re.fullmatch(r"ema|(step|epoch)\d+", folder.name)}
+
+
 def adapter_file(path: Path) -> Path:
     """Find the file in an adapter folder, or in the newest save of a run."""
     if path.is_file():
@@ -173,8 +192,10 @@ def adapter_file(path: Path) -> Path:
     if (path / ADAPTER_FILE).exists():
         return path / ADAPTER_FILE
     newest = newest_save(path / "latest" if (path / "latest").exists() else path)
-    if newest is not None and (newest / ADAPTER_FILE).exists():
-        return newest / ADAPTER_FILE
+    if newest is not None:
+        return adapter_file(newest)
+    if parts := expert_folders(path):
+        raise UserError(f"{path} holds an adapter for each expert: name one, {' or '.join(map(str, parts.values()))}")
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"{path} holds {len(files)} .safetensors files and no {ADAPTER_FILE}; name the file itself")
@@ -182,7 +203,12 @@ def adapter_file(path: Path) -> Path:
 
 
 def is_save(folder: Path) -> bool:
-    """Return whether a folder holds what training saves: an adapter, or a model that was trained in full."""
+    """Return whether a folder holds what training saves: adapters, or a model that was trained in full."""
+    return is_own(folder) or bool(expert_folders(folder))
+
+
+def is_own(folder: Path) -> bool:
+    """Return whether a folder holds one adapter or model itself, and not one for each expert."""
     return (folder / MODEL_FOLDER).is_dir() or (folder / ADAPTER_FILE).is_file()
 
 
@@ -200,7 +226,9 @@ def saved_step(save: Path) -> int:
 
 
 def _weights_of(save: Path) -> Path:
-    return save / MODEL_FOLDER if (save / MODEL_FOLDER).is_dir() else save / ADAPTER_FILE
+    if (save / MODEL_FOLDER).is_dir():
+        return save / MODEL_FOLDER
+    return next(iter(expert_folders(save).values()), save) / ADAPTER_FILE
 
 
 def step_of(file: Path) -> int:

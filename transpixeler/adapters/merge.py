@@ -21,6 +21,7 @@ from transpixeler.adapters.readers import is_one_file
 from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
 from transpixeler.config import UserError
 from transpixeler.files import sync, whole
+from transpixeler.models.experts import Expert
 from transpixeler.models.family import Family, ModelFolder
 from transpixeler.models.weights import Readable, Slices, WeightSource
 
@@ -84,10 +85,21 @@ def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], out: str | Pat
 
     out: a `.safetensors` file, in the family's original names, or a folder, in diffusers' layout.
     """
-    source = FusedSource(WeightSource(base.path, base.family.internal_names), adapters)
+    expert = expert_for(adapters[-1].expert, base)
+    source = FusedSource(WeightSource(base.path, base.family.internal_names, part=expert.folder), adapters)
     if is_one_file(out):
         return save_file(source, out, model=base)
     return save_model(((name, source.read(name)) for name in source.names()), out, model=base)
+
+
+def expert_for(name: str, base: ModelFolder) -> Expert:
+    """Return the expert of a base that an adapter says it is for."""
+    found = [expert for expert in base.experts if expert.name == name]
+    if not found:
+        known = ", ".join(expert.name for expert in base.experts if expert.name) or "one, without a name"
+        said = f"is for the expert {name}" if name else "does not say which expert it is for"
+        raise UserError(f"the adapter {said}, and those of {base.path} are {known}")
+    return found[0]
 
 
 # -- whole models

@@ -24,7 +24,8 @@ def read_prompts(config: SampleConfig) -> tuple[str, ...]:
 
 def negative_prompt(config: SampleConfig, family: Family) -> str | None:
     """Return the negative prompt, or None where guidance is off."""
-    if config.guidance == 1:
+    given = config.guidance.values() if isinstance(config.guidance, dict) else (config.guidance,)
+    if all(guidance == 1 for guidance in given):
         return None
     return family.sampling.negative_prompt if config.negative_prompt is None else config.negative_prompt
 

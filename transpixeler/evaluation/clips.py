@@ -20,6 +20,7 @@ from transpixeler.flow import objective
 from transpixeler.flow.draws import draw_noise
 from transpixeler.flow.objective import Example, Fields, Task
 from transpixeler.models.conditions import shows_frames
+from transpixeler.models.experts import ONLY, Expert, chosen_experts
 from transpixeler.models.family import ModelFolder
 
 T = TypeVar("T")
@@ -32,6 +33,12 @@ class Piece:
     item: int  # its place in the data set
     task: Task
     name: str  # SET, or SET/TASK where the task is not joint
+    expert: Expert  # whose range of noise levels the losses are of
+
+    @property
+    def title(self) -> str:
+        """Return the name that its losses are told under: the expert's, where there are several, comes last."""
+        return f"{self.name}/{self.expert.name}" if self.expert.name else self.name
 
 
 class HeldOut:
@@ -40,7 +47,8 @@ class HeldOut:
     def __init__(self, config: Config, data: Dataset, model: ModelFolder) -> None:
         self.config, self.data = config, data
         self.assembler = Assembler(data, patch=model.geometry.patch, fields=model.fields) if data.items else None
-        self.pieces = pieces(data, config, shows=shows_frames(model.fields))
+        self.experts = chosen_experts(config.model, model.experts)
+        self.pieces = pieces(data, config, self.experts, shows=shows_frames(model.fields))
 
     def item(self, piece: Piece) -> Item:
         return self.data.items[piece.item]
@@ -52,11 +60,17 @@ class HeldOut:
 
     def example(self, piece: Piece) -> Example:
         """Return the clip at every one of `eval.times`, each with its own noise: a pure function of (clip, time)."""
-        return at_all_times(self.batch(piece), self.config, piece.task)
+        return at_all_times(self.batch(piece), self.config, piece.task, piece.expert)
+
+    def of_expert(self, expert: Expert) -> list[Piece]:
+        """Return the pieces of one expert; each clip under each task is a piece of every expert."""
+        return [piece for piece in self.pieces if piece.expert == expert]
 
 
-def pieces(data: Dataset, config: Config, *, shows: bool = False) -> tuple[Piece, ...]:
-    """Return every evaluated clip under every trained task, in the order of sets, tasks and ids.
+def pieces(
+    data: Dataset, config: Config, experts: Sequence[Expert] = (ONLY,), *, shows: bool = False
+) -> tuple[Piece, ...]:
+    """Return every evaluated clip under every trained task for each expert, in the order of sets, tasks and ids.
 
     shows: as `objective.tasks` takes it.
     """
@@ -70,7 +84,7 @@ def pieces(data: Dataset, config: Config, *, shows: bool = False) -> tuple[Piece
         for task in trained_tasks:
             title = name if not known[task].gives else f"{name}/{task}"
             chosen = spread(numbers, config.eval.clips or len(numbers))
-            found += [Piece(number, known[task], title) for number in chosen]
+            found += [Piece(number, known[task], title, expert) for expert in experts for number in chosen]
     return tuple(found)
 
 
@@ -80,10 +94,11 @@ def spread(things: Sequence[T], count: int) -> list[T]:
     return [things[i * len(things) // count] for i in range(count)]
 
 
-def at_all_times(batch: Batch, config: Config, task: Task) -> Example:
-    """Return the one clip of a batch, once for each of `eval.times`."""
+def at_all_times(batch: Batch, config: Config, task: Task, expert: Expert = ONLY) -> Example:
+    """Return the one clip of a batch, once for each of `eval.times` of an expert's range."""
     layout = task.cut(batch.layout)
-    times = torch.tensor(config.eval.times, dtype=torch.float32)[:, None].repeat(1, len(layout.groups))
+    levels = [expert.within(t) for t in config.eval.times]
+    times = torch.tensor(levels, dtype=torch.float32)[:, None].repeat(1, len(layout.groups))
     weights, rows = torch.ones_like(times), len(times)
     places = task.groups(layout)
     times[:, places] = weights[:, places] = 0
@@ -95,6 +110,7 @@ def at_all_times(batch: Batch, config: Config, task: Task) -> Example:
         timesteps=times,
         fields={name: value.expand(rows, *value.shape[1:]) for name, value in all_fields(batch, task).items()},
         weights=weights,
+        expert=expert.name,
     )
 
 

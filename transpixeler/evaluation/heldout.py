@@ -24,10 +24,10 @@ from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
 from transpixeler.flow.objective import Fields, Task, check_given
 from transpixeler.models.family import open_model
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
-from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.sampler import Sampler, check_guidance
 from transpixeler.sampling.shown import show
 from transpixeler.sampling.texts import cached_prompts
 from transpixeler.sampling.video import Video, check_background, name_part, video_layout, write_video
@@ -44,7 +44,7 @@ class Evaluator:
         self,
         config: Config,
         runtime: Runtime,
-        engine: Engine,
+        engine: AnyEngine,
         data: Dataset,
         *,
         pause: Callable[[], object] = lambda: None,
@@ -53,11 +53,16 @@ class Evaluator:
         self.config, self.runtime, self.mesh, self.pause = config, runtime, engine.mesh, pause
         self.model = open_model(config.model)
         check_given(config, self.model)
+        check_guidance(config.sample, self.model)
         self.held_out = HeldOut(config, data, self.model)
         self.prompts = read_prompts(config.sample)  # once: the file may be edited while a run goes on
+        # a video takes all experts, of which training may hold one
+        self.makes_videos = len(engine.by_expert) == len(self.model.experts)
+        if not self.makes_videos and runtime.is_main and (self.prompts or config.eval.samples):
+            logger.info("evaluation: losses only, as videos need both experts; sample the run afterwards")
         # before the first step, so that a wrong size is refused now
         self.prompt_layout = video_layout(config, self.model) if self.prompts else None
-        if self.prompts or spread(self.held_out.pieces, config.eval.samples):
+        if self.prompts or self._sampled_pieces():
             check_background(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
         self.texts = cached_prompts(config, data, self.model)
@@ -67,7 +72,10 @@ class Evaluator:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.held_out.pieces or self.prompts)
+        return bool(self.held_out.pieces or (self.prompts and self.makes_videos))
+
+    def _sampled_pieces(self) -> list[Piece]:
+        return spread(self.held_out.of_expert(self.held_out.experts[0]), self.config.eval.samples)
 
     def losses(self) -> Losses:
         """Return each stream's error at each time, mean over the clips. A collective call."""
@@ -80,7 +88,7 @@ class Evaluator:
 
         `base` holds the same videos by the model before training, from which the drift of RGB is taken.
         """
-        plan = self._planned()
+        plan = self._planned() if self.makes_videos else []
         mine: dict[int, dict[str, float]] = {}
         for number, latents in self.sampler.each([request for request, _ in plan], after_step=self.pause):
             if self.mesh.is_first_stage:
@@ -98,7 +106,7 @@ class Evaluator:
     def _planned(self) -> list[tuple[Video, Piece | None]]:
         """Return held-out captions at their clips' sizes, then prompts at `sample.size`; seeds count up."""
         seed, plan = self.config.sample.seed, []
-        for piece in spread(self.held_out.pieces, self.config.eval.samples):
+        for piece in self._sampled_pieces():
             item, batch = self.held_out.item(piece), self.held_out.batch(piece)
             fields = {name: value[0] for name, value in all_fields(batch, piece.task).items()}
             given = given_latents(piece.task, batch.layout.videos(batch.latents))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transpixeler.evaluation.clips import HeldOut, Piece
 from transpixeler.flow.objective import by_stream, mean_squared_errors
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.sampler import turns
 
@@ -26,24 +26,31 @@ class HeldOutLosses:
     """Measures losses with an engine as it is; every rank calls it at the same time."""
 
     runtime: Runtime
-    engine: Engine
+    engine: AnyEngine
     held_out: HeldOut
     pause: Callable[[], object]  # called before each clip, equally often on all ranks
 
     def measure(self) -> Losses:
         """Return each stream's error at each time, mean over the clips. A collective call."""
-        pieces, mesh = self.held_out.pieces, self.engine.mesh
-        mine: dict[int, list[list[float]]] = {}
+        found: Losses = {}
         with self.engine.evaluating():
-            for number, counts in turns(len(pieces), mesh):
-                self.pause()
-                errors = self._errors(pieces[number])
-                if counts and mesh.is_first_stage:
-                    mine[number] = errors.tolist()
+            for expert in self.held_out.experts:  # one after the other, as all ranks gather its shards together
+                found |= self._measure(self.held_out.of_expert(expert))
+        return {title: found[title] for title in dict.fromkeys(piece.title for piece in self.held_out.pieces)}
+
+    def _measure(self, pieces: Sequence[Piece]) -> Losses:
+        """Return the losses of one expert's pieces."""
+        mesh = self.engine.mesh
+        mine: dict[int, list[list[float]]] = {}
+        for number, counts in turns(len(pieces), mesh):
+            self.pause()
+            errors = self._errors(pieces[number])
+            if counts and mesh.is_first_stage:
+                mine[number] = errors.tolist()
         values = {number: rows for part in self.runtime.gather(mine) for number, rows in part.items()}
         return {
-            name: self._means([(pieces[n], values[n]) for n in sorted(values) if pieces[n].name == name])
-            for name in dict.fromkeys(piece.name for piece in pieces)
+            title: self._means([(pieces[n], values[n]) for n in sorted(values) if pieces[n].title == title])
+            for title in dict.fromkeys(piece.title for piece in pieces)
         }
 
     def _errors(self, piece: Piece) -> Tensor:
@@ -56,12 +63,12 @@ class HeldOutLosses:
 
     def _means(self, rows: Sequence[tuple[Piece, list[list[float]]]]) -> dict[str, dict[str, float]]:
         """Return the mean over clips of one set and task, by stream and time, without the streams that are given."""
-        streams, given = self.held_out.data.streams, rows[0][0].task.given
+        streams, piece = self.held_out.data.streams, rows[0][0]
         return {
             name: {
-                f"{t:g}": math.fsum(values[q][stream] for _, values in rows) / len(rows)
+                f"{piece.expert.within(t):g}": math.fsum(values[q][stream] for _, values in rows) / len(rows)
                 for q, t in enumerate(self.held_out.config.eval.times)
             }
             for stream, name in enumerate(streams)
-            if stream not in given
+            if stream not in piece.task.given
         }

@@ -39,10 +39,12 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     measured = {f"{name} {m}": v for name, values in found.items() for m, v in values.get("metrics", {}).items()}
     width = max((len(name) for name in (*losses, *measured)), default=0)
     lines = []
-    if losses:
-        times = [*next(iter(losses.values()))]
-        lines.append(" ".join([f"{'loss at t':{width}}", *(f"{t:>7}" for t in times), "   mean"]))
-        for name, by_time in losses.items():
+    times: list[str] = []
+    for name, by_time in losses.items():
+        if times != [*by_time]:  # experts are measured at the noise levels of their own
+            times = [*by_time]
+            lines.append(" ".join([f"{'loss at t':{width}}", *(f"{t:>7}" for t in times), "   mean"]))
+        if by_time:
             lines.append(
                 " ".join(
                     [f"{name:{width}}", *(f"{by_time[t]:7.4f}" for t in times), f"{mean_over_times(by_time):7.4f}"]

@@ -33,11 +33,12 @@ class Example:
     timesteps: Tensor  # [b, G] in [0, 1]; 0 for a time group that is given
     fields: Fields  # what the model is conditioned on, [b, …] each
     weights: Tensor  # [b, G]: what each time group's mean squared error adds to the loss of the global batch
+    expert: str = ""  # that the step trains
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
         """Return the same example of changed tensors."""
-        return Example(
-            layout=self.layout,
+        return replace(
+            self,
             latents=change(self.latents),
             noise=change(self.noise),
             timesteps=change(self.timesteps),
@@ -261,10 +262,12 @@ def prepare(
     batch: int,
     shift: float,
     shown: Shown | None = None,
+    expert: str = "",
 ) -> Example:
     """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields.
 
-    shown: what the samples can be shown of given frames, where a model takes that in channels.
+    shown: what the samples can be shown of given frames, where a model takes that in channels. expert: that the step
+    trains; the config's limits are its own.
     """
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
     known = tasks(layout.names, shows=shown is not None)
@@ -286,7 +289,7 @@ def prepare(
         fields = {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
     if shown is not None:
         fields = {**fields, **shown.values(layout, [task.shown for task in drawn])}
-    return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch))
+    return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch), expert)
 
 
 def with_noisy_firsts(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from transpixeler.config import ModelConfig, UserError, family_names
+from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.names import Names
 from transpixeler.models.resolve import resolve
@@ -135,6 +136,11 @@ class ModelFolder(ABC):
     @abstractmethod
     def fields(self) -> tuple[Field, ...]: ...
 
+    @cached_property
+    def experts(self) -> tuple[Expert, ...]:
+        """The model's whole transformers, that for the most noise first; most models have one."""
+        return (ONLY,)
+
     @abstractmethod
     def diffusers_config(self) -> dict[str, Any]:
         """Return the transformer's config.json as diffusers writes it."""
@@ -210,6 +216,7 @@ class Family:
     transformer_class: str  # of diffusers
     pipeline_class: str
     example: str  # a Hub id that a message may name
+    experts: tuple[str, ...] = ()  # names of those that its models may have, as diffusers' pipeline orders them
 
     def internal_names(self, stored: Iterable[str]) -> dict[str, str]:
         return self.names.internal_names(stored)
@@ -240,7 +247,7 @@ def open_model(config: ModelConfig) -> ModelFolder:
         raise UserError(f"model.path: set it to a model's folder, file or Hub id, such as {examples()}")
     if config.family:
         return find_family(config.family).open(config.path)
-    path = resolve(config.path, only=("model_index.json", "config.json", "transformer/config.json"))
+    path = resolve(config.path, only=("model_index.json", "config.json", "*/config.json"))
     found = [family for family in families() if family.recognises(path)]
     if len(found) != 1:
         known = ", ".join(family.title for family in families())

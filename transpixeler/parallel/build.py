@@ -7,6 +7,7 @@ model than its own stages' shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -14,9 +15,11 @@ from transpixeler.config import Config
 from transpixeler.models import lora, quantize
 from transpixeler.models.backbone import Backbone, apply_dtypes, set_trainable
 from transpixeler.models.costs import Costs
+from transpixeler.models.experts import Expert
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
+from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait
 from transpixeler.parallel.mesh import Mesh
 
 
@@ -50,6 +53,30 @@ def build_engine(
         fill(model, config, source)
         stages.append(stage)
     return pipeline.Engine(stages, config.parallel, mesh, dtype, costs)
+
+
+def build_engines(
+    config: Config,
+    mesh: Mesh,
+    make: Callable[[Expert], Backbone],
+    sources: Mapping[Expert, Readable],
+    *,
+    scopes: Mapping[str, Scope] | None = None,
+) -> AnyEngine:
+    """Build an engine for each expert, of its own weights; a model of one is an engine as it is."""
+    built = Experts()
+    for expert, source in sources.items():
+        engine = build_engine(config, mesh, partial(make, expert), source, scopes=scopes)
+        if len(sources) == 1:
+            return engine
+        wait = resolve_wait(config.parallel, engine, experts=len(sources))
+        built.add(expert, engine, partial(_refill, engine, source), wait)
+    return built
+
+
+def _refill(engine: pipeline.Engine, source: Readable) -> None:
+    for model in engine.models():
+        load_weights(model, source)
 
 
 def shape(

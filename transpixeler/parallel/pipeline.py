@@ -148,6 +148,11 @@ class Engine:
         if mesh.device.type == "cuda" and config.pipeline > 1:
             dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.pipeline_group)  # warms the communicator
 
+    @property
+    def by_expert(self) -> dict[str, Engine]:
+        """Return the engine of each expert: of a model of one, itself, without a name."""
+        return {"": self}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield what this rank holds, under names that no layout changes."""
         for stage in self.stages:

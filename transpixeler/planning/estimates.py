@@ -19,6 +19,7 @@ from transpixeler.models import costs
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import Costs
 from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel.experts import DEVICE_SHARE
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count
 from transpixeler.parallel.shard import reduces_often, splits_backward
@@ -118,10 +119,21 @@ class Estimate:
     costs: Costs
     size: int  # bytes of a number in matmuls
     compiled: bool
+    experts: int = 1  # models of these parts
+    device_memory: float = 0.0  # bytes, which decide where an idle expert waits
 
     @classmethod
-    def of(cls, model: Backbone, config: Config, *, dtype: torch.dtype, compiled: bool) -> Estimate:
-        return cls(config, parts_of(model), Costs.of(model), dtype.itemsize, compiled)
+    def of(
+        cls,
+        model: Backbone,
+        config: Config,
+        *,
+        dtype: torch.dtype,
+        compiled: bool,
+        experts: int = 1,
+        device_memory: float = 0.0,
+    ) -> Estimate:
+        return cls(config, parts_of(model), Costs.of(model), dtype.itemsize, compiled, experts, device_memory)
 
     def micro_batch(self, load: Load, layout: Layout) -> int:
         return micro_batch_for(
@@ -162,15 +174,25 @@ class Estimate:
         whole = sum(stages, Part())
         optim, offload = self.config.optim, self.config.parallel.offload
         shard = Part(*(math.ceil(n / layout.shard) for n in whole))
-        state = optimizer_bytes(optim, shard)
-        ema = FP32_BYTES * shard.trainable if optim.ema else 0
+        state = self.experts * optimizer_bytes(optim, shard)
+        ema = self.experts * FP32_BYTES * shard.trainable if optim.ema else 0
         if offload:  # weights, optimizer state and averages are kept in host memory
             return Memory(self._gathered(), self._unreduced(whole, layout), 0, 0, activations)
         if layout.shard == 1:
-            return Memory(whole.weights, whole.trainable_bytes, state, ema, activations)
+            idle = whole.weights if self.idle_on_device(layout) else whole.trainable_bytes
+            return Memory(whole.weights + (self.experts - 1) * idle, whole.trainable_bytes, state, ema, activations)
         gathered = whole.weights if layout.pipeline > 1 else self._gathered()
         gradients = shard.trainable_bytes + self._unreduced(whole, layout)
-        return Memory(shard.weights + gathered, gradients, state, ema, activations)
+        return Memory(self.experts * shard.weights + gathered, gradients, state, ema, activations)
+
+    def idle_on_device(self, layout: Layout) -> bool:
+        """Tell whether the weights of idle experts stay on the device, as `parallel.experts` decides it."""
+        parallel = self.config.parallel
+        if layout.shard > 1 or parallel.offload or parallel.idle_expert != "auto":
+            return not parallel.offload and (layout.shard > 1 or parallel.idle_expert == "device")
+        whole = sum(self.parts.values(), Part())
+        frozen = self.experts * (whole.weights - whole.trainable_bytes) / layout.pipeline
+        return frozen <= DEVICE_SHARE * self.device_memory
 
     def _unreduced(self, whole: Part, layout: Layout) -> int:
         """Return bytes of gradients that are not sharded yet: all until the last microbatch, or one block's."""

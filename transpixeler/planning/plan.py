@@ -23,8 +23,10 @@ from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.data.survey import Survey, survey
 from transpixeler.flow import objective
+from transpixeler.flow.experts import Split
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import step_flops
+from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
@@ -32,7 +34,7 @@ from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning import estimates
 from transpixeler.planning.estimates import Estimate, Fit, Load, Machine, Memory
-from transpixeler.sampling.model import initial_adapter, initial_scopes, make_model
+from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
 from transpixeler.training import preflight
 from transpixeler.training.schedule import total_steps
 
@@ -65,6 +67,8 @@ class Plan:
     layout: meshes.Layout
     trainable_parameters: int
     parameters: int
+    experts: Split
+    idle_on_device: bool  # the weights of experts that do not work
     rows: tuple[Row, ...]
     dropped: Mapping[str, tuple[tuple[str, str], ...]]  # by set: (sample, reason)
     steps_first_epoch: int
@@ -96,7 +100,10 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     scan_seconds = time.perf_counter() - started
     order = train.order(seed=config.seed, global_batch=config.train.global_batch)
     loads = _loads(config, geometry, order, train)
-    estimate = _estimate(config, model, machine)
+    preflight.check_experts(config, folder)
+    estimate = _estimate(config, folder, model, machine)
+    tokens = max((load.layout.segment_lengths[0] for load in loads), default=0)
+    split = Split.of(config, folder, tokens)
     mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
     parameters = list(model.parameters())
     return Plan(
@@ -104,8 +111,10 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         device=device,
         machine=machine,
         layout=layout,
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=estimate.experts * sum(p.numel() for p in parameters if p.requires_grad),
+        parameters=estimate.experts * sum(p.numel() for p in parameters),
+        experts=split,
+        idle_on_device=estimate.idle_on_device(layout),
         rows=tuple(_row(load, train, estimate, layout, mode) for load in loads),
         dropped={"train": train.skipped, "eval": evaluation.skipped},
         steps_first_epoch=order.steps(0),
@@ -120,7 +129,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         },
         cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (train, evaluation)),
         cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
-        fits=tuple(_fits(config, estimate, loads, machine)),
+        fits=tuple(_fits(config, folder, estimate, loads, machine)),
         scan_seconds=scan_seconds,
     )
 
@@ -128,14 +137,20 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
 def _model(config: Config, machine: Machine) -> Backbone:
     """Build the model as a rank does, on meta."""
     dtype = build.compute_dtype(config, torch.device(machine.kind))
-    scopes = initial_scopes(config, initial_adapter(config))
+    scopes = initial_scopes(config, initial_adapters(config))
     return build.shape(config, partial(make_model, config), dtype, scopes=scopes)
 
 
-def _estimate(config: Config, model: Backbone, machine: Machine) -> Estimate:
+def _estimate(config: Config, folder: ModelFolder, model: Backbone, machine: Machine) -> Estimate:
     device = torch.device(machine.kind)
-    compiled = shard.wants_compile(config.parallel, device)
-    return Estimate.of(model, config, dtype=build.compute_dtype(config, device), compiled=compiled)
+    return Estimate.of(
+        model,
+        config,
+        dtype=build.compute_dtype(config, device),
+        compiled=shard.wants_compile(config.parallel, device),
+        experts=len(chosen_experts(config.model, folder.experts)),
+        device_memory=machine.memory,
+    )
 
 
 def _dataset(config: Config, geometry: Geometry, key: str) -> Dataset:
@@ -200,13 +215,15 @@ def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:
     )
 
 
-def _fits(config: Config, estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
+def _fits(
+    config: Config, folder: ModelFolder, estimate: Estimate, loads: Sequence[Load], machine: Machine
+) -> list[Fit]:
     """Return the ways that fit; where none does, those with an int8 base, then those with offload as well."""
     if found := estimates.fits(estimate, loads, machine):
         return found
     for key, changed in _memory_savers(config):
         model = _model(changed, machine)
-        if found := estimates.fits(_estimate(changed, model, machine), loads, machine):
+        if found := estimates.fits(_estimate(changed, folder, model, machine), loads, machine):
             return [replace(way, settings=(*way.settings, *key.split())) for way in found]
     return []
 
@@ -260,6 +277,7 @@ def plain(plan: Plan) -> dict[str, Any]:
     """Return a plan for other programs: bytes, seconds, FLOP."""
     return {
         "parameters": {"trained": plan.trainable_parameters, "all": plan.parameters},
+        "experts": plan.experts.by_name,
         "device": {"name": plan.device, "gpus": plan.machine.gpus, "memory": plan.machine.memory,
                    "peak": plan.machine.flops, "utilisation": estimates.UTILISATION},
         "layout": str(plan.layout),
@@ -299,7 +317,12 @@ def _head(plan: Plan) -> list[str]:
         "cache": f"{_bytes(plan.cache_latents)} of latents, about {_bytes(plan.cache_texts)} of texts",
         "scan": f"{plan.scan_seconds:.2g} s to probe the files",
     }
-    return [f"{name:8} {said}" for name, said in lines.items()]
+    told = [f"{name:8} {said}" for name, said in lines.items()]
+    of_experts = plan.experts.lines(run=config.train.expert_steps)
+    if len(plan.experts.experts) > 1:
+        where = "stays on the device" if plan.idle_on_device else "waits in host memory"
+        of_experts[0] += f"; the idle one's base {where}"
+    return [*told, *(f"experts  {said}" for said in of_experts)]
 
 
 def _time(plan: Plan) -> str:

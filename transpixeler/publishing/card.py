@@ -61,6 +61,11 @@ class Card:
         return tuple(self.config.streams)
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """Return the experts that there is an adapter for, where the model has several."""
+        return tuple(name for name in self.model.adapters if name)
+
+    @property
     def plain(self) -> bool:
         """Return whether programs that know nothing of streams can load it."""
         return len(self.streams) == 1 and (self.model.adapter is None or self.model.adapter.is_plain)
@@ -158,9 +163,14 @@ def _use_section(card: Card) -> list[str]:
     full = card.model.weights is not None
     if card.plain:
         whole = f'{card.model.family.transformer_class}.from_pretrained("{card.repo}", subfolder="transformer")'
-        lora = f'pipe.load_lora_weights("{card.repo}", weight_name="{ADAPTER_FILE}")'
+        lora = "\n".join(_load_line(card, name) for name in card.model.adapters)
         lines.append(_python(card.model.family, whole if full else lora, base, full=full))
         comfy = f"Put `{ADAPTER_FILE}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
+        if len(card.experts) > 1:
+            comfy = (
+                f"Put {' and '.join(f'`{name}/{ADAPTER_FILE}`' for name in card.experts)} into `models/loras`, under "
+                "names of their own, and load each with `LoraLoaderModelOnly` on the expert of the base that it is for."
+            )
     else:
         lines.append(
             "diffusers generates one stream and cannot make the companions. Use the command above: it writes every "
@@ -171,6 +181,17 @@ def _use_section(card: Card) -> list[str]:
         if max(card.config.scales) > 1:
             comfy = "The companions are smaller than RGB, which ComfyUI's latents cannot hold. Use the command above."
     return lines if full else [*lines, "### ComfyUI", comfy]
+
+
+def _load_line(card: Card, expert: str) -> str:
+    """Return the line of diffusers that loads an adapter; of two experts, the second is its `transformer_2`."""
+    if not expert:
+        return f'pipe.load_lora_weights("{card.repo}", weight_name="{ADAPTER_FILE}")'
+    place = f'subfolder="{expert}", ' if len(card.experts) > 1 else ""
+    second = ", load_into_transformer_2=True" if expert in card.model.family.experts[1:] else ""
+    return (
+        f'pipe.load_lora_weights("{card.repo}", {place}weight_name="{ADAPTER_FILE}", adapter_name="{expert}"{second})'
+    )
 
 
 def _fused_note(card: Card) -> list[str]:

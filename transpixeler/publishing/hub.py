@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from transpixeler import configfile
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, MODEL_FOLDER
+from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, MODEL_FOLDER, expert_folders
 from transpixeler.config import REPO, Config, Fault, PathKind, UserError
 from transpixeler.publishing import card
 from transpixeler.publishing.received import check_within, read_table, read_yaml
@@ -148,8 +148,9 @@ def _check_own(save: Save, source: str) -> None:
     root = save.run or save.folder.resolve()
     path = save.path if save.run else save.path.resolve()
     weights = sorted(save.weights.iterdir()) if save.weights else ()
-    files = [path] if path.is_file() else [path / ADAPTER_FILE, path / CONFIG_FILE, *weights]
-    for file in (path, *files, save.config):
+    parts = [path, *expert_folders(path).values()]
+    files = [path] if path.is_file() else [part / name for part in parts for name in (ADAPTER_FILE, CONFIG_FILE)]
+    for file in (path, *files, *weights, save.config):
         check_within(file, root)
     if save.config.is_file() and "base" in read_yaml(save.config):
         raise UserError(f"{save.config}: base: a run's config builds on no other file; put its keys into it instead")
@@ -160,12 +161,15 @@ def _weights(found: SavedModel, save: Path, base: str) -> dict[str, Path | bytes
     files: dict[str, Path | bytes] = {}
     if found.weights is not None:
         files |= {f"{MODEL_FOLDER}/{file.name}": file for file in sorted(found.weights.iterdir()) if file.is_file()}
-    adapter, config = (save, None) if save.is_file() else (save / ADAPTER_FILE, save / CONFIG_FILE)
-    if adapter.is_file():
-        files[ADAPTER_FILE] = _adapter(adapter, base)
-    if config and config.is_file():
-        said = read_table(config, {})
-        files[CONFIG_FILE] = (json.dumps(_public_header(said, base), indent=2) + "\n").encode()
+    if save.is_file():
+        return files | {ADAPTER_FILE: _adapter(save, base)}
+    parts = {f"{name}/": part for name, part in expert_folders(save).items()} or {"": save}
+    for place, part in parts.items():
+        if (part / ADAPTER_FILE).is_file():
+            files[place + ADAPTER_FILE] = _adapter(part / ADAPTER_FILE, base)
+        if (part / CONFIG_FILE).is_file():
+            said = read_table(part / CONFIG_FILE, {})
+            files[place + CONFIG_FILE] = (json.dumps(_public_header(said, base), indent=2) + "\n").encode()
     return files
 
 

@@ -12,8 +12,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,16 @@ from transpixeler.runs.restore import Restored
 logger = logging.getLogger("transpixeler")
 
 # With another value of these, the tensors of a checkpoint have other names or shapes, or another meaning.
-FIXED = ("streams", "model.family", "model.trainable", "model.fuse", "lora", "optim.name", "optim.bf16_parameters")
+FIXED = (
+    "streams",
+    "model.family",
+    "model.expert",
+    "model.trainable",
+    "model.fuse",
+    "lora",
+    "optim.name",
+    "optim.bf16_parameters",
+)
 FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
 SHARED = ".shared"  # a file that shows which hosts see a run's folder
 SHOWN_SECONDS = 5.0  # until a network disk shows a new file to every host
@@ -257,7 +266,7 @@ def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
 
 def changes(config: Config, restored: Restored) -> dict[str, str]:
     """Return by key what differs from the checkpoint's config; refuse a model that its tensors do not fit."""
-    before, after = _flat(restored.state["config"]), _flat(configfile.plain(config))
+    before, after = dict(_defaults(Config())) | _flat(restored.state["config"]), _flat(configfile.plain(config))
     _fill_defaults(config, before, after)
     changed = {
         key: (before.get(key), after.get(key))
@@ -279,6 +288,16 @@ def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {key: tree}
     return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
+
+
+def _defaults(section: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what older versions, which did not know all keys, left out; tables of the user's own names have none."""
+    for field in fields(section):
+        value, name = getattr(section, field.name), f"{key}.{field.name}" if key else field.name
+        if is_dataclass(value):
+            yield from _defaults(value, name)
+        elif not isinstance(value, dict):
+            yield name, configfile.plain(value)
 
 
 def _fill_defaults(config: Config, *sides: dict[str, Any]) -> None:

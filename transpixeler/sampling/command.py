@@ -31,7 +31,7 @@ from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.model import fit_layout, open_engine
-from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.sampler import Sampler, check_guidance
 from transpixeler.sampling.saves import SavedModel
 from transpixeler.sampling.shown import show
 from transpixeler.sampling.texts import encode_prompts
@@ -69,6 +69,7 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     source = replace(source, config=config)
     model = open_model(config.model)
     check_given(config, model)
+    check_guidance(config.sample, model)
     shape = video_layout(config, model)
     check_background(config)
     check_place(Path(options.out), "--out")

@@ -5,24 +5,27 @@ Training takes its model from the same functions, so that a config becomes a mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.files import read_adapter
+from transpixeler.adapters.files import read_adapter, read_experts
 from transpixeler.adapters.merge import FusedSource, read_fused
 from transpixeler.adapters.on_model import apply_adapter, inject_adapter
 from transpixeler.config import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.backbone import Backbone
+from transpixeler.models.experts import ONLY, Expert, chosen_experts
 from transpixeler.models.family import open_model
 from transpixeler.models.streams import Scope, scope_span
 from transpixeler.models.weights import Readable, WeightSource
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel.build import build_engine
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.build import build_engines
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.saves import SavedModel, trained_scales
 
@@ -39,28 +42,39 @@ def make_model(config: Config) -> Backbone:
     )
 
 
-def base_weights(config: Config) -> Readable:
-    """Return the source of the base's weights, with `model.fuse`'s adapters added as they are read."""
-    source = WeightSource(config.model.path, open_model(config.model).family.internal_names)
+def base_weights(config: Config, expert: Expert = ONLY) -> Readable:
+    """Return the source of an expert's base weights, with `model.fuse`'s adapters added as they are read."""
+    names = open_model(config.model).family.internal_names
+    source = WeightSource(config.model.path, names, part=expert.folder)
     fused = read_fused(config.model.fuse)
     return FusedSource(source, fused) if fused else source
 
 
-def initial_adapter(config: Config) -> Adapter | None:
-    """Read `lora.init_from`, which training starts from; refuse one that does not fit the model."""
+def initial_adapters(config: Config) -> dict[str, Adapter]:
+    """Read `lora.init_from`, which training starts from, by expert; refuse one that does not fit the model."""
     path = config.lora.init_from
     if not path:
-        return None
+        return {}
     companion = next(iter([*config.streams][1:]), "seg")  # the published code's files do not name theirs
-    adapter = read_adapter(path, stream=companion, key="lora.init_from")
+    read = partial(read_adapter, stream=companion, key="lora.init_from")
+    found, source = read_experts(Path(path), read), f"lora.init_from: {path}"
     with torch.device("meta"):
-        _check_fits(adapter, make_model(config), f"lora.init_from: {path}", config.model.path)
-    return adapter
+        for adapter in found.values():
+            _check_fits(adapter, make_model(config), source, config.model.path)
+    known = open_model(config.model).experts
+    wanted = chosen_experts(config.model, known)
+    by_expert = adapters_by_expert(found, known, source)
+    missing = [expert.name for expert in wanted if expert.name not in by_expert]
+    if len(missing) == len(wanted):
+        raise UserError(f"{source}: is of the expert {' and '.join(by_expert)}, and {', '.join(missing)} is trained")
+    if len(wanted) == 1:  # its engine stands alone, without a name
+        return {"": by_expert[wanted[0].name]}
+    return by_expert
 
 
-def initial_scopes(config: Config, adapter: Adapter | None) -> dict[str, Scope]:
-    """Return, by target, the scopes of the initial adapter that differ from `lora.scope`."""
-    own = adapter.scopes if adapter is not None else {}
+def initial_scopes(config: Config, adapters: Mapping[str, Adapter]) -> dict[str, Scope]:
+    """Return, by target, the scopes of the initial adapters that differ from `lora.scope`."""
+    own = {target: scope for adapter in adapters.values() for target, scope in adapter.scopes.items()}
     return {target: scope for target, scope in own.items() if scope != config.lora.scope}
 
 
@@ -78,28 +92,33 @@ def fit_layout(config: Config, runtime: Runtime, *, asked: bool) -> tuple[Config
     return replace(config, parallel=parallel), meshes.resolve(parallel, runtime.world_size)
 
 
-def open_engine(source: SavedModel, mesh: meshes.Mesh) -> Engine:
-    """Build an engine that computes a saved model and trains nothing.
+def open_engine(source: SavedModel, mesh: meshes.Mesh) -> AnyEngine:
+    """Build an engine that computes a saved model, with all its experts, and trains nothing.
 
-    The adapter has the ranks, strengths and scopes that its file says.
+    An adapter has the ranks, strengths and scopes that its file says.
     """
-    config, adapter = _for_inference(source.config), source.adapter
-    if adapter is not None and "streams" in adapter.metadata:
-        _check_scales(trained_scales(adapter, adapter.metadata["streams"].split(","), source.name), config, source.name)
+    config, model = _for_inference(source.config), open_model(source.config.model)
+    adapters = adapters_by_expert(source.adapters, model.experts, source.name)
+    for adapter in adapters.values():
+        if "streams" in adapter.metadata:
+            scales = trained_scales(adapter, adapter.metadata["streams"].split(","), source.name)
+            _check_scales(scales, config, source.name)
 
-    def make() -> Backbone:
-        model = make_model(config)
-        if adapter is not None:
-            _check_fits(adapter, model, source.name, config.model.path)
-            inject_adapter(model, adapter)
-        return model
+    def make(expert: Expert) -> Backbone:
+        made = make_model(config)
+        if expert.name in adapters:
+            _check_fits(adapters[expert.name], made, source.name, config.model.path)
+            inject_adapter(made, adapters[expert.name])
+        return made
 
-    names = open_model(config.model).family.internal_names
-    weights = WeightSource(source.weights, names) if source.weights else base_weights(config)
-    engine = build_engine(config, mesh, make, weights)
-    if adapter is not None:
-        for model in engine.models():
-            apply_adapter(model, adapter)
+    sources = {expert: base_weights(config, expert) for expert in model.experts}
+    if source.weights is not None:
+        trained = chosen_experts(source.config.model, model.experts)[0]
+        sources[trained] = WeightSource(source.weights, model.family.internal_names)
+    engine = build_engines(config, mesh, make, sources)
+    for name, one in engine.by_expert.items():
+        for made in one.models() if name in adapters else ():
+            apply_adapter(made, adapters[name])
     return engine
 
 
@@ -115,6 +134,17 @@ def _for_inference(config: Config) -> Config:
 
 
 # --- whether an adapter fits -----------------------------------------------------------------------------------------
+
+
+def adapters_by_expert(found: Mapping[str, Adapter], experts: Sequence[Expert], name: str) -> dict[str, Adapter]:
+    """Return the adapter of each expert that has one; one that names no expert is for all. name: for an error."""
+    known = [expert.name for expert in experts]
+    if list(found) == [""]:
+        return dict.fromkeys(known, found[""])
+    if strange := [expert for expert in found if expert not in known]:
+        has = f"which has {', '.join(known)}" if any(known) else "which is one; set model.path to a folder of both"
+        raise UserError(f"{name}: is of the expert {', '.join(strange)} of a model, {has}")
+    return dict(found)
 
 
 def _check_scales(scales: tuple[int, ...], config: Config, name: str) -> None:

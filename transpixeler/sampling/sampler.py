@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transpixeler.config import SampleConfig
+from transpixeler.config import SampleConfig, UserError
 from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
+from transpixeler.models.experts import experts_at
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.mesh import Mesh
-from transpixeler.parallel.pipeline import Engine
 from transpixeler.sampling.video import Video
 
 # Up to so many tokens both halves of guidance run in one batch; a longer sequence fills a device by itself.
@@ -32,7 +33,7 @@ GUIDANCE_BATCH_TOKENS = 16_384
 class Sampler:
     """Makes videos with an engine as it is; every rank calls it with the same videos."""
 
-    engine: Engine
+    engine: AnyEngine
     mesh: Mesh
     config: SampleConfig
     negative: Fields | None  # of the negative prompt; None: without guidance
@@ -61,7 +62,8 @@ class Sampler:
     def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
         solver = self._solver(video.layout.segment_lengths[0])
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
-        velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=self.config.guidance)
+        guidance = guidance_by_time(self.config, self.model)
+        velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=guidance)
         held = {"given": video.given, "lasts": video.lasts}
         return denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
 
@@ -73,8 +75,31 @@ class Sampler:
         return make_solver(name, steps=steps, shift=self.model.sampling_shift(tokens), levels=levels)
 
 
-def guided(engine: Engine, layout: StreamLayout, text: Fields, negative: Fields | None, *, guidance: float) -> Velocity:
-    """Return a velocity that leads away from the negative prompt's fields.
+def guidance_by_time(config: SampleConfig, model: ModelFolder) -> Callable[[Tensor], float]:
+    """Return the guidance of a step by its times [B, G]: one for all, or that of the expert that the step is for."""
+    given = config.guidance
+    if isinstance(given, dict):
+        return lambda times: given[experts_at(model.experts, times.max()[None])[0].name]
+    return lambda _: given
+
+
+def check_guidance(config: SampleConfig, model: ModelFolder) -> None:
+    """Refuse a guidance by expert that does not name the model's experts."""
+    names = {expert.name for expert in model.experts if expert.name}
+    if isinstance(config.guidance, dict) and config.guidance.keys() != names:
+        known = f"the model's experts are {', '.join(sorted(names))}" if names else "the model is one: give a number"
+        raise UserError(f"sample.guidance: is given for {', '.join(config.guidance)}, and {known}")
+
+
+def guided(
+    engine: AnyEngine,
+    layout: StreamLayout,
+    text: Fields,
+    negative: Fields | None,
+    *,
+    guidance: Callable[[Tensor], float],
+) -> Velocity:
+    """Return a velocity that leads away from the negative prompt's fields, as far as `guidance` says for the times.
 
     Without them it is the model's own velocity, at half the cost.
     """
@@ -90,7 +115,7 @@ def guided(engine: Engine, layout: StreamLayout, text: Fields, negative: Fields 
         if negative is None:
             return predicted
         wanted, unwanted = predicted.chunk(2)
-        return unwanted + guidance * (wanted - unwanted)
+        return unwanted + guidance(times) * (wanted - unwanted)
 
     return velocity
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from transpixeler.adapters.files import (
     ADAPTER_FILE,
     CONFIG_FILE,
     MODEL_FOLDER,
+    expert_folders,
     is_save,
     newest_save,
     read_adapter,
+    read_experts,
     saved_step,
     step_number,
 )
@@ -58,9 +60,11 @@ class Save:
 
     @property
     def config(self) -> Path:
-        """Return the path of its config: beside it, or beside the raw weights that averaged ones stand in."""
-        own = self.folder / CONFIG
-        return own if own.is_file() or self.folder.name != EMA else self.folder.parent / CONFIG
+        """Return the path of its config: beside it, or beside the raw weights or the experts that it is a part of."""
+        folder = self.folder
+        while not (folder / CONFIG).is_file() and _is_part(folder):
+            folder = folder.parent
+        return (folder if (folder / CONFIG).is_file() else self.folder) / CONFIG
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +73,15 @@ class SavedModel:
 
     config: Config
     name: str  # as the user knows it: a path, a Hub id or `base`
-    adapter: Adapter | None = None  # of a model that was trained in full: its stream embeddings
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # by expert; of a whole model, its stream embeddings
     weights: Path | None = None  # of a model that was trained in full
     run: Path | None = None
     raw: bool = False  # raw weights were chosen although averaged ones, the default, were saved too
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter, or the first of several experts'; what their headers say of streams and step is the same."""
+        return next(iter(self.adapters.values()), None)
 
     @property
     def family(self) -> Family:
@@ -121,13 +130,19 @@ def _run_around(save: Path) -> Path | None:
 
 def _choose_weights(save: Path, ema: bool | None) -> Path:
     """Return the folder of averaged or of raw weights."""
-    if ema is False or not save.is_dir() or save.name == EMA:
+    if ema is False or not save.is_dir() or EMA in (save.name, save.parent.name):
         return save
-    if is_save(save / EMA):
-        return save / EMA
+    averaged = save.parent / EMA / save.name if _is_part(save) else save / EMA
+    if is_save(averaged):
+        return averaged
     if ema:
         raise UserError(f"--ema: {save} holds no {EMA}; it was trained with optim.ema=0. Leave the option out")
     return save
+
+
+def _is_part(folder: Path) -> bool:
+    """Tell whether a folder holds the averaged weights of a save, or those of one of its experts."""
+    return folder.name == EMA or folder in expert_folders(folder.parent).values()
 
 
 # --- with its config -------------------------------------------------------------------------------------------------
@@ -175,14 +190,15 @@ def load_for_eval(
 
 def read_save(save: Save, source: str, overrides: Sequence[str] = (), *, tree: Tree | None = None) -> SavedModel:
     """Read a save that `source` meant: its adapter, and its config unless `tree` is given instead."""
-    adapter = read_adapter(save.path) if save.has_adapter else None
+    adapters = read_experts(save.path, read_adapter) if save.has_adapter else {}
+    adapter = next(iter(adapters.values()), None)
     if tree is None and adapter is not None and not save.config.is_file():
         config = _config_of(adapter, str(save.path), overrides)
     else:
         own = _config_keys(adapter) if tree is not None else []
         config = configfile.build(tree or configfile.read(save.config), [*own, *overrides])
     name = str(save.path) if Path(source).expanduser().exists() else source
-    return SavedModel(config, name, adapter, save.weights, save.run, raw=is_save(save.folder / EMA))
+    return SavedModel(config, name, adapters, save.weights, save.run, raw=is_save(save.folder / EMA))
 
 
 def _config_keys(adapter: Adapter | None) -> list[str]:

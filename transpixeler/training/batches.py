@@ -12,7 +12,9 @@ from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.flow import objective
+from transpixeler.flow.experts import cut, draw_expert, training_shift
 from transpixeler.flow.objective import Example
+from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
@@ -37,9 +39,11 @@ def open_loader(config: Config, data: Dataset, model: ModelFolder, mesh: Mesh, s
 
 def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tuple[Batch, Example]:
     """Draw the noise and timesteps of a batch, in the loader's thread."""
-    tokens, shift = batch.layout.segment_lengths[0], config.objective.shift
+    shift = training_shift(config.objective, model, batch.layout.segment_lengths[0])
+    known, run = chosen_experts(config.model, model.experts), config.train.expert_steps
+    expert = draw_expert(config.objective, known, seed=config.seed, step=batch.step, run=run, shift=shift)
     example = objective.prepare(
-        config.objective,
+        cut(config.objective, expert),
         seed=config.seed,
         step=batch.step,
         layout=batch.layout,
@@ -50,7 +54,8 @@ def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tup
         slots=batch.slots,
         batch=config.train.global_batch,
         shown=batch.shown,
-        shift=model.shift(tokens) if shift == "auto" else shift,
+        shift=shift,
+        expert=expert.name,
     )
     return batch, example.pinned() if pin else example
 

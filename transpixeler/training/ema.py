@@ -28,10 +28,12 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        if self.shadow:
-            now = [local(p.detach()).float() for p in self.parameters.values()]
+        """Take in what has a gradient, and so was updated: the averages of an idle expert stay."""
+        names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        if names:
+            now = [local(self.parameters[name].detach()).float() for name in names]
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  the stubs miss it
-                [local(s) for s in self.shadow.values()], now, 1 - self.decay
+                [local(self.shadow[name]) for name in names], now, 1 - self.decay
             )
 
     @contextmanager

@@ -20,7 +20,7 @@ from transpixeler.evaluation.heldout import Evaluator
 from transpixeler.evaluation.measures import read_video
 from transpixeler.evaluation.results import scalars, summary
 from transpixeler.parallel import devices
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.publishing import report
 from transpixeler.runs import metrics_file
 from transpixeler.runs.controls import Stopped
@@ -105,7 +105,7 @@ class Evaluation:
 
 
 def open_evaluation(
-    engine: Engine,
+    engine: AnyEngine,
     state: TrainingState,
     data: Dataset,
     schedule: Schedule,

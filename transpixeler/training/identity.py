@@ -48,12 +48,12 @@ class Rank(NamedTuple):
     base: str
 
 
-def check_hosts(config: Config, runtime: Runtime, base: Path) -> Rank:
+def check_hosts(config: Config, runtime: Runtime, bases: Sequence[Path]) -> Rank:
     """Return rank 0's code and base; refuse hosts that have others, or other data sets. A collective call.
 
     All hosts encode from rank 0's list of clips, so this comes before anything is encoded.
     """
-    ranks = runtime.gather(Rank(platform.node(), code_fingerprint(), base_fingerprint(base, config.model.fuse)))
+    ranks = runtime.gather(Rank(platform.node(), code_fingerprint(), base_fingerprint(bases, config.model.fuse)))
     first = ranks[0]
     for number, rank in enumerate(ranks):
         here, there = f"rank {number} on {rank.host}", f"rank 0 on {first.host}"
@@ -181,13 +181,13 @@ def source_fingerprint(source: Path) -> str:
     return digest.hexdigest()
 
 
-def base_fingerprint(base: Path, fused: Sequence[str] = ()) -> str:
-    """Return a hash of the base's weight files and configs, and of the adapters that are added to it.
+def base_fingerprint(bases: Sequence[Path], fused: Sequence[str] = ()) -> str:
+    """Return a hash of the base's weight files and configs, one place an expert, and of the adapters added to it.
 
     Large files are not read whole: of each tensor one block is, so that a change of any layer shows within a second.
     """
     digest = _hash()
-    for root in (base, *(Path(path).expanduser() for path in fused)):
+    for root in (*bases, *(Path(path).expanduser() for path in fused)):
         for file in _files(root):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode("utf-8", "surrogateescape"))
             for part in _parts(file):

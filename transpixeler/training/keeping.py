@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transpixeler.config import Fault
 from transpixeler.data.loader import Batch
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.publishing import hub
 from transpixeler.runs.checkpoint import folder_name
 from transpixeler.runs.checkpointer import Checkpointer
@@ -35,7 +35,7 @@ class TrainingFailed(Fault):
 class Keeper:
     """Saves the state of one run. Every rank has one, and calls its methods together with the others."""
 
-    def __init__(self, run: Run, engine: Engine, state: TrainingState, schedule: Schedule) -> None:
+    def __init__(self, run: Run, engine: AnyEngine, state: TrainingState, schedule: Schedule) -> None:
         self.run, self.state, self.schedule = run, state, schedule
         self.config, self.runtime = state.config, state.runtime
         self.saver = Saver(self.config, self.runtime, engine)

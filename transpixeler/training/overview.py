@@ -11,8 +11,9 @@ from typing import Any
 
 from transpixeler.config import Config
 from transpixeler.data.dataset import Datasets
+from transpixeler.flow.experts import Split
 from transpixeler.models.family import ModelFolder
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.folder import Run
 from transpixeler.training.schedule import Schedule
@@ -21,7 +22,14 @@ logger = logging.getLogger("transpixeler")
 
 
 def introduce(
-    config: Config, runtime: Runtime, run: Run, engine: Engine, data: Datasets, schedule: Schedule, step: int
+    config: Config,
+    runtime: Runtime,
+    run: Run,
+    model: ModelFolder,
+    engine: AnyEngine,
+    data: Datasets,
+    schedule: Schedule,
+    step: int,
 ) -> None:
     """Log what will be trained, on what and for how long. A collective call."""
     own = {name: (p.numel(), p.requires_grad) for name, p in engine.named_parameters()}
@@ -41,10 +49,14 @@ def introduce(
         "steps": f"{schedule.total} in all, {mean:.4g} an epoch" + (f", {step} done" if step else ""),
         "run": str(run.folder),
     }
+    layouts = [model.geometry.layout(("rgb",), (1,), bucket) for bucket in data.train.buckets()]
+    tokens = max(layout.tokens for layout in layouts)
+    if said := Split.of(config, model, tokens).lines(run=config.train.expert_steps):
+        lines["experts"] = "; ".join(said)
     logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
 
 
-def manifest_facts(model: ModelFolder, engine: Engine, data: Datasets, schedule: Schedule) -> dict[str, Any]:
+def manifest_facts(model: ModelFolder, engine: AnyEngine, data: Datasets, schedule: Schedule) -> dict[str, Any]:
     """Return what the manifest says of this training's layout, data and model."""
     return {
         "layout": dataclasses.asdict(engine.mesh.layout),

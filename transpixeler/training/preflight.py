@@ -16,10 +16,13 @@ from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
 from transpixeler.adapters.on_model import check_names
 from transpixeler.config import Config, UserError
 from transpixeler.flow import objective
+from transpixeler.flow.experts import shares, training_shift
+from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import ModelFolder, examples
 from transpixeler.models.streams import Scope
 from transpixeler.parallel import build, shard
 from transpixeler.parallel.mesh import Layout
+from transpixeler.parallel.pipeline import NOMINAL_TOKENS
 from transpixeler.runs.folder import MANIFEST, METRICS
 from transpixeler.sampling.model import make_model
 
@@ -69,8 +72,18 @@ def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope])
     scopes: by target, those of the adapter that training starts from.
     """
     objective.check_given(config, model)
+    check_experts(config, model)
     whole = build.shape(config, partial(make_model, config), torch.float32, scopes=scopes)
     check_names(whole, model.family)
+
+
+def check_experts(config: Config, model: ModelFolder) -> None:
+    """Refuse experts that the model has not, that no noise level is left for, or that could not be saved."""
+    chosen = chosen_experts(config.model, model.experts)
+    if len(chosen) > 1 and not config.lora.enabled:
+        names = " or ".join(expert.name for expert in chosen)
+        raise UserError(f"model.expert: all experts at once train adapters only; set lora.enabled=true, or say {names}")
+    shares(config.objective, chosen, shift=training_shift(config.objective, model, NOMINAL_TOKENS))
 
 
 WRITTEN_BY_TRAINING = (METRICS, MANIFEST, ADAPTER_FILE, CONFIG_FILE)  # beside the config.yaml of a run or an adapter

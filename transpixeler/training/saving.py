@@ -26,7 +26,9 @@ from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config import Config
 from transpixeler.files import write_text
+from transpixeler.models.experts import ALL
 from transpixeler.models.family import open_model
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
@@ -40,7 +42,7 @@ class Saver:
 
     config: Config
     runtime: Runtime
-    engine: Engine
+    engine: AnyEngine
 
     @property
     def mesh(self) -> Mesh:
@@ -55,9 +57,9 @@ class Saver:
         if self.runtime.is_main:
             shutil.rmtree(draft, ignore_errors=True)
         self.runtime.barrier()
-        faults = [self._write(draft, {}, self._metadata(step, averaged=False))]
+        faults = self._write_all(draft, {}, self._metadata(step, averaged=False))
         if ema.decay:  # also on a stage that trains nothing, since this is a collective call
-            faults.append(self._write(draft / "ema", ema.shadow, self._metadata(step, averaged=True)))
+            faults += self._write_all(draft / "ema", ema.shadow, self._metadata(step, averaged=True))
         if self.runtime.is_main and not any(faults):
             faults.append(_attempt(lambda: self._publish(draft, folder)))
         fault = str(self.runtime.broadcast(next(filter(None, faults), "")))
@@ -75,6 +77,7 @@ class Saver:
     def _metadata(self, step: int, *, averaged: bool) -> dict[str, str]:
         return {
             "base_model": self.config.model.path,
+            **({"expert": self.config.model.expert} if self.config.model.expert != ALL else {}),
             **({"fuse": json.dumps(self.config.model.fuse)} if self.config.model.fuse else {}),
             "streams": ",".join(self.config.streams),
             **({"scales": ",".join(map(str, self.config.scales))} if max(self.config.scales) > 1 else {}),
@@ -84,13 +87,22 @@ class Saver:
             "ema": str(averaged).lower(),
         }
 
-    def _write(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-        if self.config.lora.enabled:
-            return self._write_adapter(folder, values, metadata)
-        return self._write_model(folder, values, metadata)
+    def _write_all(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
+        """Write what is trained, or a folder of it for each expert."""
+        if not self.config.lora.enabled:
+            return [self._write_model(folder, values, metadata)]
+        faults = []
+        for name, engine in self.engine.by_expert.items():
+            own = f"{name}." if name else ""
+            mine = {key.removeprefix(own): value for key, value in values.items() if key.startswith(own)}
+            told = {**metadata, "expert": name} if name else metadata
+            faults.append(self._write_adapter(engine, folder / name, mine, told))
+        return faults
 
-    def _write_adapter(self, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-        own = [adapter_of(model, metadata, values=values) for model in self.engine.models()]
+    def _write_adapter(
+        self, engine: Engine, folder: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> str:
+        own = [adapter_of(model, metadata, values=values) for model in engine.models()]
         parts = self._gather_stages(adapter_files.join(own))
         if not self.runtime.is_main:
             return ""

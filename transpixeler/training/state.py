@@ -22,12 +22,12 @@ from transpixeler.data.order import Order
 from transpixeler.flow import draws
 from transpixeler.models import lora
 from transpixeler.models.streams import Scope
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import restore, training_state
 from transpixeler.runs.folder import Run
 from transpixeler.runs.restore import Restored
-from transpixeler.sampling.model import initial_adapter, initial_scopes
+from transpixeler.sampling.model import initial_adapters, initial_scopes
 from transpixeler.training import optim
 from transpixeler.training.ema import Ema
 from transpixeler.training.identity import Identity
@@ -37,38 +37,38 @@ logger = logging.getLogger("transpixeler")
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """The adapter that training starts from, if any, and the scopes that it brings in place of `lora.scope`."""
+    """The adapters that training starts from, if any, and the scopes that they bring in place of `lora.scope`."""
 
-    adapter: Adapter | None
+    adapters: Mapping[str, Adapter]  # by expert
     scopes: Mapping[str, Scope]
 
 
 def find_beginning(config: Config, restored: Restored | None) -> Beginning:
     """Read `lora.init_from`. A resumed run keeps the scopes and takes its weights from the checkpoint."""
     if restored is not None:
-        return Beginning(None, restored.state.get("scopes", {}))
-    adapter = initial_adapter(config)
-    scopes = initial_scopes(config, adapter)
+        return Beginning({}, restored.state.get("scopes", {}))
+    adapters = initial_adapters(config)
+    scopes = initial_scopes(config, adapters)
     if scopes:
         parts = dict.fromkeys(f"{lora.inside(target)}: {scope}" for target, scope in scopes.items())
         logger.info("lora.init_from: the adapter's scopes replace lora.scope: %s", ", ".join(parts))
-    return Beginning(adapter, scopes)
+    return Beginning(adapters, scopes)
 
 
 class TrainingState:
     """Everything that training changes on this rank."""
 
     def __init__(
-        self, config: Config, runtime: Runtime, engine: Engine, beginning: Beginning, identity: Identity
+        self, config: Config, runtime: Runtime, engine: AnyEngine, beginning: Beginning, identity: Identity
     ) -> None:
         self.config, self.runtime, self.mesh = config, runtime, engine.mesh
         self.scopes, self.identity = beginning.scopes, identity
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in engine.named_parameters() if p.requires_grad}
         optim.check_groups([name for part in runtime.gather(list(self.parameters)) for name in part], config.optim)
         self.optimizer = optim.build(self.parameters, config.optim, self.mesh.data_group)
-        if beginning.adapter is not None:
-            for model in engine.models():
-                apply_adapter(model, beginning.adapter)
+        for expert, adapter in beginning.adapters.items():
+            for model in engine.by_expert[expert].models():
+                apply_adapter(model, adapter)
         self.ema = Ema(self.parameters, config.optim.ema)
         self.step = 0  # steps that are done
 

@@ -13,7 +13,7 @@ from transpixeler.data.loader import Batch
 from transpixeler.models import costs
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import devices, pipeline
-from transpixeler.parallel.pipeline import Engine
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.training.agreement import Facts
 
 
@@ -31,17 +31,26 @@ class Recorder:
     """Makes records; holds what does not change from one step to the next."""
 
     config: Config
-    engine: Engine
+    engine: AnyEngine
     ranks: int
 
     def record(
-        self, batch: Batch, layout: StreamLayout, facts: Facts, times: StepTimes, *, lr: float, micro_batch: int
+        self,
+        batch: Batch,
+        layout: StreamLayout,
+        facts: Facts,
+        times: StepTimes,
+        *,
+        lr: float,
+        micro_batch: int,
+        expert: str = "",
     ) -> dict[str, Any]:
         """Return the line of metrics.jsonl for a step that ended. layout: what it ran, perhaps less than was read."""
         samples = self.config.train.global_batch
         return {
             "step": batch.step + 1,
             "epoch": batch.epoch + 1,
+            **({"expert": expert} if expert else {}),
             "loss": facts.loss,
             **{f"loss_{name}": value for name, value in facts.by_stream.items()},
             "grad_norm": facts.grad_norm,

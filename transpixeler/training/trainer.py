@@ -15,10 +15,11 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Batch
 from transpixeler.flow.objective import Example
+from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import open_model
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel.build import build_engine
+from transpixeler.parallel.build import build_engines
 from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.runs import opening, telemetry
@@ -75,15 +76,16 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, controls: Controls) -> None:
         self.config, self.controls = config, controls
         beginning = find_beginning(config, run.restored)
-        model, source = open_model(config.model), base_weights(config)
+        model = open_model(config.model)
         preflight.check_model(config, model, beginning.scopes)
-        hosts = identity.check_hosts(config, runtime, source.path)
+        sources = {expert: base_weights(config, expert) for expert in chosen_experts(config.model, model.experts)}
+        hosts = identity.check_hosts(config, runtime, [source.path for source in sources.values()])
         self.data = encode_missing(config, model, runtime)
         order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
         self.schedule = make_schedule(config, order)
         self.mesh = meshes.build(layout, runtime)
         found = identity.check(config, runtime, run, hosts, self.data)
-        self.engine = build_engine(config, self.mesh, partial(make_model, config), source, scopes=beginning.scopes)
+        self.engine = build_engines(config, self.mesh, lambda _: make_model(config), sources, scopes=beginning.scopes)
         self.state = TrainingState(config, runtime, self.engine, beginning, found)
         self.state.resume(run)
         if runtime.is_main:
@@ -95,7 +97,7 @@ class Trainer:
         self.evaluation = open_evaluation(
             self.engine, self.state, self.data.eval, self.schedule, run, self.telemetry, pause=self._stop_if_asked
         )
-        overview.introduce(config, runtime, run, self.engine, self.data, self.schedule, self.state.step)
+        overview.introduce(config, runtime, run, model, self.engine, self.data, self.schedule, self.state.step)
         if runtime.is_main:
             opening.begin(run, config)
         self.micro_batch = partial(micro_batch, config, model.geometry, layout.data)
@@ -143,7 +145,8 @@ class Trainer:
         if self.telemetry is not None:
             times = StepTimes(seconds, self.loader.wait_seconds, self.keeper.take_stall())
             size = self.micro_batch(batch.layout)
-            line = self.recorder.record(batch, example.layout, facts, times, lr=lr, micro_batch=size)
+            what = {"lr": lr, "micro_batch": size, "expert": example.expert}
+            line = self.recorder.record(batch, example.layout, facts, times, **what)
             self.telemetry.step(line)
 
     def _check_finite(self, batch: Batch, facts: Facts) -> None:

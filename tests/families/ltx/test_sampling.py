@@ -70,7 +70,7 @@ def made(
         forward=lambda x, inputs, layout, batch: model(x, *inputs, layout=layout),
     )
     fields = [{"text": one["text"], "lengths": torch.tensor(len(one["text"]))} for one in (text, negative)]
-    velocity = sampler.guided(engine, layout, *fields, guidance=SCALE)
+    velocity = sampler.guided(engine, layout, *fields, guidance=lambda _: SCALE)
     config = SampleConfig(steps=STEPS, shift=shift, scheduler="euler")
     solver = Sampler(engine, None, config, None, opened)._solver(layout.lengths[0])
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver, given=given))[0]

@@ -14,6 +14,7 @@ from tests.support.models import move
 from transpixeler.config import SampleConfig
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.flow.solver import denoise, start_noise
+from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource, load_weights
 from transpixeler.sampling import sampler
@@ -128,6 +129,35 @@ def write_image_to_video(folder: Path, form: str) -> Path:
     return folder
 
 
+def write_experts(folder: Path, kind: str) -> Path:
+    """Write a tiny model of two experts, as Wan 2.2's A14B: "t2v", or "i2v" with 36 channels."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+    from transformers.utils.logging import disable_progress_bar
+
+    from transpixeler.demo.model import random_parts
+
+    disable_progress_bar()
+    config = image_to_video("plain") if kind == "i2v" else {**FIVE, "in_channels": 16, "out_channels": 16}
+    high, low = WanTransformer3DModel(**config), WanTransformer3DModel(**config)
+    move(high, seed=3)
+    move(low, seed=7)
+    parts, shift = random_parts(3), 5.0 if kind == "i2v" else 12.0
+    pipeline = (WanImageToVideoPipeline if kind == "i2v" else WanPipeline)(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=parts.vae,
+        transformer=high,
+        transformer_2=low,
+        boundary_ratio=0.9 if kind == "i2v" else 0.875,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def image_to_video(form: str) -> dict[str, Any]:
     """Return the config of a tiny transformer of 36 channels."""
     config: dict[str, Any] = {**FIVE, "in_channels": 36, "out_channels": 16}
@@ -152,21 +182,26 @@ def made(
     opened = WanFolder(str(folder))
     model = opened.build(streams=layout.names)
     load_weights(model, WeightSource(str(folder), opened.family.internal_names))
-    encoder = opened.load_text_encoder(device=CPU, dtype=torch.float32)
-    fields = [
-        {"text": torch.nn.functional.pad(one["text"], (0, 0, 0, 512 - len(one["text"])))}
-        for one in encoder.encode([PROMPT, NEGATIVE])
-    ]
+    fields = texts(opened)
     fields[0] |= shown or {}
     engine: Any = SimpleNamespace(
         config=SimpleNamespace(pipeline=1),
         mesh=SimpleNamespace(device=CPU),
         forward=lambda x, inputs, layout, batch: model(x, *inputs, layout=layout),
     )
-    velocity = sampler.guided(engine, layout, *fields, guidance=SCALE)
+    velocity = sampler.guided(engine, layout, *fields, guidance=lambda _: SCALE)
     mesh: Any = None
     solver = Sampler(engine, mesh, SampleConfig(steps=STEPS), None, opened)._solver(layout.lengths[0])
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver, given=given))[0]
+
+
+def texts(model: ModelFolder) -> list[dict[str, Tensor]]:
+    """Return the fields of the prompt and of the negative one, in fp32, where the cache holds bf16."""
+    encoder = model.load_text_encoder(device=CPU, dtype=torch.float32)
+    return [
+        {"text": torch.nn.functional.pad(one["text"], (0, 0, 0, 512 - len(one["text"])))}
+        for one in encoder.encode([PROMPT, NEGATIVE])
+    ]
 
 
 def run(pipeline: Any, pixels: tuple[int, int, int], layout: StreamLayout, **inputs: Any) -> Tensor:
@@ -179,9 +214,8 @@ def run(pipeline: Any, pixels: tuple[int, int, int], layout: StreamLayout, **inp
         width=width,
         num_frames=frames,
         num_inference_steps=STEPS,
-        guidance_scale=SCALE,
         max_sequence_length=512,
         latents=layout.unpack(start_noise(layout, 3))[0].clone(),
         output_type="latent",
-        **inputs,
+        **{"guidance_scale": SCALE, **inputs},
     ).frames

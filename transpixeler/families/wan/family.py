@@ -18,6 +18,7 @@ from transpixeler.families.wan.config import MODEL_TYPES, WanConfig, diffusers_c
 from transpixeler.families.wan.model import WanModel, fields_of
 from transpixeler.families.wan.names import NAMES, config_from_shapes, image_settings
 from transpixeler.models.damage import read_config
+from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.family import (
     Digest,
     Family,
@@ -38,7 +39,14 @@ NEGATIVE_PROMPT = (
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 LAST_FRAME_SHIFT = 16.0  # of FLF2V, as published
+EXPERTS_SHIFT = 12.0  # of Wan 2.2's text-to-video model of two experts, likewise
 PIPELINE = "model_index.json"  # of a diffusers pipeline
+CONFIG = "config.json"
+EXPERTS = ("high", "low")
+# where the high expert, which is for the most noise, and the low one lie in a diffusers pipeline and in Wan's folder
+DIFFUSERS_EXPERTS = ("transformer", "transformer_2")
+ORIGINAL_EXPERTS = ("high_noise_model", "low_noise_model")
+BOUNDARY, IMAGE_BOUNDARY = 0.875, 0.9  # the lowest noise level of the high expert, as published
 
 
 class WanFolder(ModelFolder):
@@ -49,7 +57,7 @@ class WanFolder(ModelFolder):
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        folder = resolve(self.path, only=("config.json", "transformer/config.json", PIPELINE))
+        folder = self._folder
         if folder.is_file():
             source = WeightSource(folder, NAMES.internal_names)
             refuse_others(name.split(".")[0] for name in source.names())
@@ -57,23 +65,58 @@ class WanFolder(ModelFolder):
                 return config_from_shapes({name: source.shape(name) for name in source.names()})
             except KeyError as fault:
                 raise UserError(f"model.path: {folder} holds no Wan model: {fault.args[0]} is not in it") from fault
-        if _has_two_experts(folder):
-            raise UserError(
-                f"model.path: {self.path} holds two models, each for a range of noise (Wan 2.2 A14B), of which one "
-                "would be trained; use a Wan of one transformer, such as Wan-AI/Wan2.1-T2V-14B-Diffusers"
-            )
-        found = [file for file in (folder / "transformer" / "config.json", folder / "config.json") if file.is_file()]
+        places = [self.experts[0].folder] if self.experts[0].folder else ["transformer", ""]
+        found = [file for place in places if (file := folder / place / CONFIG).is_file()]
         if not found:
             raise UserError(f"model.path: {self.path} holds neither transformer/config.json nor config.json")
         config = read_config(found[0])
-        return config | self._image_settings() if config.get("model_type") in ("i2v", "flf2v") else config
+        if config.get("model_type") in ("i2v", "flf2v"):
+            config |= self._image_settings()
+        for other in self.experts[1:]:
+            if WanConfig.read(config | read_config(folder / other.folder / CONFIG)) != WanConfig.read(config):
+                raise UserError(
+                    f"model.path: {self.path}: {other.folder} is of another shape than {self.experts[0].folder}; "
+                    "take both from one model"
+                )
+        return config
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Return where its configs lie, or its one file."""
+        places = (*DIFFUSERS_EXPERTS, *ORIGINAL_EXPERTS)
+        return resolve(self.path, only=(CONFIG, *(f"{place}/{CONFIG}" for place in places), PIPELINE))
+
+    @cached_property
+    def experts(self) -> tuple[Expert, ...]:
+        places = _places_of_experts(self._folder)
+        if not places:
+            return (ONLY,)
+        for place in places:
+            if not (self._folder / place / CONFIG).is_file():
+                raise UserError(
+                    f"model.path: {self.path} is a model of two experts and holds no {place}/{CONFIG}; copy or "
+                    "download it again"
+                )
+        boundary = self._boundary(self._folder / places[0] / CONFIG)
+        (high, low), (first, second) = EXPERTS, places
+        return Expert(high, boundary, 1.0, first), Expert(low, 0.0, boundary, second)
+
+    def _boundary(self, config: Path) -> float:
+        """Return the noise level where the experts meet: the pipeline's own, or that of the published models."""
+        index = self._folder / PIPELINE
+        told = read_config(index).get("boundary_ratio") if index.is_file() else None
+        if told is None:
+            return IMAGE_BOUNDARY if WanConfig.read(read_config(config)).condition_channels else BOUNDARY
+        if not isinstance(told, float) or not 0 < told < 1:
+            raise UserError(f"model.path: {index}: boundary_ratio {told!r} is no share of the noise levels")
+        return told
 
     def _image_settings(self) -> dict[str, Any]:
         """Return what Wan's own config.json leaves out: whether an image encoder is read, and how wide it is.
 
         2.1's and 2.2's image-to-video models name the same type, and only the first one's weights have such parts.
         """
-        source = WeightSource(self.path, NAMES.internal_names)
+        source = WeightSource(self.path, NAMES.internal_names, part=self.experts[0].folder)
         return image_settings({name: source.shape(name) for name in source.names()})
 
     @cached_property
@@ -112,7 +155,12 @@ class WanFolder(ModelFolder):
     def image_fingerprint(self, digest: Digest = file_digest) -> str:
         return images.image_fingerprint(self.path, digest)
 
+    def shift(self, tokens: int) -> float:
+        return self.sampling_shift(tokens) if len(self.experts) > 1 else 1.0
+
     def sampling_shift(self, tokens: int) -> float:
+        if len(self.experts) > 1 and not self._checked.condition_channels:
+            return EXPERTS_SHIFT
         return LAST_FRAME_SHIFT if self._checked.shows_last else self.family.sampling.shift
 
     def build(
@@ -135,10 +183,12 @@ class WanFolder(ModelFolder):
         return images.load_image_encoder(self.path, device=device, dtype=dtype)
 
 
-def _has_two_experts(folder: Path) -> bool:
+def _places_of_experts(folder: Path) -> tuple[str, str] | None:
     """Tell a folder of two experts: in diffusers' layout by the pipeline's own list, in Wan's by its folders."""
     index = read_config(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
-    return any(index.get("transformer_2") or ()) or (folder / "high_noise_model").is_dir()
+    if any(index.get(DIFFUSERS_EXPERTS[1]) or ()):
+        return DIFFUSERS_EXPERTS
+    return ORIGINAL_EXPERTS if any((folder / place).is_dir() for place in ORIGINAL_EXPERTS) else None
 
 
 def _is_wan(path: Path) -> bool:
@@ -149,7 +199,7 @@ def _is_wan(path: Path) -> bool:
         if (path / name).is_file():
             config = read_config(path / name)
             return str(config.get("_class_name", "")).startswith("Wan") or config.get("model_type") in MODEL_TYPES
-    return _has_two_experts(path)
+    return _places_of_experts(path) is not None
 
 
 FAMILY = Family(
@@ -163,4 +213,5 @@ FAMILY = Family(
     transformer_class="WanTransformer3DModel",
     pipeline_class="WanPipeline",
     example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    experts=EXPERTS,
 )

@@ -347,7 +347,12 @@ COMMANDS: dict[str, Command] = {
 def _config(arguments: argparse.Namespace) -> Config:
     from transpixeler import configfile
 
-    return configfile.load(arguments.config, arguments.overrides)
+    config = configfile.load(arguments.config, arguments.overrides)
+    if not os.path.isdir(config.model.path):  # noqa: PTH112  a Hub id, or a file: nothing that needs torch to be read
+        return config
+    from transpixeler.adapters.bases import on_trained_base
+
+    return on_trained_base(config)
 
 
 def _running(config: Config | None = None) -> AbstractContextManager[Runtime]:

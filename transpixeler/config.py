@@ -70,6 +70,7 @@ BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # names that a sam
 class ModelConfig:
     family: str = ""
     path: HubPath = ""
+    encoders: HubPath = ""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Literal["none", "fp8", "int8"] = "none"
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex"] = "auto"

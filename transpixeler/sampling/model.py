@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.bases import over_base
 from transpixeler.adapters.files import read_adapter
 from transpixeler.adapters.merge import FusedSource, read_fused
 from transpixeler.adapters.on_model import apply_adapter, inject_adapter
@@ -47,15 +48,15 @@ def base_weights(config: Config) -> Readable:
 
 
 def initial_adapter(config: Config) -> Adapter | None:
-    """Read `lora.init_from`, which training starts from; refuse one that does not fit the model."""
+    """Read what training starts from: `lora.init_from`, and the base's stream embeddings; refuse what does not fit."""
     path = config.lora.init_from
     if not path:
-        return None
+        return over_base(config, None)
     companion = next(iter([*config.streams][1:]), "seg")  # the published code's files do not name theirs
     adapter = read_adapter(path, stream=companion, key="lora.init_from")
     with torch.device("meta"):
         _check_fits(adapter, make_model(config), f"lora.init_from: {path}", config.model.path)
-    return adapter
+    return over_base(config, adapter)
 
 
 def initial_scopes(config: Config, adapter: Adapter | None) -> dict[str, Scope]:
@@ -83,7 +84,8 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> Engine:
 
     The adapter has the ranks, strengths and scopes that its file says.
     """
-    config, adapter = _for_inference(source.config), source.adapter
+    config = _for_inference(source.config)
+    adapter = source.adapter if source.weights else over_base(config, source.adapter)
     if adapter is not None and "streams" in adapter.metadata:
         _check_scales(trained_scales(adapter, adapter.metadata["streams"].split(","), source.name), config, source.name)
 

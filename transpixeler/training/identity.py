@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transpixeler
+from transpixeler.adapters.files import ADAPTER_FILE
 from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.parallel.runtime import Runtime
@@ -200,7 +201,10 @@ def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     folders = [folder for folder in sorted(root.glob("transformer*")) if folder.is_dir()] or [root]
-    return [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS_AND_SHAPES]
+    embeddings = [] if folders == [root] else sorted(root.glob(ADAPTER_FILE))  # of a model that was trained in full
+    return embeddings + [
+        file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS_AND_SHAPES
+    ]
 
 
 def _parts(file: Path) -> Iterator[bytes]:

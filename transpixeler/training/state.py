@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.bases import over_base
 from transpixeler.adapters.on_model import apply_adapter
 from transpixeler.config import Config
 from transpixeler.data.order import Order
@@ -44,14 +45,19 @@ class Beginning:
 
 
 def find_beginning(config: Config, restored: Restored | None) -> Beginning:
-    """Read `lora.init_from`. A resumed run keeps the scopes and takes its weights from the checkpoint."""
+    """Read `lora.init_from`. A resumed run keeps the scopes and takes its weights from the checkpoint.
+
+    Only the base's stream embeddings, where they are not trained, are in no checkpoint.
+    """
     if restored is not None:
-        return Beginning(None, restored.state.get("scopes", {}))
+        return Beginning(over_base(config, None), restored.state.get("scopes", {}))
     adapter = initial_adapter(config)
     scopes = initial_scopes(config, adapter)
     if scopes:
         parts = dict.fromkeys(f"{lora.inside(target)}: {scope}" for target, scope in scopes.items())
         logger.info("lora.init_from: the adapter's scopes replace lora.scope: %s", ", ".join(parts))
+    if adapter is not None and adapter.stream_embeddings:
+        logger.info("stream embeddings that training goes on with: %s", ", ".join(adapter.stream_embeddings))
     return Beginning(adapter, scopes)
 
 

@@ -23,7 +23,7 @@ from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.runs import opening, telemetry
 from transpixeler.runs.controls import Controls, Stopped, listening
-from transpixeler.runs.folder import LOG, Run
+from transpixeler.runs.folder import LOG, STRAIGHT_ON, Going, Run
 from transpixeler.runs.manifest import write_manifest
 from transpixeler.sampling.model import base_weights, make_model
 from transpixeler.training import identity, optim, overview, preflight
@@ -38,16 +38,16 @@ from transpixeler.training.step_record import Recorder, StepTimes
 logger = logging.getLogger("transpixeler")
 
 
-def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Path:
+def train(config: Config, runtime: Runtime, *, resume: str | None = None, going: Going = STRAIGHT_ON) -> Path:
     """Encode what the cache lacks, train, and return the run's folder.
 
-    resume: None for a new run, "" to go on with the config's run, or a run or checkpoint folder.
+    resume: None for a new run, "" to go on with the config's run, or a run or checkpoint folder. going: how.
     """
     layout = meshes.resolve(config.parallel, runtime.world_size)
     preflight.check(config, layout)
     optim.check(config.optim)
     telemetry.check(config.log)
-    run = opening.open_run(config, runtime, resume)
+    run = opening.open_run(config, runtime, resume, going)
     log = log_to_file(run.folder / LOG, runtime.rank) if runtime.is_main else None
     try:
         lost = naming_lost_ranks(runtime.timeout, way_on=partial(opening.resume_hint, run))

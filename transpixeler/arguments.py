@@ -7,6 +7,28 @@ from typing import Any
 
 from transpixeler import __version__
 
+# Options of the programs that people come from, and what stands for them here.
+OTHERS_OPTIONS = {
+    "--config": "is the first word here: `transpixeler train CONFIG`; tools/migrate.py turns a TOML into one",
+    "--resume_from_checkpoint": "is `--resume` here",
+    "--reset_dataloader": "is `--resume RUN --restart-steps` here: a new run that begins with the checkpoint",
+    "--reset_optimizer": "is `--resume RUN --weights-only` here",
+    "--reset_optimizer_params": "is not needed: the learning rate is the config's; optim.force_lr fixes it",
+    "--regenerate_cache": "is `transpixeler cache CONFIG --rebuild` here",
+    "--cache_only": "is `transpixeler cache CONFIG` here",
+    "--trust_cache": "is not needed: what a cache holds is not encoded again",
+    "--dump_dataset": "is `transpixeler inspect CONFIG` here",
+    "--i_know_what_i_am_doing": "is not known here; train.allow_changed lists what may differ from a checkpoint",
+    "--deepspeed": "is not needed: `torchrun --nproc-per-node N -m transpixeler train CONFIG` uses several GPUs",
+    "--deepspeed_config": "is not needed; the keys under `parallel` say how the model is spread",
+    "--local_rank": "is not needed: torchrun tells each process its rank",
+    "--master_port": "is torchrun's: `torchrun --master-port`",
+    "--output_dir": "is a config key here: output_dir=DIR",
+    "--pretrained_model_name_or_path": "is a config key here: model.path=FOLDER",
+    "--learning_rate": "is a config key here: optim.lr=1e-4",
+    "--max_train_steps": "is a config key here: train.max_steps=N",
+}
+
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Wide enough for our texts; the reference config lists the defaults."""
@@ -126,6 +148,21 @@ def _add_train(commands: Any) -> None:
         metavar="RUN",
         help="continue from the newest valid checkpoint of RUN (a run or checkpoint folder); without RUN, of the run "
         "that run_name names, else of the latest run",
+    )
+    parser.add_argument(
+        "--restart-steps",
+        action="store_true",
+        help="with --resume: begin a new run with RUN's weights and optimizer; steps and order of samples from zero",
+    )
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="with --resume: keep the weights and their averages, and begin with a fresh optimizer",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all, build the model, read the first batch, say what would be trained, and write nothing",
     )
 
 

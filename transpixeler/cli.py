@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from transpixeler.arguments import make_parser
+from transpixeler.arguments import OTHERS_OPTIONS, make_parser
 from transpixeler.config import Config, Fault, UserError
 from transpixeler.files import printable
 
@@ -70,6 +70,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse argv; `key=value` may stand anywhere after the command, also between options."""
     parser = make_parser()
     arguments, left = parser.parse_known_args(_explicit_resume(argv))
+    for word in left:
+        if (ours := OTHERS_OPTIONS.get(word.partition("=")[0])) is not None:
+            parser.error(f"{word.partition('=')[0]} {ours}")
     overrides = [word for word in left if "=" in word and not word.startswith("-")]
     if left != overrides or (overrides and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
@@ -165,11 +168,16 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    from transpixeler.training import preflight, trainer
+    from transpixeler.runs.folder import Going
+    from transpixeler.training import preflight, rehearsal, trainer
 
+    going = Going(restart_steps=arguments.restart_steps, weights_only=arguments.weights_only)
     preflight.check_import(config, arguments.config, arguments.overrides)
     with _running(config) as runtime:
-        folder = trainer.train(config, runtime, resume=arguments.resume)
+        if arguments.dry_run:
+            rehearsal.rehearse(config, runtime, resume=arguments.resume, going=going)
+            return 0
+        folder = trainer.train(config, runtime, resume=arguments.resume, going=going)
         if runtime.is_main:
             print(folder)
     return 0
@@ -347,7 +355,12 @@ COMMANDS: dict[str, Command] = {
 def _config(arguments: argparse.Namespace) -> Config:
     from transpixeler import configfile
 
-    return configfile.load(arguments.config, arguments.overrides)
+    config = configfile.load(arguments.config, arguments.overrides)
+    if not os.path.isdir(config.model.path):  # noqa: PTH112  a Hub id, or a file: nothing that needs torch to be read
+        return config
+    from transpixeler.adapters.bases import on_trained_base
+
+    return on_trained_base(config)
 
 
 def _running(config: Config | None = None) -> AbstractContextManager[Runtime]:

@@ -71,6 +71,7 @@ class ModelConfig:
     family: str = ""
     path: HubPath = ""
     expert: str = "all"
+    encoders: HubPath = ""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Literal["none", "fp8", "int8"] = "none"
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex"] = "auto"

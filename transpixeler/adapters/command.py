@@ -8,11 +8,12 @@ from pathlib import Path
 
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.bases import on_trained_base
 from transpixeler.adapters.files import ADAPTER_FILE, MODEL_FOLDER, expert_folders, read_adapter, write_adapter
 from transpixeler.adapters.merge import merge_adapter, read_fused, save_file
 from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
 from transpixeler.adapters.spelling import FORMATS
-from transpixeler.config import UserError
+from transpixeler.config import Config, ModelConfig, UserError
 from transpixeler.models.family import ModelFolder, families
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import WeightSource
@@ -78,7 +79,10 @@ def _base(adapter: Adapter, path: str) -> ModelFolder:
             f"--base: {path} is of the family {found[0].name}, and the adapter of the family {adapter.family.name}; "
             "give the model that it was trained on"
         )
-    return adapter.family.open(path)
+    model = on_trained_base(Config(model=ModelConfig(path=path))).model
+    if model.fuse:
+        raise UserError(f"--base: {path} holds an adapter; give a whole model, such as {model.path}")
+    return adapter.family.open(model.path, model.encoders)
 
 
 def _warn(adapter: Adapter, format: str, programs: tuple[str, ...]) -> None:
@@ -126,7 +130,9 @@ def _trained_from(save: Path, base: str) -> ModelFolder:
     if family is None:
         raise UserError(f"{save / MODEL_FOLDER} is of no family that we know; update transpixeler")
     config = next((place / _CONFIG for place in (save, save.parent) if (place / _CONFIG).is_file()), None)
-    base = base or (configfile.load(config).model.path if config else "")
-    if not base:
+    if not base and config is None:
         raise UserError(f"{save} does not say which base it was trained from; give one with `--base`")
-    return family.open(base)
+    if base or config is None:
+        return family.open(base)
+    model = configfile.load(config).model
+    return family.open(model.path, model.encoders)

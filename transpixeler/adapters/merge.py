@@ -30,15 +30,18 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 
 class FusedSource:
-    """A base's weights with plain adapters added as they are read, slice by slice, on any layout."""
+    """A base's weights with adapters added as they are read, slice by slice, on any layout.
+
+    The adapters act on all tokens; stream embeddings that they have are no weights of the base, and left to the caller.
+    """
 
     def __init__(self, source: WeightSource, adapters: Sequence[Adapter]) -> None:
         self.path, self._source, self._adapters = source.path, source, tuple(adapters)
         for adapter in adapters:
-            if not adapter.is_plain:
+            if not all(scope == "all" for scope in adapter.scopes.values()):
                 raise UserError(
                     "this adapter acts on some streams only, and all streams share the base's weights: "
-                    "it cannot be merged or fused; only a plain adapter (one stream, scope all) can"
+                    "it cannot be merged or fused; only one whose scope is all can"
                 )
             self._check(adapter)
 
@@ -87,6 +90,12 @@ def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], out: str | Pat
     """
     expert = expert_for(adapters[-1].expert, base)
     source = FusedSource(WeightSource(base.path, base.family.internal_names, part=expert.folder), adapters)
+    source = FusedSource(WeightSource(base.path, base.family.internal_names), adapters)
+    if any(adapter.stream_embeddings for adapter in adapters):
+        raise UserError(
+            "this adapter has stream embeddings, for which other programs' models have no place: it cannot be merged; "
+            "use it with `transpixeler sample`, or train on from it with model.path"
+        )
     if is_one_file(out):
         return save_file(source, out, model=base)
     return save_model(((name, source.read(name)) for name in source.names()), out, model=base)

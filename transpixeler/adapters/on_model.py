@@ -53,8 +53,14 @@ def apply_adapter(model: Backbone, adapter: Adapter) -> None:
     """Fill a model's adapter, or its stage's or shard's part of it, so that it computes what the given one does.
 
     A whole model that has none yet gets the adapter's own; one that was injected by its config keeps its own strength.
-    A stage without any linear that is adapted stays so.
+    A stage without any linear that is adapted stays so. Stream embeddings alone leave the linears as they are.
     """
+    embeddings = {STREAM_EMBEDDING + stream: tensor for stream, tensor in adapter.stream_embeddings.items()}
+    if not adapter.targets:
+        for name, parameter in model.named_parameters():
+            if name in embeddings:
+                assign(parameter, embeddings[name])
+        return
     linears = dict(lora_linears(model))
     if not linears and model.embed is not None and model.head is not None:
         inject_adapter(model, adapter)
@@ -63,8 +69,7 @@ def apply_adapter(model: Backbone, adapter: Adapter) -> None:
     for target, module in linears.items():
         if target in adapter.alphas and adapter.scale(target) != module.scale:
             tensors[f"{target}.lora_B"] = adapter.up(target) * (adapter.scale(target) / module.scale)
-    tensors |= {STREAM_EMBEDDING + stream: tensor for stream, tensor in adapter.stream_embeddings.items()}
-    load_adapter(model, tensors, assign=assign)
+    load_adapter(model, tensors | embeddings, assign=assign)
 
 
 def adapter_of(model: Backbone, metadata: Mapping[str, str], *, values: Mapping[str, Tensor] | None = None) -> Adapter:

@@ -89,6 +89,16 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
     return datasets
 
 
+def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[Datasets, Work]:
+    """Return the train and eval sets of a config, and what `encode_missing` would encode of them."""
+    with _connected(runtime) as ranks:
+        found, work = ranks.from_main(partial(_find_work, config, model))
+    datasets = _datasets(config, found, {}, whole=False)
+    if runtime.is_main:
+        _summarise(datasets, [])
+    return datasets, work
+
+
 def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
     """Return the jobs that lack a record, each with only the parts that lack one."""
     cache = Cache(*found.folders)
@@ -346,7 +356,8 @@ def _connected(runtime: Runtime) -> Iterator[_Ranks]:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datasets:
+def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str], *, whole: bool = True) -> Datasets:
+    """Return both sets without clips that are bad. whole: every record must be in the cache."""
     cache, streams, empty = Cache(*found.folders), tuple(config.streams), found.empty_text_keys
     sets, lasts = {}, all_lasts(config.objective, streams)
     for name, items in found.items.items():
@@ -354,7 +365,7 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Datase
         kept = tuple(item for item in items if item.id not in reasons)
         keys = [key for item in kept for key in (*item.latent_keys, *item.text_keys)]
         keys += [key for item in kept if item.shown for key in item.shown.all]
-        if absent := cache.missing([*keys, *found.empty_text_keys]):
+        if absent := cache.missing([*keys, *found.empty_text_keys]) if whole else ():
             raise UserError(
                 f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
                 "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"

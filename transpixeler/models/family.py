@@ -119,7 +119,8 @@ class ModelFolder(ABC):
     """One model on disk: what `model.path` resolves to, looked up once."""
 
     family: Family
-    path: str  # as the user gave it
+    path: str  # as the user gave it: the transformer, and all else where `encoders` is not given
+    encoders: str  # where VAE, text and image encoders lie
 
     # -- without loading a weight
 
@@ -209,7 +210,7 @@ class Family:
     name: str
     title: str  # as people call it
     names: Names
-    open: Callable[[str], ModelFolder]
+    open: Callable[..., ModelFolder]  # (path, encoders="")
     recognises: Callable[[Path], bool]  # a local folder or file
     sampling: SamplingDefaults
     lora_targets: tuple[str, ...]
@@ -246,7 +247,7 @@ def open_model(config: ModelConfig) -> ModelFolder:
     if not config.path:
         raise UserError(f"model.path: set it to a model's folder, file or Hub id, such as {examples()}")
     if config.family:
-        return find_family(config.family).open(config.path)
+        return find_family(config.family).open(config.path, config.encoders)
     path = resolve(config.path, only=("model_index.json", "config.json", "*/config.json"))
     found = [family for family in families() if family.recognises(path)]
     if len(found) != 1:
@@ -255,4 +256,4 @@ def open_model(config: ModelConfig) -> ModelFolder:
             f"model.path: {config.path} does not say which model it is; known are {known}: set model.family to one of "
             f"{', '.join(family_names())}, or model.path to a folder with the config.json of such a model"
         )
-    return found[0].open(config.path)
+    return found[0].open(config.path, config.encoders)

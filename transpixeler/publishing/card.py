@@ -47,6 +47,7 @@ class Card:
 
     repo: str
     base: str  # a Hub id, or ""
+    origin: str  # the Hub id of the model whose encoders the base has, where they lie elsewhere
     fused: Sequence[str]  # adapters that were added to that base
     license: str
     config: Config
@@ -71,7 +72,9 @@ class Card:
         return len(self.streams) == 1 and (self.model.adapter is None or self.model.adapter.is_plain)
 
 
-def gather(model: SavedModel, run: Path | None, *, repo: str, base: str, fused: Sequence[str], license: str) -> Card:
+def gather(
+    model: SavedModel, run: Path | None, *, repo: str, base: str, origin: str, fused: Sequence[str], license: str
+) -> Card:
     """Collect what the card says from a saved model and its run."""
     step = model.step
     records = read_metrics(run) if run else []
@@ -80,7 +83,7 @@ def gather(model: SavedModel, run: Path | None, *, repo: str, base: str, fused: 
     manifest = read_manifest(run) if run else {}
     steps = [line for line in lines if "loss" in line]
     samples, measured = tuple(_samples(run, step)) if run else (), evals[-1] if evals else {}
-    return Card(repo, base, fused, license, model.config, model, steps, measured, manifest, samples)
+    return Card(repo, base, origin, fused, license, model.config, model, steps, measured, manifest, samples)
 
 
 def _samples(run: Path, step: int | None) -> Iterator[ShownSample]:
@@ -125,7 +128,11 @@ def _header(card: Card) -> str:
 
 
 def _summary(card: Card) -> str:
-    base = f"[{card.base}](https://huggingface.co/{card.base})" if card.base else f"a {card.model.family.title} model"
+    base = f"a {card.model.family.title} model"
+    if card.base:
+        base = f"[{card.base}](https://huggingface.co/{card.base})"
+    elif card.origin:
+        base = f"an unpublished model with the encoders of [{card.origin}](https://huggingface.co/{card.origin})"
     adapter = card.model.adapter
     kind = "A fine-tuned model" if card.model.weights else f"A LoRA adapter{_rank(card)} for {base}"
     does = (

@@ -60,8 +60,10 @@ def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
     _check_own(save, source)
     found = read_save(save, source)
     base = terms.base or _base_of(found.config.model.path)
+    origin = _base_of(found.config.model.encoders)  # of a base that was trained here, and is on no Hub
+    base = base or (origin if found.weights else "")
     fused = _without_folders(list(found.config.model.fuse))
-    made = card.gather(found, found.run, repo=terms.repo, base=base, fused=fused, license=terms.license)
+    made = card.gather(found, found.run, repo=terms.repo, base=base, origin=origin, fused=fused, license=terms.license)
     files: dict[str, Path | bytes] = {**_weights(found, save.path, base), CONFIG: _config(found.config, base)}
     files |= {path: file for sample in made.samples for path, file in sample.files.items()}
     files[CARD] = card.write(made).encode()

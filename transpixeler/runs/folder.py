@@ -24,9 +24,21 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 LOG = "log.txt"
+ORIGIN = "origin.json"  # the checkpoint that a run with restarted steps began with
 JOB = ".job"  # names the job that trains a run, so that its restarts find it
 SAMPLES = "samples"
 ASIDE = "aside"  # where saves, samples and checkpoints go that a resumed run left behind
+
+
+@dataclass(frozen=True)
+class Going:
+    """How training goes on from a checkpoint: by default as if it had never stopped."""
+
+    restart_steps: bool = False  # in a new run, whose steps and order of samples begin at zero
+    weights_only: bool = False  # the optimizer begins anew
+
+
+STRAIGHT_ON = Going()
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Run:
     changed: Mapping[str, str] = field(default_factory=dict)  # by key, how its value differs from the checkpoint's
     made: bool = False  # by this process: before, the folder was empty or absent
     lock: RunLock | None = field(default=None, repr=False, compare=False)  # on rank 0
+    going: Going = STRAIGHT_ON
 
     @property
     def checkpoints(self) -> Path:

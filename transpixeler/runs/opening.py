@@ -6,6 +6,7 @@ nothing beyond the step that training starts at.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -19,13 +20,24 @@ from typing import Any
 
 from transpixeler import configfile
 from transpixeler.config import Config, UserError
-from transpixeler.files import write_text
+from transpixeler.files import read_json, write_text
 from transpixeler.models.family import open_model
 from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime, run_stamp
 from transpixeler.runs import checkpoint
 from transpixeler.runs.controls import CONTROL_FILES
-from transpixeler.runs.folder import ASIDE, CONFIG, JOB, LATEST, METRICS, Run, configured_run
+from transpixeler.runs.folder import (
+    ASIDE,
+    CONFIG,
+    JOB,
+    LATEST,
+    METRICS,
+    ORIGIN,
+    STRAIGHT_ON,
+    Going,
+    Run,
+    configured_run,
+)
 from transpixeler.runs.lock import LOCK, take_lock
 from transpixeler.runs.restore import Restored
 
@@ -43,6 +55,7 @@ FIXED = (
     "optim.bf16_parameters",
 )
 FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
+OF_OPTIMIZER = ("optim.name", "optim.bf16_parameters")  # free where the optimizer begins anew
 SHARED = ".shared"  # a file that shows which hosts see a run's folder
 SHOWN_SECONDS = 5.0  # until a network disk shows a new file to every host
 # These say where a run writes and what it runs on; they do not change what it trains.
@@ -60,46 +73,99 @@ UNTOLD = (
 )
 
 
-def open_run(config: Config, runtime: Runtime, resume: str | None) -> Run:
+def open_run(config: Config, runtime: Runtime, resume: str | None, going: Going = STRAIGHT_ON) -> Run:
     """Make a new run, or find the one to resume; the same on every rank. A collective call."""
+    _check_going(going, resume)
     link = Path(config.output_dir) / LATEST
     if runtime.broadcast(link.exists() and not link.is_symlink()):
         raise UserError(f"{link}: is not the link to the newest run that belongs there; move it away or rename it")
-    folder, chosen = _place(config, runtime, resume)
+    folder, chosen, mine = _place(config, runtime, resume)
     if folder is None:
         return _new(config, runtime)
+    if going.restart_steps and not mine:
+        return _restarted(config, runtime, folder, chosen, going)
     lock = take_lock(folder, runtime)
     try:
         _check_shared(folder, runtime)
-        return replace(_resumed(config, runtime, folder, chosen), lock=lock)
+        if runtime.is_main:
+            for name in CONTROL_FILES:  # left from a job that was killed before it saw them
+                (folder / name).unlink(missing_ok=True)
+        return replace(_resumed(config, runtime, folder, chosen, replace(going, restart_steps=False)), lock=lock)
     except BaseException:
         if lock is not None:
             lock.release()
         raise
 
 
-def _resumed(config: Config, runtime: Runtime, folder: Path, chosen: Path | None) -> Run:
-    """Return the run to resume, at the chosen or its newest valid checkpoint."""
+def find_run(config: Config, runtime: Runtime, resume: str | None, going: Going = STRAIGHT_ON) -> Run:
+    """Find what `open_run` would open, and make and change nothing. A collective call."""
+    _check_going(going, resume)
+    fresh = Path(config.output_dir) / (config.run_name or "RUN")
+    if resume is None or going.restart_steps:
+        _check_free(fresh, runtime)
+    if resume is None:
+        return Run(fresh)
+    folder, chosen = _find(config, resume)
+    if going.restart_steps:
+        restored = _beginning(folder, chosen, runtime)
+        return Run(fresh, restored, changes(config, restored, going), going=going)
+    return _resumed(config, runtime, folder, chosen, going)
+
+
+def _check_going(going: Going, resume: str | None) -> None:
+    for option, asked in (("--restart-steps", going.restart_steps), ("--weights-only", going.weights_only)):
+        if asked and resume is None:
+            raise UserError(f"{option}: says how --resume goes on; add --resume RUN")
+
+
+def _beginning(folder: Path, chosen: Path | None, runtime: Runtime) -> Restored:
+    """Return the checkpoint that a new run begins with."""
+    found = _checkpoint(folder, chosen, runtime)
+    if found is None:
+        raise UserError(
+            f"--restart-steps: {folder} has no checkpoint to begin with; leave out --resume, or train it on"
+        )
+    return Restored.read(found)
+
+
+def _restarted(config: Config, runtime: Runtime, folder: Path, chosen: Path | None, going: Going) -> Run:
+    """Make a new run that begins with a checkpoint of another one."""
+    restored = _beginning(folder, chosen, runtime)
+    changed = changes(config, restored, going)
+    origin = {"checkpoint": str(restored.folder), "weights_only": going.weights_only}
+    return replace(_new(config, runtime, origin=origin), restored=restored, changed=changed, going=going)
+
+
+def _checkpoint(folder: Path, chosen: Path | None, runtime: Runtime) -> Path | None:
+    """Return the chosen checkpoint, or the newest valid one of a run."""
     if chosen is not None:
         _check_valid(chosen, runtime)
     found = chosen or checkpoint.latest(folder / "checkpoints", runtime)
-    if runtime.is_main:
-        for name in CONTROL_FILES:  # left from a job that was killed before it saw them
-            (folder / name).unlink(missing_ok=True)
-    if found is not None:
-        restored = Restored.read(found)
-        return Run(folder, restored, changes(config, restored))
-    if runtime.broadcast(bool(checkpoint.candidates(folder / "checkpoints"))):
+    if found is None and runtime.broadcast(bool(checkpoint.candidates(folder / "checkpoints"))):
         raise UserError(
             f"--resume: no checkpoint in {folder} is valid, for the reasons above; "
             "start a new run without --resume, perhaps with lora.init_from set to one of this run's saves"
         )
+    return found
+
+
+def _resumed(config: Config, runtime: Runtime, folder: Path, chosen: Path | None, going: Going) -> Run:
+    """Return the run to resume, at the chosen or its newest valid checkpoint."""
+    found = _checkpoint(folder, chosen, runtime)
+    if found is None and (folder / ORIGIN).is_file():  # it was killed before its first checkpoint
+        origin = read_json(folder / ORIGIN)
+        found = Path(origin["checkpoint"])
+        _check_valid(found, runtime)
+        going = Going(restart_steps=True, weights_only=origin["weights_only"])
+    if found is not None:
+        restored = Restored.read(found)
+        return Run(folder, restored, changes(config, restored, going), going=going)
     logger.info("%s: there is no checkpoint to resume yet; training starts from the beginning", folder)
     return Run(folder)
 
 
-def _place(config: Config, runtime: Runtime, resume: str | None) -> tuple[Path | None, Path | None]:
-    """Return (run folder, chosen checkpoint), or nothing for a new run.
+def _place(config: Config, runtime: Runtime, resume: str | None) -> tuple[Path | None, Path | None, bool]:
+    """Return (run folder, chosen checkpoint, whether this job trained it before), or nothing for a new run.
 
     When torchrun starts its processes again after a failure, they go on with the newest checkpoint of the run that
     this job trained before, whatever the command says.
@@ -107,8 +173,8 @@ def _place(config: Config, runtime: Runtime, resume: str | None) -> tuple[Path |
     mine = str(runtime.broadcast(str((_run_of_this_job(config) if runtime.is_main else None) or "")))
     if mine:
         logger.info("started again by torchrun: going on with %s", mine)
-        return Path(mine), None
-    return (None, None) if resume is None else _find(config, resume)
+        return Path(mine), None, True
+    return (None, None, False) if resume is None else (*_find(config, resume), False)
 
 
 def _run_of_this_job(config: Config) -> Path | None:
@@ -119,13 +185,10 @@ def _run_of_this_job(config: Config) -> Path | None:
     return max(mine, key=lambda mark: mark.stat().st_mtime).parent.resolve() if mine else None
 
 
-def _new(config: Config, runtime: Runtime) -> Run:
+def _new(config: Config, runtime: Runtime, *, origin: dict[str, Any] | None = None) -> Run:
     name = str(runtime.broadcast(config.run_name or run_stamp()))
     folder = Path(config.output_dir) / name
-    if runtime.broadcast((folder / CONFIG).exists()):
-        raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
-    if runtime.broadcast(_holds_other_files(folder)):
-        raise UserError(f"{folder}: holds files that are not a run's; change run_name or output_dir")
+    _check_free(folder, runtime)
     if runtime.is_main:
         _make(folder)
     lock = take_lock(folder, runtime)
@@ -134,6 +197,9 @@ def _new(config: Config, runtime: Runtime) -> Run:
     if runtime.is_main:
         _remove_drafts(folder)
         write_text(folder / JOB, launch().job)
+        (folder / ORIGIN).unlink(missing_ok=True)
+        if origin is not None:
+            write_text(folder / ORIGIN, json.dumps(origin))
         write_text(folder / CONFIG, configfile.dump(config))
     runtime.barrier()
     run = Run(folder, made=True, lock=lock)
@@ -144,6 +210,14 @@ def _new(config: Config, runtime: Runtime) -> Run:
             discard(run)
         raise
     return run
+
+
+def _check_free(folder: Path, runtime: Runtime) -> None:
+    """Refuse a new run where another one or other files are."""
+    if runtime.broadcast((folder / CONFIG).exists()):
+        raise UserError(f"{folder}: a run of this name exists; add --resume to go on with it, or change run_name")
+    if runtime.broadcast(_holds_other_files(folder)):
+        raise UserError(f"{folder}: holds files that are not a run's; change run_name or output_dir")
 
 
 def _check_shared(folder: Path, runtime: Runtime) -> None:
@@ -183,7 +257,9 @@ def discard(run: Run) -> None:
 
 def _holds_other_files(folder: Path) -> bool:
     """Return whether a folder holds more than what a process leaves that is killed before it wrote its config."""
-    return folder.is_dir() and any(not _is_draft(path) and path.name not in (JOB, LOCK) for path in folder.iterdir())
+    return folder.is_dir() and any(
+        not _is_draft(path) and path.name not in (JOB, LOCK, ORIGIN) for path in folder.iterdir()
+    )
 
 
 def _is_draft(path: Path) -> bool:
@@ -264,7 +340,7 @@ def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
 # --- another config --------------------------------------------------------------------------------------------------
 
 
-def changes(config: Config, restored: Restored) -> dict[str, str]:
+def changes(config: Config, restored: Restored, going: Going = STRAIGHT_ON) -> dict[str, str]:
     """Return by key what differs from the checkpoint's config; refuse a model that its tensors do not fit."""
     before, after = dict(_defaults(Config())) | _flat(restored.state["config"]), _flat(configfile.plain(config))
     _fill_defaults(config, before, after)
@@ -273,7 +349,8 @@ def changes(config: Config, restored: Restored) -> dict[str, str]:
         for key in after | before
         if before.get(key) != after.get(key) and not _under(key, UNTOLD)
     }
-    refused = [key for key in changed if _under(key, FIXED) and not _under(key, FREE_IN_FIXED)]
+    free = (*FREE_IN_FIXED, *(OF_OPTIMIZER if going.weights_only else ()))
+    refused = [key for key in changed if _under(key, FIXED) and not _under(key, free)]
     if refused:
         lines = "; ".join(f"{key}: {changed[key][0]!r} there, {changed[key][1]!r} here" for key in refused)
         raise UserError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.bases import over_base
 from transpixeler.adapters.files import read_adapter, read_experts
 from transpixeler.adapters.merge import FusedSource, read_fused
 from transpixeler.adapters.on_model import apply_adapter, inject_adapter
@@ -50,26 +51,41 @@ def base_weights(config: Config, expert: Expert = ONLY) -> Readable:
     return FusedSource(source, fused) if fused else source
 
 
+def weights_by_expert(config: Config) -> dict[Expert, Readable]:
+    """Return the sources of the base's weights of the experts that are trained."""
+    known = open_model(config.model).experts
+    return {expert: base_weights(config, expert) for expert in chosen_experts(config.model, known)}
+
+
 def initial_adapters(config: Config) -> dict[str, Adapter]:
-    """Read `lora.init_from`, which training starts from, by expert; refuse one that does not fit the model."""
+    """Read by expert what training starts from: `lora.init_from`, and the base's stream embeddings."""
+    wanted = chosen_experts(config.model, open_model(config.model).experts)
+    found = _read_initial(config, wanted) if config.lora.init_from else {}
+    if len(wanted) == 1:  # its engine stands alone, without a name
+        return _over_base(config, {"": found[wanted[0].name]} if found else {}, [""])
+    return _over_base(config, found, [expert.name for expert in wanted])
+
+
+def _read_initial(config: Config, wanted: Sequence[Expert]) -> dict[str, Adapter]:
+    """Read `lora.init_from` by expert; refuse what does not fit the model, or is of none that is trained."""
     path = config.lora.init_from
-    if not path:
-        return {}
     companion = next(iter([*config.streams][1:]), "seg")  # the published code's files do not name theirs
     read = partial(read_adapter, stream=companion, key="lora.init_from")
     found, source = read_experts(Path(path), read), f"lora.init_from: {path}"
     with torch.device("meta"):
         for adapter in found.values():
             _check_fits(adapter, make_model(config), source, config.model.path)
-    known = open_model(config.model).experts
-    wanted = chosen_experts(config.model, known)
-    by_expert = adapters_by_expert(found, known, source)
-    missing = [expert.name for expert in wanted if expert.name not in by_expert]
-    if len(missing) == len(wanted):
-        raise UserError(f"{source}: is of the expert {' and '.join(by_expert)}, and {', '.join(missing)} is trained")
-    if len(wanted) == 1:  # its engine stands alone, without a name
-        return {"": by_expert[wanted[0].name]}
+    by_expert = adapters_by_expert(found, open_model(config.model).experts, source)
+    if not any(expert.name in by_expert for expert in wanted):
+        trained = ", ".join(expert.name for expert in wanted)
+        raise UserError(f"{source}: is of the expert {' and '.join(by_expert)}, and {trained} is trained")
     return by_expert
+
+
+def _over_base(config: Config, adapters: Mapping[str, Adapter], experts: Sequence[str]) -> dict[str, Adapter]:
+    """Return the adapters, and the base's stream embeddings where an expert's adapter has none of its own."""
+    found = {name: over_base(config, adapters.get(name)) for name in experts}
+    return {name: adapter for name, adapter in found.items() if adapter is not None}
 
 
 def initial_scopes(config: Config, adapters: Mapping[str, Adapter]) -> dict[str, Scope]:
@@ -99,6 +115,8 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> AnyEngine:
     """
     config, model = _for_inference(source.config), open_model(source.config.model)
     adapters = adapters_by_expert(source.adapters, model.experts, source.name)
+    if source.weights is None:
+        adapters = _over_base(config, adapters, [expert.name for expert in model.experts])
     for adapter in adapters.values():
         if "streams" in adapter.metadata:
             scales = trained_scales(adapter, adapter.metadata["streams"].split(","), source.name)

@@ -15,6 +15,7 @@ from typing import Any
 
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.bases import on_trained_base
 from transpixeler.adapters.files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -158,7 +159,7 @@ def base_model_alone(overrides: Sequence[str]) -> SavedModel:
     config = configfile.from_overrides(["streams={rgb: ''}", "lora.enabled=false", *overrides])
     if not config.model.path:
         raise UserError("sample: name a run or an adapter, or give a base with --model")
-    return base_model(config)
+    return base_model(on_trained_base(config))
 
 
 def load_saved(source: str, overrides: Sequence[str] = (), *, ema: bool | None = None) -> SavedModel:
@@ -175,7 +176,7 @@ def load_for_eval(
     if path.is_dir() and run is None:
         raise UserError(f"{path}: holds no run; give a run's folder or a config")
     tree = configfile.read(run / CONFIG if run else path)
-    config = configfile.build(tree, overrides)
+    config = on_trained_base(configfile.build(tree, overrides))
     if base:
         return replace(base_model(config), run=run)
     run = run or configured_run(config)
@@ -198,6 +199,7 @@ def read_save(save: Save, source: str, overrides: Sequence[str] = (), *, tree: T
         own = _config_keys(adapter) if tree is not None else []
         config = configfile.build(tree or configfile.read(save.config), [*own, *overrides])
     name = str(save.path) if Path(source).expanduser().exists() else source
+    config = on_trained_base(config)
     return SavedModel(config, name, adapters, save.weights, save.run, raw=is_save(save.folder / EMA))
 
 

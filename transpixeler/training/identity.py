@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transpixeler
+from transpixeler.adapters.files import ADAPTER_FILE
 from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.parallel.runtime import Runtime
@@ -77,7 +78,8 @@ def check(config: Config, runtime: Runtime, run: Run, first: Rank, data: Dataset
     assert isinstance(shared, dict)
     found = Identity(first.code, first.base, shared)
     if run.restored is not None:
-        for line in compare(run.restored.state.get("identity"), found, config, run.changed):
+        own_clips = not run.going.restart_steps  # whose order begins at zero may be trained on other clips
+        for line in compare(run.restored.state.get("identity"), found, config, run.changed, own_clips=own_clips):
             logger.warning("%s", line)
     return found
 
@@ -98,11 +100,17 @@ def _check_sources(config: Config, runtime: Runtime) -> None:
 
 
 def compare(
-    there: Mapping[str, Any] | None, here: Identity, config: Config, changed: Mapping[str, str]
+    there: Mapping[str, Any] | None,
+    here: Identity,
+    config: Config,
+    changed: Mapping[str, str],
+    *,
+    own_clips: bool = True,
 ) -> Iterator[str]:
     """Yield what differs from a checkpoint's identity; refuse what makes another experiment.
 
     changed: the keys whose value is not the checkpoint's. They explain other clips, and are logged by themselves.
+    own_clips: whether the training clips must be those of the checkpoint.
     """
     if there is None:
         yield "the checkpoint was written before base and clips were fingerprinted: they cannot be compared"
@@ -112,7 +120,7 @@ def compare(
     differences = {}
     if there["base"] != here.base:
         differences["base"] = f"model.path: the weights in {config.model.path} are not those that it was trained on"
-    if (train := _other_clips("train", there["data"], here.data)) and not _explained(changed):
+    if own_clips and (train := _other_clips("train", there["data"], here.data)) and not _explained(changed):
         differences["data"] = train
     refused = {what: text for what, text in differences.items() if what not in config.train.allow_changed}
     if refused:
@@ -200,7 +208,10 @@ def _files(root: Path) -> list[Path]:
     if root.is_file():
         return [root]
     folders = [folder for folder in sorted(root.glob("transformer*")) if folder.is_dir()] or [root]
-    return [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS_AND_SHAPES]
+    embeddings = [] if folders == [root] else sorted(root.glob(ADAPTER_FILE))  # of a model that was trained in full
+    return embeddings + [
+        file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS_AND_SHAPES
+    ]
 
 
 def _parts(file: Path) -> Iterator[bytes]:

@@ -40,7 +40,7 @@ def introduce(
     trained = sum(n for n, trains in everyone.values() if trains)
     kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
     mean = sum(len(row.items) for row in schedule.order.rows) / batch
-    lines = {
+    lines = _base_lines(config) | {
         "trains": f"{trained:,} parameters ({kind}) of {sum(n for n, _ in everyone.values()):,}",
         "streams": ", ".join(config.streams),
         "layout": f"{mesh.layout} on {mesh.device.type}, {str(engine.dtype).removeprefix('torch.')}",
@@ -54,6 +54,14 @@ def introduce(
     if said := Split.of(config, model, tokens).lines(run=config.train.expert_steps):
         lines["experts"] = "; ".join(said)
     logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
+
+
+def _base_lines(config: Config) -> dict[str, str]:
+    """Return lines for a base of several parts: what training wrote, or with adapters fused into it."""
+    model = config.model
+    encoders = {"encoders": model.encoders} if model.encoders else {}
+    fused = {"fused": ", ".join(model.fuse)} if model.fuse else {}
+    return {"base": model.path} | encoders | fused if encoders or fused else {}
 
 
 def manifest_facts(model: ModelFolder, engine: AnyEngine, data: Datasets, schedule: Schedule) -> dict[str, Any]:

@@ -44,14 +44,20 @@ class Beginning:
 
 
 def find_beginning(config: Config, restored: Restored | None) -> Beginning:
-    """Read `lora.init_from`. A resumed run keeps the scopes and takes its weights from the checkpoint."""
+    """Read `lora.init_from`. A resumed run keeps the scopes and takes its weights from the checkpoint.
+
+    Only the base's stream embeddings, where they are not trained, are in no checkpoint.
+    """
     if restored is not None:
-        return Beginning({}, restored.state.get("scopes", {}))
+        base = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init_from=""))
+        return Beginning(initial_adapters(base), restored.state.get("scopes", {}))
     adapters = initial_adapters(config)
     scopes = initial_scopes(config, adapters)
     if scopes:
         parts = dict.fromkeys(f"{lora.inside(target)}: {scope}" for target, scope in scopes.items())
         logger.info("lora.init_from: the adapter's scopes replace lora.scope: %s", ", ".join(parts))
+    if embedded := dict.fromkeys(stream for adapter in adapters.values() for stream in adapter.stream_embeddings):
+        logger.info("stream embeddings that training goes on with: %s", ", ".join(embedded))
     return Beginning(adapters, scopes)
 
 
@@ -123,17 +129,27 @@ class TrainingState:
         restored = run.restored
         if restored is None:
             return
-        training_state.materialize(self.optimizer)
-        restore.forget_unsaved(restored, self.parameters, self.optimizer)
+        if not run.going.weights_only:
+            training_state.materialize(self.optimizer)
+            restore.forget_unsaved(restored, self.parameters, self.optimizer)
         means = restored.holds_averages
         wanted = {name: tensor for name, tensor in self.tensors().items() if means or not name.startswith("ema.")}
+        if run.going.weights_only:
+            wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("optimizer.")}
         same_layout = restored.state["layout"] == dataclasses.asdict(self.mesh.layout)
         restore.load(restored, wanted, same_layout=same_layout)
-        optim.set_numbers(self.parameters, self.optimizer, restored.state.get("optimizer", {}))
+        if not run.going.weights_only:
+            optim.set_numbers(self.parameters, self.optimizer, restored.state.get("optimizer", {}))
         if not means:  # averages begin where they are turned on
             self.ema = Ema(self.parameters, self.config.optim.ema)
-        self.step = restored.step
-        logger.info("resumed %s at step %d", restored.folder, self.step)
+        self.step = 0 if run.going.restart_steps else restored.step
+        kept = "weights alone" if run.going.weights_only else "weights and optimizer"
+        told = f"resumed {restored.folder} at step {restored.step}"
+        if run.going.restart_steps:
+            told = f"begins with the {kept} of {restored.folder}, its own steps from zero"
+        elif run.going.weights_only:
+            told += f", {kept}"
+        logger.info("%s", told)
         for key, change in run.changed.items():
             logger.info("resumed with another config: %s %s", key, change)
 

@@ -15,7 +15,6 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Batch
 from transpixeler.flow.objective import Example
-from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import open_model
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
@@ -24,9 +23,9 @@ from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.runs import opening, telemetry
 from transpixeler.runs.controls import Controls, Stopped, listening
-from transpixeler.runs.folder import LOG, Run
+from transpixeler.runs.folder import LOG, STRAIGHT_ON, Going, Run
 from transpixeler.runs.manifest import write_manifest
-from transpixeler.sampling.model import base_weights, make_model
+from transpixeler.sampling.model import make_model, weights_by_expert
 from transpixeler.training import identity, optim, overview, preflight
 from transpixeler.training.agreement import Facts, agree
 from transpixeler.training.batches import micro_batch, open_loader
@@ -39,16 +38,16 @@ from transpixeler.training.step_record import Recorder, StepTimes
 logger = logging.getLogger("transpixeler")
 
 
-def train(config: Config, runtime: Runtime, *, resume: str | None = None) -> Path:
+def train(config: Config, runtime: Runtime, *, resume: str | None = None, going: Going = STRAIGHT_ON) -> Path:
     """Encode what the cache lacks, train, and return the run's folder.
 
-    resume: None for a new run, "" to go on with the config's run, or a run or checkpoint folder.
+    resume: None for a new run, "" to go on with the config's run, or a run or checkpoint folder. going: how.
     """
     layout = meshes.resolve(config.parallel, runtime.world_size)
     preflight.check(config, layout)
     optim.check(config.optim)
     telemetry.check(config.log)
-    run = opening.open_run(config, runtime, resume)
+    run = opening.open_run(config, runtime, resume, going)
     log = log_to_file(run.folder / LOG, runtime.rank) if runtime.is_main else None
     try:
         lost = naming_lost_ranks(runtime.timeout, way_on=partial(opening.resume_hint, run))
@@ -76,9 +75,8 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, controls: Controls) -> None:
         self.config, self.controls = config, controls
         beginning = find_beginning(config, run.restored)
-        model = open_model(config.model)
+        model, sources = open_model(config.model), weights_by_expert(config)
         preflight.check_model(config, model, beginning.scopes)
-        sources = {expert: base_weights(config, expert) for expert in chosen_experts(config.model, model.experts)}
         hosts = identity.check_hosts(config, runtime, [source.path for source in sources.values()])
         self.data = encode_missing(config, model, runtime)
         order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)

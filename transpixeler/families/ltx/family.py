@@ -44,8 +44,8 @@ _LAYERS_13B = 48
 class LtxFolder(ModelFolder):
     """One LTX-Video model on disk."""
 
-    def __init__(self, path: str) -> None:
-        self.family, self.path = FAMILY, path
+    def __init__(self, path: str, encoders: str = "") -> None:
+        self.family, self.path, self.encoders = FAMILY, path, encoders or path
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -57,13 +57,14 @@ class LtxFolder(ModelFolder):
             if not found:
                 raise UserError(f"model.path: {self.path} holds neither {_CONFIGS[0]} nor {_CONFIGS[1]}")
             config = read_config(found[0])
-        return config if _CAUSAL in config else {**config, _CAUSAL: self._is_causal(place, config)}
+        return config if _CAUSAL in config else {**config, _CAUSAL: self._is_causal(config)}
 
-    def _is_causal(self, place: Path, config: Mapping[str, Any]) -> bool:
+    def _is_causal(self, config: Mapping[str, Any]) -> bool:
         """Tell a version from 0.9.5 on: no config of diffusers says it, but its VAE is another."""
+        place = resolve(self.encoders, only=(encoders.VAE_CONFIG,))
         if place.is_dir() and not (place / encoders.VAE_CONFIG).is_file():
             return config.get("num_layers") == _LAYERS_13B
-        return "LTXVideo095DownBlock3D" in encoders.vae_config(self.path).get("down_block_types", ())
+        return "LTXVideo095DownBlock3D" in encoders.vae_config(self.encoders).get("down_block_types", ())
 
     @cached_property
     def _checked(self) -> LtxConfig:
@@ -71,7 +72,7 @@ class LtxFolder(ModelFolder):
 
     @cached_property
     def geometry(self) -> Geometry:
-        stride, channels = encoders.vae_geometry(self.path)
+        stride, channels = encoders.vae_geometry(self.encoders)
         return Geometry(stride, channels, PATCH)
 
     @cached_property
@@ -85,10 +86,10 @@ class LtxFolder(ModelFolder):
         return encoders.LtxTextEncoder.clean(text)
 
     def vae_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.vae_fingerprint(self.path, digest)
+        return encoders.vae_fingerprint(self.encoders, digest)
 
     def text_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.text_fingerprint(self.path, digest)
+        return encoders.text_fingerprint(self.encoders, digest)
 
     def shift(self, tokens: int) -> float:
         return schedule.shift(tokens)
@@ -107,7 +108,7 @@ class LtxFolder(ModelFolder):
 
     @cached_property
     def _scheduler(self) -> Mapping[str, Any]:
-        place = resolve(self.path, only=(_SCHEDULER,))
+        place = resolve(self.encoders, only=(_SCHEDULER,))
         return read_config(place / _SCHEDULER) if (place / _SCHEDULER).is_file() else {}
 
     def build(
@@ -128,10 +129,10 @@ class LtxFolder(ModelFolder):
         )
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Vae:
-        return encoders.load_vae(self.path, device=device, dtype=dtype)
+        return encoders.load_vae(self.encoders, device=device, dtype=dtype)
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-        return encoders.load_text_encoder(self.path, device=device, dtype=dtype)
+        return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype)
 
 
 def _config_of_file(path: Path) -> dict[str, Any]:

@@ -153,5 +153,8 @@ def _text_folder(path: str | Path) -> Path:
 
 def _holding(folder: Path, what: str, either: tuple[str, ...]) -> Path:
     if not any((folder / name).exists() for name in either):
-        raise UserError(f"model.path: {folder} holds no {what}: neither {' nor '.join(either)} is there")
+        raise UserError(
+            f"model.path: {folder} holds no {what}: neither {' nor '.join(either)} is there; set model.encoders to a "
+            "model that has it"
+        )
     return folder

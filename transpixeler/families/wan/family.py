@@ -52,8 +52,8 @@ BOUNDARY, IMAGE_BOUNDARY = 0.875, 0.9  # the lowest noise level of the high expe
 class WanFolder(ModelFolder):
     """One Wan model on disk."""
 
-    def __init__(self, path: str) -> None:
-        self.family, self.path = FAMILY, path
+    def __init__(self, path: str, encoders: str = "") -> None:
+        self.family, self.path, self.encoders = FAMILY, path, encoders or path
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -127,8 +127,8 @@ class WanFolder(ModelFolder):
     def geometry(self) -> Geometry:
         channels = self._checked.out_channels
         stride = (4, 16, 16) if channels == 48 else (4, 8, 8)  # of Wan 2.2's and 2.1's VAE; a transformer may lie alone
-        if encoders.has_vae(self.path):
-            stride, channels = encoders.vae_geometry(self.path)
+        if encoders.has_vae(self.encoders):
+            stride, channels = encoders.vae_geometry(self.encoders)
             if channels != self._checked.out_channels:
                 raise UserError(
                     f"model.path: {self.path}: its VAE makes {channels} channels and its transformer takes "
@@ -147,13 +147,13 @@ class WanFolder(ModelFolder):
         return encoders.clean_caption(text)
 
     def vae_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.vae_fingerprint(self.path, digest)
+        return encoders.vae_fingerprint(self.encoders, digest)
 
     def text_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.text_fingerprint(self.path, digest)
+        return encoders.text_fingerprint(self.encoders, digest)
 
     def image_fingerprint(self, digest: Digest = file_digest) -> str:
-        return images.image_fingerprint(self.path, digest)
+        return images.image_fingerprint(self.encoders, digest)
 
     def shift(self, tokens: int) -> float:
         return self.sampling_shift(tokens) if len(self.experts) > 1 else 1.0
@@ -174,13 +174,13 @@ class WanFolder(ModelFolder):
         return WanModel(self._checked, streams=streams, rgb_attends_aux=rgb_attends_aux, kernel=attention)
 
     def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Vae:
-        return encoders.load_vae(self.path, device=device, dtype=dtype)
+        return encoders.load_vae(self.encoders, device=device, dtype=dtype)
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-        return encoders.load_text_encoder(self.path, device=device, dtype=dtype)
+        return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype)
 
     def load_image_encoder(self, *, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
-        return images.load_image_encoder(self.path, device=device, dtype=dtype)
+        return images.load_image_encoder(self.encoders, device=device, dtype=dtype)
 
 
 def _places_of_experts(folder: Path) -> tuple[str, str] | None:

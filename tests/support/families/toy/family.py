@@ -34,18 +34,19 @@ _FILES = ("config.json", codec.VAE_FILE, codec.TEXT_FILE)
 class ToyFolder(ModelFolder):
     """One toy on disk."""
 
-    def __init__(self, path: str) -> None:
-        self.family, self.path = FAMILY, path
+    def __init__(self, path: str, encoders: str = "") -> None:
+        self.family, self.path, self.encoders = FAMILY, path, encoders or path
 
     @cached_property
     def folder(self) -> Path:
-        return resolve(self.path, only=_FILES)
+        return resolve(self.encoders, only=_FILES)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        if not (self.folder / "config.json").is_file():
+        file = _config_file(resolve(self.path, only=_FILES))
+        if not file.is_file():
             raise UserError(f"model.path: {self.path} holds no config.json")
-        return read_config(self.folder / "config.json")
+        return read_config(file)
 
     @cached_property
     def _checked(self) -> ToyConfig:
@@ -88,8 +89,14 @@ class ToyFolder(ModelFolder):
         return codec.ToyTextEncoder(self.folder, self._checked, device=device)
 
 
+def _config_file(folder: Path) -> Path:
+    """Return the transformer's config, which lies in a folder of its own where training wrote the model."""
+    inner = folder / "transformer" / "config.json"
+    return inner if inner.is_file() else folder / "config.json"
+
+
 def _is_toy(path: Path) -> bool:
-    file = path / "config.json"
+    file = _config_file(path)
     return file.is_file() and read_config(file).get("_class_name") == CLASS
 
 

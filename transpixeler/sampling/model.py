@@ -53,6 +53,11 @@ def initial_adapter(config: Config) -> Adapter | None:
         return None
     companion = next(iter([*config.streams][1:]), "seg")  # the published code's files do not name theirs
     adapter = read_adapter(path, stream=companion, key="lora.init_from")
+    if adapter.must_fuse:
+        raise UserError(
+            f"lora.init_from: {path} changes {adapter.must_fuse}, which no adapter beside a frozen base can go on "
+            "from; name it in model.fuse"
+        )
     with torch.device("meta"):
         _check_fits(adapter, make_model(config), f"lora.init_from: {path}", config.model.path)
     return adapter
@@ -81,9 +86,12 @@ def fit_layout(config: Config, runtime: Runtime, *, asked: bool) -> tuple[Config
 def open_engine(source: SavedModel, mesh: meshes.Mesh) -> Engine:
     """Build an engine that computes a saved model and trains nothing.
 
-    The adapter has the ranks, strengths and scopes that its file says.
+    The adapter has the ranks, strengths and scopes that its file says. One of another program that changes whole
+    weights is added to the base.
     """
     config, adapter = _for_inference(source.config), source.adapter
+    fused = [adapter] if adapter is not None and adapter.must_fuse else []
+    adapter = None if fused else adapter
     if adapter is not None and "streams" in adapter.metadata:
         _check_scales(trained_scales(adapter, adapter.metadata["streams"].split(","), source.name), config, source.name)
 
@@ -96,7 +104,7 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> Engine:
 
     names = open_model(config.model).family.internal_names
     weights = WeightSource(source.weights, names) if source.weights else base_weights(config)
-    engine = build_engine(config, mesh, make, weights)
+    engine = build_engine(config, mesh, make, FusedSource(weights, fused) if fused else weights)
     if adapter is not None:
         for model in engine.models():
             apply_adapter(model, adapter)

@@ -17,6 +17,7 @@ from transpixeler.models.family import Family, find_family
 from transpixeler.models.streams import Scope
 
 MAGNITUDE = "lora_magnitude"
+TENSORS = ("lora_A", "lora_B", MAGNITUDE)  # of a target
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +64,10 @@ class Adapter:
     @property
     def must_fuse(self) -> str:
         """Name something that no adapter beside a frozen base can hold, only a changed base; empty where all can be."""
-        columns = [f"{t}.dora_scale" for t in self.targets if (m := self.magnitude(t)) is not None and m.ndim > 1]
-        return next(iter([*self.changes, *columns]), "")
+        odd = [f"{t}.dora_scale" for t in self.targets if (m := self.magnitude(t)) is not None and m.ndim > 1]
+        if self.norms_of_base:
+            odd += [f"{t}.dora_scale" for t in self.targets]
+        return next(iter([*self.changes, *odd]), "")
 
     def magnitude(self, target: str) -> Tensor | None:
         """Return the trained norms of a DoRA's rows, [out], or columns, [1, in]; None of a LoRA."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from transpixeler.adapters import peft_config
-from transpixeler.adapters.adapter import MAGNITUDE, Adapter
+from transpixeler.adapters.adapter import MAGNITUDE, TENSORS, Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
 from transpixeler.adapters.readers import is_one_file, with_whole_blocks
 from transpixeler.adapters.spelling import (
@@ -44,7 +44,6 @@ VERSION = "1"
 
 # header keys that the tensors decide
 _DERIVED = ("format", "version", "kind", "rank", "alpha", "scope", "scopes", "folded", "zeros")
-TENSORS = ("lora_A", "lora_B", MAGNITUDE)  # of a target
 _PUBLISHED_EMBEDDINGS = ("diffusion_model.modality_embedding", "transformer.modality_embedding")
 _PUBLISHED_UNMASKED = ("cross_attn.k", "cross_attn.v", "cross_attn.o")
 
@@ -77,7 +76,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}")
     if format == "diffusers" and adapter.must_fuse:
         raise UserError(
-            f"--format: diffusers has no name for {adapter.must_fuse}, which this adapter has; use comfyui or merged"
+            f"--format: diffusers cannot apply {adapter.must_fuse}, which this adapter has; use comfyui or merged"
         )
     path = Path(path)
     file = path if is_one_file(path) else path / ADAPTER_FILE
@@ -86,6 +85,8 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
         spelling = spelling._replace(alpha=None)
     stored = (format in loaders.whole_blocks and with_whole_blocks(adapter)) or adapter
     header = _header(stored, folded=spelling.alpha is None)
+    if not stored.is_dora or format == "diffusers":  # it reads a DoRA's norms in this format alone
+        header |= peft_config.in_header(stored)
     if zeros := [target for target in stored.targets if target not in adapter.alphas]:
         header[f"{OURS}zeros"] = json.dumps(zeros)
     if file != path:
@@ -139,7 +140,7 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
         fields["kind"] = "dora"
     if folded:
         fields["folded"] = json.dumps(dict(adapter.alphas))
-    return {"format": "pt", **peft_config.in_header(adapter)} | {OURS + key: value for key, value in fields.items()}
+    return {"format": "pt"} | {OURS + key: value for key, value in fields.items()}
 
 
 def step_header(metadata: Mapping[str, str]) -> dict[str, str]:

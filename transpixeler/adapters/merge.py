@@ -9,13 +9,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.adapter import MAGNITUDE, Adapter
 from transpixeler.adapters.files import read_adapter, step_header, write_adapter
 from transpixeler.adapters.on_model import STREAM_EMBEDDING, whole_tensor
 from transpixeler.adapters.readers import is_one_file
@@ -94,6 +95,20 @@ def adapted(weight: Tensor, low: Tensor, magnitude: Tensor | None, *, of_base: b
     base, both = (torch.linalg.vector_norm(w.flatten(1), dim=1) for w in (weight, weight + low))
     factor = torch.where(base > 0, magnitude / (base if of_base else both), 1.0)  # a row of zeros has no direction
     return (weight + low) * factor.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def with_norms_of_base(adapter: Adapter, base: ModelFolder) -> Adapter:
+    """Give a DoRA the magnitudes with which ComfyUI's rule, which divides by the base's norms, computes the same."""
+    source = FusedSource(WeightSource(base.path, base.family.internal_names), read_fused(adapter.fused))
+    FusedSource(source, [adapter])  # to refuse another base
+    tensors = dict(adapter.tensors)
+    for target in adapter.targets:
+        if (magnitude := adapter.magnitude(target)) is not None:
+            weight = source.read_slice(f"{target}.weight", ()).float()
+            made = adapted(weight, adapter.up(target) @ adapter.down(target) * adapter.scale(target), None)
+            base_norms, norms = (torch.linalg.vector_norm(w, dim=1) for w in (weight, made))
+            tensors[f"{target}.{MAGNITUDE}"] = torch.where(base_norms > 0, magnitude / norms * base_norms, norms)
+    return replace(adapter, tensors=tensors, metadata={**adapter.metadata, "norms": "base"})
 
 
 def read_fused(paths: Sequence[str]) -> list[Adapter]:

@@ -25,7 +25,7 @@ def readers(adapter: Adapter, format: str) -> tuple[str, ...]:
     if "scales" in adapter.metadata:
         return ()  # no other program's latents hold streams of several sizes
     if not adapter.is_plain:
-        return loaders.joint_read_by.get(format, ())
+        return () if adapter.is_dora else loaders.joint_read_by.get(format, ())  # our nodes know pairs alone
     found = [p for p in loaders.read_by.get(format, ()) if _applies_all(adapter, p, format)]
     if format in loaders.whole_blocks and with_whole_blocks(adapter) is None:
         return tuple(program for program in found if program != DIFFUSERS)
@@ -62,6 +62,8 @@ def with_whole_blocks(adapter: Adapter) -> Adapter | None:
 
     Their rank is the usual one: readers take the most frequent for all of which nothing else is said.
     """
+    if adapter.is_dora:
+        return None  # the norms of what it leaves alone are the base's
     names = [target.split(".", 2) for target in adapter.targets]
     linears = adapter.family.names.block_linears
     if not adapter.is_plain or any(name[-1] not in linears for name in names):

@@ -161,6 +161,9 @@ def _use_section(card: Card) -> list[str]:
         lora = f'pipe.load_lora_weights("{card.repo}", weight_name="{ADAPTER_FILE}")'
         lines.append(_python(card.model.family, whole if full else lora, base, full=full))
         comfy = f"Put `{ADAPTER_FILE}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
+        if card.model.adapter is not None and card.model.adapter.is_dora:
+            lines.append(_exported(card, "diffusers") + " The line above then reads that file.")
+            comfy = _exported(card, "comfyui") + " Put that file into `models/loras`."
     else:
         lines.append(
             "diffusers generates one stream and cannot make the companions. Use the command above: it writes every "
@@ -171,6 +174,11 @@ def _use_section(card: Card) -> list[str]:
         if max(card.config.scales) > 1:
             comfy = "The companions are smaller than RGB, which ComfyUI's latents cannot hold. Use the command above."
     return lines if full else [*lines, "### ComfyUI", comfy]
+
+
+def _exported(card: Card, format: str) -> str:
+    """Tell how another program gets the file that it reads of a DoRA."""
+    return f"This is a DoRA: write it first with `transpixeler export {card.repo} --format {format} --out dora/`."
 
 
 def _fused_note(card: Card) -> list[str]:

@@ -91,6 +91,7 @@ class StreamConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     enabled: bool = True
+    kind: Literal["lora", "dora"] = "lora"
     rank: Count = 128
     alpha: Positive | None = None
     rank_stabilized: bool = False

@@ -114,7 +114,7 @@ def test_exporting_a_joint_adapter_for_others_warns(
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(1)}, "1 strange keys: diffusion_model.*diff_b"),
+        ({"diffusion_model.blocks.0.self_attn.q.set_weight": torch.ones(1)}, "1 strange keys: diffusion_model.*set_w"),
         ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(1, 2)}, "not a pair"),
         ({"lora_unet_double_blocks_0_img_attn.lora_up.weight": torch.ones(1, 2)}, "strange keys"),
         ({}, "holds no LoRA weights"),

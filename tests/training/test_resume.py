@@ -63,6 +63,23 @@ def test_eight_bit_moments_resume_bit_for_bit(demo: Path, tmp_path: Path) -> Non
     assert any(name.endswith(".codes.0") for name in ours), "nothing was quantized"
 
 
+def test_a_dora_over_a_quantized_base_resumes_bit_for_bit_and_on_shards(demo: Path, tmp_path: Path) -> None:
+    options = ("lora.kind=dora", "model.quantize=int8")
+    whole = run(demo, tmp_path / "whole", *options)
+    part = run(demo, tmp_path / "part", *options, "train.max_steps=4")
+    shards = shutil.copytree(part, tmp_path / "shards" / part.name, symlinks=True)
+    folder = run(demo, tmp_path / "part", *options, resume=str(part))
+    assert exact(folder) == exact(whole)
+    assert difference(tensors(folder, 8, tmp_path), tensors(whole, 8, tmp_path)) == 0.0
+    run(demo, tmp_path / "shards", *options, *layout(1, 1, 2), resume=str(shards), ranks=2)
+    assert difference(tensors(shards, 8, tmp_path), tensors(whole, 8, tmp_path)) < 1e-4
+    for name in ("step8", "step8/ema"):
+        ours, theirs = (load_file(f / name / "adapter_model.safetensors") for f in (folder, whole))
+        assert difference(ours, theirs) == 0.0 and any(key.endswith(".dora_scale") for key in ours)
+    with pytest.raises(RanksFailed, match=r"UserError: --resume: .*lora.kind: 'dora' there, 'lora' here"):
+        run(demo, tmp_path / "part", "model.quantize=int8", "train.max_steps=9", resume="")
+
+
 def test_another_rate_may_resume_and_another_model_may_not(demo: Path, tmp_path: Path) -> None:
     folder = run(demo, tmp_path, "train.max_steps=4")
     with pytest.raises(RanksFailed, match=r"UserError: --resume: .*lora.rank: 32 there, 4 here"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,16 +16,23 @@ from torch import Tensor
 from transpixeler.models.family import Family, find_family
 from transpixeler.models.streams import Scope
 
+MAGNITUDE = "lora_magnitude"
+TENSORS = ("lora_A", "lora_B", MAGNITUDE)  # of a target
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """Trained weights by internal name; a target is the name of the linear that they adapt."""
 
-    tensors: Mapping[str, Tensor]  # "blocks.0.self_attn.q.lora_A" [r, in], "….lora_B" [out, r]
+    # "blocks.0.self_attn.q.lora_A" [r, in], "….lora_B" [out, r]; of a DoRA also "….lora_magnitude", [out] of the rows'
+    # norms, or [1, in] of the columns' in other programs' older files
+    tensors: Mapping[str, Tensor]
     alphas: Mapping[str, float]  # by target; scale = alpha / rank
     scopes: Mapping[str, Scope]  # by target
     stream_embeddings: Mapping[str, Tensor]  # by stream, [D]
     metadata: Mapping[str, str]  # family, base_model, expert, fuse, streams, fill, step, ema
+    # what other programs' files add to whole parameters, by their names: "blocks.0.self_attn.q.bias", "blocks.0.norm3…"
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -50,6 +57,27 @@ class Adapter:
         """Tell whether any program may apply it to every token: a plain LoRA."""
         return not self.stream_embeddings and all(scope == "all" for scope in self.scopes.values())
 
+    @property
+    def is_dora(self) -> bool:
+        return any(self.magnitude(target) is not None for target in self.targets)
+
+    @property
+    def norms_of_base(self) -> bool:
+        """Tell whether the magnitudes are over the norms of the base's rows, as ComfyUI reads them."""
+        return self.metadata.get("norms") == "base"
+
+    @property
+    def must_fuse(self) -> str:
+        """Name something that no adapter beside a frozen base can hold, only a changed base; empty where all can be."""
+        odd = [f"{t}.dora_scale" for t in self.targets if (m := self.magnitude(t)) is not None and m.ndim > 1]
+        if self.norms_of_base:
+            odd += [f"{t}.dora_scale" for t in self.targets]
+        return next(iter([*self.changes, *odd]), "")
+
+    def magnitude(self, target: str) -> Tensor | None:
+        """Return the trained norms of a DoRA's rows, [out], or columns, [1, in]; None of a LoRA."""
+        return self.tensors.get(f"{target}.{MAGNITUDE}")
+
     def down(self, target: str) -> Tensor:
         return self.tensors[f"{target}.lora_A"]
 
@@ -71,6 +99,7 @@ class Adapter:
             and dict(self.metadata) == dict(other.metadata)
             and _same_tensors(self.tensors, other.tensors)
             and _same_tensors(self.stream_embeddings, other.stream_embeddings)
+            and _same_tensors(self.changes, other.changes)
         )
 
 

@@ -10,7 +10,7 @@ from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.bases import on_trained_base
 from transpixeler.adapters.files import ADAPTER_FILE, MODEL_FOLDER, expert_folders, read_adapter, write_adapter
-from transpixeler.adapters.merge import merge_adapter, read_fused, save_file
+from transpixeler.adapters.merge import merge_adapter, read_fused, save_file, with_norms_of_base
 from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config import Config, ModelConfig, UserError
@@ -20,7 +20,7 @@ from transpixeler.models.weights import WeightSource
 
 logger = logging.getLogger("transpixeler")
 
-MERGED = "merged"
+MERGED, COMFYUI = "merged", "comfyui"
 _CONFIG = "config.yaml"  # of a save
 _CONFIGS = ("model_index.json", "config.json", "transformer/config.json")  # of a model, which say its family
 
@@ -57,10 +57,14 @@ def _export_one(
     if (Path(path) / MODEL_FOLDER).is_dir():
         return _export_model(Path(path), format=format, out=Path(out), base=str(base))
     adapter = read_adapter(path, alpha=alpha, stream=stream)
-    if format == MERGED:
+    over_base = format == COMFYUI and adapter.is_dora and adapter.is_plain and not adapter.must_fuse
+    if over_base or format == MERGED:
         base = base or adapter.metadata.get("base_model", "")
         if not base:
             raise UserError(f"{path} does not say which base it was trained on; give one with `--base`")
+    if over_base:
+        adapter = with_norms_of_base(adapter, _base(adapter, str(base)))
+    if format == MERGED:
         made = merge_adapter(_base(adapter, str(base)), [*read_fused(adapter.fused), adapter], out)
         print(listing(model_readers(adapter.family, made)))
         return made
@@ -92,8 +96,14 @@ def _warn(adapter: Adapter, format: str, programs: tuple[str, ...]) -> None:
             "this adapter acts on some streams only: programs that know no streams refuse it, or find nothing of "
             "theirs in it"
         )
-    if (
+    if adapter.is_dora and adapter.is_plain and not programs:
+        logger.warning(
+            "a DoRA as other programs read it needs a format of its own: for diffusers, use --format diffusers; for "
+            "ComfyUI, --format comfyui"
+        )
+    elif (
         adapter.is_plain
+        and not adapter.is_dora
         and DIFFUSERS not in programs
         and DIFFUSERS in adapter.family.names.loaders.read_by.get(format, ())
     ):

@@ -16,10 +16,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from transpixeler.adapters import peft_config
-from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.adapter import MAGNITUDE, TENSORS, Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
 from transpixeler.adapters.readers import is_one_file, with_whole_blocks
-from transpixeler.adapters.spelling import EMBEDDING, FORMATS, OURS, Spelling, is_known, parse
+from transpixeler.adapters.spelling import (
+    BIAS_CHANGE,
+    CHANGE,
+    DORA_SCALE,
+    EMBEDDING,
+    FORMATS,
+    OURS,
+    SCALED_BIAS_CHANGE,
+    Spelling,
+    is_known,
+    parse,
+)
 from transpixeler.adapters.tensorfile import save_tensors
 from transpixeler.config import UserError, family_names
 from transpixeler.files import whole, write_text
@@ -33,7 +44,7 @@ MODEL_FOLDER = "transformer"  # in a save, a model that was trained in full
 VERSION = "1"
 
 # header keys that the tensors decide
-_DERIVED = ("format", "version", "rank", "alpha", "scope", "scopes", "folded", "zeros")
+_DERIVED = ("format", "version", "kind", "rank", "alpha", "scope", "scopes", "folded", "zeros")
 _PUBLISHED_EMBEDDINGS = ("diffusion_model.modality_embedding", "transformer.modality_embedding")
 _PUBLISHED_UNMASKED = ("cross_attn.k", "cross_attn.v", "cross_attn.o")
 
@@ -45,6 +56,7 @@ def join(parts: Iterable[Adapter]) -> Adapter:
     scopes: dict[str, Scope] = {}
     embeddings: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
+    changes: dict[str, Tensor] = {}
     for part in parts:
         assert not set(alphas) & set(part.alphas), "two stages hold the same target"
         tensors |= part.tensors
@@ -52,7 +64,8 @@ def join(parts: Iterable[Adapter]) -> Adapter:
         scopes |= part.scopes
         embeddings |= part.stream_embeddings
         metadata |= part.metadata
-    return Adapter(tensors, alphas, scopes, embeddings, metadata)
+        changes |= part.changes
+    return Adapter(tensors, alphas, scopes, embeddings, metadata, changes)
 
 
 # -- out
@@ -62,6 +75,10 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
     """Write a `.safetensors` file, or a folder of it and its config; returns the file, read back and found equal."""
     if format not in FORMATS:
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}")
+    if format == "diffusers" and adapter.must_fuse:
+        raise UserError(
+            f"--format: diffusers cannot apply {adapter.must_fuse}, which this adapter has; use comfyui or merged"
+        )
     path = Path(path)
     file = path if is_one_file(path) else path / ADAPTER_FILE
     loaders, spelling = adapter.family.names.loaders, FORMATS[format]
@@ -69,6 +86,8 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
         spelling = spelling._replace(alpha=None)
     stored = (format in loaders.whole_blocks and with_whole_blocks(adapter)) or adapter
     header = _header(stored, folded=spelling.alpha is None)
+    if not stored.is_dora or format == "diffusers":  # it reads a DoRA's norms in this format alone
+        header |= peft_config.in_header(stored)
     if zeros := [target for target in stored.targets if target not in adapter.alphas]:
         header[f"{OURS}zeros"] = json.dumps(zeros)
     if file != path:
@@ -91,6 +110,12 @@ def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:
         stored[module + spelling.up] = (adapter.up(target) * folded).contiguous()
         if spelling.alpha:
             stored[module + spelling.alpha] = torch.tensor(adapter.alphas[target])
+        if (magnitude := adapter.magnitude(target)) is not None:
+            shape = (1, -1) if magnitude.ndim > 1 else (-1, 1) if spelling.magnitude == DORA_SCALE else (-1,)
+            stored[module + spelling.magnitude] = magnitude.reshape(shape).contiguous()
+    for name, change in adapter.changes.items():
+        module, leaf = (name.removesuffix(".bias"), ".diff_b") if name.endswith(".bias") else (name, ".diff")
+        stored[marked + spelling.module(module.removesuffix(".weight"), names) + leaf] = change.contiguous()
     for stream, embedding in adapter.stream_embeddings.items():
         stored[EMBEDDING + stream] = embedding.contiguous()
     return stored
@@ -112,9 +137,11 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
     odd = {target: _scope_text(own) for target, own in adapter.scopes.items() if own != scope}
     if odd:
         fields["scopes"] = json.dumps(odd)
+    if adapter.is_dora:
+        fields["kind"] = "dora"
     if folded:
         fields["folded"] = json.dumps(dict(adapter.alphas))
-    return {"format": "pt", **peft_config.in_header(adapter)} | {OURS + key: value for key, value in fields.items()}
+    return {"format": "pt"} | {OURS + key: value for key, value in fields.items()}
 
 
 def step_header(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -259,10 +286,8 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     left_alone = _header_value(file, header, "zeros", [])
     family = _family_of(file, header, stored)
     found = _by_target(file, stored, family.names)
-    parts = {target: part for target, part in found.items() if target not in left_alone}
-    if not parts and not embeddings:
-        raise UserError(f"{file} holds no LoRA weights")
-    tensors = {f"{target}.{kind}": parts[target][kind] for target in parts for kind in ("lora_A", "lora_B")}
+    parts = {t: part for t, part in found.items() if "lora_A" in part and t not in left_alone}
+    tensors = {f"{t}.{kind}": parts[t][kind] for t in parts for kind in TENSORS if kind in parts[t]}
     ranks = {target: tensors[f"{target}.lora_A"].shape[0] for target in parts}
     alphas, folded = _alphas(file, header, parts, ranks, alpha=alpha, guess=not published)
     for target in parts if folded else ():
@@ -270,7 +295,10 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
     ours = _ours(header)
     metadata = {"family": family.name} | {key: value for key, value in ours.items() if key not in _DERIVED}
     scopes = _scopes(file, header, parts, published=bool(published))
-    return Adapter(tensors, alphas, scopes, embeddings, metadata)
+    changes = _changes(found, {target: alphas[target] / ranks[target] for target in parts}, family.names)
+    if not parts and not embeddings and not changes:
+        raise UserError(f"{file} holds no LoRA weights")
+    return Adapter(tensors, alphas, scopes, embeddings, metadata, changes)
 
 
 def _family_of(file: Path, header: Mapping[str, str], keys: Iterable[str]) -> Family:
@@ -299,13 +327,45 @@ def _by_target(file: Path, stored: Mapping[str, Tensor], names: Names) -> dict[s
             target, kind = parse(key, names)
         except UnknownName:
             raise UserError(f"{file}: its header and its key {key} are of different models") from None
-        parts.setdefault(target, {})[kind] = tensor
+        part = parts.setdefault(target, {})
+        if kind in part:
+            raise UserError(f"{file}: says the {kind} of {target} twice, the second time as {key}")
+        part[kind] = tensor
     for target, part in parts.items():
-        down, up = part.get("lora_A"), part.get("lora_B")
-        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
-            shapes = {kind: list(tensor.shape) for kind, tensor in part.items()}
-            raise UserError(f"{file}: {target} is not a pair of low-rank matrices: {shapes}")
+        if set(part) - {CHANGE, BIAS_CHANGE}:
+            _check_pair(file, target, part)
     return parts
+
+
+def _check_pair(file: Path, target: str, part: dict[str, Tensor]) -> None:
+    """Refuse a target without two matrices that fit; make matrices of a convolution's, and a DoRA's norms a vector."""
+    shapes = {kind: list(tensor.shape) for kind, tensor in part.items()}
+    down, up = part.get("lora_A"), part.get("lora_B")
+    if down is None or up is None or min(down.ndim, up.ndim) < 2 or up.numel() != up.shape[0] * down.shape[0]:
+        raise UserError(f"{file}: {target} is not a pair of low-rank matrices: {shapes}")
+    if CHANGE in part:
+        raise UserError(f"{file}: {target} has low-rank matrices and a whole change, which programs add differently")
+    part |= {"lora_A": down.flatten(1), "lora_B": up.flatten(1)}
+    magnitude = part.get(MAGNITUDE)
+    if magnitude is None:
+        return
+    if magnitude.shape in ((up.shape[0],), (up.shape[0], *[1] * (down.ndim - 1))):
+        part[MAGNITUDE] = magnitude.flatten()
+    elif magnitude.shape != (1, down.shape[1]) or down.ndim > 2:
+        raise UserError(f"{file}: the dora_scale of {target} is neither one number a row nor one a column: {shapes}")
+
+
+def _changes(found: Mapping[str, Mapping[str, Tensor]], scales: Mapping[str, float], names: Names) -> dict[str, Tensor]:
+    """Return what is added to whole parameters; speed-ups list many that are zero."""
+    changes = {}
+    for target, part in found.items():
+        if CHANGE in part:
+            changes[names.weight_of(target)] = part[CHANGE]
+        biases = [part[BIAS_CHANGE]] if BIAS_CHANGE in part else []
+        biases += [part[SCALED_BIAS_CHANGE] * scales[target]] if SCALED_BIAS_CHANGE in part else []
+        if biases:
+            changes[f"{target}.bias"] = sum(biases[1:], biases[0])
+    return {name: change for name, change in changes.items() if change.any()}
 
 
 def _alphas(

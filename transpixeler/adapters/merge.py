@@ -6,15 +6,17 @@ Tensors pass one at a time, so a full model is merged and written in little more
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.adapter import MAGNITUDE, Adapter
 from transpixeler.adapters.files import read_adapter, step_header, write_adapter
 from transpixeler.adapters.on_model import STREAM_EMBEDDING, whole_tensor
 from transpixeler.adapters.readers import is_one_file
@@ -35,7 +37,7 @@ class FusedSource:
     The adapters act on all tokens; stream embeddings that they have are no weights of the base, and left to the caller.
     """
 
-    def __init__(self, source: WeightSource, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, source: Readable, adapters: Sequence[Adapter]) -> None:
         self.path, self._source, self._adapters = source.path, source, tuple(adapters)
         for adapter in adapters:
             if not all(scope == "all" for scope in adapter.scopes.values()):
@@ -47,16 +49,13 @@ class FusedSource:
 
     def _check(self, adapter: Adapter) -> None:
         names = set(self._source.names())
-        for target in adapter.targets:
-            name = f"{target}.weight"
-            delta = (adapter.up(target).shape[0], adapter.down(target).shape[1])
-            if name not in names or self.shape(name) != delta:
-                there = list(self.shape(name)) if name in names else "absent"
-                raise UserError(f"the adapter changes {name} {list(delta)}, which in {self.path} is {there}")
-
-    @property
-    def bytes_read(self) -> int:
-        return self._source.bytes_read
+        deltas = {f"{t}.weight": (adapter.up(t).shape[0], adapter.down(t).shape[1]) for t in adapter.targets}
+        for name, wanted in (deltas | {name: tuple(change.shape) for name, change in adapter.changes.items()}).items():
+            found = self.shape(name) if name in names else ()
+            flat = (*found[:1], math.prod(found[1:])) if name in deltas else found  # a convolution's kernel is a matrix
+            if name not in names or flat != wanted:
+                there = list(found) if name in names else "absent"
+                raise UserError(f"the adapter changes {name} {list(wanted)}, which in {self.path} is {there}")
 
     def names(self) -> tuple[str, ...]:
         return self._source.names()
@@ -68,15 +67,52 @@ class FusedSource:
         return self.read_slice(name, ())
 
     def read_slice(self, name: str, slices: Slices) -> Tensor:
-        piece = self._source.read_slice(name, slices)
+        target = name.removesuffix(".weight") if name.endswith(".weight") else ""
+        adapters = [adapter for adapter in self._adapters if target in adapter.alphas or name in adapter.changes]
+        # a norm needs whole rows or columns, and a kernel's matrix is not cut as the kernel is
+        whole = len(self.shape(name)) > 2 or any(adapter.magnitude(target) is not None for adapter in adapters)
+        piece = self._source.read_slice(name, () if whole and adapters else slices)
         kept = piece.dtype if piece.itemsize > 1 else torch.bfloat16  # eight bits would round most of a change away
-        target = name.removesuffix(".weight")
-        for adapter in self._adapters:
-            if target in adapter.alphas and name != target:
-                rows, columns = (*slices, slice(None), slice(None))[:2]
-                delta = adapter.up(target)[rows] @ adapter.down(target)[:, columns] * adapter.scale(target)
-                piece = (piece.float() + delta).to(kept)
-        return piece
+        for adapter in adapters:
+            piece = piece.float()
+            if name in adapter.changes:
+                piece = piece + adapter.changes[name][() if whole else slices]
+            if target in adapter.alphas:
+                rows, columns = (slice(None), slice(None)) if whole else (*slices, slice(None), slice(None))[:2]
+                low = adapter.up(target)[rows] @ adapter.down(target)[:, columns] * adapter.scale(target)
+                piece = adapted(
+                    piece, low.reshape(piece.shape), adapter.magnitude(target), of_base=adapter.norms_of_base
+                )
+        return (piece[slices] if whole else piece).to(kept) if adapters else piece
+
+
+def adapted(weight: Tensor, low: Tensor, magnitude: Tensor | None, *, of_base: bool = False) -> Tensor:
+    """Return W + low, and of a DoRA with `magnitude` as the norms of its rows [out] or columns [1, in].
+
+    of_base: the row's factor is magnitude / ‖W‖ and not magnitude / ‖W + low‖, as ComfyUI takes it.
+    """
+    if magnitude is None:
+        return weight + low
+    if magnitude.ndim > 1:
+        norms = torch.linalg.vector_norm(weight + low, dim=0, keepdim=True)
+        return (weight + low) * torch.where(norms > 0, magnitude / norms, 1.0)
+    base, both = (torch.linalg.vector_norm(w.flatten(1), dim=1) for w in (weight, weight + low))
+    factor = torch.where(base > 0, magnitude / (base if of_base else both), 1.0)  # a row of zeros has no direction
+    return (weight + low) * factor.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def with_norms_of_base(adapter: Adapter, base: ModelFolder) -> Adapter:
+    """Give a DoRA the magnitudes with which ComfyUI's rule, which divides by the base's norms, computes the same."""
+    source = FusedSource(WeightSource(base.path, base.family.internal_names), read_fused(adapter.fused))
+    FusedSource(source, [adapter])  # to refuse another base
+    tensors = dict(adapter.tensors)
+    for target in adapter.targets:
+        if (magnitude := adapter.magnitude(target)) is not None:
+            weight = source.read_slice(f"{target}.weight", ()).float()
+            made = adapted(weight, adapter.up(target) @ adapter.down(target) * adapter.scale(target), None)
+            base_norms, norms = (torch.linalg.vector_norm(w, dim=1) for w in (weight, made))
+            tensors[f"{target}.{MAGNITUDE}"] = torch.where(base_norms > 0, magnitude / norms * base_norms, norms)
+    return replace(adapter, tensors=tensors, metadata={**adapter.metadata, "norms": "base"})
 
 
 def read_fused(paths: Sequence[str]) -> list[Adapter]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.adapter import TENSORS, Adapter
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone
@@ -44,7 +44,9 @@ def inject_adapter(model: Backbone, adapter: Adapter) -> None:
     if not adapter.targets:
         return
     ranks = {target: adapter.rank(target) for target in adapter.targets}
-    inject(model, LoraConfig(targets=adapter.targets, ranks=ranks, scope="all"), scopes=adapter.scopes)
+    kind = "dora" if adapter.is_dora else "lora"
+    config = LoraConfig(targets=adapter.targets, ranks=ranks, scope="all", kind=kind)
+    inject(model, config, scopes=adapter.scopes)
     for target, module in lora_linears(model):
         module.scale = adapter.scale(target)
 
@@ -80,7 +82,7 @@ def adapter_of(model: Backbone, metadata: Mapping[str, str], *, values: Mapping[
     parameters = dict(model.named_parameters())
     given = values or {}
     linears = dict(lora_linears(model))
-    names = [f"{target}.{kind}" for target in linears for kind in ("lora_A", "lora_B")]
+    names = [f"{target}.{kind}" for target in linears for kind in TENSORS if f"{target}.{kind}" in parameters]
     embeddings = [name for name in parameters if name.startswith(STREAM_EMBEDDING)]
     held = {name: whole_tensor(given.get(name, parameters[name])) for name in names + embeddings}
     return Adapter(

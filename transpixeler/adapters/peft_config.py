@@ -36,6 +36,8 @@ def beside(adapter: Adapter, ours: Mapping[str, str]) -> str:
         "lora_alpha": float(ours["rank" if "folded" in ours else "alpha"]),
         "target_modules": sorted({target.split(".", 2)[-1] for target in adapter.targets}),
     }
+    if adapter.is_dora:
+        config["use_dora"] = True
     return json.dumps(config | {"transpixeler": dict(ours)}, indent=2) + "\n"
 
 
@@ -53,6 +55,8 @@ def in_header(adapter: Adapter) -> dict[str, str]:
     rank = most(ranks.values(), 0)
     odd = {module: own for module, own in ranks.items() if own != rank}
     config = {"r": rank, "lora_alpha": rank, "rank_pattern": odd, "alpha_pattern": odd, "target_modules": list(ranks)}
+    if adapter.is_dora:
+        config["use_dora"] = True
     return {IN_HEADER: json.dumps({f"transformer.{key}": value for key, value in config.items()})}
 
 

@@ -16,7 +16,7 @@ from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.peft_config import most
 from transpixeler.models.family import Family
 
-DIFFUSERS = "diffusers"
+DIFFUSERS, COMFYUI = "diffusers", "ComfyUI"
 
 
 def readers(adapter: Adapter, format: str) -> tuple[str, ...]:
@@ -25,11 +25,21 @@ def readers(adapter: Adapter, format: str) -> tuple[str, ...]:
     if "scales" in adapter.metadata:
         return ()  # no other program's latents hold streams of several sizes
     if not adapter.is_plain:
-        return loaders.joint_read_by.get(format, ())
-    found = loaders.read_by.get(format, ())
+        return () if adapter.is_dora else loaders.joint_read_by.get(format, ())  # our nodes know pairs alone
+    found = [p for p in loaders.read_by.get(format, ()) if _applies_all(adapter, p, format)]
     if format in loaders.whole_blocks and with_whole_blocks(adapter) is None:
         return tuple(program for program in found if program != DIFFUSERS)
-    return found
+    return tuple(found)
+
+
+def _applies_all(adapter: Adapter, program: str, format: str) -> bool:
+    """Tell whether a program applies what an adapter holds beside its pairs of matrices."""
+    if not adapter.is_dora and not adapter.must_fuse:
+        return True
+    if program == COMFYUI:  # its factor for a row is over the norm of the base's row, not of the adapted one
+        by_row = any((m := adapter.magnitude(target)) is not None and m.ndim == 1 for target in adapter.targets)
+        return adapter.norms_of_base or not by_row
+    return program == DIFFUSERS and format == DIFFUSERS and not adapter.must_fuse
 
 
 def is_one_file(path: str | Path) -> bool:
@@ -52,6 +62,8 @@ def with_whole_blocks(adapter: Adapter) -> Adapter | None:
 
     Their rank is the usual one: readers take the most frequent for all of which nothing else is said.
     """
+    if adapter.is_dora:
+        return None  # the norms of what it leaves alone are the base's
     names = [target.split(".", 2) for target in adapter.targets]
     linears = adapter.family.names.block_linears
     if not adapter.is_plain or any(name[-1] not in linears for name in names):

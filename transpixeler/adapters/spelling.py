@@ -9,31 +9,48 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from transpixeler.adapters.adapter import MAGNITUDE
 from transpixeler.models.names import Names, UnknownName
 
 OURS = "transpixeler."  # of header keys, of a joint adapter's keys, and of what is no LoRA weight
 EMBEDDING = f"{OURS}stream_embedding."
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "base_model.model.")
 _FLAT_PREFIX = "lora_unet_"
+DORA_SCALE = ".dora_scale"
+CHANGE, BIAS_CHANGE = "change", "bias change"  # kinds of keys beside those of `Adapter.tensors`, and alpha
+SCALED_BIAS_CHANGE = "scaled bias"  # PEFT multiplies it by alpha / rank, as the matrices
 _ENDINGS = {
     ".lora_A.weight": "lora_A",
     ".lora_B.weight": "lora_B",
     ".lora_down.weight": "lora_A",
     ".lora_up.weight": "lora_B",
+    ".lora_A.default.weight": "lora_A",
+    ".lora_B.default.weight": "lora_B",
     ".lora.down.weight": "lora_A",
     ".lora.up.weight": "lora_B",
     ".alpha": "alpha",
+    DORA_SCALE: MAGNITUDE,
+    ".lora_magnitude_vector": MAGNITUDE,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+    ".diff": CHANGE,
+    ".w_norm": CHANGE,
+    ".diff_m": CHANGE,  # of a table named `modulation`, which the key leaves out
+    ".diff_b": BIAS_CHANGE,
+    ".b_norm": BIAS_CHANGE,
+    ".lora_B.bias": SCALED_BIAS_CHANGE,
 }
+_TABLE_OF = {".diff_m": "modulation"}
 
 
 class Spelling(NamedTuple):
-    """A format's names of a target's three tensors; without an alpha key the scale is folded into `up`."""
+    """A format's names of a target's tensors; without an alpha key the scale is folded into `up`."""
 
     prefix: str
     modules: str  # the family's spelling of modules: original, diffusers or flat
     down: str
     up: str
     alpha: str | None
+    magnitude: str = DORA_SCALE
 
     def module(self, target: str, names: Names) -> str:
         """Return the stored name of the module that a target names internally."""
@@ -43,7 +60,9 @@ class Spelling(NamedTuple):
 FORMATS = {
     "transpixeler": Spelling("diffusion_model.", "original", ".lora_A.weight", ".lora_B.weight", ".alpha"),
     "comfyui": Spelling("diffusion_model.", "original", ".lora_A.weight", ".lora_B.weight", ".alpha"),
-    "diffusers": Spelling("transformer.", "diffusers", ".lora_A.weight", ".lora_B.weight", None),
+    "diffusers": Spelling(
+        "transformer.", "diffusers", ".lora_A.weight", ".lora_B.weight", None, ".lora_magnitude_vector"
+    ),
     "kohya": Spelling(_FLAT_PREFIX, "flat", ".lora_down.weight", ".lora_up.weight", ".alpha"),
 }
 
@@ -54,7 +73,10 @@ def parse(key: str, names: Names) -> tuple[str, str]:
     if ending is None:
         raise UnknownName(key)
     module, kind = key.removesuffix(ending).removeprefix(OURS), _ENDINGS[ending]
-    if module.startswith(_FLAT_PREFIX):
+    flat = module.startswith(_FLAT_PREFIX)
+    if ending in _TABLE_OF:
+        module += ("_" if flat else ".") + _TABLE_OF[ending]
+    if flat:
         return names.module(module.removeprefix(_FLAT_PREFIX), source="flat", to="internal"), kind
     prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
     return names.read_module(module.removeprefix(prefix)), kind

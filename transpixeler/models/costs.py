@@ -35,6 +35,7 @@ class LinearCost(NamedTuple):
     span: tuple[int, int] | None = None  # streams that the adapter acts on; None for all that is read
     discarded: bool = False  # the block's last projection: no backward pass asks for its output
     image: int = 0  # tokens of an image encoder, where it reads them
+    dora: bool = False  # the adapter also has norms of the changed weight's rows
 
     def tokens(self, lengths: Sequence[int], text: int) -> int:
         return {"streams": sum(lengths), "text": text, "both": sum(lengths) + text, "image": self.image}.get(
@@ -53,6 +54,18 @@ class LinearCost(NamedTuple):
 
     def adapter_flops(self, lengths: Sequence[int], text: int) -> float:
         return 2 * self.rank * (self.inputs + self.outputs) * self.adapted(lengths, text)
+
+    def norm_flops(self) -> float:
+        """Return what the norms of a DoRA's rows take in a microbatch, whatever its tokens: W Aᵀ, A Aᵀ, B A Aᵀ."""
+        products = self.inputs * self.outputs + self.rank * (self.inputs + self.outputs)
+        return 2 * self.rank * products if self.dora else 0
+
+    def discarded_flops(self, lengths: Sequence[int], text: int) -> float:
+        """Return what a recomputation leaves out; a DoRA's gradient needs the scope's outputs."""
+        if not self.discarded:
+            return 0
+        needed = self.adapted(lengths, text) if self.dora else 0
+        return 2 * self.inputs * self.outputs * (self.tokens(lengths, text) - needed)
 
 
 class BlockCost(NamedTuple):
@@ -127,11 +140,11 @@ def _block(block: Block, image: int) -> BlockCost:
     found = []
     for name, module in block.named_modules():
         if isinstance(module, Linear):
-            rank, span = (module.rank, module.span) if isinstance(module, LoraLinear) else (0, None)
-            cost = LinearCost(
-                module.in_features, module.out_features, block.reads(name), rank, span, id(module) in last, image
-            )
-            found.append(cost)
+            cost = LinearCost(module.in_features, module.out_features, block.reads(name), image=image)
+            if isinstance(module, LoraLinear):
+                dora = module.lora_magnitude is not None
+                cost = cost._replace(rank=module.rank, span=module.span, dora=dora)
+            found.append(cost._replace(discarded=id(module) in last))
     return BlockCost(tuple(found), block.attends)
 
 
@@ -153,10 +166,11 @@ class Flops(NamedTuple):
     linear: float
     attention: float
     adapter: float
+    norms: float = 0.0  # of a DoRA's rows, which have no backward pass
 
     @property
     def total(self) -> float:
-        return self.linear + self.attention + self.adapter
+        return self.linear + self.attention + self.adapter + self.norms
 
 
 # -- FLOPs
@@ -184,7 +198,10 @@ def _attended_pairs(block: BlockCost, costs: Costs, lengths: Sequence[int]) -> i
 def block_flops(costs: Costs, lengths: Sequence[int]) -> list[float]:
     """Return the forward FLOPs of each block, by which pipeline stages are balanced."""
     return [
-        sum(linear.flops(lengths, costs.text) + linear.adapter_flops(lengths, costs.text) for linear in block.linears)
+        sum(
+            linear.flops(lengths, costs.text) + linear.adapter_flops(lengths, costs.text) + linear.norm_flops()
+            for linear in block.linears
+        )
         + 4 * costs.width * _attended_pairs(block, costs, lengths)
         for block in costs.blocks
     ]
@@ -193,13 +210,15 @@ def block_flops(costs: Costs, lengths: Sequence[int]) -> list[float]:
 def forward_flops(costs: Costs, lengths: Sequence[int]) -> Flops:
     linears, text = costs.linears, costs.text
     linear = sum(one.flops(lengths, text) for one in (*linears, *costs.ends))
-    return Flops(linear, attention_flops(costs, lengths), sum(one.adapter_flops(lengths, text) for one in linears))
+    adapter = sum(one.adapter_flops(lengths, text) for one in linears)
+    return Flops(linear, attention_flops(costs, lengths), adapter, sum(one.norm_flops() for one in linears))
 
 
 def step_flops(costs: Costs, lengths: Sequence[int], *, recompute: Recompute = "none", full: bool = False) -> float:
     """Return FLOPs of one sample's forward and backward pass and recomputation; `full` trains the base as well."""
     forward = forward_flops(costs, lengths)
     step = forward.linear * (3 if full else 2) + forward.attention * (1 + FLASH_BACKWARD) + forward.adapter * 3
+    step += forward.norms
     again = forward.total - (0 if full else discarded_flops(costs, lengths))
     if recompute == "attention":
         return step + again - forward.attention
@@ -208,7 +227,7 @@ def step_flops(costs: Costs, lengths: Sequence[int], *, recompute: Recompute = "
 
 def discarded_flops(costs: Costs, lengths: Sequence[int]) -> float:
     """Return the forward FLOPs that a recomputation leaves out: the last projection of every block."""
-    return sum(linear.flops(lengths, costs.text) for linear in costs.linears if linear.discarded)
+    return sum(linear.discarded_flops(lengths, costs.text) for linear in costs.linears)
 
 
 def recomputed_share(blocks: int, recompute: Recompute) -> float:

@@ -68,6 +68,13 @@ class FeedForward(nn.Sequential):
         return last(inner, tokens.lengths, gelu=True, needs_output=not tokens.discards(gate))
 
 
+def full_weight(linear: Linear, dtype: torch.dtype) -> Tensor:
+    """Return a linear's whole weight, in `dtype`, whatever it is held in."""
+    if linear.quantized:
+        return dequantize(linear.weight_data, linear.weight_scale, linear.quantized, dtype)
+    return linear.weight.to(dtype)
+
+
 def activated(x: Tensor, gelu: bool) -> Tensor:
     return F.gelu(x, approximate="tanh") if gelu else x
 
@@ -85,6 +92,8 @@ def project(
     linear: Linear,
     down: Tensor | None = None,
     up: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
     *,
     scale: float = 1.0,
     scope: slice = slice(0, 0),
@@ -94,6 +103,7 @@ def project(
 ) -> Tensor:
     """Project all tokens by the frozen base, and add the adapter's projection of the scope's.
 
+    magnitude: of a DoRA, the norms that the scope's rows of the weight are to have; norm: those of the base's.
     `part`, a copy of the scope's tokens, is what is kept for the backward pass; a view would keep all tokens alive.
     With `gelu`, what goes into it is kept instead, and what comes out of it is made again on the scope alone.
     """
@@ -101,7 +111,7 @@ def project(
         weight, weight_scale, kind = linear.weight_data, linear.weight_scale, linear.quantized
     else:
         weight, weight_scale, kind = linear.weight, None, ""
-    adapter = down, up, scale, scope.start, scope.stop
+    adapter = down, up, magnitude, norm, scale, scope.start, scope.stop
     return _Project.apply(x, weight, weight_scale, kind, linear.bias, *adapter, part, gelu, needs_output)
 
 
@@ -138,30 +148,45 @@ def _asked(ctx, index: int) -> bool:
 class _Project(torch.autograd.Function):
     """y = a Wᵀ + b;  y[:, scope] += s · (a[:, scope] Aᵀ) Bᵀ, added by the matmul itself in both directions.
 
-    a is x, or GELU(x), whose own derivative is then taken in the same breath.
+    a is x, or GELU(x), whose own derivative is then taken in the same breath. With a magnitude m, all but b is
+    multiplied by m / ‖W + s·B A‖ in the scope, row by row; the norm counts as constant in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, weight_scale, kind, bias, down, up, scale, start, stop, part, gelu, needs_output):
+    def forward(
+        ctx, x, weight, weight_scale, kind, bias, down, up, magnitude, norm, scale, start, stop, part, gelu, wanted
+    ):
         ctx.kind, ctx.scale, ctx.scope, ctx.gelu = kind, scale, slice(start, stop), gelu
-        a, inner = activated(x, gelu and needs_output), None
-        if down is not None and (needs_output or not gelu):
-            part = a[:, start:stop] if part is None else part
+        a, full, inner, factor, made = activated(x, gelu and wanted), None, None, None, None
+        if down is not None and (wanted or not gelu or magnitude is not None):
+            alone = gelu and not wanted  # then the scope's alone go through GELU
+            part = activated(a[:, start:stop], alone) if part is None or alone else part
             inner = F.linear(part, down.to(x.dtype))  # [B, Ts, r]
+        if wanted or magnitude is not None:
+            full = _full(weight, weight_scale, kind, x.dtype)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0]) if full is None or not wanted else _linear(a, full, bias)
+        if magnitude is not None:
+            assert full is not None and down is not None
+            made = _scope_of(y, start, stop) if wanted else _linear(part, full, bias)
+            factor = row_factors(magnitude, norm, adapted_norms(full, norm, down, up, scale))
+            _scale_rows_(made, factor, bias)
+        if inner is not None and (wanted or made is not None):
+            scaled = (up * scale if factor is None else up * scale * factor[:, None]).to(x.dtype)  # [out, r]
+            target = y[:, start:stop] if made is None else made
+            target.baddbmm_(inner, scaled.t().expand(x.shape[0], -1, -1))
         kept = (x, None, None) if gelu else (None, part, inner)
-        ctx.save_for_backward(weight, weight_scale, down, up, *kept)
-        if not needs_output:
-            return x.new_empty(*x.shape[:-1], weight.shape[0])
-        y = _linear(a, _full(weight, weight_scale, kind, x.dtype), bias)
-        if inner is not None:
-            scaled = (up * scale).to(x.dtype)  # [out, r]
-            y[:, start:stop].baddbmm_(inner, scaled.t().expand(x.shape[0], -1, -1))
+        rows = (None, None, None, None) if magnitude is None else (bias, magnitude, factor, made)
+        ctx.save_for_backward(weight, weight_scale, down, up, *kept, *rows)
         return y
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, weight_scale, down, up, x, part, inner = ctx.saved_tensors
-        dtype, grad_x, grad_inner, grad_down, grad_up = grad.dtype, None, None, None, None
+        weight, weight_scale, down, up, x, part, inner, bias, magnitude, factor, made = ctx.saved_tensors
+        dtype, grad_x, grad_inner, grad_down, grad_up, grad_magnitude = grad.dtype, None, None, None, None, None
+        if magnitude is not None:
+            grad_magnitude = _magnitude_gradient(grad[:, ctx.scope], made, bias, magnitude)
+            grad = grad.clone()
+            grad[:, ctx.scope].mul_(factor)  # from here on, of what is not yet multiplied
         if down is not None:
             if ctx.gelu:
                 part = activated(x[:, ctx.scope], True)
@@ -176,7 +201,43 @@ class _Project(torch.autograd.Function):
             if down is not None and grad_inner is not None:
                 grad_x[:, ctx.scope].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
             grad_x = _through_gelu(grad_x, x) if ctx.gelu else grad_x
-        return grad_x, None, None, None, None, grad_down, grad_up, *([None] * 6)
+        return grad_x, None, None, None, None, grad_down, grad_up, grad_magnitude, *([None] * 7)
+
+
+def _scope_of(y: Tensor, start: int, stop: int) -> Tensor:
+    """View an output's scope, detached: kept for the backward pass, it would else keep itself alive."""
+    y.new_empty(0)  # recomputed alone, the scope needs a tensor of its own: a checkpoint counts what is called
+    return y.detach()[:, start:stop]
+
+
+def adapted_norms(weight: Tensor, norm: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return ‖W + s·B A‖ of each row from ‖W‖ and W Aᵀ, without making the sum; exactly ‖W‖ where B is zero."""
+    cross = F.linear(weight, down.to(weight.dtype)).to(up.dtype)  # W Aᵀ [out, r]
+    square = (up * (2 * scale * cross + scale**2 * (up @ (down @ down.mT)))).sum(1)
+    return (norm.square() + square).clamp_min(0).sqrt()
+
+
+def row_factors(magnitude: Tensor, norm: Tensor, norms: Tensor) -> Tensor:
+    """Return m / ‖W + s·B A‖ of each row; 1 where the base's row is zero, which has no direction to keep."""
+    return torch.where(norm > 0, magnitude / norms, 1.0)
+
+
+def _scale_rows_(y: Tensor, factor: Tensor, bias: Tensor | None) -> None:
+    """Multiply all but the bias, in place and in fp32: y → f·(y − b) + b, which is y itself where f is 1."""
+    if bias is None:
+        y.mul_(factor)
+    elif torch.compiler.is_compiling():
+        y.copy_(torch.addcmul((1 - factor) * bias, y, factor))
+    else:
+        torch.addcmul((1 - factor) * bias, y, factor, out=y)
+
+
+def _magnitude_gradient(grad: Tensor, made: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
+    """Return Σ g·(y − b) / m over the tokens, which is that of m / ‖…‖ times what it multiplies."""
+    along = (grad * made).sum((0, 1), dtype=magnitude.dtype)
+    if bias is not None:
+        along = along - bias.to(magnitude.dtype) * grad.sum((0, 1), dtype=magnitude.dtype)
+    return torch.where(magnitude != 0, along / magnitude, 0.0)
 
 
 def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:

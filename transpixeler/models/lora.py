@@ -1,8 +1,8 @@
 """The adapter: low-rank matrices beside frozen linears, on the tokens of some streams.
 
 In: a model and a `LoraConfig`. Out: the same model whose targeted linears are `LoraLinear` under their old names, with
-nothing trainable but the adapter (`….lora_A`, `….lora_B`, the stream embeddings). First values are a pure function of
-(seed, name), so they are the same on any layout.
+nothing trainable but the adapter (`….lora_A`, `….lora_B`, of a DoRA `….lora_magnitude`, the stream embeddings). First
+values are a pure function of (seed, name) and the base, so they are the same on any layout.
 """
 
 from __future__ import annotations
@@ -11,27 +11,51 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone, Block
-from transpixeler.models.linear import Linear, activated, project
+from transpixeler.models.linear import (
+    Linear,
+    activated,
+    adapted_norms,
+    dequantize,
+    full_weight,
+    project,
+    row_factors,
+)
 from transpixeler.models.streams import Scope, scope_span, span_slice
 
 Setting = TypeVar("Setting")
 
 Assign = Callable[[nn.Parameter, Tensor], None]
+MAGNITUDE = ".lora_magnitude"
 
 
 class LoraLinear(Linear):
-    """A frozen linear and its fp32 adapter on the tokens of `span` (first and past the last stream; None for all)."""
+    """A frozen linear and its fp32 adapter on the tokens of `span` (first and past the last stream; None for all).
+
+    dora: the rows of the changed weight have trained norms, `lora_magnitude`, which start as the base's. Those stay
+    beside it as `weight_norm`, a frozen parameter, so that they are sharded as the weight's rows are.
+    """
+
+    lora_magnitude: nn.Parameter | None
+    weight_norm: nn.Parameter | None
 
     def __init__(
-        self, base: Linear, *, rank: int, scale: float, dropout: float = 0.0, span: tuple[int, int] | None = None
+        self,
+        base: Linear,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        span: tuple[int, int] | None = None,
+        dora: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.quantized = base.in_features, base.out_features, base.quantized
@@ -42,6 +66,11 @@ class LoraLinear(Linear):
         device = next(base.parameters()).device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
+        self.lora_magnitude = self.weight_norm = None
+        if dora:
+            norms = torch.empty(2, base.out_features, device=device, dtype=torch.float32)
+            self.lora_magnitude = nn.Parameter(norms[0].clone())
+            self.weight_norm = nn.Parameter(norms[1].clone(), requires_grad=False)
         self.rank, self.scale, self.dropout, self.span = rank, scale, dropout, span
         self.train(base.training)
 
@@ -60,12 +89,25 @@ class LoraLinear(Linear):
     ) -> Tensor:
         scope, how = self.scope(x, lengths), {"gelu": gelu, "needs_output": needs_output}
         if not (self.training and self.dropout):
-            return project(x, self, self.lora_A, self.lora_B, scale=self.scale, scope=scope, part=part, **how)
+            adapter = self.lora_A, self.lora_B, self.lora_magnitude, self.weight_norm
+            return project(x, self, *adapter, scale=self.scale, scope=scope, part=part, **how)
         x = activated(x, gelu)
         y = project(x, self) if self.quantized else F.linear(x, self.weight, self.bias)
         inner = F.linear(F.dropout(x[:, scope], self.dropout), self.lora_A.to(x.dtype))
-        y[:, scope] += F.linear(inner, (self.lora_B * self.scale).to(x.dtype))
+        low = F.linear(inner, (self.lora_B * self.scale).to(x.dtype))
+        if self.lora_magnitude is None:
+            y[:, scope] += low
+            return y
+        factor = row_factors(self.lora_magnitude, cast(Tensor, self.weight_norm), self._norms(x.dtype))
+        shift = 0 if self.bias is None else (1 - factor) * self.bias
+        y[:, scope] = (factor * (y[:, scope] + low) + shift).to(y.dtype)
         return y
+
+    @torch.no_grad()
+    def _norms(self, dtype: torch.dtype) -> Tensor:
+        return adapted_norms(
+            full_weight(self, dtype), cast(Tensor, self.weight_norm), self.lora_A, self.lora_B, self.scale
+        )
 
 
 # -- which linears, with which rank and scope
@@ -132,7 +174,8 @@ def inject(
         alpha = rank if config.alpha is None else config.alpha
         scale = alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
         span = _span(name, _last_match(name, scopes, config.scope), model)
-        adapted = LoraLinear(linear, rank=rank, scale=scale, dropout=config.dropout, span=span)
+        dora = config.kind == "dora"
+        adapted = LoraLinear(linear, rank=rank, scale=scale, dropout=config.dropout, span=span, dora=dora)
         model.set_submodule(name, adapted)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
@@ -148,7 +191,7 @@ def lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:
 
 
 def is_adapter(name: str) -> bool:
-    return name.endswith((".lora_A", ".lora_B")) or ".stream_embedding." in f".{name}"
+    return name.endswith((".lora_A", ".lora_B", ".lora_magnitude")) or ".stream_embedding." in f".{name}"
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -165,22 +208,46 @@ def first_value(name: str, shape: torch.Size, *, seed: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+def _copy(parameter: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(value)
 
 
 def reset_adapter(model: nn.Module, *, seed: int, assign: Assign = _copy) -> None:
-    """First values; `assign` puts a whole tensor into a parameter that may hold a shard of it."""
+    """First values; `assign` puts a whole tensor into a parameter that may hold a shard of it.
+
+    Magnitudes are the norms of the base's rows: of this rank's, which are the same rows.
+    """
     for name, parameter in adapter_parameters(model).items():
         if not parameter.is_meta:
             assign(parameter, first_value(name, parameter.shape, seed=seed))
+    for _, module in lora_linears(model):
+        if module.weight_norm is not None and not module.weight_norm.is_meta:
+            for parameter in (module.weight_norm, module.lora_magnitude):
+                _copy(_local(parameter), torch.linalg.vector_norm(_local_weight(module), dim=1))
+
+
+def _local(parameter: Tensor | None) -> Any:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _local_weight(module: LoraLinear) -> Tensor:
+    """Return the rows of a base's weight that are here, in fp32."""
+    if module.quantized:
+        data, scale = _local(module.weight_data), _local(module.weight_scale)
+        return dequantize(data, scale, module.quantized, torch.float32)
+    return _local(module.weight).float()
 
 
 def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assign = _copy) -> None:
-    """Start from another adapter, by our names; stream embeddings that it lacks stay as they are."""
+    """Start from another adapter, by our names; stream embeddings that it lacks stay as they are.
+
+    A DoRA that starts from a LoRA takes the norms that its rows have, so that it computes what that does.
+    """
     ours = adapter_parameters(model)
-    needed = [name for name in ours if ".lora_" in name]
+    needed = [name for name in ours if name.endswith((".lora_A", ".lora_B"))]
+    if any(name.endswith(MAGNITUDE) for name in tensors) and needed and not any(n.endswith(MAGNITUDE) for n in ours):
+        raise UserError("lora.init_from: the adapter is a DoRA: set lora.kind=dora")
     wrong = [f"{name} is missing" for name in needed if name not in tensors]
     wrong += [
         f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
@@ -200,6 +267,11 @@ def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assi
     for name, parameter in ours.items():
         if name in tensors:
             assign(parameter, tensors[name])
+    for name, module in lora_linears(model):
+        if module.lora_magnitude is not None and f"{name}{MAGNITUDE}" not in tensors:
+            down = tensors[f"{name}.lora_A"].to(module.lora_B.device, torch.float32)
+            low = module.scale * _local(module.lora_B) @ down
+            _copy(_local(module.lora_magnitude), torch.linalg.vector_norm(_local_weight(module) + low, dim=1))
 
 
 def _lives_here(model: Backbone, name: str) -> bool:

@@ -111,6 +111,10 @@ class Names:
 
     # -- parameters
 
+    def weight_of(self, module: str) -> str:
+        """Return the internal name of a module's weight; a table is its own module and its own weight."""
+        return module if self._is_bare(module, "internal") else f"{module}.weight"
+
     def parameter(self, name: str, *, source: str, to: str) -> str:
         """Translate the name of a parameter: `blocks.0.norm3.weight` from `original` to `diffusers`, say."""
         module, leaf = self._split(name, source)

@@ -243,7 +243,7 @@ def _base_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {
         name.replace(".weight_data", ".weight"): parameter
         for name, parameter in model.named_parameters()
-        if not is_adapter(name) and not name.endswith(".weight_scale")
+        if not is_adapter(name) and not name.endswith((".weight_scale", ".weight_norm"))
     }
 
 

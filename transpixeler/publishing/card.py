@@ -178,6 +178,9 @@ def _use_section(card: Card) -> list[str]:
                 f"Put {' and '.join(f'`{name}/{ADAPTER_FILE}`' for name in card.experts)} into `models/loras`, under "
                 "names of their own, and load each with `LoraLoaderModelOnly` on the expert of the base that it is for."
             )
+        if card.model.adapter is not None and card.model.adapter.is_dora:
+            lines.append(_exported(card, "diffusers") + " The line above then reads that file.")
+            comfy = _exported(card, "comfyui") + " Put that file into `models/loras`."
     else:
         lines.append(
             "diffusers generates one stream and cannot make the companions. Use the command above: it writes every "
@@ -199,6 +202,11 @@ def _load_line(card: Card, expert: str) -> str:
     return (
         f'pipe.load_lora_weights("{card.repo}", {place}weight_name="{ADAPTER_FILE}", adapter_name="{expert}"{second})'
     )
+
+
+def _exported(card: Card, format: str) -> str:
+    """Tell how another program gets the file that it reads of a DoRA."""
+    return f"This is a DoRA: write it first with `transpixeler export {card.repo} --format {format} --out dora/`."
 
 
 def _fused_note(card: Card) -> list[str]:

@@ -72,6 +72,12 @@ def _read_initial(config: Config, wanted: Sequence[Expert]) -> dict[str, Adapter
     companion = next(iter([*config.streams][1:]), "seg")  # the published code's files do not name theirs
     read = partial(read_adapter, stream=companion, key="lora.init_from")
     found, source = read_experts(Path(path), read), f"lora.init_from: {path}"
+    for adapter in found.values():
+        if adapter.must_fuse:
+            raise UserError(
+                f"{source} changes {adapter.must_fuse}, which no adapter beside a frozen base can go on from; name it "
+                "in model.fuse"
+            )
     with torch.device("meta"):
         for adapter in found.values():
             _check_fits(adapter, make_model(config), source, config.model.path)
@@ -111,10 +117,12 @@ def fit_layout(config: Config, runtime: Runtime, *, asked: bool) -> tuple[Config
 def open_engine(source: SavedModel, mesh: meshes.Mesh) -> AnyEngine:
     """Build an engine that computes a saved model, with all its experts, and trains nothing.
 
-    An adapter has the ranks, strengths and scopes that its file says.
+    An adapter has the ranks, strengths and scopes that its file says. One of another program that changes whole
+    weights is added to the base.
     """
     config, model = _for_inference(source.config), open_model(source.config.model)
     adapters = adapters_by_expert(source.adapters, model.experts, source.name)
+    fused = {name: [adapters.pop(name)] for name in list(adapters) if adapters[name].must_fuse}
     if source.weights is None:
         adapters = _over_base(config, adapters, [expert.name for expert in model.experts])
     for adapter in adapters.values():
@@ -133,6 +141,9 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> AnyEngine:
     if source.weights is not None:
         trained = chosen_experts(source.config.model, model.experts)[0]
         sources[trained] = WeightSource(source.weights, model.family.internal_names)
+    for expert in sources:
+        if expert.name in fused:
+            sources[expert] = FusedSource(sources[expert], fused[expert.name])
     engine = build_engines(config, mesh, make, sources)
     for name, one in engine.by_expert.items():
         for made in one.models() if name in adapters else ():

@@ -126,11 +126,14 @@ def test_a_linear_of_the_text_belongs_to_no_stream(case: Case) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("scope", ["aux", "all"])
 @pytest.mark.parametrize("format", FORMATS)
 @torch.no_grad()
-def test_an_adapter_comes_back_from_every_spelling(case: Case, format: str, scope: str, tmp_path: Path) -> None:
-    model = adapted(case, scope=scope, alpha=5.0)
+def test_an_adapter_comes_back_from_every_spelling(
+    case: Case, format: str, scope: str, kind: str, tmp_path: Path
+) -> None:
+    model = adapted(case, scope=scope, alpha=5.0, kind=kind)
     adapter = adapter_of(model, {"family": case.name, **METADATA})
     if scope == "all":
         adapter = replace(adapter, stream_embeddings={})

@@ -38,11 +38,13 @@ def counted(model: Backbone, case: Case) -> float:
 
 @every_family
 @pytest.mark.parametrize("attends", [True, False], ids=["seeing", "blind"])
-@pytest.mark.parametrize(("streams", "lora"), [(1, False), (2, True)], ids=["one-stream", "adapted"])
-def test_the_forward_pass_is_what_torch_counts(case: Case, streams: int, lora: bool, attends: bool) -> None:
+@pytest.mark.parametrize(
+    ("streams", "kind"), [(1, ""), (2, "lora"), (2, "dora")], ids=["one-stream", "adapted", "dora"]
+)
+def test_the_forward_pass_is_what_torch_counts(case: Case, streams: int, kind: str, attends: bool) -> None:
     model = case.model(streams, attends=attends)
-    if lora:
-        inject(model, LoraConfig(rank=3))
+    if kind:
+        inject(model, LoraConfig(rank=3, kind=kind))  # type: ignore[arg-type]
     lengths = model.layout(case.large).lengths
     assert forward_flops(Costs.of(model), lengths).total == pytest.approx(counted(model, case), rel=0.01)
 
@@ -75,11 +77,12 @@ def kept(model: Backbone, case: Case, block: str) -> float:
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ["aux", "all", "full"])
+@pytest.mark.parametrize("mode", ["aux", "all", "dora", "full"])
 def test_a_block_keeps_what_the_sum_says(case: Case, mode: str, dtype: torch.dtype) -> None:
     model = case.model(2)
     if mode != "full":
-        inject(model, LoraConfig(rank=4, scope=mode))
+        dora = mode == "dora"
+        inject(model, LoraConfig(rank=4, scope="aux" if dora else mode, kind="dora" if dora else "lora"))
         move(model, seed=1, names="stream")
     apply_dtypes(model, dtype)
     for parameter in model.parameters():

@@ -26,7 +26,7 @@ BASE = (
     *("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3"),
     *("objective.caption_dropout=0", "objective.tasks={joint: 2, rgb_to_aux: 1, ends_to_video: 3}"),
 )
-KINDS = {"lora": (), "full": ("lora.enabled=false", "optim.lr=0.1")}
+KINDS = {"lora": (), "dora": ("lora.kind=dora",), "full": ("lora.enabled=false", "optim.lr=0.1")}
 ONE_TEXT = "no gradient of the text crosses a cut"
 Result = dict[str, Any]  # losses, norms of gradients, and parameters
 
@@ -44,6 +44,8 @@ LAYOUTS = {  # every way of sharing work and of recomputing, for adapters and fo
         "(1,1,2)": layout(1, 1, 2),
     },
     ("lora", 4): {"(2,1,2)": layout(2, 1, 2)},
+    ("dora", 1): {mode: layout(1, 1, 1, f"parallel.recompute={mode}") for mode in ("full", "attention", "offload")},
+    ("dora", 2): {"(2,1,1)": layout(2, 1, 1), "(1,2,1)": layout(1, 2, 1), "(1,1,2)": layout(1, 1, 2)},
     ("full", 2): {
         "(2,1,1) gpipe, attention": layout(2, 1, 1, "parallel.schedule=gpipe", "parallel.recompute=attention"),
         "(2,1,1) 1f1b": layout(2, 1, 1, "parallel.schedule=1f1b"),

@@ -70,6 +70,25 @@ def test_diffusers_reads_an_adapter_just_where_the_export_says_so(
 
 
 @every_published_family
+@pytest.mark.parametrize("ranks", [{}, {"blocks.1.*": 2}], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_diffusers_reads_a_dora_just_where_the_export_says_so(
+    case: Case, format: str, ranks: dict[str, int], tmp_path: Path
+) -> None:
+    """Elsewhere it refuses, or warns and leaves the norms out."""
+    reference, model, adapter = trained(case, ranks=ranks, kind="dora")
+    write_adapter(adapter, tmp_path / "pytorch_lora_weights.safetensors", format=format)
+    read = "diffusers" in readers(adapter, format)
+    assert read == (format == "diffusers")
+    try:
+        pipeline(case, reference).load_lora_weights(tmp_path)
+    except (ValueError, KeyError):
+        assert not read
+    after, ours = velocities(case, [reference.run, model])
+    assert torch.allclose(after, ours, atol=1e-5, rtol=1e-5) == read
+
+
+@every_published_family
 @pytest.mark.parametrize("embedded", [True, False], ids=["with embeddings", "without"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_diffusers_refuses_a_joint_adapter_or_finds_nothing_in_it(

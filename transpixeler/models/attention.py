@@ -115,6 +115,19 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, text_lengths
     return torch.cat([own[:, :first], rest, own[:, first:]], dim=1)
 
 
+def companions_attention(
+    q: Tensor, k: Tensor, v: Tensor, rgb_k: Tensor, rgb_v: Tensor, tokens: Tokens, text_lengths: Tensor | None = None
+) -> Tensor:
+    """Attend from the companions' tokens to themselves and to those of RGB, then of text that flows.
+
+    The result is what `self_attention` gives the companions. tokens: of the whole sequence.
+    """
+    first = tokens.lengths[0]
+    text = rgb_k.shape[1] - first
+    k, v = (torch.cat([near[:, :first], far, near[:, first:]], 1) for near, far in ((rgb_k, k), (rgb_v, v)))
+    return _attend_with_text(q, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
+
+
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, bias: Tensor | None = None) -> Tensor:
     """Attend to keys that are no part of the sequence; see `attention` for the bias and `length_bias` for a mask."""
     return attention(q, k, v, tokens.kernel, bias)

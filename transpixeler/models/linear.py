@@ -77,7 +77,8 @@ def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:
     span, *others = (getattr(linear, "span", None) for linear in linears)
     if span is None or any(other != span for other in others) or not tokens.copy_scope or not x.requires_grad:
         return None
-    return x.detach()[:, span_slice(tokens.lengths, span)].clone()
+    scope = span_slice(tokens.lengths, span)
+    return None if scope == slice(0, x.shape[1]) else x.detach()[:, scope].clone()
 
 
 def project(
@@ -196,7 +197,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     y, rows = x.new_empty(*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
-    flat = y.view(len(rows), -1)
+    flat = y.view(len(rows), len(weight))
     torch.mm(rows, weight.t(), out=flat) if bias is None else torch.addmm(bias, rows, weight.t(), out=flat)
     return y
 

@@ -198,6 +198,7 @@ class TrainConfig:
     nonfinite_limit: Count = 5
     allow_changed: tuple[Literal["base", "data"], ...] = ()
     gc_every: Count = 50
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

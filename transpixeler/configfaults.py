@@ -18,6 +18,9 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
     if config.model.family and config.model.family not in (known := family_names()):
         yield "model.family", f"{config.model.family!r} is not one of {', '.join(known)}; leave it out to be detected"
     yield from _training_faults(config)
+    if config.train.deterministic and config.model.attention in ("cudnn", "efficient", "flex"):
+        other = f"model.attention={config.model.attention} sums gradients in any order"
+        yield "train.deterministic", f"{other}; set it to auto, flash or math"
     for key, empty in (
         ("eval.times", not config.eval.times),
         ("data.frames", not config.data.frames),

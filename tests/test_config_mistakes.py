@@ -33,6 +33,11 @@ MISTAKES = {
     "an unknown section": ("optimizer: {lr: 1}\n", [], ["optimizer", "did you mean `optim`?", "mine.yaml"]),
     "an unknown key like none": ("zzz: 1\n", [], ["zzz", "known here", "model", "mine.yaml"]),
     "text for a number": ("optim: {lr: fast}\n", [], ["optim.lr", "a number", "'fast'", "mine.yaml"]),
+    "same bits from a kernel that has none": (
+        "train: {deterministic: true}\nmodel: {attention: cudnn}\n",
+        [],
+        ["train.deterministic", "model.attention=cudnn", "flash"],
+    ),
     "not a number": ("optim: {lr: .nan}\n", [], ["optim.lr", "a number", "nan", "mine.yaml"]),
     "no end to a number": (f"optim: {{lr: 1{'0' * 400}}}\n", [], ["optim.lr", "a number", "mine.yaml"]),
     "a fraction for a count": ("train: {max_steps: 1.5}\n", [], ["train.max_steps", "whole number", "1.5"]),

@@ -202,6 +202,7 @@ class TrainConfig:
     allow_changed: tuple[Literal["base", "data"], ...] = ()
     gc_every: Count = 50
     expert_steps: Count = 10
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

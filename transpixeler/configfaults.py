@@ -20,6 +20,9 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
     yield from _training_faults(config)
     if isinstance(config.sample.guidance, dict) and not config.sample.guidance:
         yield "sample.guidance", "names no expert; give a number, or one for each, as in {high: 4, low: 3}"
+    if config.train.deterministic and config.model.attention in ("cudnn", "efficient", "flex"):
+        other = f"model.attention={config.model.attention} sums gradients in any order"
+        yield "train.deterministic", f"{other}; set it to auto, flash or math"
     for key, empty in (
         ("eval.times", not config.eval.times),
         ("data.frames", not config.data.frames),

@@ -218,3 +218,16 @@ def test_stages_send_their_state_on_and_only_the_gradient_of_hidden_back() -> No
     backward = [("send", state[0].nbytes)] * 4
     errors = ("broadcast", FP32 * 4 * STREAMS)
     assert said(2, *layout(2, 1, 1)) == [Counter([*way, errors, NORM, FACTS]) for way in (forward, backward)]
+
+
+def test_stages_send_no_gradient_of_rgb_back_that_runs_forward_only() -> None:
+    """Both streams are equally long: half of hidden each."""
+    config = tiny.config(*BASE)
+    example = tiny.example(config, 1, range(4))
+    with torch.device("meta"):
+        hidden, *state = tiny.make(config).flow_meta(example.layout, 1, torch.float32)
+    half = ("send", hidden.nbytes // 2)
+    forward = [half, half, *(("send", tensor.nbytes) for tensor in state)] * 4
+    errors = ("broadcast", FP32 * 4 * STREAMS)
+    heard = said(2, *layout(2, 1, 1), "model.rgb_attends_aux=false")
+    assert heard == [Counter([*way, errors, NORM, FACTS]) for way in (forward, [half] * 4)]

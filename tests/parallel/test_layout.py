@@ -17,7 +17,7 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from transpixeler.config import UserError
 from transpixeler.flow import objective
-from transpixeler.models.backbone import Block, Flow
+from transpixeler.models.backbone import QKV, Block, Flow
 from transpixeler.models.costs import Costs
 from transpixeler.models.streams import Tokens
 from transpixeler.parallel import mesh as meshes
@@ -29,6 +29,7 @@ STEPS = 10
 FEW = 3  # in which a broken twin is caught already
 BASE = ("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3")
 FULL = ("lora.enabled=false",)
+BLIND = ("model.rgb_attends_aux=false",)
 MUON = (*FULL, "optim.name=muon", "optim.lr=1e-3")
 
 
@@ -151,6 +152,14 @@ def test_full_fine_tuning_is_the_same_on_any_layout(reference: Callable[..., dic
     assert difference(train(world_size, *overrides, *FULL), reference(*FULL)) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["(2,1,1) interleaved", "(2,1,1) zero bubble", "(4,1,1)", "(2,1,1) offload"])
+def test_rgb_that_runs_forward_only_is_the_same_on_any_layout(
+    reference: Callable[..., dict[str, Any]], name: str
+) -> None:
+    world_size, overrides = LAYOUTS[name]
+    assert difference(train(world_size, *overrides, *BLIND), reference(*BLIND)) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["(1,2,1)", "(2,1,2)", "(1,2,2)"])
 def test_orthogonal_steps_are_the_same_on_any_layout(reference: Callable[..., dict[str, Any]], name: str) -> None:
     world_size, overrides = LAYOUTS[name]
@@ -251,6 +260,12 @@ def test_what_a_split_backward_pass_cannot_do_is_told_and_not_chosen(override: s
 class _Doubling(Block):
     def compute(self, flow: Flow, tokens: Tokens) -> Flow:
         return (2 * flow[0] if tokens.kernel.isdigit() else flow[0],)
+
+    def qkv(self, flow: Flow, tokens: Tokens) -> QKV:
+        return flow[0], flow[0], flow[0], ()
+
+    def finish(self, flow: Flow, seen: torch.Tensor, others: Flow, tokens: Tokens) -> Flow:
+        return (seen,)
 
 
 def test_a_block_stays_compiled_for_many_buckets_each_with_its_own_lengths(monkeypatch: pytest.MonkeyPatch) -> None:

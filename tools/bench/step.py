@@ -8,7 +8,9 @@ diffusers' blocks, a peft LoRA whose output is masked, every block checkpointed 
 
 All ratios are ours over theirs, so smaller is better: `x_limit` (time), `x_rival_time`, `x_rival_memory`, and
 `x_rival_memory_full`, where ours keeps as little between blocks as the rival. `x_half_time` and `x_half_memory` are
-ours with a companion at scale 2 over ours with one of full size. On CPUs time is one thread's CPU time.
+ours with a companion at scale 2 over ours with one of full size. `x_forward_only` and `x_forward_only_memory` are of a
+step whose RGB sees itself alone: RGB forward only over RGB with a backward pass too. On CPUs time is one thread's CPU
+time.
 `--against PATH` compares ours with ours of another checkout; `limit`, the same in both, shows how far to trust it.
 
 Both sides hold the same weights, start from the same hidden states, which want a gradient as between two blocks, and
@@ -43,6 +45,9 @@ from transpixeler.parallel.shard import set_recompute
 
 TEXT_TOKENS = 512
 LAST_PROJECTION = "ffn.2"  # of a block; no gradient needs its result, which is only added
+
+APART = {"attends": False, "forward_only": True}  # RGB sees itself alone, and has no backward pass
+BOTH_WAYS = {"attends": False}
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6, D], context [B, TEXT_TOKENS, D]
 
@@ -161,8 +166,10 @@ class Ours(nn.Module):
         self.lay_out(layout)
         self.keep("attention")
 
-    def lay_out(self, layout: StreamLayout) -> None:
-        self.tokens = self.positions(layout, torch.device("cpu"))
+    def lay_out(self, layout: StreamLayout, *, attends: bool = True, forward_only: bool = False) -> None:
+        """attends: RGB sees the companion; forward_only: it has no backward pass."""
+        tokens = self.positions(layout, torch.device("cpu"))
+        self.tokens = tokens._replace(rgb_attends_aux=attends, rgb_forward_only=forward_only)
 
     def keep(self, mode: str) -> None:
         set_recompute(self.layers(), mode)
@@ -172,10 +179,12 @@ class Ours(nn.Module):
         return [block for block in self.blocks.values() if isinstance(block, WanBlock)]
 
     def forward(self, hidden: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
-        flow = (hidden, modulation, context, modulation[:, :, 0])
+        others, first = (modulation, context, modulation[:, :, 0]), self.tokens.lengths[0]
+        apart = self.tokens.rgb_forward_only
+        flow = (hidden[:, first:], hidden.detach()[:, :first], *others) if apart else (hidden, *others)
         for block in self.blocks.values():
             flow = block(flow, self.tokens)
-        return flow[0]
+        return torch.cat([flow[1], flow[0]], dim=1) if apart else flow[0]
 
 
 def share_weights(ours: Ours, rival: Rival) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -246,9 +255,9 @@ def step(model: nn.Module, inputs: Inputs) -> None:
     model(*inputs).square().mean().backward()
 
 
-def step_of(ours: Ours, inputs: Inputs, layout: StreamLayout) -> None:
+def step_of(ours: Ours, inputs: Inputs, layout: StreamLayout, **how: bool) -> None:
     """Run our step of a layout."""
-    ours.lay_out(layout)
+    ours.lay_out(layout, **how)
     step(ours, inputs)
 
 
@@ -287,6 +296,11 @@ def peak_bytes(model: nn.Module, inputs: Inputs) -> int:
     with LiveBytes() as live:
         step(model, inputs)
     return live.peak
+
+
+def peak_of(ours: Ours, inputs: Inputs, layout: StreamLayout, **how: bool) -> int:
+    ours.lay_out(layout, **how)
+    return peak_bytes(ours, inputs)
 
 
 def peaks(ours: Ours, rival: Rival, inputs: Inputs) -> Iterator[int]:
@@ -348,12 +362,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     mine, mine_full, other = peaks(ours, rival, inputs)
     limit, whole, half = limit_of(ours, inputs, args), layout_of(args), layout_of(args, scale=2)
     fewer = shortened(inputs, half)
-    ours.lay_out(half)
-    mine_half = peak_bytes(ours, fewer)
+    mine_half = peak_of(ours, fewer, half)
+    mine_apart, mine_both_ways = peak_of(ours, inputs, whole, **APART), peak_of(ours, inputs, whole, **BOTH_WAYS)
     sides = {
         "limit": limit,
         "ours": partial(step_of, ours, inputs, whole),
         "half": partial(step_of, ours, fewer, half),
+        "forward_only": partial(step_of, ours, inputs, whole, **APART),
+        "both_ways": partial(step_of, ours, inputs, whole, **BOTH_WAYS),
         "rival": partial(step, rival, inputs),
     }
     times = harness.alternate(sides, repeats=args.repeats, clock=harness.step_clock())
@@ -368,6 +384,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "x_rival_memory_full": round(mine_full / other, 3),
         "x_half_time": times.ratio("half", "ours").figure,
         "x_half_memory": round(mine_half / mine, 3),
+        "x_forward_only": times.ratio("forward_only", "both_ways").figure,
+        "x_forward_only_memory": round(mine_apart / mine_both_ways, 3),
         "mib": round(mine / 2**20, 1),
         "rival_mib": round(other / 2**20, 1),
         "gflop": round(limit.flops / 1e9, 1),

@@ -26,14 +26,11 @@ KERNELS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "math": [SDPBackend.MATH],
-    # what cuDNN cannot take (an odd head size, fp32) goes to the next that can
-    "cudnn-first": [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ],
 }
+# cuDNN's backward pass on Hopper was reported to give NaN where a row's scores are far below zero and the number of
+# keys leaves this remainder: torch then chooses among the others.
+CUDNN_TILE, CUDNN_REMAINDER = 128, 64
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _OPS = (
     "_scaled_dot_product_flash_attention",
@@ -57,10 +54,15 @@ def available_kernels(device: torch.device) -> tuple[str, ...]:
 
 
 def pick_kernel(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Resolve `model.attention` for a device: cuDNN is the fastest from Hopper on, elsewhere torch chooses well."""
+    """Resolve `model.attention` for a device.
+
+    auto: torch chooses, which knows what each version of cuDNN computes right; where `train.deterministic` asks for the
+    same bits each time, the fastest kernel whose backward pass gives them.
+    """
+    if kernel == "auto" and torch.are_deterministic_algorithms_enabled() and device.type == "cuda":
+        return "flash" if _runs("flash", device, dtype, head_dim) else "math"
     if kernel == "auto":
-        hopper = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
-        return "cudnn-first" if hopper else "sdpa"
+        return "sdpa"
     if kernel not in available_kernels(device) or not _runs(kernel, device, dtype, head_dim):
         there = [name for name in available_kernels(device) if _runs(name, device, dtype, head_dim)]
         what = f"{str(dtype).removeprefix('torch.')} and heads of {head_dim} on this {device.type}"
@@ -91,10 +93,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tenso
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         return flash(q, k, v, attn_mask=mask)[0].transpose(1, 2)
     if mask is not None:  # which not every kernel takes, so torch chooses one that does
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        same_bits = q.is_cuda and torch.are_deterministic_algorithms_enabled()
+        with _backends("math" if same_bits else "sdpa", k.shape[2], cuda=q.is_cuda):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     if kernel == "flex":
         return _flex()(q, k, v).transpose(1, 2)
-    with _backends(kernel):
+    with _backends(kernel, k.shape[2], cuda=q.is_cuda):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -113,6 +117,19 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, text_lengths
     others = q[:, first:streams]
     rest = _attend_with_text(others, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
     return torch.cat([own[:, :first], rest, own[:, first:]], dim=1)
+
+
+def companions_attention(
+    q: Tensor, k: Tensor, v: Tensor, rgb_k: Tensor, rgb_v: Tensor, tokens: Tokens, text_lengths: Tensor | None = None
+) -> Tensor:
+    """Attend from the companions' tokens to themselves and to those of RGB, then of text that flows.
+
+    The result is what `self_attention` gives the companions. tokens: of the whole sequence.
+    """
+    first = tokens.lengths[0]
+    text = rgb_k.shape[1] - first
+    k, v = (torch.cat([near[:, :first], far, near[:, first:]], 1) for near, far in ((rgb_k, k), (rgb_v, v)))
+    return _attend_with_text(q, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, bias: Tensor | None = None) -> Tensor:
@@ -169,10 +186,18 @@ def unfold_padding(rows: Tensor, length: int) -> Tensor:
     return torch.cat([rows, rows[:, -1:].expand(-1, length - rows.shape[1], -1)], dim=1)
 
 
-def _backends(kernel: str) -> AbstractContextManager:
+def allowed(kernel: str, keys: int) -> list[SDPBackend]:
+    """Return torch's kernels for so many keys on a GPU; empty where torch is free to choose."""
     if kernel == "sdpa":
+        return WITHOUT_CUDNN if keys % CUDNN_TILE == CUDNN_REMAINDER else []
+    return KERNELS[kernel]
+
+
+def _backends(kernel: str, keys: int, *, cuda: bool) -> AbstractContextManager:
+    if kernel == "sdpa" and not cuda:
         return nullcontext()
-    return sdpa_kernel(KERNELS[kernel], set_priority=True)
+    backends = allowed(kernel, keys)
+    return sdpa_kernel(backends) if backends else nullcontext()
 
 
 @cache

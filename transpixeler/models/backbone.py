@@ -9,18 +9,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import ClassVar, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from transpixeler.config import UserError
+from transpixeler.models.attention import companions_attention, self_attention
 from transpixeler.models.family import Field
 from transpixeler.models.streams import Grid, StreamLayout, Tokens
 
 # The flow: the flat tuple of tensors that runs from block to block and from stage to stage, the same for LoRA and for
-# full fine-tuning. A plain tuple: pipelining wants no other. Its first `carried` tensors are what blocks change.
+# full fine-tuning. A plain tuple: pipelining wants no other. Its first `carried` tensors are what blocks change: the
+# streams' tokens, and text that flows. Where RGB runs forward only, the companions' tokens come first, then RGB's.
 Flow = tuple[Tensor, ...]
+QKV = tuple[Tensor, Tensor, Tensor, Flow]  # of the attention among streams, and what the rest of the block takes more
 
 
 class Block(nn.Module, ABC):
@@ -28,11 +31,14 @@ class Block(nn.Module, ABC):
 
     recompute: Callable[..., Flow] | None = None
     carried: int = 1  # tensors of the flow that it changes, the first ones; the same for all blocks of a model
+    grouped: tuple[int, ...] = (1,)  # places in the flow of what has a row for each time group, [B, G, …]
     # its attentions: among streams, to text, or "joint": both in one; "image": to an image encoder's tokens
     attends: tuple[str, ...] = ("streams", "text")
 
     def forward(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the flow with its carried tensors changed."""
+        if tokens.rgb_forward_only:
+            return self._forward_only_rgb(flow, tokens)
         if self.recompute is None:
             changed = self.compute(flow, tokens)
         else:
@@ -41,9 +47,54 @@ class Block(nn.Module, ABC):
             changed = self.recompute(compute, flow, tokens)
         return (*changed, *flow[len(changed) :])
 
-    @abstractmethod
     def compute(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the carried tensors of the flow, changed."""
+        q, k, v, others = self.qkv(flow, tokens)
+        seen = self_attention(q, k, v, tokens, self.text_lengths(flow))
+        del q, k, v  # before the rest, which needs the memory
+        return self.finish(flow, seen, others, tokens)
+
+    @abstractmethod
+    def qkv(self, flow: Flow, tokens: Tokens) -> QKV:
+        """Return queries, keys and values `[B, T, H, d]` of the attention among streams, and what `finish` takes more.
+
+        Text that flows comes after the streams.
+        """
+
+    @abstractmethod
+    def finish(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
+        """Return the carried tensors of the flow, changed by what was seen `[B, T, H, d]`; others: made by `qkv`."""
+
+    def text_lengths(self, flow: Flow) -> Tensor | None:
+        """Return how many tokens of text that flows are valid, [B]; None where all are."""
+        return None
+
+    def _forward_only_rgb(self, flow: Flow, tokens: Tokens) -> Flow:
+        """Run the companions, which see RGB's keys and values, and RGB, and text that flows, without autograd."""
+        if self.recompute is None:
+            rest, q, k, v, *others = self.companions(flow, tokens)
+        else:
+            compute = self.companions if torch.compiler.is_compiling() else _Recomputed(self.companions)
+            rest, q, k, v, *others = self.recompute(compute, flow, tokens._replace(copy_scope=False))
+        near, first = rgb_part(flow, tokens, self), tokens.rgb()
+        with torch.no_grad():
+            seen = self_attention(q, k, v, first, self.text_lengths(near))
+            del q, k, v
+            rgb = self.finish(near, seen, tuple(others), first)
+        return rest, *rgb, *flow[self.carried + 1 :]
+
+    def companions(self, flow: Flow, tokens: Tokens) -> Flow:
+        """Return the companions' tokens, changed, and what `qkv` makes of RGB's.
+
+        A recomputation makes RGB's keys and values again from its tokens, and nothing else of RGB.
+        """
+        with torch.no_grad():
+            rgb_q, rgb_k, rgb_v, rgb_others = self.qkv(rgb_part(flow, tokens, self), tokens.rgb())
+        far, rest = companions_part(flow, tokens, self), tokens.companions()
+        q, k, v, others = self.qkv(far, rest)
+        seen = companions_attention(q, k, v, rgb_k, rgb_v, tokens, self.text_lengths(far))
+        del q, k, v
+        return self.finish(far, seen, others, rest)[0], rgb_q, rgb_k, rgb_v, *rgb_others
 
     def reads(self, linear: str) -> str:
         """Return what a linear of this block, by its name in it, reads.
@@ -65,6 +116,31 @@ class _Recomputed:
     def __call__(self, flow: Flow, tokens: Tokens) -> Flow:
         tokens, self.recomputing = tokens._replace(recomputing=self.recomputing), True
         return self.compute(flow, tokens)
+
+
+# -- where RGB runs forward only
+
+
+class Flowing(Protocol):
+    """Facts of a flow, which a model and its blocks share."""
+
+    carried: int
+    grouped: tuple[int, ...]
+
+
+def rgb_part(flow: Flow, tokens: Tokens, facts: Flowing) -> Flow:
+    """Return RGB's tokens, text that flows, and the rest of a divided flow for RGB's time groups."""
+    return _for_groups(flow[1:], slice(0, tokens.rgb_groups), facts)
+
+
+def companions_part(flow: Flow, tokens: Tokens, facts: Flowing) -> Flow:
+    """Return the companions' tokens, of text that flows nothing, and the rest for their time groups."""
+    texts = [text[:, :0] for text in flow[2 : facts.carried + 1]]
+    return _for_groups((flow[0], *texts, *flow[facts.carried + 1 :]), slice(tokens.rgb_groups, None), facts)
+
+
+def _for_groups(flow: Flow, groups: slice, facts: Flowing) -> Flow:
+    return tuple(x[:, groups] if place in facts.grouped else x for place, x in enumerate(flow))
 
 
 class Backbone(nn.Module, ABC):
@@ -89,7 +165,9 @@ class Backbone(nn.Module, ABC):
     width: int  # of a token between blocks
     heads: int
     carried: int = 1  # as `Block.carried`
+    grouped: tuple[int, ...] = (1,)  # as `Block.grouped`
     rgb_attends_aux: bool = True
+    rgb_forward_only: bool = False  # RGB sees itself alone and nothing trained acts on it: it has no backward pass
     matmul_dtype: torch.dtype = torch.float32
 
     # -- to be given by each model
@@ -119,11 +197,43 @@ class Backbone(nn.Module, ABC):
     def forward(self, *flow: Tensor, layout: StreamLayout) -> Tensor | Flow:
         """Run the parts that are here: `(x [B, N], timesteps [B, G], *fields)` or a flow in, velocity or a flow out."""
         if self.embed is not None:
-            flow = self.embed(*flow, layout=layout, dtype=self.matmul_dtype)
-        tokens = self.positions(layout, flow[0].device)
+            flow = self.divided(self.embed(*flow, layout=layout, dtype=self.matmul_dtype), layout)
+        tokens = self.tokens(layout, flow[0].device)
         for block in self.block_list():
             flow = block(flow, tokens)
-        return flow if self.head is None else self.head(*flow, layout=layout)
+        return flow if self.head is None else self._end(flow, tokens, layout)
+
+    def tokens(self, layout: StreamLayout, device: torch.device) -> Tokens:
+        """Return what blocks must know of the sequence and of how this model runs it."""
+        return self.positions(layout, device)._replace(rgb_forward_only=self.rgb_forward_only)
+
+    def divided(self, flow: Flow, layout: StreamLayout) -> Flow:
+        """Cut RGB's tokens from the companions' where RGB runs forward only; text that flows goes with RGB."""
+        if not self.rgb_forward_only:
+            return flow
+        hidden, first = flow[0], layout.lengths[0]
+        texts = [text.detach() for text in flow[1 : self.carried]]
+        return hidden[:, first:].clone(), hidden.detach()[:, :first].clone(), *texts, *flow[self.carried :]
+
+    def _end(self, flow: Flow, tokens: Tokens, layout: StreamLayout) -> Tensor:
+        """Turn tokens into packed velocity, RGB's by itself where it runs forward only."""
+        assert self.head is not None
+        if not self.rgb_forward_only:
+            return self.head(*flow, layout=layout)
+        with torch.no_grad():
+            rgb = self.head(*rgb_part(flow, tokens, self), layout=layout.only(0, 1))
+        rest = self.head(*companions_part(flow, tokens, self), layout=layout.only(1, len(layout.names)))
+        return torch.cat([rgb, rest], dim=1)
+
+    @property
+    def changed(self) -> int:
+        """Count the flow's first tensors that blocks change."""
+        return self.carried + self.rgb_forward_only
+
+    @property
+    def differentiated(self) -> int:
+        """Count the flow's first tensors whose gradients go back from block to block."""
+        return 1 if self.rgb_forward_only else self.carried
 
     def keep(self, *, embed: bool, blocks: Iterable[int], head: bool) -> None:
         """Delete the parts that live on other stages; what stays keeps its name. blocks: their places, from 0."""

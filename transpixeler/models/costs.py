@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
@@ -93,6 +93,7 @@ class Costs:
     kept: tuple[KeptBytes, ...]  # of each block; empty where it was not asked for
     streams: int
     rgb_attends_aux: bool = True
+    rgb_forward_only: bool = False  # as in `Backbone`
     image: int = 0  # tokens of an image encoder
     cell_numbers: int = 0  # of one sample's fields, for each cell of the streams' latents
 
@@ -112,6 +113,7 @@ class Costs:
             kept=_kept(model) if kept else (),
             streams=len(model.streams),
             rgb_attends_aux=model.rgb_attends_aux,
+            rgb_forward_only=model.rgb_forward_only,
             image=_image_tokens(model),
             cell_numbers=sum(field.width for field in model.fields if field.source == "clip"),
         )
@@ -209,7 +211,7 @@ def block_flops(costs: Costs, lengths: Sequence[int]) -> list[float]:
 
 def forward_flops(costs: Costs, lengths: Sequence[int]) -> Flops:
     linears, text = costs.linears, costs.text
-    linear = sum(one.flops(lengths, text) for one in (*linears, *costs.ends))
+    linear = sum(one.flops(lengths, text) for one in (*linears, *costs.ends)) + _shared_keys_flops(costs)
     adapter = sum(one.adapter_flops(lengths, text) for one in linears)
     return Flops(linear, attention_flops(costs, lengths), adapter, sum(one.norm_flops() for one in linears))
 
@@ -217,17 +219,42 @@ def forward_flops(costs: Costs, lengths: Sequence[int]) -> Flops:
 def step_flops(costs: Costs, lengths: Sequence[int], *, recompute: Recompute = "none", full: bool = False) -> float:
     """Return FLOPs of one sample's forward and backward pass and recomputation; `full` trains the base as well."""
     forward = forward_flops(costs, lengths)
-    step = forward.linear * (3 if full else 2) + forward.attention * (1 + FLASH_BACKWARD) + forward.adapter * 3
-    step += forward.norms
-    again = forward.total - (0 if full else discarded_flops(costs, lengths))
+    back = _differentiated(costs, lengths)
+    step = forward.total + back.linear * (2 if full else 1) + back.attention * FLASH_BACKWARD + back.adapter * 2
+    again = back.total - (0 if full else discarded_flops(costs, lengths)) + _keys_flops(costs, lengths)
     if recompute == "attention":
-        return step + again - forward.attention
+        return step + again - back.attention
     return step + again * recomputed_share(len(costs.blocks), recompute)
+
+
+def _differentiated(costs: Costs, lengths: Sequence[int]) -> Flops:
+    """Return those of the forward FLOPs that a backward pass goes back through."""
+    forward = forward_flops(costs, lengths)
+    if not costs.rgb_forward_only:
+        return forward
+    near = forward_flops(replace(costs, streams=1, rgb_forward_only=False), lengths[:1])
+    linear = sum(one.flops(lengths[1:], 0) for one in (*costs.linears, *costs.ends) if one.reads != "image")
+    return Flops(linear, forward.attention - near.attention, forward.adapter, forward.norms)
+
+
+def _shared_keys_flops(costs: Costs) -> float:
+    """Return what it costs to make the keys of text and images once more, where RGB runs by itself."""
+    apart = [block for block in costs.blocks if costs.rgb_forward_only and "joint" not in block.attends]
+    return sum(one.flops((), costs.text) for block in apart for one in block.linears if one.reads != "vectors")
+
+
+def _keys_flops(costs: Costs, lengths: Sequence[int]) -> float:
+    """Return what a recomputation costs that makes RGB's queries, keys and values again, beside those of text."""
+    joint = sum("joint" in block.attends for block in costs.blocks)
+    rows = lengths[0] * len(costs.blocks) + costs.text * joint
+    return 6 * costs.width**2 * rows + _shared_keys_flops(costs) if costs.rgb_forward_only else 0.0
 
 
 def discarded_flops(costs: Costs, lengths: Sequence[int]) -> float:
     """Return the forward FLOPs that a recomputation leaves out: the last projection of every block."""
-    return sum(linear.discarded_flops(lengths, costs.text) for linear in costs.linears)
+    text = 0 if costs.rgb_forward_only else costs.text
+    lengths = lengths[1:] if costs.rgb_forward_only else lengths
+    return sum(linear.discarded_flops(lengths, text) for linear in costs.linears)
 
 
 def recomputed_share(blocks: int, recompute: Recompute) -> float:
@@ -261,7 +288,8 @@ def activation_bytes(
     entry = tokens * costs.width * size
     if recompute == "attention":
         attentions = max(len(block.attends) for block in costs.blocks)
-        outputs = attentions * tokens * (costs.width * size + 4 * costs.heads)  # with their log-sum-exp
+        kept = sum(lengths[1:]) if costs.rgb_forward_only else tokens
+        outputs = attentions * kept * (costs.width * size + 4 * costs.heads)  # with their log-sum-exp
         return int(count * (entry + outputs) + most + work)
     if recompute == "offload":
         return int(2 * entry + most + work)

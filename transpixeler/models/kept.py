@@ -63,11 +63,13 @@ def _layout(model: Backbone, frames: Sequence[int]) -> StreamLayout:
 
 def _saved(model: Backbone, block: nn.Module, layout: StreamLayout) -> tuple[int, int]:
     """Sum the storages that a block keeps, in the matmuls' dtype and wider, without weights and what blocks share."""
-    flow = [tensor.to(META) for tensor in model.flow_meta(layout, 1, model.matmul_dtype)]
+    whole = model.divided(model.flow_meta(layout, 1, model.matmul_dtype), layout)
+    flow = [tensor.to(META) for tensor in whole]
     for place, tensor in enumerate(flow):
-        tensor.requires_grad_(tensor.is_floating_point() and (place < model.carried or model.trains_conditions))
-    tokens = model.positions(layout, META)
-    shared = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *flow[model.carried :], tokens.rope)}
+        conditions = place >= model.changed and model.trains_conditions
+        tensor.requires_grad_(tensor.is_floating_point() and (place < model.differentiated or conditions))
+    tokens = model.tokens(layout, META)
+    shared = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *flow[model.changed :], tokens.rope)}
     kept: dict[int, tuple[int, bool]] = {}
     alive: list[Tensor] = []  # else a storage's address could be that of an earlier one
 

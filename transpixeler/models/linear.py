@@ -22,7 +22,7 @@ INT8 = "int8"
 def dequantize(data: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """[out, in] back in `dtype`; int8 is stored under a float8 dtype, bit for bit."""
     values = data.view(torch.int8) if kind == INT8 else data
-    return values.to(dtype) * scale.to(dtype)
+    return (values.to(dtype) * scale).to(dtype)  # the product in fp32: bf16 holds the values, but not the scale
 
 
 class Linear(nn.Linear):
@@ -84,7 +84,8 @@ def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:
     span, *others = (getattr(linear, "span", None) for linear in linears)
     if span is None or any(other != span for other in others) or not tokens.copy_scope or not x.requires_grad:
         return None
-    return x.detach()[:, span_slice(tokens.lengths, span)].clone()
+    scope = span_slice(tokens.lengths, span)
+    return None if scope == slice(0, x.shape[1]) else x.detach()[:, scope].clone()
 
 
 def project(
@@ -128,7 +129,9 @@ class _Trained(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         grad_x = grad @ _rebuilt(weight, None, "", grad.dtype) if _asked(ctx, 0) else None
-        grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight.dtype) if _asked(ctx, 1) else None
+        grad_weight = None
+        if _asked(ctx, 1):
+            grad_weight = _summed_product(rows.mT[None], x.flatten(0, -2)[None], weight.dtype)
         return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if _asked(ctx, 2) else None
 
 
@@ -193,8 +196,8 @@ class _Project(torch.autograd.Function):
                 inner = F.linear(part, down.to(dtype))
             grad_part = grad[:, ctx.scope]
             grad_inner = grad_part @ (up * ctx.scale).to(dtype)  # [B, Ts, r]
-            grad_down = torch.bmm(grad_inner.mT, part).sum(0, dtype=down.dtype)
-            grad_up = torch.bmm(grad_part.mT, inner).sum(0, dtype=up.dtype) * ctx.scale
+            grad_down = _summed_product(grad_inner.mT, part, down.dtype)
+            grad_up = _summed_product(grad_part.mT, inner, up.dtype) * ctx.scale
             del part  # before the widest tensor of the block is made
         if _asked(ctx, 0):
             grad_x = grad @ _rebuilt(weight, weight_scale, ctx.kind, dtype)
@@ -240,6 +243,18 @@ def _magnitude_gradient(grad: Tensor, made: Tensor, bias: Tensor | None, magnitu
     return torch.where(magnitude != 0, along / magnitude, 0.0)
 
 
+def _summed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, m, T] · [B, T, n] → [m, n], summed over the batch too, in `dtype`.
+
+    A GPU adds in fp32 whatever it multiplies; a sum over ten thousands of tokens is not rounded to bf16 at its end.
+    """
+    if a.dtype == dtype:
+        return torch.bmm(a, b).sum(0)
+    if dtype == torch.float32 and a.is_cuda:
+        return torch.bmm(a, b, out_dtype=dtype).sum(0)
+    return torch.bmm(a.to(dtype), b.to(dtype)).sum(0)
+
+
 def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if scale is None else dequantize(weight, scale, kind, dtype)
 
@@ -257,7 +272,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     y, rows = x.new_empty(*x.shape[:-1], weight.shape[0]), x.reshape(-1, x.shape[-1])
-    flat = y.view(len(rows), -1)
+    flat = y.view(len(rows), len(weight))
     torch.mm(rows, weight.t(), out=flat) if bias is None else torch.addmm(bias, rows, weight.t(), out=flat)
     return y
 

@@ -88,6 +88,8 @@ class LoraLinear(Linear):
         needs_output: bool = True,
     ) -> Tensor:
         scope, how = self.scope(x, lengths), {"gelu": gelu, "needs_output": needs_output}
+        if scope.start == scope.stop:  # a run of tokens without any in scope
+            return project(x, self, gelu=gelu, needs_output=needs_output)
         if not (self.training and self.dropout):
             adapter = self.lora_A, self.lora_B, self.lora_magnitude, self.weight_norm
             return project(x, self, *adapter, scale=self.scale, scope=scope, part=part, **how)
@@ -179,8 +181,15 @@ def inject(
         model.set_submodule(name, adapted)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
+    model.rgb_forward_only = _leaves_rgb_alone(model)
     reset_adapter(model, seed=seed)
     return list(adapter_parameters(model))
+
+
+def _leaves_rgb_alone(model: Backbone) -> bool:
+    """Tell whether what RGB computes depends on nothing that is trained: its backward pass is then left out."""
+    spans = [linear.span for _, linear in lora_linears(model)]
+    return not model.rgb_attends_aux and len(model.streams) > 1 and all(span and span[0] for span in spans)
 
 
 def lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:

@@ -26,7 +26,7 @@ Scope = str | tuple[str, ...]  # "aux", "all" or names of streams
 class Tokens(NamedTuple):
     """Facts that a block needs of the sequence; plain values, so that a compiled block specialises on them."""
 
-    rope: Tensor  # [T, head_dim / 2, 2], cosine and sine; a family may shape it otherwise
+    rope: Tensor  # [T, head_dim / 2, 2], cosine and sine; a family may shape it otherwise from the second dimension on
     lengths: tuple[int, ...]  # tokens of each stream, in the order of the sequence; text that flows comes after them
     groups: tuple[int, ...]  # tokens of each time group, in the order of the sequence
     kernel: str  # attention kernel
@@ -34,12 +34,31 @@ class Tokens(NamedTuple):
     text_group: int = 0  # the time group whose time text takes, where it flows
     copy_scope: bool = True  # copy what an adapter keeps for the backward pass, where that frees more than it takes
     recomputing: bool = False  # this is the recomputation: only what the backward pass keeps is needed
+    rgb_forward_only: bool = False  # RGB has no backward pass: the flow holds its tokens beside the companions'
 
     @classmethod
     def of(cls, layout: StreamLayout, rope: Tensor, *, kernel: str, rgb_attends_aux: bool) -> Tokens:
         """Return what a layout says, with the positions and the kernel of a model."""
         text = [not group.stream and not group.alone for group in layout.groups].count(True) - 1
         return cls(rope, layout.lengths, layout.group_lengths, kernel, rgb_attends_aux, text)
+
+    @property
+    def rgb_groups(self) -> int:
+        """Count the time groups of RGB, the first ones."""
+        return [sum(self.groups[:count]) for count in range(len(self.groups) + 1)].index(self.lengths[0])
+
+    def rgb(self) -> Tokens:
+        """Return what holds of RGB's tokens alone."""
+        first, count = self.lengths[0], self.rgb_groups
+        lengths = (first, *(0 for _ in self.lengths[1:]))
+        return self._replace(rope=self.rope[:first], lengths=lengths, groups=self.groups[:count], rgb_attends_aux=True)
+
+    def companions(self) -> Tokens:
+        """Return what holds of the other streams' tokens alone, beside which no text flows."""
+        first, count = self.lengths[0], self.rgb_groups
+        return self._replace(
+            rope=self.rope[first:], lengths=(0, *self.lengths[1:]), groups=self.groups[count:], text_group=0
+        )
 
     @property
     def text_weight(self) -> float:
@@ -124,6 +143,13 @@ class StreamLayout:
     def with_lasts(self, streams: Iterable[int]) -> StreamLayout:
         """Return the same videos, those of `streams` followed by their last frame."""
         return replace(self, lasts=tuple(sorted(set(streams))))
+
+    def only(self, start: int, stop: int) -> StreamLayout:
+        """Return the layout of some neighbouring streams, where their positions do not matter."""
+        span = slice(start, stop)
+        lasts = tuple(stream - start for stream in self.lasts if start <= stream < stop)
+        parts = {name: getattr(self, name)[span] for name in ("names", "shapes", "cuts", "scales")}
+        return replace(self, **parts, lasts=lasts)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

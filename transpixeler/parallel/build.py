@@ -19,6 +19,7 @@ from transpixeler.models.experts import Expert
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
+from transpixeler.parallel.devices import be_deterministic
 from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait
 from transpixeler.parallel.mesh import Mesh
 
@@ -39,6 +40,8 @@ def build_engine(
     scopes: Mapping[str, Scope] | None = None,
 ) -> pipeline.Engine:
     """`make` builds the whole model on the current device: on meta, once a stage. `scopes`: what `inject` takes."""
+    if config.train.deterministic:
+        be_deterministic()
     dtype = compute_dtype(config, mesh.device)
     whole = shape(config, make, dtype, scopes=scopes)
     costs = Costs.of(whole, kept=False)
@@ -50,7 +53,7 @@ def build_engine(
         stage = pipeline.Stage(model)
         shard.wrap(stage, model.block_list(), config.parallel, mesh)
         stage.to_empty(device=torch.device("cpu") if config.parallel.offload else mesh.device)
-        fill(model, config, source)
+        fill(model, config, source, mesh.device)
         stages.append(stage)
     return pipeline.Engine(stages, config.parallel, mesh, dtype, costs)
 
@@ -101,8 +104,8 @@ def shape(
     return model
 
 
-def fill(model: Backbone, config: Config, source: Readable) -> None:
-    """Load base weights from the source, each rank its own slices; adapters from (seed, name)."""
-    load_weights(model, source)
+def fill(model: Backbone, config: Config, source: Readable, device: torch.device) -> None:
+    """Load base weights from the source, each rank its own slices; adapters from (seed, name). device: quantizes."""
+    load_weights(model, source, device=device)
     model.rebuild_buffers()
     lora.reset_adapter(model, seed=config.seed, assign=assign)

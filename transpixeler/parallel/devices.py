@@ -5,7 +5,9 @@ In: a device or its name. Out: TFLOP/s and GiB, for plans and for the records of
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -56,6 +58,31 @@ def peak_memory(device: torch.device) -> float:
 
     scale = 2**10 if sys.platform == "darwin" else 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale / 2**20
+
+
+def memory_facts(device: torch.device) -> dict[str, float]:
+    """Return GiB that the allocator holds, used or not, and how often it had to give all back and ask again."""
+    if device.type != "cuda":
+        return {}
+    statistics = torch.cuda.memory_stats(device)
+    reserved = statistics.get("reserved_bytes.all.peak", 0) / 2**30
+    return {"memory_reserved_gib": reserved, "allocation_retries": statistics.get("num_alloc_retries", 0)}
+
+
+def prepare_allocator(environment: MutableMapping[str, str]) -> None:
+    """Have CUDA's allocator grow its segments, before it starts: buckets of changing size fragment fixed ones.
+
+    What a user has set stays as it is.
+    """
+    if "PYTORCH_ALLOC_CONF" not in environment and sys.platform == "linux":
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def be_deterministic() -> None:
+    """Have torch give the same bits each time, or an error; cuBLAS reads its setting when it first starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def forget_peak(device: torch.device) -> None:

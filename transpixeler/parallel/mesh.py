@@ -89,8 +89,10 @@ def build(layout: Layout, runtime: Runtime) -> Mesh:
         _set_pg_timeout(runtime.timeout, group)  # a mesh makes its groups with torch's own
     ranks = torch.arange(p * r * s).view(p, r * s)
     pipeline_rank, data_rank = divmod(runtime.rank, r * s)
-    data_groups = [dist.new_group(row, timeout=runtime.timeout) for row in ranks.tolist()]
-    data_group = data_groups[pipeline_rank]
+    if p == 1:  # all ranks, which have a group already: another is one more communicator, with buffers of its own
+        data_group = dist.group.WORLD
+    else:
+        data_group = [dist.new_group(row, timeout=runtime.timeout) for row in ranks.tolist()][pipeline_rank]
     assert isinstance(data_group, dist.ProcessGroup)  # this rank is in it
     return Mesh(
         layout=layout,

@@ -50,8 +50,8 @@ class Stage(nn.Module):
     def forward(self, *flow: Tensor, velocity: Tensor | None = None) -> Tensor | Flow:
         out = self.model(*flow, layout=self.layout)
         if isinstance(out, tuple):  # zero-bubble schedules detach a stage's outputs in place, which a view forbids
-            carried = (x.clone() if x._is_view() else x for x in out[: self.model.carried])
-            return *carried, *out[self.model.carried :]
+            changed = (x.clone() if x._is_view() else x for x in out[: self.model.changed])
+            return *changed, *out[self.model.changed :]
         return out if velocity is None else mean_squared_errors(out, velocity, self.layout)
 
 
@@ -309,10 +309,12 @@ class Engine:
             return (*shapes, *(torch.empty(size, *c.shape[1:], dtype=c.dtype, device="meta") for c in inputs))
         if leaving:
             return (torch.empty(size, len(layout.groups) if training else layout.elements, device="meta"),)
-        carried = stage.model.carried
-        flow = [t.to("meta") for t in stage.model.flow_meta(layout, size, self.dtype)]
-        others = (t.requires_grad_(self.inputs_need_grad and t.is_floating_point()) for t in flow[carried:])
-        return *(t.requires_grad_(True) for t in flow[:carried]), *others
+        model = stage.model
+        flow = model.divided(tuple(t.to("meta") for t in model.flow_meta(layout, size, self.dtype)), layout)
+        for place, tensor in enumerate(flow):
+            conditions = place >= model.changed and self.inputs_need_grad and tensor.is_floating_point()
+            tensor.requires_grad_(place < model.differentiated or conditions)
+        return flow
 
     def _from_last(self, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """Send the last stage's result to all ranks of the pipeline, which hold the same samples."""

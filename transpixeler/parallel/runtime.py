@@ -31,6 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from transpixeler.config import UserError
 from transpixeler.files import printable
 from transpixeler.parallel.contact import naming_lost_ranks
+from transpixeler.parallel.devices import prepare_allocator
 from transpixeler.parallel.launch import launch
 
 logger = logging.getLogger("transpixeler")
@@ -101,6 +102,7 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
     if world_size > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE={world_size} in the environment, but no MASTER_ADDR; launch with torchrun")
     if where.type == "cuda":
+        prepare_allocator(os.environ)
         torch.cuda.set_device(where)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():

@@ -97,7 +97,7 @@ def _keep_attention(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
 def _offload(compute: Compute, flow: Flow, tokens: Tokens, *, carried: int) -> Flow:
     """Recompute all, and keep each block's carried inputs in host memory."""
     # the others are shared by all blocks: moving them would multiply them; not the tensors, which `pack` would hold
-    moved = {(x.data_ptr(), x.shape) for x in flow[:carried]}
+    moved = {(x.data_ptr(), x.shape) for x in flow[: carried + tokens.rgb_forward_only]}
 
     def pack(saved: Tensor) -> tuple[Tensor, torch.device | None]:
         if (saved.data_ptr(), saved.shape) not in moved:

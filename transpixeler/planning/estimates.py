@@ -221,7 +221,8 @@ class Estimate:
         work = max(0, 2 * once - twice)
         kept = max(0, self._of_blocks(blocks, lengths, recompute) - work)
         held = in_flight(self.config.parallel, layout.pipeline, rank, share // micro)
-        head = 3 * FP32_BYTES * load.layout.tokens * self.costs.width  # its input, normed and modulated
+        ending = sum(lengths[self.costs.rgb_forward_only :])
+        head = 3 * FP32_BYTES * ending * self.costs.width  # its input, normed and modulated
         outer = 3 * FP32_BYTES * load.layout.elements  # the noisy input, the target and their difference
         hidden = load.layout.tokens * self.costs.width * self.size
         received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden

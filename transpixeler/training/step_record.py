@@ -62,6 +62,7 @@ class Recorder:
             "tokens_per_second": samples * layout.tokens / times.whole,
             **self._flops(layout, times.whole),
             "memory_gib": devices.peak_memory(self.engine.mesh.device),
+            **devices.memory_facts(self.engine.mesh.device),
             **self._bubble(micro_batch),
             "data_wait": times.data_wait,
             "checkpoint_stall": times.checkpoint_stall,

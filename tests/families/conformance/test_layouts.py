@@ -26,7 +26,12 @@ BASE = (
     *("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3"),
     *("objective.caption_dropout=0", "objective.tasks={joint: 2, rgb_to_aux: 1, ends_to_video: 3}"),
 )
-KINDS = {"lora": (), "dora": ("lora.kind=dora",), "full": ("lora.enabled=false", "optim.lr=0.1")}
+KINDS = {
+    "lora": (),
+    "dora": ("lora.kind=dora",),
+    "full": ("lora.enabled=false", "optim.lr=0.1"),
+    "blind": ("model.rgb_attends_aux=false",),  # RGB runs forward only
+}
 ONE_TEXT = "no gradient of the text crosses a cut"
 Result = dict[str, Any]  # losses, norms of gradients, and parameters
 
@@ -53,6 +58,12 @@ LAYOUTS = {  # every way of sharing work and of recomputing, for adapters and fo
         "(1,1,2) full": layout(1, 1, 2, "parallel.recompute=full"),
     },
     ("full", 4): {"(2,1,2)": layout(2, 1, 2)},
+    ("blind", 2): {
+        "(2,1,1) 1f1b, attention": layout(2, 1, 1, "parallel.schedule=1f1b", "parallel.recompute=attention"),
+        "(1,2,1) offload": layout(1, 2, 1, "parallel.recompute=offload"),
+        "(1,1,2) full": layout(1, 1, 2, "parallel.recompute=full"),
+    },
+    ("blind", 4): {"(2,1,2)": layout(2, 1, 2)},
 }
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from transpixeler.families.ltx.config import PATCH, SPAN, TEXT_LEN, THETA, TIME_FREQUENCIES, LtxConfig
 from transpixeler.families.ltx.names import NAMES
-from transpixeler.models.attention import cross_attention, length_bias, pick_kernel, self_attention
-from transpixeler.models.backbone import Backbone, Block, Flow
+from transpixeler.models.attention import cross_attention, length_bias, pick_kernel
+from transpixeler.models.backbone import QKV, Backbone, Block, Flow
 from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import FeedForward, Linear, project_shared
@@ -90,10 +90,13 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention over the tokens of all streams."""
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def qkv(self, x: Tensor, tokens: Tokens) -> QKV:
         q, k, v = project_shared(x, tokens, self.to_q, self.to_k, self.to_v)
         q, k = self.turned(q, self.q_norm, tokens.rope), self.turned(k, self.k_norm, tokens.rope)
-        return self.to_out(self_attention(q, k, self.split(v), tokens).flatten(2), tokens.lengths)
+        return q, k, self.split(v), ()
+
+    def forward(self, seen: Tensor, tokens: Tokens) -> Tensor:
+        return self.to_out(seen.flatten(2), tokens.lengths)
 
     def turned(self, x: Tensor, norm: nn.RMSNorm, rope: Tensor) -> Tensor:
         """Norm and rotate x. Angles differ from head to head, so the rotation takes all heads as one wide one."""
@@ -114,6 +117,8 @@ class CrossAttention(Attention):
 
 
 class LtxBlock(Block):
+    grouped = (1, 4)
+
     def __init__(self, config: LtxConfig) -> None:
         super().__init__()
         width, heads = config.width, config.num_attention_heads
@@ -123,12 +128,17 @@ class LtxBlock(Block):
         self.ff = FeedForward(width, 4 * width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / math.sqrt(width))
 
-    def compute(self, flow: Flow, tokens: Tokens) -> Flow:
+    def qkv(self, flow: Flow, tokens: Tokens) -> QKV:
+        hidden, modulation, *_ = flow
+        shift, scale = (self.scale_shift_table[:2] + modulation[:, :, :2]).unbind(2)  # [B, G, D]
+        x = modulate(hidden, shift, scale, groups=tokens.groups, eps=self.eps, rms=True).to(hidden.dtype)
+        return self.attn1.qkv(x, tokens)
+
+    def finish(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
         hidden, modulation, context, lengths, _ = flow
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + modulation).unbind(2)  # [B, G, D]
+        gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table[2:] + modulation[:, :, 2:]).unbind(2)
         groups, dtype = tokens.groups, hidden.dtype
-        x = modulate(hidden, shift, scale, groups=groups, eps=self.eps, rms=True).to(dtype)
-        hidden = add_gated(hidden, self.attn1(x, tokens), gate, groups=groups)
+        hidden = add_gated(hidden, self.attn1(seen, tokens), gate, groups=groups)
         hidden = hidden + self.attn2(hidden, context, lengths, tokens)
         x = modulate(hidden, ff_shift, ff_scale, groups=groups, eps=self.eps, rms=True).to(dtype)
         return (add_gated(hidden, self.ff(x, tokens, gate=ff_gate), ff_gate, groups=groups),)
@@ -221,6 +231,7 @@ class LtxModel(Backbone):
     """LTX-Video 0.9.x, 2B and 13B and anything of their shape."""
 
     family = "ltx"
+    grouped = LtxBlock.grouped
     lora_targets = tuple(name for name in NAMES.block_linears if name not in ("attn2.to_k", "attn2.to_v"))
     patch = PATCH
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transpixeler.config import UserError
 from transpixeler.families.wan.config import MASK_CHANNELS, TEXT_LEN, WanConfig
 from transpixeler.families.wan.names import NAMES
-from transpixeler.models.attention import cross_attention, fold_padding, pick_kernel, self_attention, unfold_padding
-from transpixeler.models.backbone import Backbone, Block, Flow
+from transpixeler.models.attention import cross_attention, fold_padding, pick_kernel, unfold_padding
+from transpixeler.models.backbone import QKV, Backbone, Block, Flow
 from transpixeler.models.conditions import with_channels
 from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
@@ -88,10 +88,13 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention over the tokens of all streams."""
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def qkv(self, x: Tensor, tokens: Tokens) -> QKV:
         q, k, v = project_shared(x, tokens, self.q, self.k, self.v)
         q, k = self.normed(q, self.norm_q, tokens.rope), self.normed(k, self.norm_k, tokens.rope)
-        return self.o(self_attention(q, k, self.split(v), tokens).flatten(2), tokens.lengths)
+        return q, k, self.split(v), ()
+
+    def forward(self, seen: Tensor, tokens: Tokens) -> Tensor:
+        return self.o(seen.flatten(2), tokens.lengths)
 
 
 class CrossAttention(Attention):
@@ -117,6 +120,8 @@ class CrossAttention(Attention):
 
 
 class WanBlock(Block):
+    grouped = (1, 3)
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         width, heads = config.width, config.num_attention_heads
@@ -129,12 +134,17 @@ class WanBlock(Block):
         self.ffn = FeedForward(width, config.ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
 
-    def compute(self, flow: Flow, tokens: Tokens) -> Flow:
+    def qkv(self, flow: Flow, tokens: Tokens) -> QKV:
+        hidden, modulation, *_ = flow
+        shift, scale = (self.modulation[:, :2] + modulation[:, :, :2]).unbind(2)  # [B, G, D]
+        x = modulate(hidden, shift, scale, groups=tokens.groups, eps=self.eps).to(hidden.dtype)
+        return self.self_attn.qkv(x, tokens)
+
+    def finish(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
         hidden, modulation, context, _, *images = flow
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + modulation).unbind(2)  # [B, G, D]
+        gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation[:, 2:] + modulation[:, :, 2:]).unbind(2)
         groups, dtype = tokens.groups, hidden.dtype
-        x = modulate(hidden, shift, scale, groups=groups, eps=self.eps).to(dtype)
-        hidden = add_gated(hidden, self.self_attn(x, tokens), gate, groups=groups)
+        hidden = add_gated(hidden, self.self_attn(seen, tokens), gate, groups=groups)
         image = images[0] if images else None
         hidden = hidden + self.cross_attn(self.norm3(hidden.float()).to(dtype), context, image, tokens)
         x = modulate(hidden, ffn_shift, ffn_scale, groups=groups, eps=self.eps).to(dtype)
@@ -267,6 +277,7 @@ class WanModel(Backbone):
     """Wan 2.1 T2V, 1.3B and 14B, Wan 2.2 TI2V-5B and anything of their shape."""
 
     family = "wan"
+    grouped = WanBlock.grouped
     lora_targets = tuple(name for name in NAMES.block_linears if name not in ("cross_attn.k", "cross_attn.v"))
 
     def __init__(

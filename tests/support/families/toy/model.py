@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transpixeler.families.toy.config import EPS, PATCH, THETA, TIME_FREQUENCIES, ToyConfig
 
-from transpixeler.models.attention import pick_kernel, self_attention
-from transpixeler.models.backbone import Backbone, Block, Flow
+from transpixeler.models.attention import pick_kernel
+from transpixeler.models.backbone import QKV, Backbone, Block, Flow
 from transpixeler.models.family import Field
 from transpixeler.models.fused import rotate
 from transpixeler.models.linear import FeedForward, Linear, project_shared
@@ -91,28 +91,33 @@ class DoubleBlock(Block):
     """Streams and text have weights of their own and meet in one softmax."""
 
     carried = 2
+    grouped = (2,)
     attends = ("joint",)
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.img, self.txt = Branch(config), Branch(config)
 
-    def compute(self, flow: Flow, tokens: Tokens) -> Flow:
-        hidden, text, vectors, lengths = flow
-        active, streams, words = F.silu(vectors), tokens.groups, (text.shape[1],)
-        place = tokens.text_group
-        img, txt = self.img, self.txt
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = img.mod(active).chunk(6, dim=-1)  # [B, G, D]
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = txt.mod(active[:, place, None]).chunk(
-            6, dim=-1
-        )
-
-        x = modulate(hidden, shift, scale, groups=streams, eps=EPS).to(hidden.dtype)
-        y = modulate(text, t_shift, t_scale, groups=words, eps=EPS).to(text.dtype)
+    def qkv(self, flow: Flow, tokens: Tokens) -> QKV:
+        hidden, text, vectors, _ = flow
+        active, img, txt = F.silu(vectors), self.img, self.txt
+        modulation, t_modulation = img.mod(active), txt.mod(active[:, tokens.text_group, None])
+        shift, scale, *_ = modulation.chunk(6, dim=-1)  # [B, G, D]
+        t_shift, t_scale, *_ = t_modulation.chunk(6, dim=-1)
+        x = modulate(hidden, shift, scale, groups=tokens.groups, eps=EPS).to(hidden.dtype)
+        y = modulate(text, t_shift, t_scale, groups=(text.shape[1],), eps=EPS).to(text.dtype)
         ours = img.split(*project_shared(x, tokens, img.qkv), tokens.rope)
         theirs = txt.split(txt.qkv(y), None)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(ours, theirs, strict=True))
-        seen, read = self_attention(q, k, v, tokens, lengths).flatten(2).tensor_split([hidden.shape[1]], dim=1)
+        return q, k, v, (modulation, t_modulation)
+
+    def finish(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
+        hidden, text, *_ = flow
+        streams, words, img, txt = tokens.groups, (text.shape[1],), self.img, self.txt
+        modulation, t_modulation = others
+        gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)[2:]
+        t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = t_modulation.chunk(6, dim=-1)[2:]
+        seen, read = seen.flatten(2).tensor_split([hidden.shape[1]], dim=1)
         hidden = add_gated(hidden, img.proj(seen, tokens.lengths), gate, groups=streams)
         text = add_gated(text, txt.proj(read), t_gate, groups=words)
 
@@ -120,6 +125,9 @@ class DoubleBlock(Block):
         y = modulate(text, t_mlp_shift, t_mlp_scale, groups=words, eps=EPS).to(text.dtype)
         hidden = add_gated(hidden, img.mlp(x, tokens, gate=mlp_gate), mlp_gate, groups=streams)
         return hidden, add_gated(text, txt.mlp(y, tokens, gate=t_mlp_gate), t_mlp_gate, groups=words)
+
+    def text_lengths(self, flow: Flow) -> Tensor:
+        return flow[3]
 
     def reads(self, linear: str) -> str:
         return "vectors" if linear.endswith(".mod") else "text" if linear.startswith("txt.") else "streams"
@@ -129,6 +137,7 @@ class SingleBlock(Block):
     """Streams and text are one sequence; attention and feed-forward run side by side."""
 
     carried = 2
+    grouped = (2,)
     attends = ("joint",)
 
     def __init__(self, config: ToyConfig) -> None:
@@ -140,18 +149,25 @@ class SingleBlock(Block):
         self.linear1 = Linear(width, 3 * width + config.inner)
         self.linear2 = Linear(width + config.inner, width)
 
-    def compute(self, flow: Flow, tokens: Tokens) -> Flow:
-        hidden, text, vectors, lengths = flow
+    def qkv(self, flow: Flow, tokens: Tokens) -> QKV:
+        hidden, text, vectors, _ = flow
         groups = (*tokens.groups, text.shape[1])
         active = F.silu(torch.cat([vectors, vectors[:, tokens.text_group, None]], dim=1))
         shift, scale, gate = self.mod(active).chunk(3, dim=-1)  # [B, G + 1, D]
         both = torch.cat([hidden, text], dim=1)
         x = modulate(both, shift, scale, groups=groups, eps=EPS).to(both.dtype)
         qkv, mlp = self.linear1(x, tokens.lengths).split([3 * self.width, self.inner], dim=-1)
-        seen = self_attention(*self.heads.split(qkv, tokens.rope), tokens, lengths).flatten(2)
-        y = self.linear2(torch.cat([seen, F.gelu(mlp, approximate="tanh")], dim=-1), tokens.lengths)
+        return *self.heads.split(qkv, tokens.rope), (both, mlp, gate)
+
+    def finish(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
+        (hidden, text, *_), (both, mlp, gate) = flow, others
+        y = self.linear2(torch.cat([seen.flatten(2), F.gelu(mlp, approximate="tanh")], dim=-1), tokens.lengths)
+        groups = (*tokens.groups, text.shape[1])
         hidden, text = add_gated(both, y, gate, groups=groups).tensor_split([hidden.shape[1]], dim=1)
         return hidden, text
+
+    def text_lengths(self, flow: Flow) -> Tensor:
+        return flow[3]
 
     def reads(self, linear: str) -> str:
         return "vectors" if linear == "mod" else "both"
@@ -243,6 +259,7 @@ class ToyModel(Backbone):
     lora_targets = ("img.qkv", "img.proj", "img.mlp.0", "img.mlp.2", "linear1", "linear2")
     patch = PATCH
     carried = 2
+    grouped = (2,)
 
     def __init__(
         self, config: ToyConfig, *, streams: Sequence[str], rgb_attends_aux: bool = True, kernel: str = "auto"

@@ -23,7 +23,6 @@ from transpixeler.adapters.readers import is_one_file
 from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
 from transpixeler.config import UserError
 from transpixeler.files import sync, whole
-from transpixeler.models.experts import Expert
 from transpixeler.models.family import Family, ModelFolder
 from transpixeler.models.weights import Readable, Slices, WeightSource
 
@@ -103,7 +102,7 @@ def adapted(weight: Tensor, low: Tensor, magnitude: Tensor | None, *, of_base: b
 
 def with_norms_of_base(adapter: Adapter, base: ModelFolder) -> Adapter:
     """Give a DoRA the magnitudes with which ComfyUI's rule, which divides by the base's norms, computes the same."""
-    source = FusedSource(WeightSource(base.path, base.family.internal_names), read_fused(adapter.fused))
+    source = FusedSource(weights_for(adapter, base), read_fused(adapter.fused))
     FusedSource(source, [adapter])  # to refuse another base
     tensors = dict(adapter.tensors)
     for target in adapter.targets:
@@ -124,9 +123,7 @@ def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], out: str | Pat
 
     out: a `.safetensors` file, in the family's original names, or a folder, in diffusers' layout.
     """
-    expert = expert_for(adapters[-1].expert, base)
-    source = FusedSource(WeightSource(base.path, base.family.internal_names, part=expert.folder), adapters)
-    source = FusedSource(WeightSource(base.path, base.family.internal_names), adapters)
+    source = FusedSource(weights_for(adapters[-1], base), adapters)
     if any(adapter.stream_embeddings for adapter in adapters):
         raise UserError(
             "this adapter has stream embeddings, for which other programs' models have no place: it cannot be merged; "
@@ -137,14 +134,14 @@ def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], out: str | Pat
     return save_model(((name, source.read(name)) for name in source.names()), out, model=base)
 
 
-def expert_for(name: str, base: ModelFolder) -> Expert:
-    """Return the expert of a base that an adapter says it is for."""
-    found = [expert for expert in base.experts if expert.name == name]
+def weights_for(adapter: Adapter, base: ModelFolder) -> WeightSource:
+    """Open a base's weights: of several experts, those that the adapter says it is for."""
+    found = [expert for expert in base.experts if expert.name == adapter.expert]
     if not found:
         known = ", ".join(expert.name for expert in base.experts if expert.name) or "one, without a name"
-        said = f"is for the expert {name}" if name else "does not say which expert it is for"
+        said = f"is for the expert {adapter.expert}" if adapter.expert else "does not say which expert it is for"
         raise UserError(f"the adapter {said}, and those of {base.path} are {known}")
-    return found[0]
+    return WeightSource(base.path, base.family.internal_names, part=found[0].folder)
 
 
 # -- whole models

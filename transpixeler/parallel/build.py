@@ -79,7 +79,7 @@ def build_engines(
 
 def _refill(engine: pipeline.Engine, source: Readable) -> None:
     for model in engine.models():
-        load_weights(model, source)
+        load_weights(model, source, device=engine.mesh.device)
 
 
 def shape(

@@ -145,8 +145,9 @@ class Frozen:
 
 
 def base_of(engine: Engine) -> list[nn.Parameter]:
-    """Return the weights of the base that this rank holds."""
-    return [parameter for name, parameter in engine.named_parameters() if not is_adapter(name)]
+    """Return the weights of the base that this rank holds; norms of them, which are small, belong to the adapter."""
+    named = engine.named_parameters()
+    return [parameter for name, parameter in named if not is_adapter(name) and not name.endswith(".weight_norm")]
 
 
 def resolve_wait(config: ParallelConfig, engine: Engine, *, experts: int) -> str:

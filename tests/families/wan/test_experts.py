@@ -261,11 +261,17 @@ def test_any_layout_trains_the_same(layout: tuple[int, int, int], alone: Path, p
     assert trainings.difference(trainings.tensors(alone, 12, tmp_path), trainings.tensors(other, 12, tmp_path)) < 1e-6
 
 
-@pytest.mark.parametrize("wait", ["host", "disk"])
-def test_weights_that_wait_elsewhere_come_back_the_same(wait: str, alone: Path, project: Path, tmp_path: Path) -> None:
-    other = train(project, tmp_path, f"parallel.idle_expert={wait}")
-    assert trainings.exact(alone) == trainings.exact(other)
-    assert trainings.difference(trainings.tensors(alone, 12, tmp_path), trainings.tensors(other, 12, tmp_path)) == 0
+@pytest.mark.parametrize("kind", [(), ("lora.kind=dora", "model.quantize=int8")], ids=["lora", "dora, int8"])
+def test_weights_that_wait_elsewhere_come_back_the_same(kind: tuple[str, ...], project: Path, tmp_path: Path) -> None:
+    runs = {
+        wait: train(project, tmp_path / wait, f"parallel.idle_expert={wait}", *kind, "train.max_steps=6")
+        for wait in ("device", "host", "disk")
+    }
+    there = trainings.tensors(runs["device"], 6, tmp_path)
+    assert {line["expert"] for line in trainings.metrics(runs["device"])} == {"high", "low"}
+    for wait in ("host", "disk"):
+        assert trainings.exact(runs["device"]) == trainings.exact(runs[wait])
+        assert trainings.difference(there, trainings.tensors(runs[wait], 6, tmp_path)) == 0
 
 
 def test_a_resumed_run_goes_on_bitwise(alone: Path, project: Path, tmp_path: Path) -> None:

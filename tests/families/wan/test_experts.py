@@ -230,10 +230,14 @@ def test_a_guidance_that_names_other_experts_is_refused(
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+KEYS = (
+    *("train.max_steps=12", "optim.lr=1e-2", "optim.name=sgd", "optim.ema=0.5", "checkpoint.every_steps=4"),
+    *("objective.tasks={joint: 1}", "save.every_epochs=0"),
+)
+
+
 def train(project: Path, output: Path, *overrides: str, ranks: int = 1, resume: str | None = None) -> Path:
-    keys = ("train.max_steps=12", "optim.lr=1e-2", "optim.name=sgd", "optim.ema=0.5", "checkpoint.every_steps=4")
-    keys = (*keys, "objective.tasks={joint: 1}", "save.every_epochs=0", *overrides)
-    return trainings.run(project, output, *keys, ranks=ranks, resume=resume)
+    return trainings.run(project, output, *KEYS, *overrides, ranks=ranks, resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -274,9 +278,11 @@ def test_weights_that_wait_elsewhere_come_back_the_same(kind: tuple[str, ...], p
         assert trainings.difference(there, trainings.tensors(runs[wait], 6, tmp_path)) == 0
 
 
-def test_a_resumed_run_goes_on_bitwise(alone: Path, project: Path, tmp_path: Path) -> None:
-    train(project, tmp_path, "train.max_steps=4")
-    found = train(project, tmp_path, resume="")
+def test_a_killed_run_goes_on_bitwise(alone: Path, project: Path, tmp_path: Path) -> None:
+    killed = trainings.start(project, tmp_path / "out", *KEYS)
+    trainings.wait_for_step(killed, tmp_path / "out", 6)
+    trainings.end(killed)
+    found = train(project, tmp_path / "out", resume="")
     assert trainings.exact(alone) == trainings.exact(found)
     assert trainings.difference(trainings.tensors(alone, 12, tmp_path), trainings.tensors(found, 12, tmp_path)) == 0
 

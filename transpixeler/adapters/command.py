@@ -90,8 +90,8 @@ def _warn(adapter: Adapter, format: str, programs: tuple[str, ...]) -> None:
             "for diffusers, use --format diffusers",
             format,
         )
-    if adapter.fused:
-        logger.warning("this adapter was trained with %s in its base: it is right beside them only", adapter.fused)
+    if names := [f"{one.path} at {one.strength:g}" if one.strength != 1 else one.path for one in adapter.fused]:
+        logger.warning("this adapter was trained with %s in its base: it is right beside them only", names)
 
 
 def _export_model(save: Path, *, format: str, out: Path, base: str) -> Path:

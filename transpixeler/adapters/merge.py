@@ -21,7 +21,7 @@ from transpixeler.adapters.files import read_adapter, step_header, write_adapter
 from transpixeler.adapters.on_model import STREAM_EMBEDDING, whole_tensor
 from transpixeler.adapters.readers import is_one_file
 from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
-from transpixeler.config import UserError
+from transpixeler.config import FuseConfig, UserError
 from transpixeler.files import sync, whole
 from transpixeler.models.family import Family, ModelFolder
 from transpixeler.models.weights import Readable, Slices, WeightSource
@@ -70,7 +70,7 @@ class FusedSource:
         piece = self._source.read_slice(name, () if whole and adapters else slices)
         kept = piece.dtype if piece.itemsize > 1 else torch.bfloat16  # eight bits would round most of a change away
         for adapter in adapters:
-            piece = piece.float()
+            before = piece = piece.float()
             if name in adapter.changes:
                 piece = piece + adapter.changes[name][() if whole else slices]
             if target in adapter.alphas:
@@ -79,6 +79,8 @@ class FusedSource:
                 piece = adapted(
                     piece, low.reshape(piece.shape), adapter.magnitude(target), of_base=adapter.norms_of_base
                 )
+            if adapter.strength != 1:
+                piece = before + adapter.strength * (piece - before)
         return (piece[slices] if whole else piece).to(kept) if adapters else piece
 
 
@@ -111,8 +113,9 @@ def with_norms_of_base(adapter: Adapter, base: ModelFolder) -> Adapter:
     return replace(adapter, tensors=tensors, metadata={**adapter.metadata, "norms": "base"})
 
 
-def read_fused(paths: Sequence[str]) -> list[Adapter]:
-    return [read_adapter(path, key="model.fuse") for path in paths]
+def read_fused(listed: Sequence[str | FuseConfig]) -> list[Adapter]:
+    ones = [FuseConfig(one) if isinstance(one, str) else one for one in listed]
+    return [replace(read_adapter(one.path, key="model.fuse"), strength=one.strength) for one in ones]
 
 
 def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], out: str | Path) -> Path:

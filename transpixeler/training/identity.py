@@ -53,7 +53,7 @@ def check_hosts(config: Config, runtime: Runtime, base: Path) -> Rank:
 
     All hosts encode from rank 0's list of clips, so this comes before anything is encoded.
     """
-    ranks = runtime.gather(Rank(platform.node(), code_fingerprint(), base_fingerprint(base, config.model.fuse)))
+    ranks = runtime.gather(Rank(platform.node(), code_fingerprint(), base_fingerprint(base, config.model.fused_paths)))
     first = ranks[0]
     for number, rank in enumerate(ranks):
         here, there = f"rank {number} on {rank.host}", f"rank 0 on {first.host}"

@@ -145,13 +145,20 @@ def _adapter(table: Table, migration: Migration, *, given: bool) -> None:
     _every_linear(migration)
     table.apply("init_from_existing", lambda value: migration.set("lora.init_from", migration.place(value)))
     fused = table.values.get("fuse_adapters", [])
-    if isinstance(fused, list) and all(
-        isinstance(one, dict) and one.get("weight", 1.0) == 1.0 and "path" in one for one in fused
-    ):
+    if isinstance(fused, list) and all(isinstance(one, dict) and "path" in one for one in fused):
         table.apply(
-            "fuse_adapters", lambda ones: migration.set("model.fuse", [migration.place(o["path"]) for o in ones])
+            "fuse_adapters",
+            lambda ones: migration.set(
+                "model.fuse",
+                [
+                    migration.place(o["path"])
+                    if o.get("weight", 1.0) == 1.0
+                    else {"path": migration.place(o["path"]), "strength": o["weight"]}
+                    for o in ones
+                ],
+            ),
         )
-    table.leave("fuse_adapters", "model.fuse adds adapters with weight 1 only")
+    table.leave("fuse_adapters", "model.fuse wants a path for each")
     if "alpha" not in table.values and migration.pair:
         migration.notes.append(
             "without adapter.alpha the LoRA scale is 1 here; published TransPixeler adapters have 1/rank. To use their "

@@ -67,6 +67,15 @@ BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # names that a sam
 
 
 @dataclass(frozen=True)
+class FuseConfig:
+    """An adapter that is added to the base, and how much of it; a bare path stands for all of it."""
+
+    path: HubPath
+    strength: float = 1.0
+    expert: str = ""  # of whose base, where the model has several; as the file says, or all of them
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     family: str = ""
     path: HubPath = ""
@@ -77,7 +86,12 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex"] = "auto"
     rgb_attends_aux: bool = True
     trainable: tuple[str, ...] = ("*",)
-    fuse: tuple[HubPath, ...] = ()
+    fuse: tuple[HubPath | FuseConfig, ...] = ()
+
+    @property
+    def fused_paths(self) -> tuple[str, ...]:
+        """Return where the adapters are that are added to the base."""
+        return tuple(one if isinstance(one, str) else one.path for one in self.fuse)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import FusedSource, adapted
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.adapters.readers import readers
-from transpixeler.config import UserError
+from transpixeler.config import FuseConfig, UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.models.family import ModelFolder
@@ -133,6 +133,18 @@ def test_a_speed_up_changes_the_base_as_the_slow_formula_does(
     assert "text_embedding.0.bias" not in moved_names
 
 
+def test_a_strength_takes_its_share_of_every_change(tmp_path: Path, base: Path) -> None:
+    stored, file = speed_up(), tmp_path / "fast.safetensors"
+    save_file(stored, file)
+    before = originals(base)
+    expected = changed(before, stored, up="lora_up", down="lora_down")
+    source = FusedSource(wan_source(base), merge.read_fused([FuseConfig(str(file), 0.7)]))
+    for name in source.names():
+        there = wan_names.parameter(name, source="internal", to="original")
+        wanted = before[there] + 0.7 * (expected[there] - before[there])
+        torch.testing.assert_close(source.read(name).float(), wanted, atol=1e-5, rtol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("twin", ["no alpha", "the other axis", "norms of the base"])
 def test_a_twin_that_ignores_alpha_or_takes_other_norms_is_caught(
     twin: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
@@ -232,10 +244,12 @@ def test_a_speed_up_is_no_adapter_to_go_on_from_unless_its_changes_are_zero(tmp_
     assert adapter is not None and len(adapter.targets) == 2 * 4 * LAYERS
 
 
-def test_trained_over_a_speed_up_sampled_and_merged_are_equal(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_trained_over_a_speed_up_sampled_and_merged_are_equal(strength: float, tmp_path: Path, base: Path) -> None:
     speed = tmp_path / "fast.safetensors"
     save_file({key: value.bfloat16() for key, value in speed_up().items()}, speed)
-    keys = [f"model.path={base}", f"model.fuse=[{speed}]", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
+    fuse = f"[{speed}]" if strength == 1 else f"[{{path: {speed}, strength: {strength}}}]"
+    keys = [f"model.path={base}", f"model.fuse={fuse}", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
     config = configfile.from_overrides(keys)
     model = wan_model(WanFolder(str(base)).config, streams=("rgb",))
     load_weights(model, base_weights(config))
@@ -244,6 +258,7 @@ def test_trained_over_a_speed_up_sampled_and_merged_are_equal(tmp_path: Path, ba
     metadata = saving.Saver(config, *[None] * 2)._metadata(7, averaged=False)
     file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
     assert output(our_model(base)).sub(output(model)).abs().max() > 1e-2
+    assert load_saved(str(file)).config.model == config.model and read_adapter(file).fused[0].strength == strength
     assert torch.allclose(sampled(str(file)), output(model), atol=1e-5)
     assert cli.main(["export", str(file), "--format", "merged", "--out", str(tmp_path / "m")]) == 0
     assert torch.allclose(output(our_model(tmp_path / "m")), output(model), atol=1e-5)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from transpixeler.config import FuseConfig, UserError
 from transpixeler.models.family import Family, find_family
 from transpixeler.models.streams import Scope
 
@@ -33,6 +34,7 @@ class Adapter:
     metadata: Mapping[str, str]  # family, base_model, expert, fuse, streams, fill, step, ema
     # what other programs' files add to whole parameters, by their names: "blocks.0.self_attn.q.bias", "blocks.0.norm3…"
     changes: Mapping[str, Tensor] = field(default_factory=dict)
+    strength: float = 1.0  # how much of its change of a base `model.fuse` asks for
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -48,9 +50,13 @@ class Adapter:
         return self.metadata.get("expert", "")
 
     @property
-    def fused(self) -> list[str]:
+    def fused(self) -> tuple[FuseConfig, ...]:
         """The adapters that were added to its base before it was trained."""
-        return json.loads(self.metadata.get("fuse", "[]"))
+        try:
+            listed = json.loads(self.metadata.get("fuse", "[]"))
+            return tuple(FuseConfig(one) if isinstance(one, str) else FuseConfig(**one) for one in listed)
+        except (ValueError, TypeError, RecursionError) as fault:
+            raise UserError(f"an adapter's header does not say what was fused into its base: {fault}") from None
 
     @property
     def is_plain(self) -> bool:

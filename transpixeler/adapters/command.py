@@ -65,7 +65,7 @@ def _export_one(
     if over_base:
         adapter = with_norms_of_base(adapter, _base(adapter, str(base)))
     if format == MERGED:
-        made = merge_adapter(_base(adapter, str(base)), [*read_fused(adapter.fused), adapter], out)
+        made = merge_adapter(_base(adapter, str(base)), [*read_fused(adapter.fused, adapter.expert), adapter], out)
         print(listing(model_readers(adapter.family, made)))
         return made
     programs = readers(adapter, format)
@@ -112,8 +112,8 @@ def _warn(adapter: Adapter, format: str, programs: tuple[str, ...]) -> None:
             "for diffusers, use --format diffusers",
             format,
         )
-    if adapter.fused:
-        logger.warning("this adapter was trained with %s in its base: it is right beside them only", adapter.fused)
+    if names := [f"{one.path} at {one.strength:g}" if one.strength != 1 else one.path for one in adapter.fused]:
+        logger.warning("this adapter was trained with %s in its base: it is right beside them only", names)
 
 
 def _export_model(save: Path, *, format: str, out: Path, base: str) -> Path:

@@ -21,7 +21,7 @@ from transpixeler.adapters.files import read_adapter, step_header, write_adapter
 from transpixeler.adapters.on_model import STREAM_EMBEDDING, whole_tensor
 from transpixeler.adapters.readers import is_one_file
 from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
-from transpixeler.config import UserError
+from transpixeler.config import FuseConfig, UserError
 from transpixeler.files import sync, whole
 from transpixeler.models.family import Family, ModelFolder
 from transpixeler.models.weights import Readable, Slices, WeightSource
@@ -73,7 +73,7 @@ class FusedSource:
         piece = self._source.read_slice(name, () if whole and adapters else slices)
         kept = piece.dtype if piece.itemsize > 1 else torch.bfloat16  # eight bits would round most of a change away
         for adapter in adapters:
-            piece = piece.float()
+            before = piece = piece.float()
             if name in adapter.changes:
                 piece = piece + adapter.changes[name][() if whole else slices]
             if target in adapter.alphas:
@@ -82,6 +82,8 @@ class FusedSource:
                 piece = adapted(
                     piece, low.reshape(piece.shape), adapter.magnitude(target), of_base=adapter.norms_of_base
                 )
+            if adapter.strength != 1:
+                piece = before + adapter.strength * (piece - before)
         return (piece[slices] if whole else piece).to(kept) if adapters else piece
 
 
@@ -102,7 +104,7 @@ def adapted(weight: Tensor, low: Tensor, magnitude: Tensor | None, *, of_base: b
 
 def with_norms_of_base(adapter: Adapter, base: ModelFolder) -> Adapter:
     """Give a DoRA the magnitudes with which ComfyUI's rule, which divides by the base's norms, computes the same."""
-    source = FusedSource(weights_for(adapter, base), read_fused(adapter.fused))
+    source = FusedSource(weights_for(adapter, base), read_fused(adapter.fused, adapter.expert))
     FusedSource(source, [adapter])  # to refuse another base
     tensors = dict(adapter.tensors)
     for target in adapter.targets:
@@ -114,8 +116,17 @@ def with_norms_of_base(adapter: Adapter, base: ModelFolder) -> Adapter:
     return replace(adapter, tensors=tensors, metadata={**adapter.metadata, "norms": "base"})
 
 
-def read_fused(paths: Sequence[str]) -> list[Adapter]:
-    return [read_adapter(path, key="model.fuse") for path in paths]
+def read_fused(listed: Sequence[str | FuseConfig], expert: str | None = None) -> list[Adapter]:
+    """Read the adapters that are added to a base: to that of one of several experts, or all of them."""
+    found = []
+    for one in listed:
+        one = FuseConfig(one) if isinstance(one, str) else one
+        adapter = read_adapter(one.path, key="model.fuse")
+        of = {"expert": one.expert} if one.expert else {}
+        adapter = replace(adapter, strength=one.strength, metadata={**adapter.metadata, **of})
+        if expert is None or adapter.expert in ("", expert):
+            found.append(adapter)
+    return found
 
 
 def merge_adapter(base: ModelFolder, adapters: Sequence[Adapter], out: str | Path) -> Path:

@@ -62,7 +62,7 @@ def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
     base = terms.base or _base_of(found.config.model.path)
     origin = _base_of(found.config.model.encoders)  # of a base that was trained here, and is on no Hub
     base = base or (origin if found.weights else "")
-    fused = _without_folders(list(found.config.model.fuse))
+    fused = _without_folders(list(found.config.model.fused_paths))
     made = card.gather(found, found.run, repo=terms.repo, base=base, origin=origin, fused=fused, license=terms.license)
     files: dict[str, Path | bytes] = {**_weights(found, save.path, base), CONFIG: _config(found.config, base)}
     files |= {path: file for sample in made.samples for path, file in sample.files.items()}
@@ -227,7 +227,8 @@ def _config(config: Config, base: str) -> bytes:
 
 def _paths_shortened(hint: Any, value: Any) -> Any:
     """Return a config's value with the last part of each path, where its type says that it is one."""
-    if any(isinstance(mark, PathKind) for mark in getattr(hint, "__metadata__", ())):
+    either = (hint, *get_args(hint)) if isinstance(value, str) else ()  # or one type of several
+    if any(isinstance(mark, PathKind) for one in either for mark in getattr(one, "__metadata__", ())):
         return _last_part(value)
     if is_dataclass(value) and not isinstance(value, type):
         hints = get_type_hints(type(value), include_extras=True)

@@ -47,7 +47,7 @@ def base_weights(config: Config, expert: Expert = ONLY) -> Readable:
     """Return the source of an expert's base weights, with `model.fuse`'s adapters added as they are read."""
     names = open_model(config.model).family.internal_names
     source = WeightSource(config.model.path, names, part=expert.folder)
-    fused = [adapter for adapter in read_fused(config.model.fuse) if adapter.expert in ("", expert.name)]
+    fused = read_fused(config.model.fuse, expert.name)
     return FusedSource(source, fused) if fused else source
 
 

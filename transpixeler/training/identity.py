@@ -54,7 +54,8 @@ def check_hosts(config: Config, runtime: Runtime, bases: Sequence[Path]) -> Rank
 
     All hosts encode from rank 0's list of clips, so this comes before anything is encoded.
     """
-    ranks = runtime.gather(Rank(platform.node(), code_fingerprint(), base_fingerprint(bases, config.model.fuse)))
+    base = base_fingerprint(bases, config.model.fused_paths)
+    ranks = runtime.gather(Rank(platform.node(), code_fingerprint(), base))
     first = ranks[0]
     for number, rank in enumerate(ranks):
         here, there = f"rank {number} on {rank.host}", f"rank 0 on {first.host}"

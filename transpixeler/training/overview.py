@@ -60,7 +60,7 @@ def _base_lines(config: Config) -> dict[str, str]:
     """Return lines for a base of several parts: what training wrote, or with adapters fused into it."""
     model = config.model
     encoders = {"encoders": model.encoders} if model.encoders else {}
-    fused = {"fused": ", ".join(model.fuse)} if model.fuse else {}
+    fused = {"fused": ", ".join(model.fused_paths)} if model.fuse else {}
     return {"base": model.path} | encoders | fused if encoders or fused else {}
 
 

@@ -83,6 +83,11 @@ def check_experts(config: Config, model: ModelFolder) -> None:
     if len(chosen) > 1 and not config.lora.enabled:
         names = " or ".join(expert.name for expert in chosen)
         raise UserError(f"model.expert: all experts at once train adapters only; set lora.enabled=true, or say {names}")
+    known = [expert.name for expert in model.experts]
+    for one in config.model.fuse:
+        if not isinstance(one, str) and one.expert and one.expert not in known:
+            has = f"has {', '.join(known)}" if any(known) else "is one: leave expert out"
+            raise UserError(f"model.fuse: {one.path} is for the expert {one.expert}, and the model {has}")
     shares(config.objective, chosen, shift=training_shift(config.objective, model, NOMINAL_TOKENS))
 
 

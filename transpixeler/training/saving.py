@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Saver:
         return {
             "base_model": self.config.model.path,
             **({"expert": self.config.model.expert} if self.config.model.expert != ALL else {}),
-            **({"fuse": json.dumps(self.config.model.fuse)} if self.config.model.fuse else {}),
+            **({"fuse": json.dumps(self.config.model.fuse, default=asdict)} if self.config.model.fuse else {}),
             "streams": ",".join(self.config.streams),
             **({"scales": ",".join(map(str, self.config.scales))} if max(self.config.scales) > 1 else {}),
             "fill": self.config.data.fill,

@@ -27,7 +27,7 @@ from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.publishing import hub
 from transpixeler.sampling.frames import Frames
-from transpixeler.sampling.model import open_engine
+from transpixeler.sampling.model import base_weights, open_engine
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel, load_saved
 from transpixeler.sampling.shown import show
@@ -368,6 +368,20 @@ def test_the_commands_take_both_experts(project: Path, tmp_path: Path, capsys: p
     assert cli.main(again) == 0
     raw = load_file(latest / "step2/low/adapter_model.safetensors")
     assert trainings.difference(raw, load_file(tmp_path / "output/again/step2/low/adapter_model.safetensors")) == 0
+
+
+def test_a_speed_up_is_fused_into_its_own_expert(folder: Path, project: Path, tmp_path: Path) -> None:
+    other = train(project, tmp_path, "streams={rgb: ''}", "objective.tasks.rgb_to_aux=null", "lora.scope=all")
+    bare = tmp_path / "speedup.safetensors"  # as other programs write them: nothing says whose it is
+    save_file(load_file(other / "step12/low/adapter_model.safetensors"), bare)
+    config = configfile.from_overrides([f"model.path={folder}", f"model.fuse=[{{path: {bare}, expert: low}}]"])
+    plain = configfile.from_overrides([f"model.path={folder}"])
+    name = "blocks.0.self_attn.q.weight"
+    for expert in WanFolder(str(folder)).experts:
+        one, two = (base_weights(each, expert).read_slice(name, ()) for each in (config, plain))
+        assert torch.equal(one, two) is (expert.name == "high")
+    with pytest.raises(UserError, match="is for the expert hi, and the model has high, low"):
+        configured(folder, f"model.fuse=[{{path: {bare}, expert: hi}}]")
 
 
 def test_one_expert_trains_by_itself(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,15 @@ import dataclasses
 import gc
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support import tiny
-from transpixeler.models.attention import attention, available_kernels
+from transpixeler import cli
+from transpixeler.models import linear, lora
+from transpixeler.models.attention import attention, available_kernels, pick_kernel
 from transpixeler.parallel import devices, runtime
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
@@ -107,3 +110,89 @@ def test_inputs_that_wait_in_host_memory_leave_the_gpu(here: Runtime, monkeypatc
     kept, waiting = (peak(here, f"parallel.recompute={how}") for how in ("full", "offload"))
     tokens = 2 * 2 * math.prod((8, 16, 16))  # of a microbatch of two samples in two streams
     assert kept - waiting > 48 * tokens * 48 * 2 / 2  # half of all inputs in bf16
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "full", "offload"])
+def test_rgb_that_runs_forward_only_gives_the_same_gradients(
+    here: Runtime, monkeypatch: pytest.MonkeyPatch, recompute: str
+) -> None:
+    blind = ("model.rgb_attends_aux=false", f"parallel.recompute={recompute}")
+    found = gradients(here, *blind)
+    monkeypatch.setattr(lora, "_leaves_rgb_alone", lambda model: False)
+    assert alike(found, gradients(here, *blind)) > 0.9999
+
+
+def test_rgb_that_runs_forward_only_compiles(here: Runtime) -> None:
+    blind = ("model.rgb_attends_aux=false", "parallel.recompute=attention")
+    assert alike(gradients(here, *blind), gradients(here, *blind, "parallel.compile=on")) > 0.999
+
+
+@pytest.mark.parametrize("keys", [28_080, 65_520, 65_600])
+def test_lengths_of_real_videos_give_finite_gradients_near_fp32(keys: int) -> None:
+    """Of the kernel that auto picks, one head, on sampled queries; 65,600 is where cuDNN is not asked."""
+    q, k, v, grad = (torch.randn(1, keys, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = tuple(x.requires_grad_() for x in (q, k, v))
+    kernel = pick_kernel("auto", q.device, q.dtype, 128)
+    found = torch.autograd.grad(attention(*leaves, kernel), leaves, grad)
+    assert all(bool(x.isfinite().all()) for x in found)
+    some = q.detach()[:, :: keys // 64].float().requires_grad_()
+    out = attention(some, k.detach().float(), v.detach().float(), "math")
+    (exact,) = torch.autograd.grad(out, some, grad[:, :: keys // 64].float())
+    assert alike(found[0][:, :: keys // 64].float().flatten(), exact.flatten()) > 0.999
+
+
+def test_the_same_step_has_the_same_bits_where_they_are_asked_for(here: Runtime) -> None:
+    try:
+        first, second = (gradients(here, "train.deterministic=true") for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+
+
+def test_an_adapters_gradients_are_summed_in_fp32() -> None:
+    a, b = (torch.randn(2, 8, 32_768, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found = linear._summed_product(a, b.mT, torch.float32)
+    exact = torch.bmm(a.double(), b.mT.double()).sum(0)
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-2)
+
+
+def test_buckets_by_turns_compile_once_each(here: Runtime) -> None:
+    config = tiny.config("train.global_batch=2", "parallel.compile=on")
+    mesh = meshes.build(meshes.resolve(config.parallel, 1), here)
+    engine = build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
+    graphs = []
+    for step in range(6):
+        engine.forward_backward(tiny.example(config, step, range(2)).pinned().to(here.device), 1)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1]
+
+
+def test_memory_is_told_with_what_the_allocator_holds(here: Runtime) -> None:
+    gradients(here)
+    told = devices.memory_facts(here.device)
+    assert told["memory_reserved_gib"] >= devices.peak_memory(here.device) and told["allocation_retries"] == 0
+
+
+def train(demo: Path, output: Path, *overrides: str, resume: bool = False) -> dict[str, torch.Tensor]:
+    """Run the command; return the adapter that it saved last."""
+    from safetensors.torch import load_file
+
+    settings = ("checkpoint.every_steps=2", "save.every_steps=2", "save.every_epochs=0", "log.tensorboard=false")
+    settings += ("eval.every_epochs=0", "eval.every_steps=2", "eval.samples=0", "train.deterministic=true")
+    argv = ["train", str(demo / "config.yaml"), f"output_dir={output}", *settings, *overrides]
+    try:
+        assert cli.main([*argv, *(["--resume"] if resume else [])]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (saved,) = [*(output / "latest").glob("step4/adapter_model.safetensors")] or [None]
+    return load_file(saved) if saved else {}
+
+
+def test_a_resumed_training_equals_one_that_never_stopped(demo: Path, tmp_path: Path) -> None:
+    """Trainer, optimizer, mean, checkpoint and evaluation under compile, to the bit."""
+    whole = train(demo, tmp_path / "whole", "train.max_steps=4")
+    train(demo, tmp_path / "cut", "train.max_steps=2")
+    resumed = train(demo, tmp_path / "cut", "train.max_steps=4", resume=True)
+    assert whole and whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

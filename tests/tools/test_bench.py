@@ -91,3 +91,8 @@ def test_start_tells_where_the_time_goes(bench: Bench, demo: Path) -> None:
     found = bench("start", "--cached", demo / "config.yaml", "--repeats", 1)
     parts = [found[f"{part}_seconds"] for part in ("torch", "imports", "cache", "build", "weights", "first_step")]
     assert min(parts) >= 0 and sum(parts) < found["seconds"]
+
+
+def test_the_gpus_bench_runs_every_stage_on_a_cpu(bench: Bench) -> None:
+    found = bench("gpu", "--toy", "--repeats", 1)
+    assert found["faults"] == [] and found["seconds"] > 0

@@ -1,0 +1,333 @@
+"""Take what a rented GPU can tell in ten minutes, cheapest first: a JSON line each, so that a cut-off run still tells.
+
+In this order: what the machine is and its matmuls' peak → the tests marked cuda → attention kernels, forward and
+backward, with the error of their gradients on sampled rows → a block under each recompute mode, eager and compiled, its
+peak of memory beside what `plan` says → RGB forward only → a whole model's blocks → two buckets by turns: recompiles,
+allocation retries, reserved memory → training on the demo, killed and resumed → a forward pass as sampling makes it.
+
+Without CUDA, or with --toy, the same runs at sizes that take no time. A stage that fails says so in its line and the
+others go on; the exit code is then 1. A stage whose turn comes after --minutes is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+
+from transpixeler.config import LoraConfig
+from transpixeler.demo.write import write_demo
+from transpixeler.families.wan.config import WanConfig
+from transpixeler.families.wan.model import WanModel
+from transpixeler.models.attention import attention, available_kernels
+from transpixeler.models.backbone import Flow, apply_dtypes
+from transpixeler.models.costs import Costs, activation_bytes, step_flops
+from transpixeler.models.lora import inject
+from transpixeler.models.streams import Grid, StreamLayout
+from transpixeler.parallel.devices import forget_peak, memory_facts, peak_memory, prepare_allocator
+from transpixeler.parallel.shard import set_recompute
+
+ROOT = Path(__file__).parents[2]
+MODES = ("none", "attention", "full", "offload")
+SAMPLED = 256  # rows of queries whose gradient is held against fp32
+FLASH = 4, 10  # FLOPs of attention forward and backward, times width and pairs
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of everything that runs."""
+
+    heads: int
+    head: int
+    ffn: int
+    blocks: int
+    grids: tuple[Grid, Grid]  # one stream's frames, rows and columns of tokens, in two buckets; the second is larger
+    keys: tuple[int, ...]  # lengths at which kernels race
+    matmul: int
+    rank: int
+
+
+REAL = Sizes(12, 128, 8960, 30, ((9, 30, 52), (21, 30, 52)), (28_080, 65_520, 65_600), 8192, 128)
+TOY = Sizes(2, 24, 96, 2, ((1, 2, 2), (2, 4, 4)), (96, 192), 64, 4)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Hold what all stages share."""
+
+    sizes: Sizes
+    device: torch.device
+    repeats: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def seconds(self, action: Callable[[], object]) -> float:
+        """Return the fastest of some runs, after one that warms up."""
+        action()
+        return min(harness.seconds(action) for _ in range(self.repeats))
+
+    def layout(self, grid: Grid) -> StreamLayout:
+        frames, rows, columns = grid
+        return StreamLayout.equal(("rgb", "seg"), (16, frames, 2 * rows, 2 * columns), (1, 2, 2))
+
+    def costs(self, blocks: int, *, attends: bool = True) -> Costs:
+        """Return what `plan` counts of the same model."""
+        return Costs.of(self._made(blocks, torch.device("meta"), attends=attends))
+
+    def _made(self, blocks: int, device: torch.device, *, attends: bool) -> WanModel:
+        s = self.sizes
+        config = WanConfig(num_attention_heads=s.heads, attention_head_dim=s.head, ffn_dim=s.ffn, num_layers=blocks)
+        with torch.device(device):
+            model = WanModel(config, streams=("rgb", "seg"), rgb_attends_aux=attends)
+            inject(model, LoraConfig(rank=s.rank))
+        apply_dtypes(model, self.dtype)
+        return model
+
+    def model(self, blocks: int, mode: str, *, compiled: bool = False, attends: bool = True) -> WanModel:
+        """Return blocks under an adapter, as a stage holds them."""
+        model = self._made(blocks, self.device, attends=attends)
+        set_recompute(model.block_list(), mode)
+        for block in model.block_list() if compiled else ():
+            block.compile(dynamic=False)
+        return model
+
+    def flow(self, model: WanModel, layout: StreamLayout) -> Flow:
+        """Return what enters the first block; what blocks change wants a gradient."""
+        metas = model.flow_meta(layout, 1, self.dtype)
+        whole = tuple(torch.randn(x.shape, dtype=x.dtype, device=self.device) / 4 for x in metas)
+        flow = model.divided(whole, layout)
+        for tensor in flow[: model.differentiated]:
+            tensor.requires_grad_()
+        return flow
+
+
+def step(model: WanModel, flow: Flow, layout: StreamLayout) -> None:
+    """Run the blocks forward and backward."""
+    tokens = model.tokens(layout, flow[0].device)
+    for block in model.block_list():
+        flow = block(flow, tokens)
+    flow[0].float().square().mean().backward()
+
+
+# -- the stages
+
+
+def machine(bench: Bench) -> Iterator[Line]:
+    n = bench.sizes.matmul
+    a, b = (torch.randn(n, n, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    taken = bench.seconds(partial(torch.mm, a, b))
+    yield {"machine": harness.machine(), "matmul_tflops": round(2 * n**3 / taken / 1e12, 4)}
+
+
+def cuda_tests(bench: Bench) -> Iterator[Line]:
+    """Run the tests that only a GPU can show; without one they are skipped, and the line says so."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    said = done.stdout.strip().splitlines()
+    yield {"exit_code": done.returncode, "said": said[-8:] if done.returncode else said[-1:]}
+    if done.returncode:
+        raise RuntimeError("tests marked cuda fail")
+
+
+def kernels(bench: Bench) -> Iterator[Line]:
+    """Race attention's kernels; a kernel that does not run says why."""
+    heads, head = bench.sizes.heads, bench.sizes.head
+    for keys in bench.sizes.keys:
+        shape = 1, keys, heads, head
+        q, k, v, grad = (torch.randn(shape, device=bench.device, dtype=bench.dtype) for _ in range(4))
+        for tensor in (q, k, v):
+            tensor.requires_grad_()
+        for kernel in available_kernels(bench.device):
+            if kernel != "math" or bench.device.type == "cpu":  # which would hold all scores
+                yield {"keys": keys, "kernel": kernel, **_raced(bench, kernel, (q, k, v), grad)}
+
+
+def _raced(bench: Bench, kernel: str, qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> Line:
+    q, k, v = qkv
+    try:
+        out = attention(q, k, v, kernel)
+        forward = bench.seconds(partial(attention, q, k, v, kernel))
+        backward = bench.seconds(partial(torch.autograd.grad, out, qkv, grad, retain_graph=True))
+        (found, *_) = torch.autograd.grad(out, qkv, grad)
+    except RuntimeError as error:
+        return {"does_not_run": str(error).splitlines()[0]}
+    work = q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
+    rates = {"forward": FLASH[0] * work / forward / 1e12, "backward": FLASH[1] * work / backward / 1e12}
+    return {f"{name}_tflops": round(rate, 4) for name, rate in rates.items()} | {"grad_error": _error(qkv, grad, found)}
+
+
+def _error(qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, found: Tensor) -> float:
+    """Return the relative error of the queries' gradient on sampled rows, against fp32; nan stays nan."""
+    rows = torch.linspace(0, grad.shape[1] - 1, min(SAMPLED, grad.shape[1])).long().to(grad.device)
+    q = qkv[0].detach()[:, rows].float().requires_grad_()
+    k, v = (x.detach().float() for x in qkv[1:])
+    out = attention(q, k, v, "math")
+    (exact,) = torch.autograd.grad(out, q, grad[:, rows].float())
+    return round(float((found[:, rows].float() - exact).norm() / exact.norm()), 6)
+
+
+def blocks(bench: Bench) -> Iterator[Line]:
+    """Time two blocks under each recompute mode: what they keep shows only between blocks."""
+    layout = bench.layout(bench.sizes.grids[1])
+    for mode in MODES:
+        for compiled in (False, True) if bench.device.type == "cuda" and mode != "offload" else (False,):
+            yield {"mode": mode, "compiled": compiled, **_timed(bench, layout, 2, mode, compiled=compiled)}
+
+
+def _timed(
+    bench: Bench, layout: StreamLayout, count: int, mode: str, *, compiled: bool = False, attends: bool = True
+) -> Line:
+    model = bench.model(count, mode, compiled=compiled, attends=attends)
+    flow, costs = bench.flow(model, layout), bench.costs(count, attends=attends)
+    step(model, flow, layout)  # compiles; gradients are there from here on
+    held = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
+    forget_peak(bench.device)
+    taken = bench.seconds(partial(step, model, flow, layout))
+    flops = step_flops(costs, layout.lengths)
+    size, lengths = bench.dtype.itemsize, layout.lengths
+    planned = activation_bytes(costs, lengths, size=size, recompute=mode, compiled=compiled)
+    memory = {"planned_gib": round(planned / 2**30, 3)}
+    if bench.device.type == "cuda":
+        memory["peak_gib"] = round(peak_memory(bench.device) - held / 2**30, 3)
+    return {"seconds": round(taken, 4), "model_tflops": round(flops / taken / 1e12, 4), **memory}
+
+
+def forward_only(bench: Bench) -> Iterator[Line]:
+    """Time blocks whose RGB sees itself alone and has no backward pass."""
+    layout = bench.layout(bench.sizes.grids[1])
+    yield _timed(bench, layout, 2, "attention", compiled=bench.device.type == "cuda", attends=False)
+
+
+def whole(bench: Bench) -> Iterator[Line]:
+    """Time all blocks of a model at the larger bucket."""
+    layout = bench.layout(bench.sizes.grids[1])
+    yield _timed(bench, layout, bench.sizes.blocks, "attention", compiled=bench.device.type == "cuda")
+
+
+def buckets(bench: Bench) -> Iterator[Line]:
+    """Run two buckets by turns: none compiles anew at its second turn, and memory does not fragment."""
+    compiled = bench.device.type == "cuda"
+    model = bench.model(2, "attention", compiled=compiled)
+    layouts = [bench.layout(grid) for grid in bench.sizes.grids]
+    turns, graphs = [], []
+    for layout in layouts * 4:
+        turns.append(round(harness.seconds(partial(step, model, bench.flow(model, layout), layout)), 4))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    yield {"turns": turns, "compiled_anew": graphs[-1] - graphs[1], **memory_facts(bench.device)}
+
+
+@torch.no_grad()
+def sampling(bench: Bench) -> Iterator[Line]:
+    """Time the blocks' forward pass alone."""
+    layout = bench.layout(bench.sizes.grids[1])
+    model = bench.model(bench.sizes.blocks, "none")
+    flow, tokens = bench.flow(model, layout), model.tokens(layout, bench.device)
+
+    def forward() -> None:
+        state = flow
+        for block in model.block_list():
+            state = block(state, tokens)
+
+    yield {"seconds": round(bench.seconds(forward), 4)}
+
+
+def trainer(bench: Bench) -> Iterator[Line]:
+    """Train on the demo, kill it after a checkpoint, resume; tell what steps and checkpoints took."""
+    del bench  # the demo has its own sizes
+    with tempfile.TemporaryDirectory() as folder:
+        config, output = f"{folder}/demo/config.yaml", Path(folder, "output")
+        write_demo(Path(folder, "demo"), train_clips=8, eval_clips=2)
+        few = ("checkpoint.every_steps=2", "eval.every_epochs=0", "eval.before_first_step=false", "save.every_epochs=0")
+        settings = (f"output_dir={output}", "train.max_steps=6", "log.tensorboard=false", *few)
+        started = [sys.executable, "-m", "transpixeler", "train", config, *settings, "train.max_steps=1000"]
+        with subprocess.Popen(started, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            limit = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < limit and not _saved(output):
+                time.sleep(0.2)
+            process.kill()
+        killed_at = max(int(step["step"]) for step in _steps(output))
+        _command("train", config, *settings, f"train.max_steps={killed_at + 4}", "--resume")
+        steps = _steps(output)
+    told = {name: [round(step[name], 4) for step in steps] for name in ("seconds", "data_wait", "checkpoint_stall")}
+    yield {"killed_at": killed_at, "steps": steps[-1]["step"], **told, "memory_gib": round(steps[-1]["memory_gib"], 3)}
+
+
+def _command(*argv: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "transpixeler", *argv], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{argv[0]}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _saved(output: Path) -> list[Path]:
+    return [*output.glob("latest/checkpoints/global_step*[0-9]")]
+
+
+def _steps(output: Path) -> list[Line]:
+    """Return the records of steps of a run; one that was cut off is left out."""
+    lines = (output / "latest/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [record for record in records if "checkpoint_stall" in record]
+
+
+STAGES = (machine, cuda_tests, kernels, blocks, forward_only, whole, buckets, trainer, sampling)
+
+
+# -- the bench
+
+
+def run(bench: Bench, deadline: float) -> Iterator[Line]:
+    """Yield each stage's lines, as they come."""
+    for stage in STAGES:
+        start = time.monotonic()
+        if start > deadline:
+            yield {"stage": stage.__name__, "left_out": "no time"}
+            continue
+        try:
+            for line in stage(bench):
+                yield {"stage": stage.__name__, **line, "after": round(time.monotonic() - start, 1)}
+        except Exception as error:  # the next stage may tell what this one cannot; the exit code says that it failed
+            traceback.print_exc()
+            yield {"stage": stage.__name__, "fault": f"{type(error).__name__}: {error}"}
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="sizes that take no time, as without CUDA")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each thing is timed")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no stage starts later")
+    parser.add_argument("--no-record", action="store_true", help="change nothing: this bench never writes results.md")
+    args = parser.parse_args(argv)
+    prepare_allocator(os.environ)
+    cuda, start = torch.cuda.is_available(), time.monotonic()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    bench = Bench(REAL if cuda and not args.toy else TOY, device, args.repeats)
+    faults = []
+    for line in run(bench, start + 60 * args.minutes):
+        print(json.dumps(line), flush=True)
+        faults += [line["stage"]] if "fault" in line else []
+    print(json.dumps({"faults": faults, "seconds": round(time.monotonic() - start, 1)}), flush=True)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -141,6 +141,20 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    from transpixeler.adapters.fresh import init_command
+
+    out = init_command(
+        arguments.family,
+        shape=arguments.shape,
+        encoders=arguments.encoders,
+        out=arguments.out,
+        seed=arguments.seed,
+    )
+    print(out)
+    return 0
+
+
 def _cache(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     from transpixeler.data import upkeep
@@ -337,6 +351,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Command] = {
     "demo": _demo,
+    "init": _init,
     "plan": _plan,
     "cache": _cache,
     "train": _train,

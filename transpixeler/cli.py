@@ -286,7 +286,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from transpixeler import configfile
 
     if arguments.dataset.endswith((".yaml", ".yml")):
-        config = configfile.load(arguments.dataset, arguments.overrides)
+        config = _on_base(configfile.load(arguments.dataset, arguments.overrides))
     else:
         source = json.dumps(arguments.dataset, ensure_ascii=False)  # YAML reads a JSON text as it is
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
@@ -370,7 +370,11 @@ COMMANDS: dict[str, Command] = {
 def _config(arguments: argparse.Namespace) -> Config:
     from transpixeler import configfile
 
-    config = configfile.load(arguments.config, arguments.overrides)
+    return _on_base(configfile.load(arguments.config, arguments.overrides))
+
+
+def _on_base(config: Config) -> Config:
+    """Return the config with a run in `model.path` pinned to what it stands for."""
     if not os.path.isdir(config.model.path):  # noqa: PTH112  a Hub id, or a file: nothing that needs torch to be read
         return config
     from transpixeler.adapters.bases import on_trained_base

@@ -51,6 +51,8 @@ MISTAKES = {
     "one of several kinds": ("parallel: {recompute: x}\n", [], ["parallel.recompute", "'x'", "full", "mine.yaml"]),
     "every no-th block": ("parallel: {recompute: 0}\n", [], ["parallel.recompute: 0", "number ≥ 1", "mine.yaml"]),
     "an empty list": ("data: {frames: []}\n", [], ["data.frames", "empty", "mine.yaml"]),
+    "a column of nothing": ("data: {columns: {masks: m}}\n", [], ["data.columns.masks", "seg", "text", "mine.yaml"]),
+    "a column without a name": ("data: {columns: {text: ''}}\n", [], ["data.columns.text", "names no column"]),
     "a side of nothing": ("data: {resolutions: [64, [832, 0]]}\n", [], ["data.resolutions.1", "0 ", "16", "mine.yaml"]),
     "nothing trained": ("{lora: {enabled: false}, model: {trainable: []}}\n", [], ["model.trainable", "empty"]),
     "a start without a LoRA": ("lora: {enabled: false, init_from: a}\n", [], ["lora.init_from", "model.fuse"]),

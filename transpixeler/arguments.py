@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_debug(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     _add_demo(commands)
+    _add_init(commands)
     _add_plan(commands)
     _add_cache(commands)
     _add_train(commands)
@@ -89,6 +90,22 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the synthetic clips (default: 0)")
     parser.add_argument("--depth", action="store_true", help="add a third stream, depth: NAME_depth.mp4")
     parser.add_argument("--force", action="store_true", help="replace a demo that is already in DIR")
+
+
+def _add_init(commands: Any) -> None:
+    text = "Write a base with random weights, of any shape, and the VAE and encoders of a model that is there."
+    parser = _add(commands, "init", "write a base with random weights, to train from nothing", text)
+    option = parser.add_argument
+    option("--family", required=True, metavar="NAME", help="the architecture, as in model.family")
+    option(
+        "--shape",
+        required=True,
+        metavar="SHAPE",
+        help="a JSON file like transformer/config.json, or a published shape by its name",
+    )
+    option("--encoders", required=True, metavar="MODEL", help="a folder or Hub id with the VAE and encoders to use")
+    option("--out", required=True, metavar="DIR", help="the folder to write")
+    option("--seed", type=int, default=0, help="seed of the weights (default: 0)")
 
 
 def _add_plan(commands: Any) -> None:

@@ -141,6 +141,20 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _init(arguments: argparse.Namespace) -> int:
+    from transpixeler.adapters.fresh import init_command
+
+    out = init_command(
+        arguments.family,
+        shape=arguments.shape,
+        encoders=arguments.encoders,
+        out=arguments.out,
+        seed=arguments.seed,
+    )
+    print(out)
+    return 0
+
+
 def _cache(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     from transpixeler.data import upkeep
@@ -272,7 +286,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from transpixeler import configfile
 
     if arguments.dataset.endswith((".yaml", ".yml")):
-        config = configfile.load(arguments.dataset, arguments.overrides)
+        config = _on_base(configfile.load(arguments.dataset, arguments.overrides))
     else:
         source = json.dumps(arguments.dataset, ensure_ascii=False)  # YAML reads a JSON text as it is
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
@@ -337,6 +351,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Command] = {
     "demo": _demo,
+    "init": _init,
     "plan": _plan,
     "cache": _cache,
     "train": _train,
@@ -355,7 +370,11 @@ COMMANDS: dict[str, Command] = {
 def _config(arguments: argparse.Namespace) -> Config:
     from transpixeler import configfile
 
-    config = configfile.load(arguments.config, arguments.overrides)
+    return _on_base(configfile.load(arguments.config, arguments.overrides))
+
+
+def _on_base(config: Config) -> Config:
+    """Return the config with a run in `model.path` pinned to what it stands for."""
     if not os.path.isdir(config.model.path):  # noqa: PTH112  a Hub id, or a file: nothing that needs torch to be read
         return config
     from transpixeler.adapters.bases import on_trained_base

@@ -51,6 +51,7 @@ class PathKind(enum.Enum):
 STREAM = re.compile(r"[A-Za-z][\w-]*")  # becomes part of file names, parameter names and headers
 NAME_BYTES = 255  # the most that file systems take for one name
 REPO = re.compile(r"[\w.-]+/[\w.-]+")  # a Hub id
+COLUMNS = ("text", "num_frames", "height", "width", "fps")  # of a manifest, beside one for each stream
 LocalPath = Annotated[str, PathKind.LOCAL]
 HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
 Count = Annotated[int, Range(1)]
@@ -143,6 +144,7 @@ class BucketRule:
 class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     eval: tuple[SourceConfig, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
     cache_dir: LocalPath = ""
     fps: Positive = 16.0
     resolutions: tuple[Resolution, ...] = ((832, 480),)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from transpixeler.config import BESIDE_STREAMS, REPO, STREAM, Config, DataConfig, family_names, is_folder_name
+from transpixeler.config import BESIDE_STREAMS, COLUMNS, REPO, STREAM, Config, DataConfig, family_names, is_folder_name
 
 
 def faults(config: Config) -> Iterator[tuple[str, str]]:
     """Yield what the types and limits of single keys cannot show: (key, what is wrong and what to do)."""
     yield from _stream_faults(config)
     yield from _data_faults(config.data)
+    yield from _column_faults(config)
     if config.model.family and config.model.family not in (known := family_names()):
         yield "model.family", f"{config.model.family!r} is not one of {', '.join(known)}; leave it out to be detected"
     yield from _training_faults(config)
@@ -37,6 +38,15 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "run_name", f"{config.run_name!r} is not a plain folder name; runs are folders inside output_dir"
     if config.hub.repo and not REPO.fullmatch(config.hub.repo):
         yield "hub.repo", f"{config.hub.repo!r} is not a Hub id; write it as user/name"
+
+
+def _column_faults(config: Config) -> Iterator[tuple[str, str]]:
+    known = (*config.streams, *COLUMNS)
+    for name, column in config.data.columns.items():
+        if name not in known:
+            yield f"data.columns.{name}", f"is nothing that a manifest tells; there are {', '.join(known)}"
+        elif not column:
+            yield f"data.columns.{name}", "names no column; leave it out, or name the manifest's own"
 
 
 def _stream_faults(config: Config) -> Iterator[tuple[str, str]]:

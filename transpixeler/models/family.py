@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -218,6 +218,7 @@ class Family:
     pipeline_class: str
     example: str  # a Hub id that a message may name
     experts: tuple[str, ...] = ()  # names of those that its models may have, as diffusers' pipeline orders them
+    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # published configs, in diffusers' words
 
     def internal_names(self, stored: Iterable[str]) -> dict[str, str]:
         return self.names.internal_names(stored)

@@ -32,7 +32,7 @@ ASIDE = "aside"  # where saves, samples and checkpoints go that a resumed run le
 
 @dataclass(frozen=True)
 class Going:
-    """How training goes on from a checkpoint: by default as if it had never stopped."""
+    """Say how training goes on from a checkpoint: by default as if it had never stopped."""
 
     restart_steps: bool = False  # in a new run, whose steps and order of samples begin at zero
     weights_only: bool = False  # the optimizer begins anew

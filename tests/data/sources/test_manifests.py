@@ -68,6 +68,27 @@ def test_a_manifest_may_name_streams_by_their_own_names(clip: Path, tmp_path: Pa
     assert len(found(tmp_path / "l.jsonl").samples) == 1
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_columns_may_have_names_of_their_own(ending: str, clip: Path, tmp_path: Path) -> None:
+    columns = {"rgb": "file", "seg": "mask", "text": "prompt", "num_frames": "length"}
+    row = {"file": str(clip), "mask": str(clip), "prompt": "a caption", "length": 20, "video": "none.mp4"}
+    write_rows(tmp_path / f"l.{ending}", [row, row | {"length": 21}, row | {"mask": ""}, row | {"length": "many"}])
+    source = SourceConfig(str(tmp_path / f"l.{ending}"))
+    result = scan([source], STREAMS, DataConfig(columns=columns), probe=Probes(tmp_path / "cache"))
+    assert [sample.caption for sample in result.samples] == ["a caption"]
+    assert {bad.reason for bad in result.bad} == {
+        "the manifest says num_frames 21, the file has 20",
+        "no path in column 'mask'",
+        "column 'length' is 'many', not a number above 0",
+    }
+
+
+def test_a_csv_without_the_captions_column_says_what_can_name_it(clip: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "l.csv", [{"rgb": str(clip), "seg": str(clip), "prompt": "x"}])
+    with pytest.raises(UserError, match=r"no column 'text' \(columns: rgb, seg, prompt\); data.columns can say"):
+        found(tmp_path / "l.csv")
+
+
 def test_a_row_whose_path_is_no_file_is_named(clip: Path, tmp_path: Path) -> None:
     names = [".", "", "/", "..", "a\0b.mp4", "x" * 5000, "a.mp4"]
     write_rows(tmp_path / "l.jsonl", [{"rgb": name, "seg": name, "text": "t"} for name in names])

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +25,46 @@ Row = Mapping[str, Any] | str  # a row, or the reason why it cannot be read
 
 
 def manifest_candidates(
-    path: Path, name: str, streams: Iterable[str], *, rgba: bool
+    path: Path, name: str, streams: Iterable[str], *, rgba: bool, columns: Mapping[str, str] | None = None
 ) -> Iterator[Candidate | BadSample]:
-    """Yield a candidate for each row; a row that cannot be one is named by its number."""
-    streams = tuple(streams)
-    for number, row in rows(path):
+    """Yield a candidate for each row; a row that cannot be one is named by its number. columns: as `data.columns`."""
+    streams, columns = tuple(streams), columns or {}
+    for number, row in rows(path, text=columns.get("text", "text")):
         where = f"{path}:{number}"
-        found = row if isinstance(row, str) else _candidate(row, path.parent, name, streams, rgba=rgba)
+        found = row if isinstance(row, str) else _candidate(row, path.parent, name, streams, rgba=rgba, columns=columns)
         yield BadSample(f"{name}/row {number}", where, found) if isinstance(found, str) else found
 
 
 def _candidate(
-    row: Mapping[str, Any], folder: Path, name: str, streams: tuple[str, ...], *, rgba: bool
+    row: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    streams: tuple[str, ...],
+    *,
+    rgba: bool,
+    columns: Mapping[str, str],
 ) -> Candidate | str:
     paths = []
     for stream in streams[:1] if rgba else streams:
         names = (stream, *PRIMARY_ALIASES) if stream == streams[0] else (stream,)
+        names = (columns[stream],) if stream in columns else names
         value = next((row[name] for name in names if row.get(name) is not None), None)
         if not isinstance(value, str) or not value.strip():
             return f"no path in column {' or '.join(map(repr, names))}"
         paths.append((stream, folder / value.strip()))
     if rgba:
         paths = [(stream, paths[0][1]) for stream in streams]
-    text = row.get("text")
+    told = columns.get("text", "text")
+    text = row.get(told)
     if not isinstance(text, str):
-        return "no caption in column 'text'"
+        return f"no caption in column {told!r}"
     claims: dict[str, Fraction] = {}
     for key in CLAIMS:
-        if row.get(key) in (None, ""):
+        value, column = row.get(columns.get(key, key)), columns.get(key, key)
+        if value in (None, ""):
             continue
-        if (number := _number(row[key])) is None:
-            return f"column {key!r} is {str(row[key])[:40]!r}, not a number above 0"
+        if (number := _number(value)) is None:
+            return f"column {column!r} is {str(value)[:40]!r}, not a number above 0"
         claims[key] = number
     first = Path(_relative(paths[0][1], folder))
     if not first.name:
@@ -79,23 +89,26 @@ def _number(value: Any) -> Fraction | None:
     return number if number > 0 else None
 
 
-def rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (number, row or the reason why it cannot be read), one at a time."""
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+def rows(path: Path, *, text: str = "text") -> Iterator[tuple[int, Row]]:
+    """Yield (number, row or the reason why it cannot be read), one at a time. text: the captions' column."""
+    readers = {".csv": partial(_csv_rows, text=text), ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     try:
         yield from readers[path.suffix.lower()](path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, *, text: str) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.DictReader(file)
         try:
-            if "text" not in (reader.fieldnames or ()):
+            if text not in (reader.fieldnames or ()):
                 names = ", ".join(map(str, reader.fieldnames or ())) or "none"
-                raise UserError(f"{path}: the first line names no column 'text' (columns: {names[:200]})")
+                raise UserError(
+                    f"{path}: the first line names no column {text!r} (columns: {names[:200]}); data.columns can say "
+                    "which column stands for it"
+                )
             for row in reader:
                 yield reader.line_num, "the row has more cells than columns" if None in row else _decoded(row)
         except csv.Error as error:

@@ -61,7 +61,7 @@ def scan(
     names, taken = source_names(sources), {}
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         for index, source in enumerate(sources):
-            offered = _distinct(_offered(source, names[index], streams), taken)
+            offered = _distinct(_offered(source, names[index], streams, data.columns), taken)
             while window := list(itertools.islice(offered, WINDOW)):
                 for found in pool.map(partial(examined, source=index, rgba=source.rgba, probe=probe), window):
                     if isinstance(found, Sample):
@@ -99,7 +99,9 @@ def _stem(path: Path) -> str:
         return path.stem
 
 
-def _offered(source: SourceConfig, name: str, streams: Mapping[str, str]) -> Iterator[Candidate | BadSample]:
+def _offered(
+    source: SourceConfig, name: str, streams: Mapping[str, str], columns: Mapping[str, str]
+) -> Iterator[Candidate | BadSample]:
     path = Path(source.path)
     try:
         path.stat()
@@ -114,7 +116,7 @@ def _offered(source: SourceConfig, name: str, streams: Mapping[str, str]) -> Ite
         return folder_candidates(path, name, streams, rgba=source.rgba)
     if path.suffix.lower() not in MANIFEST_ENDINGS:
         raise UserError(f"{path}: a source is a folder or a manifest ({', '.join(MANIFEST_ENDINGS)})")
-    return manifest_candidates(path, name, streams, rgba=source.rgba)
+    return manifest_candidates(path, name, streams, rgba=source.rgba, columns=columns)
 
 
 def _distinct(offered: Iterable[Candidate | BadSample], taken: dict[str, int]) -> Iterator[Candidate | BadSample]:

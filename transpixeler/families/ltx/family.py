@@ -171,4 +171,8 @@ FAMILY = Family(
     transformer_class="LTXVideoTransformer3DModel",
     pipeline_class="LTXPipeline",
     example="Lightricks/LTX-Video-0.9.5",
+    shapes={
+        "2b": {"num_layers": 28},
+        "13b": {"num_layers": _LAYERS_13B, "attention_head_dim": 128, "cross_attention_dim": 4096},
+    },
 )

@@ -214,4 +214,5 @@ FAMILY = Family(
     pipeline_class="WanPipeline",
     example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     experts=EXPERTS,
+    shapes={"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, "14b": {"num_layers": 40}},
 )

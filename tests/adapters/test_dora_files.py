@@ -24,7 +24,7 @@ from transpixeler.adapters.readers import readers
 from transpixeler.config import UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES as wan_names
-from transpixeler.sampling.model import initial_adapter
+from transpixeler.sampling.model import initial_adapters
 
 
 def dora(base: Path, *streams: str) -> tuple[torch.nn.Module, Adapter]:
@@ -77,7 +77,7 @@ def test_comfyui_computes_the_same_from_its_own_format(tmp_path: Path, base: Pat
     wanted = {target: merged.read(f"{target}.weight") for target in adapter.targets}
     found: dict[str, bool] = {}
     for format in ("comfyui", "transpixeler"):
-        file = export_command(tmp_path / "a", format=format, out=tmp_path / f"{format}.safetensors")
+        (file,) = export_command(tmp_path / "a", format=format, out=tmp_path / f"{format}.safetensors")
         stored, source = load_file(file), wan_source(base)
         keys = {t: f"diffusion_model.{wan_names.module(t, source='internal', to='original')}" for t in adapter.targets}
         patched = {t: as_comfyui_patches(source.read(f"{t}.weight"), stored, key) for t, key in keys.items()}
@@ -90,7 +90,7 @@ def test_comfyui_computes_the_same_from_its_own_format(tmp_path: Path, base: Pat
         torch.testing.assert_close(again.read(f"{target}.weight"), weight, atol=1e-5, rtol=1e-4)
     words = [f"model.path={base}", f"lora.init_from={tmp_path / 'comfyui.safetensors'}", "streams={rgb: ''}"]
     with pytest.raises(UserError, match=r"lora\.init_from: .*dora_scale, which no adapter beside a frozen base"):
-        initial_adapter(configfile.from_overrides([*words, "lora.scope=all", "lora.kind=dora"]))
+        initial_adapters(configfile.from_overrides([*words, "lora.scope=all", "lora.kind=dora"]))
 
 
 def test_a_dora_for_comfyui_needs_the_base_that_it_was_trained_on(tmp_path: Path, base: Path) -> None:

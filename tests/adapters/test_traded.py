@@ -28,7 +28,7 @@ from transpixeler.models.lora import inject
 from transpixeler.models.weights import load_weights
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import running
-from transpixeler.sampling.model import base_weights, initial_adapter, open_engine
+from transpixeler.sampling.model import base_weights, initial_adapters, open_engine
 from transpixeler.sampling.saves import load_saved
 from transpixeler.training import saving
 
@@ -236,12 +236,12 @@ def test_a_speed_up_is_no_adapter_to_go_on_from_unless_its_changes_are_zero(tmp_
     save_file(stored, file)
     words = [f"model.path={base}", f"lora.init_from={file}", "streams={rgb: ''}", "lora.scope=all", "lora.rank=3"]
     with pytest.raises(UserError, match=r"lora\.init_from: .* changes .*; name it in model\.fuse"):
-        initial_adapter(configfile.from_overrides(words))
+        initial_adapters(configfile.from_overrides(words))
     pairs = {key for key in stored if ".blocks." in key and "_attn" in key and key.endswith((".weight", ".alpha"))}
     zeros = {key: torch.zeros_like(value) for key, value in stored.items() if key.endswith((".diff", ".diff_b"))}
     save_file({key: stored[key] for key in pairs} | zeros, file)
-    adapter = initial_adapter(configfile.from_overrides(words))
-    assert adapter is not None and len(adapter.targets) == 2 * 4 * LAYERS
+    (adapter,) = initial_adapters(configfile.from_overrides(words)).values()
+    assert len(adapter.targets) == 2 * 4 * LAYERS
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])

@@ -18,4 +18,4 @@ def test_no_folder_is_told_of_what_is_fused_at_a_strength(tmp_path: Path) -> Non
     model = ModelConfig(path="/secret/wan", fuse=("/secret/a.safetensors", FuseConfig("/secret/b.safetensors", 0.5)))
     file.write_text(configfile.dump(dataclasses.replace(configfile.load(file), model=model)))
     found = yaml.safe_load(hub.pack(str(file.parent), TERMS).files["config.yaml"])["model"]["fuse"]
-    assert found == ["a.safetensors", {"path": "b.safetensors", "strength": 0.5}]
+    assert found == ["a.safetensors", {"path": "b.safetensors", "strength": 0.5, "expert": ""}]

@@ -73,10 +73,10 @@ def test_a_large_base_is_known_by_a_block_of_each_tensor(tmp_path: Path, monkeyp
     monkeypatch.setattr(identity, "SMALL_FILE", 1000)
     tensors = {name: torch.randn(4, 5000) for name in ("a", "b")}
     save_file(tensors, tmp_path / "model.safetensors")
-    first = identity.base_fingerprint(tmp_path)
-    assert identity.base_fingerprint(tmp_path / "model.safetensors") == first
+    first = identity.base_fingerprint([tmp_path])
+    assert identity.base_fingerprint([tmp_path / "model.safetensors"]) == first
     save_file(tensors | {"b": tensors["b"] * 1.001}, tmp_path / "model.safetensors")
-    assert identity.base_fingerprint(tmp_path) != first
+    assert identity.base_fingerprint([tmp_path]) != first
 
 
 # --- as commands -----------------------------------------------------------------------------------------------------

@@ -138,9 +138,13 @@ def test_clipping_scales_to_the_limit_and_zero_clips_nothing() -> None:
 def test_the_mean_follows_its_formula_and_leaves_what_it_was_swapped_for() -> None:
     params = parameters()
     mean, by_hand = Ema(params, 0.9), {n: p.detach().clone() for n, p in params.items()}
+    idle = min(params)  # what has no gradient was not updated, and its mean stays
     for _ in range(3):
         for n, p in params.items():
             p.data += 1
+            if n == idle:
+                continue
+            p.grad = torch.zeros_like(p)
             by_hand[n] = 0.9 * by_hand[n] + 0.1 * p.detach()
         mean.update()
     raw = {n: p.detach().clone() for n, p in params.items()}

@@ -34,7 +34,7 @@ def child(spawned: float, argv: list[str]) -> None:
     for owner, name, part in (
         (runtime, "start", "group"),
         (trainer, "encode_missing", "cache"),
-        (trainer, "build_engine", "build"),
+        (trainer, "build_engines", "build"),
         (build, "fill", "weights"),
     ):
         clock(spent, owner, name, part)

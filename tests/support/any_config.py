@@ -44,7 +44,8 @@ CHOSEN: dict[str, st.SearchStrategy] = {
     "data.aspect_min": st.floats(0.1, 1),
     "data.aspect_max": st.floats(1, 4),
     "run_name": st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="./\\"), max_size=8),
-    "columns": st.dictionaries(st.sampled_from(["caption", "rgb"]), st.sampled_from(["text", "clip"])),
+    "columns": st.dictionaries(st.sampled_from(["rgb", "seg"]), st.sampled_from(["clip", "mask"])),
+    "hub.repo": st.sampled_from(["", "me/model"]),
     "deterministic": st.just(False),  # it leaves out some kernels of model.attention
     "guidance": st.floats(0, 9) | st.fixed_dictionaries({"high": st.floats(0, 9), "low": st.floats(0, 9)}),
     "eval.times": st.lists(st.floats(0, 1), min_size=1, max_size=3).map(tuple),

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.adapters import METADATA, header, move_adapter, our_model, output, trained
-from tests.support.models import wan_model
-from transpixeler import cli, configfile
+from tests.support.adapters import METADATA, header, our_model, output, trained, trained_over
+from transpixeler import cli
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.command import export_command
 from transpixeler.adapters.files import read_adapter, write_adapter
@@ -20,11 +19,7 @@ from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config import UserError
 from transpixeler.families.wan.family import WanFolder
-from transpixeler.models.lora import inject
-from transpixeler.models.weights import load_weights
-from transpixeler.sampling.model import base_weights
 from transpixeler.sampling.saves import load_saved
-from transpixeler.training import saving
 
 
 def test_a_runs_newest_adapter_is_exported(tmp_path: Path, base: Path) -> None:
@@ -83,14 +78,7 @@ def test_an_adapter_of_a_fused_base_brings_what_is_fused_along(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     style = write_adapter(adapter_of(trained(base, alpha=1.0, targets=("*.v",)), {}), tmp_path / "style.safetensors")
-    keys = [f"model.path={base}", f"model.fuse=[{style}]", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
-    config = configfile.from_overrides(keys)
-    model = wan_model(WanFolder(str(base)).config, streams=("rgb",))
-    load_weights(model, base_weights(config))
-    inject(model.eval(), config.lora)
-    move_adapter(model)
-    metadata = saving.Saver(config, *[None] * 2)._metadata(7, averaged=False)
-    file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
+    model, config, file = trained_over(base, f"[{style}]", tmp_path / "a.safetensors")
     assert load_saved(str(file)).config.model == config.model
     for format in ("merged", "kohya"):
         assert cli.main(["export", str(file), "--format", format, "--out", str(tmp_path / format)]) == 0

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.adapters import FFN, LAYERS, WIDTH, move_adapter, moved, our_model, output
+from tests.support.adapters import FFN, LAYERS, WIDTH, moved, our_model, output, trained_over
 from tests.support.families.cases import CASES, Case
 from tests.support.models import wan_model, wan_source
 from transpixeler import cli, configfile
@@ -18,19 +18,16 @@ from transpixeler.adapters import merge
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import FusedSource, adapted
-from transpixeler.adapters.on_model import adapter_of
 from transpixeler.adapters.readers import readers
 from transpixeler.config import FuseConfig, UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.models.family import ModelFolder
-from transpixeler.models.lora import inject
 from transpixeler.models.weights import load_weights
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import running
 from transpixeler.sampling.model import base_weights, initial_adapters, open_engine
 from transpixeler.sampling.saves import load_saved
-from transpixeler.training import saving
 
 ATTENTIONS = ("self_attn", "cross_attn")
 
@@ -249,14 +246,7 @@ def test_trained_over_a_speed_up_sampled_and_merged_are_equal(strength: float, t
     speed = tmp_path / "fast.safetensors"
     save_file({key: value.bfloat16() for key, value in speed_up().items()}, speed)
     fuse = f"[{speed}]" if strength == 1 else f"[{{path: {speed}, strength: {strength}}}]"
-    keys = [f"model.path={base}", f"model.fuse={fuse}", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
-    config = configfile.from_overrides(keys)
-    model = wan_model(WanFolder(str(base)).config, streams=("rgb",))
-    load_weights(model, base_weights(config))
-    inject(model.eval(), config.lora)
-    move_adapter(model)
-    metadata = saving.Saver(config, *[None] * 2)._metadata(7, averaged=False)
-    file = write_adapter(adapter_of(model, metadata), tmp_path / "a.safetensors")
+    model, config, file = trained_over(base, fuse, tmp_path / "a.safetensors")
     assert output(our_model(base)).sub(output(model)).abs().max() > 1e-2
     assert load_saved(str(file)).config.model == config.model and read_adapter(file).fused[0].strength == strength
     assert torch.allclose(sampled(str(file)), output(model), atol=1e-5)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.adapters import compiles_to_the_same
 from tests.support.models import inputs, move, tiny, without_embeddings
 from transpixeler.config import LoraConfig, UserError
 from transpixeler.families.wan.model import WanModel
@@ -214,15 +215,4 @@ def test_a_block_compiles_without_a_graph_break() -> None:
     inject(model, AUX)
     for _, module in lora_linears(model):
         moved(module)
-    expected = output(model)
-    expected.square().sum().backward()
-    grads = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}  # type: ignore[union-attr]
-    model.zero_grad()
-    torch._dynamo.reset()
-    for block in model.blocks.values():
-        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    found = output(model)
-    found.square().sum().backward()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    for name, parameter in adapter_parameters(model).items():
-        torch.testing.assert_close(parameter.grad, grads[name], atol=1e-4, rtol=1e-4, msg=name)
+    compiles_to_the_same(model, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tests.support.models import wan_model, wan_source
-from transpixeler.config import LoraConfig
+from transpixeler import configfile
+from transpixeler.adapters.files import write_adapter
+from transpixeler.adapters.on_model import adapter_of
+from transpixeler.config import Config, LoraConfig
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
-from transpixeler.models.lora import inject, lora_linears
+from transpixeler.models.lora import adapter_parameters, inject, lora_linears
 from transpixeler.models.weights import load_weights
+from transpixeler.sampling.model import base_weights
+from transpixeler.training import saving
 
 WIDTH, FFN, LAYERS = 24, 40, 2
 CONFIG = {
@@ -107,3 +113,31 @@ def header(file: Path) -> dict[str, str]:
 
 def lora_names(model: nn.Module) -> list[str]:
     return [name for name, _ in lora_linears(model)]
+
+
+def compiles_to_the_same(model: WanModel, output: Callable[[WanModel], Tensor]) -> None:
+    """Check that blocks compile whole, and that what comes out and all adapter gradients stay."""
+    expected = output(model)
+    expected.square().sum().backward()
+    grads = {name: p.grad.clone() for name, p in adapter_parameters(model).items()}  # type: ignore[union-attr]
+    model.zero_grad()
+    torch._dynamo.reset()
+    for block in model.blocks.values():
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    found = output(model)
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for name, parameter in adapter_parameters(model).items():
+        torch.testing.assert_close(parameter.grad, grads[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def trained_over(base: Path, fuse: str, file: Path) -> tuple[WanModel, Config, Path]:
+    """Return a model with an adapter over fused ones, its config, and the adapter's file as training writes it."""
+    keys = [f"model.path={base}", f"model.fuse={fuse}", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
+    config = configfile.from_overrides(keys)
+    model = wan_model(WanFolder(str(base)).config, streams=("rgb",))
+    load_weights(model, base_weights(config))
+    inject(model.eval(), config.lora)
+    move_adapter(model)
+    metadata = saving.Saver(config, *[None] * 2)._metadata(7, averaged=False)
+    return model, config, write_adapter(adapter_of(model, metadata), file)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,3 +37,18 @@ class BytesHeld(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.held -= self._known.pop(key)
+
+
+@contextmanager
+def kept_for_backward() -> Iterator[dict[int, int]]:
+    """Yield the bytes of each storage, by its key, that is kept inside for a backward pass."""
+    sizes: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # or a storage that is freed would lend its key to another
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes

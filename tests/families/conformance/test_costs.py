@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.bytes_held import kept_for_backward
 from tests.support.families.cases import CASES, Case, inputs
 from tests.support.models import move
 from transpixeler.config import LoraConfig
@@ -63,14 +64,7 @@ def kept(model: Backbone, case: Case, block: str) -> float:
     flow = model.embed(*inputs(model, layout, batch=1, full=True), layout=layout, dtype=model.matmul_dtype)
     tokens = model.positions(layout, torch.device("cpu"))
     shared |= {tokens.rope.untyped_storage()._cdata, *(x.untyped_storage()._cdata for x in flow[model.carried :])}
-    sizes, alive = {}, []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_for_backward() as sizes:
         model.blocks[block](flow, tokens)
     return sum(size for key, size in sizes.items() if key not in shared)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.bytes_held import kept_for_backward
 from tests.support.families.cases import CASES, Case, inputs
 from tests.support.models import move
 from transpixeler.config import LoraConfig
@@ -127,14 +128,7 @@ def kept(model: Backbone, layout: StreamLayout, mode: str | int) -> int:
     """Return the bytes of what a forward pass keeps for the backward one, without weights."""
     set_recompute(model.block_list(), mode)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    sizes, alive = {}, []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_for_backward() as sizes:
         model(*inputs(model, layout, batch=1, full=True), layout=layout)
     return sum(size for key, size in sizes.items() if key not in weights)
 

@@ -29,12 +29,12 @@ def child(spawned: float, argv: list[str]) -> None:
     taken(spent, "imports", lambda: __import__("transpixeler.training.trainer"))
     from transpixeler import cli
     from transpixeler.parallel import build, runtime
-    from transpixeler.training import trainer
+    from transpixeler.training import parts, trainer
 
     for owner, name, part in (
         (runtime, "start", "group"),
         (trainer, "encode_missing", "cache"),
-        (trainer, "build_engines", "build"),
+        (parts, "build_engines", "build"),
         (build, "fill", "weights"),
     ):
         clock(spent, owner, name, part)

@@ -9,47 +9,39 @@ import logging
 from collections import Counter
 
 from transpixeler.config import Config
-from transpixeler.data.encode import find_missing
+from transpixeler.data.dataset import Datasets
+from transpixeler.data.encode import Work, find_missing
 from transpixeler.data.loader import Batch
 from transpixeler.flow.objective import Example
-from transpixeler.models.family import ModelFolder, open_model
-from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel.build import build_engines
+from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import opening, telemetry
+from transpixeler.runs import opening
 from transpixeler.runs.folder import STRAIGHT_ON, Going
-from transpixeler.sampling.model import make_model, weights_by_expert
-from transpixeler.training import identity, optim, overview, preflight
+from transpixeler.training import overview
 from transpixeler.training.batches import open_loader
-from transpixeler.training.schedule import make_schedule
-from transpixeler.training.state import TrainingState, find_beginning
+from transpixeler.training.parts import build_parts, check
 
 logger = logging.getLogger("transpixeler")
 
 
 def rehearse(config: Config, runtime: Runtime, *, resume: str | None = None, going: Going = STRAIGHT_ON) -> None:
     """Check, build and read as `train` does, up to the first batch. A collective call."""
-    layout = meshes.resolve(config.parallel, runtime.world_size)
-    preflight.check(config, layout)
-    optim.check(config.optim)
-    telemetry.check(config.log)
+    layout = check(config, runtime)
     run = opening.find_run(config, runtime, resume, going)
-    beginning = find_beginning(config, run.restored)
-    model, sources = open_model(config.model), weights_by_expert(config)
-    preflight.check_model(config, model, beginning.scopes)
-    hosts = identity.check_hosts(config, runtime, [source.path for source in sources.values()])
-    data, missing = find_missing(config, model, runtime)
-    order = data.train.order(seed=config.seed, global_batch=config.train.global_batch)
-    schedule, mesh = make_schedule(config, order), meshes.build(layout, runtime)
-    found = identity.check(config, runtime, run, hosts, data)
-    engine = build_engines(config, mesh, lambda _: make_model(config), sources, scopes=beginning.scopes)
-    state = TrainingState(config, runtime, engine, beginning, found)
-    state.resume(run)
-    overview.introduce(config, runtime, run, model, engine, data, schedule, state.step)
+    missing = Work((), ())
+
+    def find_clips(config: Config, model: ModelFolder, runtime: Runtime) -> Datasets:
+        nonlocal missing
+        data, missing = find_missing(config, model, runtime)
+        return data
+
+    parts = build_parts(config, runtime, layout, run, find_clips)
+    model, state, schedule = parts.model, parts.state, parts.schedule
+    overview.introduce(config, runtime, run, model, parts.engine, parts.data, schedule, state.step)
     if any((missing.clips, missing.texts, missing.blanks)):
         line = f"encodes  {len(missing.clips)} clips and {len(missing.texts)} captions first; no batch was read"
     else:
-        loader = open_loader(config, data.train, model, mesh, schedule, state.step)
+        loader = open_loader(config, parts.data.train, model, parts.mesh, schedule, state.step)
         try:
             batch, example = next(loader)
             line = _batch_line(batch, example, model)

@@ -15,24 +15,21 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Batch
 from transpixeler.flow.objective import Example
-from transpixeler.models.family import open_model
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel.build import build_engines
 from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.runtime import Runtime, log_to_file, steady_garbage
 from transpixeler.runs import opening, telemetry
 from transpixeler.runs.controls import Controls, Stopped, listening
 from transpixeler.runs.folder import LOG, STRAIGHT_ON, Going, Run
 from transpixeler.runs.manifest import write_manifest
-from transpixeler.sampling.model import make_model, weights_by_expert
-from transpixeler.training import identity, optim, overview, preflight
+from transpixeler.training import overview
 from transpixeler.training.agreement import Facts, agree
 from transpixeler.training.batches import micro_batch, open_loader
 from transpixeler.training.evaluation import open_evaluation
 from transpixeler.training.keeping import Keeper, TrainingFailed
-from transpixeler.training.schedule import make_schedule
-from transpixeler.training.state import TrainingState, find_beginning, seed_torch
+from transpixeler.training.parts import build_parts, check
+from transpixeler.training.state import seed_torch
 from transpixeler.training.step_record import Recorder, StepTimes
 
 logger = logging.getLogger("transpixeler")
@@ -43,10 +40,7 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None, going:
 
     resume: None for a new run, "" to go on with the config's run, or a run or checkpoint folder. going: how.
     """
-    layout = meshes.resolve(config.parallel, runtime.world_size)
-    preflight.check(config, layout)
-    optim.check(config.optim)
-    telemetry.check(config.log)
+    layout = check(config, runtime)
     run = opening.open_run(config, runtime, resume, going)
     log = log_to_file(run.folder / LOG, runtime.rank) if runtime.is_main else None
     try:
@@ -74,20 +68,11 @@ class Trainer:
 
     def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, controls: Controls) -> None:
         self.config, self.controls = config, controls
-        beginning = find_beginning(config, run.restored)
-        model, sources = open_model(config.model), weights_by_expert(config)
-        preflight.check_model(config, model, beginning.scopes)
-        hosts = identity.check_hosts(config, runtime, [source.path for source in sources.values()])
-        self.data = encode_missing(config, model, runtime)
-        order = self.data.train.order(seed=config.seed, global_batch=config.train.global_batch)
-        self.schedule = make_schedule(config, order)
-        self.mesh = meshes.build(layout, runtime)
-        found = identity.check(config, runtime, run, hosts, self.data)
-        self.engine = build_engines(config, self.mesh, lambda _: make_model(config), sources, scopes=beginning.scopes)
-        self.state = TrainingState(config, runtime, self.engine, beginning, found)
-        self.state.resume(run)
+        parts = build_parts(config, runtime, layout, run, encode_missing)
+        model, self.data, self.schedule = parts.model, parts.data, parts.schedule
+        self.mesh, self.engine, self.state = parts.mesh, parts.engine, parts.state
         if runtime.is_main:
-            opening.set_aside(run, self.state.step, order.first_step)
+            opening.set_aside(run, self.state.step, self.schedule.order.first_step)
             write_manifest(run.folder, **overview.manifest_facts(model, self.engine, self.data, self.schedule))
         self.keeper = Keeper(run, self.engine, self.state, self.schedule)
         self.recorder = Recorder(config, self.engine, runtime.world_size)

@@ -44,11 +44,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         if times != [*by_time]:  # experts are measured at the noise levels of their own
             times = [*by_time]
             lines.append(" ".join([f"{'loss at t':{width}}", *(f"{t:>7}" for t in times), "   mean"]))
-        if by_time:
-            lines.append(
-                " ".join(
-                    [f"{name:{width}}", *(f"{by_time[t]:7.4f}" for t in times), f"{mean_over_times(by_time):7.4f}"]
-                )
-            )
+        values = [*by_time.values(), mean_over_times(by_time)]
+        lines.append(" ".join([f"{name:{width}}", *(f"{value:7.4f}" for value in values)]))
     lines += [f"{name:{width}} {value:7.4g}" for name, value in measured.items()]
     return "\n".join(lines)

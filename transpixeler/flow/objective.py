@@ -283,10 +283,7 @@ def prepare(
     for row, task in enumerate(drawn):
         places = task.groups(layout)
         times[row, places] = free[row, places] = 0
-    dropped = [float(torch.rand((), generator=generator("caption", *key))) < config.caption_dropout for key in keys]
-    if any(dropped):
-        rows = torch.tensor(dropped)
-        fields = {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
+    fields = with_dropped_captions(config, fields, empty, keys)
     if shown is not None:
         fields = {**fields, **shown.values(layout, [task.shown for task in drawn])}
     return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch), expert)
@@ -312,6 +309,15 @@ def with_noisy_firsts(
         noisy = noisy.clone() if noisy is latents else noisy
         noisy[row] = torch.lerp(latents[row].float(), noise[row], layout.spread(amounts)[0]).to(latents.dtype)
     return noisy
+
+
+def with_dropped_captions(config: ObjectiveConfig, fields: Fields, empty: Fields, keys: Keys) -> Fields:
+    """Return the fields with those of an empty caption in a share of the samples, for guidance."""
+    dropped = [float(torch.rand((), generator=generator("caption", *key))) < config.caption_dropout for key in keys]
+    if not any(dropped):
+        return fields
+    rows = torch.tensor(dropped)
+    return {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
 
 
 def _replaced(value: Tensor, rows: Tensor, by: Tensor) -> Tensor:

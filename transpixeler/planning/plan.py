@@ -33,7 +33,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning import estimates
-from transpixeler.planning.estimates import Estimate, Fit, Load, Machine, Memory
+from transpixeler.planning.estimates import Estimate, Fit, Load, Machine, Memory, Part
 from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
 from transpixeler.training import preflight
 from transpixeler.training.schedule import total_steps
@@ -105,14 +105,14 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     tokens = max((load.layout.segment_lengths[0] for load in loads), default=0)
     split = Split.of(config, folder, tokens)
     mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
-    parameters = list(model.parameters())
+    whole = sum(estimate.parts.values(), Part())
     return Plan(
         config=config,
         device=device,
         machine=machine,
         layout=layout,
-        trainable_parameters=estimate.experts * sum(p.numel() for p in parameters if p.requires_grad),
-        parameters=estimate.experts * sum(p.numel() for p in parameters),
+        trainable_parameters=estimate.experts * whole.trainable,
+        parameters=estimate.experts * whole.numbers,
         experts=split,
         idle_on_device=estimate.idle_on_device(layout),
         rows=tuple(_row(load, train, estimate, layout, mode) for load in loads),

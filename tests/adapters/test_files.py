@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tests.support.adapters import METADATA, TARGETS, TEXT_TARGETS, header, moved, trained
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, FORMATS, read_adapter, write_adapter
+from transpixeler.adapters.files import CONFIG_FILE, FORMATS, read_adapter, write_adapter
 from transpixeler.adapters.on_model import adapter_of
+from transpixeler.adapters.saved import ADAPTER_FILE
 
 GOLDEN = Path(__file__).parent / "golden"
 

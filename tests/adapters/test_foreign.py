@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from tests.support.adapters import FFN, LAYERS, TARGETS, TEXT_TARGETS, WIDTH, moved, our_model, output
 from transpixeler import cli
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, read_adapter, write_adapter
+from transpixeler.adapters.files import CONFIG_FILE, read_adapter, write_adapter
 from transpixeler.adapters.on_model import adapter_of, apply_adapter
+from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config import UserError
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.files import ADAPTER_FILE, write_adapter
+from transpixeler.adapters.files import write_adapter
+from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.adapters.tensorfile import save_tensors
 
 HEADER = {f"transpixeler.key{n}": str(n) for n in range(20)}

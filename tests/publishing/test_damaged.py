@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from transpixeler import cli
-from transpixeler.runs.folder import CONFIG, MANIFEST, METRICS
+from transpixeler.adapters.saved import CONFIG
+from transpixeler.runs.folder import MANIFEST, METRICS
 
 CUT = b'{"loss": 1, "st\xff'
 

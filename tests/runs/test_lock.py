@@ -17,10 +17,11 @@ import torch
 
 from tests.support.ranks import run_ranks
 from transpixeler import configfile
+from transpixeler.adapters.saved import CONFIG
 from transpixeler.config import Config, UserError
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import opening
-from transpixeler.runs.folder import CONFIG, Run
+from transpixeler.runs.folder import Run
 from transpixeler.runs.lock import LOCK, RunLock
 
 ONE = Runtime(0, 1, 0, torch.device("cpu"))

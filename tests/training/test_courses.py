@@ -20,6 +20,7 @@ from tests.support.ranks import run_ranks
 from tests.training import trainings
 from transpixeler import configfile
 from transpixeler.adapters import files as adapter_files
+from transpixeler.adapters.saved import CONFIG
 from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel import runtime
 from transpixeler.parallel.mesh import Layout
@@ -186,7 +187,7 @@ def _open_damaged(rank: int, world_size: int, chosen: Path) -> tuple[list[str], 
 def test_a_checkpoint_that_is_named_is_hashed_by_all_ranks_together_and_refused_by_all(tmp_path: Path) -> None:
     chosen = tmp_path / "mine" / "checkpoints" / checkpoint.folder_name(1)
     chosen.mkdir(parents=True)
-    (tmp_path / "mine" / run_folder.CONFIG).touch()
+    (tmp_path / "mine" / CONFIG).touch()
     names = [".metadata", *(f"__{n}_0.distcp" for n in range(4)), "state.json"]
     for name in names:
         (chosen / name).write_text("whole")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.training.trainings import FAST, launch, metrics, start, wait_for_step
 from transpixeler import cli
+from transpixeler.adapters.saved import CONFIG
 from transpixeler.runs import checkpoint, folder, lock
 
 
@@ -68,7 +69,7 @@ def test_ctrl_c_saves_at_the_step_boundary_and_prints_the_line_that_resumes(demo
 def test_a_folder_that_a_killed_start_left_behind_is_taken_over(demo: Path, tmp_path: Path) -> None:
     """The process died between making the folder and writing its config; a draft of that is all there is."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / f".{folder.CONFIG}.0123456789ab.tmp").write_text("streams:")
+    (tmp_path / "mine" / f".{CONFIG}.0123456789ab.tmp").write_text("streams:")
     assert train(demo, tmp_path, "train.max_steps=1") == 0
     assert not list((tmp_path / "mine").glob(".*.tmp"))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from campaign import QUIET, ROOT, Figures, command, finished, main, write_demo
 
 from transpixeler import cli
-from transpixeler.adapters.files import ADAPTER_FILE
+from transpixeler.adapters.saved import ADAPTER_FILE
 
 SECONDS = 60.0  # the most that one command may take
 INSPECTED = ("data.resolutions=[64]", "data.frames=[1, 9]", "data.upscale=true")

@@ -7,7 +7,7 @@ on every stream stands for its base with the adapter fused into it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +15,19 @@ from torch import Tensor
 
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.adapters.files import ADAPTER_FILE, MODEL_FOLDER, is_save, newest_save, read_adapter
-from transpixeler.adapters.merge import read_fused
+from transpixeler.adapters.files import read_adapter, read_embeddings
+from transpixeler.adapters.saved import (
+    ADAPTER_FILE,
+    MODEL_FOLDER,
+    averaged,
+    config_of,
+    is_save,
+    newest_save,
+    run_of,
+)
 from transpixeler.config import Config, ModelConfig, UserError
 from transpixeler.models.experts import ALL
 from transpixeler.models.family import open_model
-
-CONFIG = "config.yaml"
-EMA = "ema"
 
 
 def on_trained_base(config: Config) -> Config:
@@ -38,7 +43,7 @@ def on_trained_base(config: Config) -> Config:
 
 def base_of_save(save: Path, model: ModelConfig) -> ModelConfig:
     """Return the config's model with a save as its base."""
-    own = configfile.load(_config_of(save)).model
+    own = configfile.load(config_of(save)).model
     if own.expert != ALL:
         raise UserError(
             f"model.path: {save} holds one expert ({own.expert}) of {own.path}, not the whole model; start from that "
@@ -61,34 +66,38 @@ def _save_at(path: Path) -> Path | None:
     """Return the save that a path means, as training wrote it; None for a model of any other kind."""
     if not path.is_dir():
         return None
-    run = next((folder for folder in (path / "latest", path) if (folder / CONFIG).is_file()), None)
+    save, run = path.resolve(), run_of(path)
     if run is not None and not is_save(run):
-        save = newest_save(run.resolve())
+        save = newest_save(run)
         if save is None:
             raise UserError(f"model.path: {path}: nothing is saved in this run yet; save.every_steps says when")
-    else:
-        save = path.resolve()
-    if not is_save(save) or not _config_of(save).is_file():
+    if not is_save(save) or not config_of(save).is_file():
         return None
-    return save / EMA if is_save(save / EMA) else save
-
-
-def _config_of(save: Path) -> Path:
-    """Return the path of a save's config: beside it, or beside the raw weights that averaged ones stand in."""
-    own = save / CONFIG
-    return own if own.is_file() or save.name != EMA else save.parent / CONFIG
+    return averaged(save) or save
 
 
 # --- stream embeddings -----------------------------------------------------------------------------------------------
 
 
-def base_embeddings(config: Config) -> dict[str, Tensor]:
+def over_base(config: Config, adapters: Mapping[str, Adapter], experts: Sequence[str]) -> dict[str, Adapter]:
+    """Return the adapters by expert, with the base's stream embeddings where one has none of its own."""
+    embeddings = _base_embeddings(config)
+    if not embeddings:
+        return dict(adapters)
+    alone = Adapter({}, {}, {}, {}, {"family": open_model(config.model).family.name})
+    found = {expert: adapters.get(expert, alone) for expert in experts}
+    return {
+        expert: replace(adapter, stream_embeddings=embeddings | dict(adapter.stream_embeddings))
+        for expert, adapter in found.items()
+    }
+
+
+def _base_embeddings(config: Config) -> dict[str, Tensor]:
     """Return the stream embeddings that the base brings: its own, and those of adapters that are fused into it."""
     path = Path(config.model.path).expanduser()
-    own = [read_adapter(path, key="model.path")] if _holds_embeddings(path) else []
-    found: dict[str, Tensor] = {}
-    for adapter in (*own, *read_fused(config.model.fuse)):
-        found |= adapter.stream_embeddings
+    found = read_embeddings(path, key="model.path") if _holds_embeddings(path) else {}
+    for fused in config.model.fused_paths:
+        found |= read_embeddings(fused, key="model.fuse")
     unknown = [stream for stream in found if stream not in config.streams]
     if unknown:
         raise UserError(
@@ -100,17 +109,3 @@ def base_embeddings(config: Config) -> dict[str, Tensor]:
 
 def _holds_embeddings(path: Path) -> bool:
     return (path / MODEL_FOLDER).is_dir() and (path / ADAPTER_FILE).is_file()
-
-
-def over_base(config: Config, adapter: Adapter | None) -> Adapter | None:
-    """Return the adapter with the base's stream embeddings where it has none of its own; None where neither has any."""
-    embeddings = base_embeddings(config)
-    if not embeddings:
-        return adapter
-    if adapter is not None:
-        return replace(adapter, stream_embeddings=embeddings | dict(adapter.stream_embeddings))
-    return _embeddings_alone(config, embeddings)
-
-
-def _embeddings_alone(config: Config, embeddings: Mapping[str, Tensor]) -> Adapter:
-    return Adapter({}, {}, {}, embeddings, {"family": open_model(config.model).family.name})

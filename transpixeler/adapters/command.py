@@ -9,20 +9,19 @@ from pathlib import Path
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.bases import on_trained_base
-from transpixeler.adapters.files import ADAPTER_FILE, MODEL_FOLDER, expert_folders, read_adapter, write_adapter
+from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import merge_adapter, read_fused, save_file, with_norms_of_base
 from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
+from transpixeler.adapters.saved import ADAPTER_FILE, MODEL_FOLDER, config_of, expert_folders
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config import Config, ModelConfig, UserError
-from transpixeler.models.family import ModelFolder, families
+from transpixeler.models.family import MODEL_CONFIGS, ModelFolder, recognised
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import WeightSource
 
 logger = logging.getLogger("transpixeler")
 
 MERGED, COMFYUI = "merged", "comfyui"
-_CONFIG = "config.yaml"  # of a save
-_CONFIGS = ("model_index.json", "config.json", "transformer/config.json")  # of a model, which say its family
 
 
 def export_command(
@@ -77,7 +76,7 @@ def _export_one(
 
 def _base(adapter: Adapter, path: str) -> ModelFolder:
     """Open the base that an adapter is merged into; names of another family's linears may be the same by chance."""
-    found = [family for family in families() if family.recognises(resolve(path, only=_CONFIGS, key="--base"))]
+    found = recognised(resolve(path, only=MODEL_CONFIGS, key="--base"))
     if found and adapter.family not in found:
         raise UserError(
             f"--base: {path} is of the family {found[0].name}, and the adapter of the family {adapter.family.name}; "
@@ -136,13 +135,13 @@ def _export_model(save: Path, *, format: str, out: Path, base: str) -> Path:
 
 def _trained_from(save: Path, base: str) -> ModelFolder:
     """Open the model that a save was trained from: what a transformer's own config does not say is told by its VAE."""
-    family = next((family for family in families() if family.recognises(save)), None)
+    family = next(iter(recognised(save)), None)
     if family is None:
         raise UserError(f"{save / MODEL_FOLDER} is of no family that we know; update transpixeler")
-    config = next((place / _CONFIG for place in (save, save.parent) if (place / _CONFIG).is_file()), None)
-    if not base and config is None:
+    config = config_of(save)
+    if not base and not config.is_file():
         raise UserError(f"{save} does not say which base it was trained from; give one with `--base`")
-    if base or config is None:
+    if base:
         return family.open(base)
     model = configfile.load(config).model
     return family.open(model.path, model.encoders)

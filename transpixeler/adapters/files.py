@@ -6,19 +6,18 @@ A file is written so that nothing half-written is ever found, and read back befo
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from transpixeler.adapters import peft_config
 from transpixeler.adapters.adapter import MAGNITUDE, TENSORS, Adapter
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
 from transpixeler.adapters.readers import is_one_file, with_whole_blocks
+from transpixeler.adapters.saved import ADAPTER_FILE, LATEST, expert_folders, is_save, newest_save
 from transpixeler.adapters.spelling import (
     BIAS_CHANGE,
     CHANGE,
@@ -31,7 +30,7 @@ from transpixeler.adapters.spelling import (
     is_known,
     parse,
 )
-from transpixeler.adapters.tensorfile import save_tensors
+from transpixeler.adapters.tensorfile import open_tensors, save_tensors
 from transpixeler.config import UserError, family_names
 from transpixeler.files import whole, write_text
 from transpixeler.models.family import Family, families, find_family
@@ -39,8 +38,6 @@ from transpixeler.models.names import Names, UnknownName
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Scope
 
-ADAPTER_FILE = "adapter_model.safetensors"
-MODEL_FOLDER = "transformer"  # in a save, a model that was trained in full
 VERSION = "1"
 
 # header keys that the tensors decide
@@ -196,18 +193,17 @@ def read_experts(path: Path, read: Callable[[Path], Adapter]) -> dict[str, Adapt
     """Read a save's adapters by expert; the one of a model of one expert, or of which nothing is said, has no name."""
     save = path
     if path.is_dir() and not is_save(path):
-        save = newest_save(path / "latest" if (path / "latest").exists() else path) or path
+        save = newest_save(path / LATEST if (path / LATEST).exists() else path) or path
     parts = expert_folders(save)
     found = [read(part) for part in (parts.values() if parts else [path])]
     return {adapter.expert: adapter for adapter in found}
 
 
-def expert_folders(save: Path) -> dict[str, Path]:
-    """Return the folders of a save that hold an adapter each, by expert; none where the save is of one."""
-    if is_own(save) or not save.is_dir():
-        return {}
-    inner = [file.parent for file in sorted(save.glob(f"*/{ADAPTER_FILE}"))]
-    return {folder.name: folder for folder in inner if not re.fullmatch(r"ema|(step|epoch)\d+", folder.name)}
+def read_embeddings(path: str | Path, *, key: str) -> dict[str, Tensor]:
+    """Read the stream embeddings alone of an adapter of ours."""
+    handle, _ = open_tensors(adapter_file(resolve(path, only=("*.safetensors", CONFIG_FILE), key=key)))
+    names = [name for name in handle.keys() if name.startswith(EMBEDDING)]  # noqa: SIM118
+    return {name.removeprefix(EMBEDDING): handle.get_tensor(name).float() for name in names}
 
 
 def adapter_file(path: Path) -> Path:
@@ -218,7 +214,7 @@ def adapter_file(path: Path) -> Path:
         return path
     if (path / ADAPTER_FILE).exists():
         return path / ADAPTER_FILE
-    newest = newest_save(path / "latest" if (path / "latest").exists() else path)
+    newest = newest_save(path / LATEST if (path / LATEST).exists() else path)
     if newest is not None:
         return adapter_file(newest)
     if parts := expert_folders(path):
@@ -229,55 +225,8 @@ def adapter_file(path: Path) -> Path:
     return files[0]
 
 
-def is_save(folder: Path) -> bool:
-    """Return whether a folder holds what training saves: adapters, or a model that was trained in full."""
-    return is_own(folder) or bool(expert_folders(folder))
-
-
-def is_own(folder: Path) -> bool:
-    """Return whether a folder holds one adapter or model itself, and not one for each expert."""
-    return (folder / MODEL_FOLDER).is_dir() or (folder / ADAPTER_FILE).is_file()
-
-
-def newest_save(run: Path) -> Path | None:
-    """Return the save of a run's last step; None where nothing is saved yet."""
-    saves = [folder for pattern in ("epoch*", "step*") for folder in run.glob(pattern) if is_save(folder)]
-    return max(saves, key=lambda save: (saved_step(save), _weights_of(save).stat().st_mtime), default=None)
-
-
-def saved_step(save: Path) -> int:
-    """Return the step that a save's weights are of, as their header says; -1 where it does not."""
-    weights = _weights_of(save)
-    files = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
-    return step_of(files[0]) if files else -1
-
-
-def _weights_of(save: Path) -> Path:
-    if (save / MODEL_FOLDER).is_dir():
-        return save / MODEL_FOLDER
-    return next(iter(expert_folders(save).values()), save) / ADAPTER_FILE
-
-
-def step_of(file: Path) -> int:
-    """Return the step that a file's weights are of, as its header says; -1 where it does not."""
-    return step_number(_open(file)[1].get(f"{OURS}step", ""))
-
-
-def step_number(text: str) -> int:
-    """Return the step that a header's text says; -1 where it says none."""
-    return int(text) if text.isdecimal() and len(text) < 19 else -1
-
-
-def _open(file: Path) -> tuple[Any, dict[str, str]]:
-    try:
-        handle = safe_open(file, framework="pt", device="cpu")
-    except SafetensorError as fault:
-        raise UserError(f"{file} is not a whole safetensors file ({fault}); copy or download it again") from fault
-    return handle, handle.metadata() or {}
-
-
 def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
-    handle, header = _open(file)
+    handle, header = open_tensors(file)
     stored = {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118
     embeddings = {key.removeprefix(EMBEDDING): stored.pop(key) for key in list(stored) if key.startswith(EMBEDDING)}
     published = [stored.pop(key) for key in _PUBLISHED_EMBEDDINGS if key in stored]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transpixeler.adapters.files import MODEL_FOLDER
 from transpixeler.adapters.merge import save_model
+from transpixeler.adapters.saved import MODEL_FOLDER
 from transpixeler.config import UserError, family_names
 from transpixeler.files import read_json, whole, writing_to
 from transpixeler.flow.objective import generator

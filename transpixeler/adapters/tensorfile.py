@@ -1,4 +1,4 @@
-"""Write safetensors files whose bytes depend only on their content: identical runs give identical files."""
+"""Open safetensors files, and write ones whose bytes depend only on their content: identical runs, identical files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from transpixeler.config import UserError
 
 LENGTH_BYTES = 8  # the header's length, before the header
 _ENTRY_BYTES = 256  # a tensor's type, shape and offsets in the header take less
@@ -21,6 +24,15 @@ _TYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+
+
+def open_tensors(file: Path) -> tuple[Any, dict[str, str]]:
+    """Open a file to read tensors by name; return it with its header metadata."""
+    try:
+        handle = safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as fault:
+        raise UserError(f"{file} is not a whole safetensors file ({fault}); copy or download it again") from fault
+    return handle, handle.metadata() or {}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -24,6 +24,7 @@ from transpixeler.models.geometry import Geometry
 from transpixeler.models.names import Names
 from transpixeler.models.resolve import resolve
 
+MODEL_CONFIGS = ("model_index.json", "config.json", "*/config.json")  # of a model, which say its family
 Digest = Callable[[Path], str]
 
 
@@ -238,6 +239,11 @@ def families() -> list[Family]:
     return [find_family(name) for name in family_names()]
 
 
+def recognised(path: Path) -> list[Family]:
+    """Return the families that know a local folder or file as theirs."""
+    return [family for family in families() if family.recognises(path)]
+
+
 def examples() -> str:
     """Return Hub ids that a message may name."""
     return " or ".join(family.example for family in families())
@@ -249,8 +255,7 @@ def open_model(config: ModelConfig) -> ModelFolder:
         raise UserError(f"model.path: set it to a model's folder, file or Hub id, such as {examples()}")
     if config.family:
         return find_family(config.family).open(config.path, config.encoders)
-    path = resolve(config.path, only=("model_index.json", "config.json", "*/config.json"))
-    found = [family for family in families() if family.recognises(path)]
+    found = recognised(resolve(config.path, only=MODEL_CONFIGS))
     if len(found) != 1:
         known = ", ".join(family.title for family in families())
         raise UserError(

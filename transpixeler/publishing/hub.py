@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from transpixeler import configfile
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE, MODEL_FOLDER, expert_folders
+from transpixeler.adapters.files import CONFIG_FILE
+from transpixeler.adapters.saved import ADAPTER_FILE, CONFIG, MODEL_FOLDER, expert_folders
 from transpixeler.config import REPO, Config, Fault, PathKind, UserError
 from transpixeler.publishing import card
 from transpixeler.publishing.received import check_within, read_table, read_yaml
-from transpixeler.runs.folder import CONFIG
 from transpixeler.sampling.saves import Save, SavedModel, find_save, read_save
 
 logger = logging.getLogger("transpixeler")

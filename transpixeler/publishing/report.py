@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transpixeler import configfile
+from transpixeler.adapters.saved import CONFIG
 from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.files import write_text
 from transpixeler.publishing.received import (
@@ -25,7 +26,7 @@ from transpixeler.publishing.received import (
     read_yaml,
     sample_files,
 )
-from transpixeler.runs.folder import CONFIG, METRICS
+from transpixeler.runs.folder import METRICS
 
 PAGE = "report.html"
 CURVE_POINTS = 1200  # more are averaged in groups, as no screen shows them

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transpixeler.adapters.saved import LATEST
 from transpixeler.config import Config, UserError
 from transpixeler.files import read_json
 from transpixeler.runs.lock import RunLock
@@ -19,8 +20,6 @@ from transpixeler.runs.restore import Restored
 
 logger = logging.getLogger("transpixeler")
 
-LATEST = "latest"
-CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 LOG = "log.txt"

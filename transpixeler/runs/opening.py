@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from transpixeler import configfile
+from transpixeler.adapters.saved import CONFIG, LATEST
 from transpixeler.config import Config, UserError
 from transpixeler.files import read_json, write_text
 from transpixeler.models.family import open_model
@@ -26,18 +27,7 @@ from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime, run_stamp
 from transpixeler.runs import checkpoint
 from transpixeler.runs.controls import CONTROL_FILES
-from transpixeler.runs.folder import (
-    ASIDE,
-    CONFIG,
-    JOB,
-    LATEST,
-    METRICS,
-    ORIGIN,
-    STRAIGHT_ON,
-    Going,
-    Run,
-    configured_run,
-)
+from transpixeler.runs.folder import ASIDE, JOB, METRICS, ORIGIN, STRAIGHT_ON, Going, Run, configured_run
 from transpixeler.runs.lock import LOCK, take_lock
 from transpixeler.runs.restore import Restored
 

@@ -62,8 +62,9 @@ def initial_adapters(config: Config) -> dict[str, Adapter]:
     wanted = chosen_experts(config.model, open_model(config.model).experts)
     found = _read_initial(config, wanted) if config.lora.init_from else {}
     if len(wanted) == 1:  # its engine stands alone, without a name
-        return _over_base(config, {"": found[wanted[0].name]} if found else {}, [""])
-    return _over_base(config, found, [expert.name for expert in wanted])
+        return over_base(config, {"": found[wanted[0].name]} if found else {}, [""])
+    names = [expert.name for expert in wanted]
+    return over_base(config, {name: adapter for name, adapter in found.items() if name in names}, names)
 
 
 def _read_initial(config: Config, wanted: Sequence[Expert]) -> dict[str, Adapter]:
@@ -86,12 +87,6 @@ def _read_initial(config: Config, wanted: Sequence[Expert]) -> dict[str, Adapter
         trained = ", ".join(expert.name for expert in wanted)
         raise UserError(f"{source}: is of the expert {' and '.join(by_expert)}, and {trained} is trained")
     return by_expert
-
-
-def _over_base(config: Config, adapters: Mapping[str, Adapter], experts: Sequence[str]) -> dict[str, Adapter]:
-    """Return the adapters, and the base's stream embeddings where an expert's adapter has none of its own."""
-    found = {name: over_base(config, adapters.get(name)) for name in experts}
-    return {name: adapter for name, adapter in found.items() if adapter is not None}
 
 
 def initial_scopes(config: Config, adapters: Mapping[str, Adapter]) -> dict[str, Scope]:
@@ -124,7 +119,7 @@ def open_engine(source: SavedModel, mesh: meshes.Mesh) -> AnyEngine:
     adapters = adapters_by_expert(source.adapters, model.experts, source.name)
     fused = {name: [adapters.pop(name)] for name in list(adapters) if adapters[name].must_fuse}
     if source.weights is None:
-        adapters = _over_base(config, adapters, [expert.name for expert in model.experts])
+        adapters = over_base(config, adapters, [expert.name for expert in model.experts])
     for adapter in adapters.values():
         if "streams" in adapter.metadata:
             scales = trained_scales(adapter, adapter.metadata["streams"].split(","), source.name)

@@ -16,25 +16,26 @@ from typing import Any
 from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.bases import on_trained_base
-from transpixeler.adapters.files import (
+from transpixeler.adapters.files import CONFIG_FILE, read_adapter, read_experts
+from transpixeler.adapters.saved import (
     ADAPTER_FILE,
-    CONFIG_FILE,
+    CONFIG,
+    EMA,
     MODEL_FOLDER,
-    expert_folders,
+    averaged,
+    config_of,
     is_save,
     newest_save,
-    read_adapter,
-    read_experts,
+    run_of,
     saved_step,
     step_number,
 )
 from transpixeler.config import Config, UserError
 from transpixeler.configfile import Tree
-from transpixeler.models.family import Family, families, open_model
+from transpixeler.models.family import Family, open_model, recognised
 from transpixeler.models.resolve import resolve
-from transpixeler.runs.folder import CONFIG, LATEST, METRICS, configured_run
+from transpixeler.runs.folder import METRICS, configured_run
 
-EMA = "ema"
 _PUSHED = (f"{MODEL_FOLDER}/*", "*.safetensors", CONFIG, CONFIG_FILE)  # of a repository, what is needed to sample
 
 
@@ -62,10 +63,7 @@ class Save:
     @property
     def config(self) -> Path:
         """Return the path of its config: beside it, or beside the raw weights or the experts that it is a part of."""
-        folder = self.folder
-        while not (folder / CONFIG).is_file() and _is_part(folder):
-            folder = folder.parent
-        return (folder if (folder / CONFIG).is_file() else self.folder) / CONFIG
+        return config_of(self.folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +88,7 @@ class SavedModel:
             return self.adapter.family
         if self.config.model.family or self.weights is None:
             return open_model(self.config.model).family
-        return next(family for family in families() if family.recognises(self.weights.parent))
+        return recognised(self.weights.parent)[0]
 
     @property
     def step(self) -> int | None:
@@ -109,7 +107,7 @@ def find_save(source: str, *, ema: bool | None = None) -> Save:
     `ema`: averaged weights, or not; None for averaged ones where they were saved.
     """
     path = resolve(source, only=_PUSHED, key="adapter")
-    run = _run_of(path)
+    run = run_of(path)
     if run is None or is_save(run):
         save = _choose_weights(path, ema)
         return Save(save, _run_around(save))
@@ -117,11 +115,6 @@ def find_save(source: str, *, ema: bool | None = None) -> Save:
     if newest is None:
         raise UserError(f"{run}: nothing is saved there yet; save.every_steps and save.every_epochs say when")
     return Save(_choose_weights(newest, ema), run)
-
-
-def _run_of(path: Path) -> Path | None:
-    """Return the run that a path means: itself, or the latest in it."""
-    return next((folder.resolve() for folder in (path / LATEST, path) if (folder / CONFIG).is_file()), None)
 
 
 def _run_around(save: Path) -> Path | None:
@@ -133,17 +126,11 @@ def _choose_weights(save: Path, ema: bool | None) -> Path:
     """Return the folder of averaged or of raw weights."""
     if ema is False or not save.is_dir() or EMA in (save.name, save.parent.name):
         return save
-    averaged = save.parent / EMA / save.name if _is_part(save) else save / EMA
-    if is_save(averaged):
-        return averaged
+    if found := averaged(save):
+        return found
     if ema:
         raise UserError(f"--ema: {save} holds no {EMA}; it was trained with optim.ema=0. Leave the option out")
     return save
-
-
-def _is_part(folder: Path) -> bool:
-    """Tell whether a folder holds the averaged weights of a save, or those of one of its experts."""
-    return folder.name == EMA or folder in expert_folders(folder.parent).values()
 
 
 # --- with its config -------------------------------------------------------------------------------------------------
@@ -172,7 +159,7 @@ def load_for_eval(
 ) -> SavedModel:
     """Load what is evaluated on a config's or run's data: its run's newest save, another adapter, or the base alone."""
     path = Path(config_or_run).expanduser()
-    run = _run_of(path) if path.is_dir() else None
+    run = run_of(path) if path.is_dir() else None
     if path.is_dir() and run is None:
         raise UserError(f"{path}: holds no run; give a run's folder or a config")
     tree = configfile.read(run / CONFIG if run else path)

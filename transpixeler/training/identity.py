@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transpixeler
-from transpixeler.adapters.files import ADAPTER_FILE
+from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.parallel.runtime import Runtime

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from transpixeler.adapters.files import ADAPTER_FILE, CONFIG_FILE
+from transpixeler.adapters.files import CONFIG_FILE
 from transpixeler.adapters.on_model import check_names
+from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config import Config, UserError
 from transpixeler.flow import objective
 from transpixeler.flow.experts import shares, training_shift

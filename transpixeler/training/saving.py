@@ -24,6 +24,7 @@ from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.on_model import adapter_of
+from transpixeler.adapters.saved import CONFIG
 from transpixeler.config import Config
 from transpixeler.files import write_text
 from transpixeler.models.experts import ALL
@@ -32,7 +33,7 @@ from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs.folder import ASIDE, CONFIG
+from transpixeler.runs.folder import ASIDE
 from transpixeler.training.ema import Ema
 
 

@@ -28,7 +28,7 @@ FindClips = Callable[[Config, ModelFolder, Runtime], Datasets]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a training moves, on this rank."""
+    """Hold what a training moves, on this rank."""
 
     model: ModelFolder
     data: Datasets

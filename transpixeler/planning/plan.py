@@ -92,15 +92,11 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     """Plan a config on a machine, as its own layout would run there, and find the layouts that fit."""
     layout = meshes.resolve(config.parallel, machine.gpus)
     preflight.check(config, layout)
-    folder, model = open_model(config.model), _model(config, machine)
-    objective.check_given(config, folder)
-    geometry = folder.geometry.over(config.scales)
-    started = time.perf_counter()
-    train, evaluation = (_dataset(config, geometry, key) for key in ("train", "eval"))
-    scan_seconds = time.perf_counter() - started
+    folder = _checked_model(config)
+    model, geometry = _model(config, machine), folder.geometry.over(config.scales)
+    train, evaluation, scan_seconds = _datasets(config, geometry)
     order = train.order(seed=config.seed, global_batch=config.train.global_batch)
     loads = _loads(config, geometry, order, train)
-    preflight.check_experts(config, folder)
     estimate = _estimate(config, folder, model, machine)
     tokens = max((load.layout.segment_lengths[0] for load in loads), default=0)
     split = Split.of(config, folder, tokens)
@@ -134,6 +130,14 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     )
 
 
+def _checked_model(config: Config) -> ModelFolder:
+    """Open the model; refuse tasks and experts that it has not."""
+    folder = open_model(config.model)
+    objective.check_given(config, folder)
+    preflight.check_experts(config, folder)
+    return folder
+
+
 def _model(config: Config, machine: Machine) -> Backbone:
     """Build the model as a rank does, on meta."""
     dtype = build.compute_dtype(config, torch.device(machine.kind))
@@ -151,6 +155,13 @@ def _estimate(config: Config, folder: ModelFolder, model: Backbone, machine: Mac
         experts=len(chosen_experts(config.model, folder.experts)),
         device_memory=machine.memory,
     )
+
+
+def _datasets(config: Config, geometry: Geometry) -> tuple[Dataset, Dataset, float]:
+    """Return the clips of both sets, and the seconds that it took to probe them."""
+    started = time.perf_counter()
+    train, evaluation = (_dataset(config, geometry, key) for key in ("train", "eval"))
+    return train, evaluation, time.perf_counter() - started
 
 
 def _dataset(config: Config, geometry: Geometry, key: str) -> Dataset:

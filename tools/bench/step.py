@@ -364,14 +364,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     fewer = shortened(inputs, half)
     mine_half = peak_of(ours, fewer, half)
     mine_apart, mine_both_ways = peak_of(ours, inputs, whole, **APART), peak_of(ours, inputs, whole, **BOTH_WAYS)
-    sides = {
-        "limit": limit,
-        "ours": partial(step_of, ours, inputs, whole),
-        "half": partial(step_of, ours, fewer, half),
-        "forward_only": partial(step_of, ours, inputs, whole, **APART),
-        "both_ways": partial(step_of, ours, inputs, whole, **BOTH_WAYS),
-        "rival": partial(step, rival, inputs),
-    }
+    step_ours = partial(step_of, ours, inputs, whole)
+    sides = {"limit": limit, "ours": step_ours, "half": partial(step_of, ours, fewer, half)}
+    sides |= {"forward_only": partial(step_ours, **APART), "both_ways": partial(step_ours, **BOTH_WAYS)}
+    sides["rival"] = partial(step, rival, inputs)
     times = harness.alternate(sides, repeats=args.repeats, clock=harness.step_clock())
     figures = {
         "seconds": round(times["ours"].median, 4),

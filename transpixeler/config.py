@@ -116,6 +116,11 @@ class LoraConfig:
     ranks: dict[str, Count] = field(default_factory=dict)
     init_from: HubPath = ""
 
+    def __str__(self) -> str:
+        """Return what is trained, as logs and plans say it."""
+        kind = "a DoRA" if self.kind == "dora" else "a LoRA"
+        return f"{kind} of rank {self.rank}" if self.enabled else "the model's own weights"
+
 
 @dataclass(frozen=True)
 class SourceConfig:

@@ -132,6 +132,16 @@ def test_a_long_run_is_thinned_by_means_and_keeps_its_last_step() -> None:
     assert set(curves["lr"]) == {None}
 
 
+def test_each_expert_has_a_curve_of_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", samples=False)
+    lines = [step_line(n) | {"expert": "high" if n % 20 > 9 else "low"} for n in range(1, 31)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = report.gather(run)["steps"]
+    for name in ("high", "low"):
+        own = [all_ if line["expert"] == name else None for all_, line in zip(curves["loss"], lines)]
+        assert curves[f"loss.{name}"] == own and None in own
+
+
 def test_nothing_in_a_run_can_leave_the_value_that_holds_it(run: Path) -> None:
     page = report.render(report.gather(run) | {"evals": [{"step": 1, "eval": {"x": {"metrics": {"psnr": math.inf}}}}]})
     value = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)

@@ -134,7 +134,8 @@ def _summary(card: Card) -> str:
     elif card.origin:
         base = f"an unpublished model with the encoders of [{card.origin}](https://huggingface.co/{card.origin})"
     adapter = card.model.adapter
-    kind = "A fine-tuned model" if card.model.weights else f"A LoRA adapter{_rank(card)} for {base}"
+    name = "DoRA" if adapter is not None and adapter.is_dora else "LoRA"
+    kind = "A fine-tuned model" if card.model.weights else f"A {name} adapter{_rank(card)} for {base}"
     does = (
         "that makes videos from captions"
         if len(card.streams) == 1

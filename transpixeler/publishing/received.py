@@ -47,6 +47,7 @@ EVAL_SHAPE: Shape = {"loss": {"*": {"*": NUMBER}}, "loss_ema": {"*": {"*": NUMBE
 LINE_SHAPE: Shape = {
     "step": (int,),
     "epoch": (int,),
+    "expert": TEXT,
     "loss": NUMBER,
     "seconds": (int, float),
     "loss_by_t": [NUMBER],

@@ -88,8 +88,8 @@ def thinned(steps: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a metrics line, with its lists spread out: `loss_by_t.0`."""
-    spread: dict[str, Any] = {}
+    """Return a metrics line's numbers, with its lists spread out, `loss_by_t.0`, and an expert's own: `loss.high`."""
+    spread: dict[str, Any] = {f"loss.{line['expert']}": line["loss"]} if line.get("expert") else {}
     for name, value in line.items():
         if name in NO_CURVES:
             continue

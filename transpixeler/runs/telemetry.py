@@ -52,7 +52,8 @@ class Telemetry:
         self.write(record)
         step = record["step"]
         if step % self.config.every_steps == 0:
-            self.scalars(step, {f"train/{key}": value for key, value in record.items() if _is_number(key, value)})
+            own = {f"train/loss/{record['expert']}": record["loss"]} if "expert" in record else {}
+            self.scalars(step, own | {f"train/{key}": value for key, value in record.items() if _is_number(key, value)})
         self._progress(record)
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -38,10 +38,9 @@ def introduce(
         return
     mesh, batch = engine.mesh, config.train.global_batch
     trained = sum(n for n, trains in everyone.values() if trains)
-    kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
     mean = sum(len(row.items) for row in schedule.order.rows) / batch
     lines = _base_lines(config) | {
-        "trains": f"{trained:,} parameters ({kind}) of {sum(n for n, _ in everyone.values()):,}",
+        "trains": f"{trained:,} parameters ({config.lora}) of {sum(n for n, _ in everyone.values()):,}",
         "streams": ", ".join(config.streams),
         "layout": f"{mesh.layout} on {mesh.device.type}, {str(engine.dtype).removeprefix('torch.')}",
         "batch": f"{batch} a step, {batch // mesh.layout.data} a data rank",

@@ -32,7 +32,8 @@ function time(seconds) {
 
 function heading() {
   const { config, manifest } = data, layout = manifest.layout ?? {}, ranks = Object.values(layout).reduce((a, b) => a * b, 1);
-  const adapter = config.lora?.enabled === false ? "The whole model" : `A LoRA of rank ${config.lora?.rank} on ${scope(config.lora?.scope)}`;
+  const kind = config.lora?.kind === "dora" ? "DoRA" : "LoRA";
+  const adapter = config.lora?.enabled === false ? "The whole model" : `A ${kind} of rank ${config.lora?.rank} on ${scope(config.lora?.scope)}`;
   const model = String(manifest.model?.path ?? config.model?.path ?? "").split("/").filter(Boolean).slice(-2).join("/");
   const parts = [
     `${adapter}, trained on ${plural(manifest.clips?.train ?? 0, "clip")}`,
@@ -110,12 +111,15 @@ function trainingPart() {
   slider.oninput = apply;
   const losses = streams.map(s => curve(`loss_${s}`, { name: s, color: colorOf(s), raw: true })).filter(Boolean);
   if (losses.length !== 1) losses.unshift(curve("loss", { name: "all", color: "var(--ink)", raw: true, width: 2.2 }));
+  const ofExperts = Object.keys(data.steps).filter(name => name.startsWith("loss.")).sort();
+  const byExpert = ofExperts.map((name, i) => curve(name, { name: name.slice(5), color: `var(--c${2 + i})`, raw: true }));
   const bins = Object.keys(data.steps).filter(name => name.startsWith("loss_by_t."));
   const byTime = bins.map((name, i) => curve(name, { name: `t ${short(i / bins.length)}–${short((i + 1) / bins.length)}`, color: `var(--t${Math.min(4, i)})`, raw: true })).filter(Boolean);
   const parts = [
     el("div", { class: "tools" }, el("label", {}, "smoothing", slider, shown)),
     charts("", [
       smooth(new Chart({ title: "Loss by stream", series: losses.filter(Boolean), height: 280 })),
+      byExpert.length ? smooth(new Chart({ title: "Loss by expert", sub: "each trains in its own range of noise", series: byExpert, height: 280 })) : null,
       byTime.length ? smooth(new Chart({ title: "Loss by time", sub: "t = 1 is pure noise", series: byTime, height: 280 })) : null,
     ]),
     charts("", [

@@ -78,11 +78,11 @@ def train(world_size: int, *overrides: str, twin: str = "", steps: int = STEPS) 
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest over losses, norms and parameters."""
+    """Return the largest over losses, norms and parameters; of what is above 1, its share."""
     assert one["parameters"].keys() == other["parameters"].keys()
-    numbers = torch.tensor(one["losses"]).sub(torch.tensor(other["losses"])).abs().max()
-    moved = [(one["parameters"][n] - other["parameters"][n]).abs().max() for n in one["parameters"]]
-    return float(torch.stack([numbers, *moved]).max())
+    pairs = [(torch.tensor(one["losses"]), torch.tensor(other["losses"]))]
+    pairs += [(tensor, other["parameters"][name]) for name, tensor in one["parameters"].items()]
+    return max(float(((a - b).abs() / b.abs().clamp(min=1)).max()) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.publishing.test_hub import TERMS, save_adapter
+from tests.support.saves import TERMS, save_adapter
 from transpixeler import configfile
 from transpixeler.config import FuseConfig, ModelConfig
 from transpixeler.publishing import hub

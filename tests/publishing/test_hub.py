@@ -20,11 +20,11 @@ import yaml
 
 from tests.publishing.test_report import write_run
 from tests.support.hub_server import READER, TOKEN, Hub, serving
-from tests.support.models import TINY, move, tiny, wan_folder
+from tests.support.models import TINY, tiny, wan_folder
+from tests.support.saves import BASE, TERMS, contents, save_adapter
 from transpixeler import cli, configfile
 from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters import merge
-from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config import (
     Config,
     DataConfig,
@@ -36,7 +36,6 @@ from transpixeler.config import (
     SourceConfig,
     UserError,
 )
-from transpixeler.models.lora import inject
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.publishing import hub
@@ -44,30 +43,6 @@ from transpixeler.sampling import saves
 from transpixeler.sampling.model import open_engine
 
 ROOT = Path(__file__).parents[2]
-BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-TERMS = hub.Terms("me/flames", base=BASE)
-
-
-def save_adapter(
-    folder: Path, *, streams: int = 2, seed: int = 1, base: str = "/secret/place/wan", fused: tuple[str, ...] = ()
-) -> Path:
-    """A save as training leaves it."""
-    model = tiny(streams)
-    inject(model, LoraConfig(rank=4, scope="aux" if streams > 1 else "all"))
-    move(model, seed=seed, names="lora")
-    names = ("rgb", "seg")[:streams]
-    metadata = {"base_model": base, "streams": ",".join(names), "fill": "keep", "step": "30", "ema": "false"}
-    metadata |= {"fuse": json.dumps(fused)} if fused else {}
-    adapter_files.write_adapter(adapter_of(model, metadata), folder)
-    config = dataclasses.replace(
-        Config(),
-        model=ModelConfig(path=base, fuse=fused),
-        streams=dict(zip(names, ("", "_seg"))),
-        lora=LoraConfig(rank=4, scope="aux" if streams > 1 else "all"),
-        output_dir="/secret/place/out",
-    )
-    (folder / "config.yaml").write_text(configfile.dump(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +65,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield made
-
-
-def contents(parcel: hub.Parcel) -> dict[str, bytes]:
-    return {path: what if isinstance(what, bytes) else what.read_bytes() for path, what in parcel.files.items()}
 
 
 def test_every_file_arrives_byte_for_byte(run: Path, server: Hub) -> None:

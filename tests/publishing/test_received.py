@@ -15,8 +15,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.publishing.test_hub import TERMS, contents, save_adapter
 from tests.publishing.test_report import write_run
+from tests.support.saves import TERMS, contents, save_adapter
 from transpixeler import cli
 from transpixeler.config import UserError
 from transpixeler.publishing import hub, report

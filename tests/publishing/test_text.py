@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.publishing.test_hub import TERMS, save_adapter
 from tests.publishing.test_report import write_run
+from tests.support.saves import TERMS, save_adapter
 from transpixeler import cli
 from transpixeler.data.media.write import write_png
 from transpixeler.publishing import card, hub, report

@@ -291,6 +291,7 @@ class SampleConfig:
     alpha_mode: Literal["straight", "premultiplied"] = "straight"
     background: LocalPath = ""
     upsample: Literal["guided", "plain"] = "guided"
+    rgb_memory: Literal["auto", "device", "host", "off"] = "auto"
 
 
 @dataclass(frozen=True)

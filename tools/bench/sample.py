@@ -5,6 +5,9 @@ the bar is the same number of the model's own forwards on the same inputs. All r
 is better: `x_forward` without guidance, `x_forward_guided` with it (against twice as many forwards), and `x_one_batch`,
 what one batch of both halves takes of two forwards one after the other; `…_short` is that on a sequence of an eighth,
 where it matters more. Both ways must agree on the latents before anything is timed.
+
+`x_rgb_known`: a step of matting after the first, in which a given RGB that does not see its companion is known from it,
+against such a step without.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import denoise, make_solver, start_noise
 from transpixeler.models.costs import Costs
 from transpixeler.models.lora import inject
+from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
@@ -48,6 +52,27 @@ def make_engine(args: argparse.Namespace, here: runtime.Runtime) -> Engine:
     inject(model, LoraConfig(rank=args.rank))
     mesh = meshes.build(meshes.resolve(ParallelConfig(), here.world_size), here)
     return Engine([Stage(model.eval())], ParallelConfig(), mesh, torch.float32, Costs.of(model))
+
+
+class Matting:
+    """Steps of an adapter under which RGB does not see its companion; RGB is known from a step before, or is not."""
+
+    def __init__(self, engine: Engine, layout: StreamLayout, text: Tensor) -> None:
+        (self.model,), self.layout = engine.models(), layout
+        self.inputs = start_noise(layout, seed=0), torch.tensor([[0.0, 0.5]]), text[None]
+        self.memory = RgbMemory()
+
+    @torch.no_grad()
+    def step(self, memory: RgbMemory | None = None) -> Tensor:
+        self.model.rgb_attends_aux, self.model.rgb_forward_only, self.model.rgb_memory = False, True, memory
+        try:
+            return self.model(*self.inputs, layout=self.layout)[:, self.layout.sizes[0] :]
+        finally:
+            self.model.rgb_attends_aux, self.model.rgb_forward_only, self.model.rgb_memory = True, False, None
+
+    def known(self) -> Tensor:
+        self.memory.rewind()
+        return self.step(self.memory)
 
 
 class Denoising:
@@ -88,12 +113,17 @@ class Denoising:
 
 def measure(denoising: Denoising, *, repeats: int) -> Rounds:
     torch.testing.assert_close(denoising.guided(), denoising.guided_apart(), atol=1e-4, rtol=1e-4)
+    matting = Matting(denoising.engine, denoising.layout, denoising.text["text"])
+    matting.known()  # the first step
+    torch.testing.assert_close(matting.known(), matting.step(), atol=0, rtol=0)
     actions: dict[str, Callable[[], object]] = {
         "forwards": denoising.forwards,
         "plain": denoising.plain,
         "two forwards each": lambda: denoising.forwards(2),
         "guided": denoising.guided,
         "guided, one by one": denoising.guided_apart,
+        "matting": matting.step,
+        "matting, RGB known": matting.known,
     }
     print(f"{denoising.layout.tokens} tokens")
     return harness.alternate(actions, repeats=repeats, clock=harness.step_clock())
@@ -116,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "x_one_batch": long.ratio("guided", "guided, one by one").figure,
         "x_forward_short": short.ratio("plain", "forwards").figure,
         "x_one_batch_short": short.ratio("guided", "guided, one by one").figure,
+        "x_rgb_known": long.ratio("matting, RGB known", "matting").figure,
         "spread": round(max(t.spread for times in (long, short) for t in times.values()), 3),
         "tokens": 2 * f * h * w,
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transpixeler.config import UserError
 from transpixeler.models.attention import companions_attention, self_attention
 from transpixeler.models.family import Field
+from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import Grid, StreamLayout, Tokens
 
 # The flow: the flat tuple of tensors that runs from block to block and from stage to stage, the same for LoRA and for
@@ -37,6 +38,8 @@ class Block(nn.Module, ABC):
 
     def forward(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the flow with its carried tensors changed."""
+        if tokens.rgb_known:
+            return self._beside_known_rgb(flow, tokens)
         if tokens.rgb_forward_only:
             return self._forward_only_rgb(flow, tokens)
         if self.recompute is None:
@@ -77,11 +80,17 @@ class Block(nn.Module, ABC):
             compute = self.companions if torch.compiler.is_compiling() else _Recomputed(self.companions)
             rest, q, k, v, *others = self.recompute(compute, flow, tokens._replace(copy_scope=False))
         near, first = rgb_part(flow, tokens, self), tokens.rgb()
+        known = (k, v) if tokens.rgb_returned else ()
         with torch.no_grad():
             seen = self_attention(q, k, v, first, self.text_lengths(near))
             del q, k, v
             rgb = self.finish(near, seen, tuple(others), first)
-        return rest, *rgb, *flow[self.carried + 1 :]
+        return rest, *rgb, *flow[self.carried + 1 :], *known
+
+    def _beside_known_rgb(self, flow: Flow, tokens: Tokens) -> Flow:
+        """Run the companions alone, beside RGB's keys and values, which come last in the flow."""
+        *others, k, v = flow
+        return self._companions(tuple(others), k, v, tokens), *others[1:]
 
     def companions(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the companions' tokens, changed, and what `qkv` makes of RGB's.
@@ -90,11 +99,15 @@ class Block(nn.Module, ABC):
         """
         with torch.no_grad():
             rgb_q, rgb_k, rgb_v, rgb_others = self.qkv(rgb_part(flow, tokens, self), tokens.rgb())
+        return self._companions(flow, rgb_k, rgb_v, tokens), rgb_q, rgb_k, rgb_v, *rgb_others
+
+    def _companions(self, flow: Flow, rgb_k: Tensor, rgb_v: Tensor, tokens: Tokens) -> Tensor:
+        """Return the companions' tokens, changed beside RGB's keys and values."""
         far, rest = companions_part(flow, tokens, self), tokens.companions()
         q, k, v, others = self.qkv(far, rest)
         seen = companions_attention(q, k, v, rgb_k, rgb_v, tokens, self.text_lengths(far))
         del q, k, v
-        return self.finish(far, seen, others, rest)[0], rgb_q, rgb_k, rgb_v, *rgb_others
+        return self.finish(far, seen, others, rest)[0]
 
     def reads(self, linear: str) -> str:
         """Return what a linear of this block, by its name in it, reads.
@@ -168,6 +181,7 @@ class Backbone(nn.Module, ABC):
     grouped: tuple[int, ...] = (1,)  # as `Block.grouped`
     rgb_attends_aux: bool = True
     rgb_forward_only: bool = False  # RGB sees itself alone and nothing trained acts on it: it has no backward pass
+    rgb_memory: RgbMemory | None = None  # where RGB is the same in several forward passes: its keys and values
     matmul_dtype: torch.dtype = torch.float32
 
     # -- to be given by each model
@@ -199,8 +213,11 @@ class Backbone(nn.Module, ABC):
         if self.embed is not None:
             flow = self.divided(self.embed(*flow, layout=layout, dtype=self.matmul_dtype), layout)
         tokens = self.tokens(layout, flow[0].device)
-        for block in self.block_list():
-            flow = block(flow, tokens)
+        if self.rgb_memory is not None:
+            flow, tokens = self.rgb_memory.run(self.block_list(), flow, tokens)
+        else:
+            for block in self.block_list():
+                flow = block(flow, tokens)
         return flow if self.head is None else self._end(flow, tokens, layout)
 
     def tokens(self, layout: StreamLayout, device: torch.device) -> Tokens:
@@ -221,7 +238,10 @@ class Backbone(nn.Module, ABC):
         if not self.rgb_forward_only:
             return self.head(*flow, layout=layout)
         with torch.no_grad():
-            rgb = self.head(*rgb_part(flow, tokens, self), layout=layout.only(0, 1))
+            if tokens.rgb_known:
+                rgb = flow[0].new_zeros(len(flow[0]), layout.sizes[0])  # it is given: nobody asks for its velocity
+            else:
+                rgb = self.head(*rgb_part(flow, tokens, self), layout=layout.only(0, 1))
         rest = self.head(*companions_part(flow, tokens, self), layout=layout.only(1, len(layout.names)))
         return torch.cat([rgb, rest], dim=1)
 

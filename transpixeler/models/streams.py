@@ -35,6 +35,8 @@ class Tokens(NamedTuple):
     copy_scope: bool = True  # copy what an adapter keeps for the backward pass, where that frees more than it takes
     recomputing: bool = False  # this is the recomputation: only what the backward pass keeps is needed
     rgb_forward_only: bool = False  # RGB has no backward pass: the flow holds its tokens beside the companions'
+    rgb_returned: bool = False  # a block returns RGB's keys and values too, after the flow
+    rgb_known: bool = False  # a block is given them, after the flow, and runs the companions alone
 
     @classmethod
     def of(cls, layout: StreamLayout, rope: Tensor, *, kernel: str, rgb_attends_aux: bool) -> Tokens:

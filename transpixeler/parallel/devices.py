@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+FREE_SHARE = 0.5  # of free memory that may be taken by what computing again can replace; activations need the rest
 
 
 class Device(NamedTuple):
@@ -67,6 +70,22 @@ def memory_facts(device: torch.device) -> dict[str, float]:
     statistics = torch.cuda.memory_stats(device)
     reserved = statistics.get("reserved_bytes.all.peak", 0) / 2**30
     return {"memory_reserved_gib": reserved, "allocation_retries": statistics.get("num_alloc_retries", 0)}
+
+
+def free_host_memory() -> int:
+    """Return the bytes that the system has free or can free, for each rank of this machine."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    free = next(int(size) * 1024 for name, size, *_ in lines if name == "MemAvailable:")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def place(where: str, size: int, device: torch.device) -> str:
+    """Resolve `auto` for so many bytes that computing again can replace: "device", "host" or "off", by what is free."""
+    if where != "auto" or device.type != "cuda":
+        return "device" if where == "auto" else where
+    if size <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "host" if size <= FREE_SHARE * free_host_memory() else "off"
 
 
 def prepare_allocator(environment: MutableMapping[str, str]) -> None:

@@ -7,10 +7,8 @@ the device, wait in host memory, or are read again from their files, which the s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +20,12 @@ from transpixeler.models.costs import Costs
 from transpixeler.models.experts import Expert, experts_at
 from transpixeler.models.lora import is_adapter
 from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel import devices
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.pipeline import Engine
 
 DEVICE_SHARE = 0.5  # of a device's memory that all experts' weights may take; activations need the rest
-HOST_SHARE = 0.6  # of a machine's free memory that waiting weights may take
+HOST_SHARE = 0.6  # of a rank's share of a machine's free memory that waiting weights may take
 
 Fill = Callable[[], None]  # reads an engine's base again
 
@@ -106,9 +105,20 @@ class Experts:
                 stack.enter_context(engine.evaluating())
             yield
 
+    @contextmanager
+    def remembering_rgb(self, layout: StreamLayout, *, rows: int, where: str) -> Iterator[None]:
+        """Do what `Engine.remembering_rgb` does; let go of what was computed when another expert takes over."""
+        with ExitStack() as stack:
+            for engine in self.by_expert.values():
+                stack.enter_context(engine.remembering_rgb(layout, rows=rows, where=where))
+            yield
+
     def _wake(self, name: str) -> Engine:
         """Bring an expert's weights to the device, and let go of the other's."""
         if name != self._awake:
+            for model in self.by_expert[self._awake].models():
+                if model.rgb_memory is not None:
+                    model.rgb_memory.forget()
             self._frozen[self._awake].leave()
             self._frozen[name].come()
             self._awake = name
@@ -162,14 +172,7 @@ def resolve_wait(config: ParallelConfig, engine: Engine, *, experts: int) -> str
     weights = experts * sum(p.numel() * p.element_size() for p in base_of(engine))
     if weights <= DEVICE_SHARE * torch.cuda.get_device_properties(engine.mesh.device).total_memory:
         return "device"
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return "host" if weights * ranks <= HOST_SHARE * _free_memory() else "disk"
-
-
-def _free_memory() -> int:
-    """Return the bytes of host memory that a system has free or can free."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    return next(int(size) * 1024 for name, size, *_ in lines if name == "MemAvailable:")
+    return "host" if weights <= HOST_SHARE * devices.free_host_memory() else "disk"
 
 
 def _on_host(parameter: Tensor) -> Tensor:

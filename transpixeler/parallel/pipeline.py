@@ -23,8 +23,9 @@ from transpixeler.config import ParallelConfig, UserError
 from transpixeler.flow.objective import Example, mean_squared_errors
 from transpixeler.models.backbone import Backbone, Flow
 from transpixeler.models.costs import Costs, block_flops
+from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import StreamLayout
-from transpixeler.parallel import shard
+from transpixeler.parallel import devices, shard
 from transpixeler.parallel.mesh import Mesh
 
 SCHEDULES = {
@@ -196,6 +197,28 @@ class Engine:
     def _lay_out(self, layout: StreamLayout) -> None:
         for stage in self.stages:
             stage.layout = layout
+            if stage.model.rgb_memory is not None:
+                stage.model.rgb_memory.rewind()
+
+    @contextmanager
+    def remembering_rgb(self, layout: StreamLayout, *, rows: int, where: str) -> Iterator[None]:
+        """Compute RGB once in all forward passes inside, in which it and its times and fields are to be the same.
+
+        rows: of a pass. where: as `sample.rgb_memory`.
+        """
+        models = [model for model in self.models() if model.rgb_forward_only]
+        numbers = sum(2 * rows * layout.lengths[0] * model.width * len(model.blocks) for model in models)
+        place = devices.place(where, numbers * self.dtype.itemsize, self.mesh.device)
+        if place == "off" or not models:
+            yield
+            return
+        for model in models:
+            model.rgb_memory = RgbMemory(on_host=place == "host")
+        try:
+            yield
+        finally:
+            for model in models:
+                model.rgb_memory = None
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,16 @@ class Sampler:
         guidance = guidance_by_time(self.config, self.model)
         velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=guidance)
         held = {"given": video.given, "lasts": video.lasts}
-        return denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
+        with self._remembering(video):
+            return denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
+
+    def _remembering(self, video: Video) -> AbstractContextManager[None]:
+        """Compute a video's RGB in the first step alone, where it is given whole and so the same in all of them."""
+        frames = video.layout.shapes[0][1]
+        whole = 0 in video.given and video.given[0].shape[1] == frames
+        rows = 1 if self.negative is None else 2
+        where = self.config.rgb_memory if whole else "off"
+        return self.engine.remembering_rgb(video.layout, rows=rows, where=where)
 
     def _solver(self, tokens: int) -> Any:
         name, steps, shift = self.config.scheduler, self.config.steps, self.config.shift

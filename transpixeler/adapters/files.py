@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transpixeler.adapters import peft_config
 from transpixeler.adapters.adapter import MAGNITUDE, TENSORS, Adapter
+from transpixeler.adapters.joined import join_parts
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
 from transpixeler.adapters.readers import is_one_file, with_whole_blocks
 from transpixeler.adapters.saved import ADAPTER_FILE, LATEST, expert_folders, is_save, newest_save
@@ -34,7 +35,7 @@ from transpixeler.adapters.tensorfile import open_tensors, save_tensors
 from transpixeler.config import UserError, family_names
 from transpixeler.files import whole, write_text
 from transpixeler.models.family import Family, families, find_family
-from transpixeler.models.names import Names, UnknownName
+from transpixeler.models.names import Names, UnknownName, pieces, split_rows
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Scope
 
@@ -83,7 +84,8 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
         spelling = spelling._replace(alpha=None)
     stored = (format in loaders.whole_blocks and with_whole_blocks(adapter)) or adapter
     header = _header(stored, folded=spelling.alpha is None)
-    if not stored.is_dora or format == "diffusers":  # it reads a DoRA's norms in this format alone
+    read = "diffusers" in loaders.read_by.get(format, ())
+    if read and (not stored.is_dora or format == "diffusers"):  # it reads a DoRA's norms in this format alone
         header |= peft_config.in_header(stored)
     if zeros := [target for target in stored.targets if target not in adapter.alphas]:
         header[f"{OURS}zeros"] = json.dumps(zeros)
@@ -101,21 +103,31 @@ def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:
     stored, names = {}, adapter.family.names
     marked = "" if adapter.is_plain else OURS
     for target in adapter.targets:
-        module = marked + spelling.module(target, names)
+        whole_name = marked + spelling.module(target, names)
         folded = 1.0 if spelling.alpha else adapter.scale(target)
-        stored[module + spelling.down] = adapter.down(target).contiguous()
-        stored[module + spelling.up] = (adapter.up(target) * folded).contiguous()
-        if spelling.alpha:
-            stored[module + spelling.alpha] = torch.tensor(adapter.alphas[target])
+        for module, up in split_rows(adapter.up(target), whole_name).items():
+            stored[module + spelling.down] = adapter.down(target).clone()  # safetensors stores no tensor twice
+            stored[module + spelling.up] = (up * folded).contiguous()
+            if spelling.alpha:
+                stored[module + spelling.alpha] = torch.tensor(adapter.alphas[target])
         if (magnitude := adapter.magnitude(target)) is not None:
-            shape = (1, -1) if magnitude.ndim > 1 else (-1, 1) if spelling.magnitude == DORA_SCALE else (-1,)
-            stored[module + spelling.magnitude] = magnitude.reshape(shape).contiguous()
+            stored |= _spelled_magnitude(magnitude, whole_name, spelling)
     for name, change in adapter.changes.items():
         module, leaf = (name.removesuffix(".bias"), ".diff_b") if name.endswith(".bias") else (name, ".diff")
-        stored[marked + spelling.module(module.removesuffix(".weight"), names) + leaf] = change.contiguous()
+        parts = split_rows(change, marked + spelling.module(module.removesuffix(".weight"), names))
+        stored |= {part + leaf: own.contiguous() for part, own in parts.items()}
     for stream, embedding in adapter.stream_embeddings.items():
         stored[EMBEDDING + stream] = embedding.contiguous()
     return stored
+
+
+def _spelled_magnitude(magnitude: Tensor, module: str, spelling: Spelling) -> dict[str, Tensor]:
+    """Return a DoRA's norms under their keys: of rows, or of columns, which every part of a module has whole."""
+    if magnitude.ndim > 1:
+        return {part.name + spelling.magnitude: magnitude.reshape(1, -1).clone() for part in pieces(module)}
+    shape = (-1, 1) if spelling.magnitude == DORA_SCALE else (-1,)
+    parts = split_rows(magnitude, module).items()
+    return {part + spelling.magnitude: own.reshape(shape).contiguous() for part, own in parts}
 
 
 def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
@@ -234,6 +246,7 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
         embeddings = {stream: published[0].flatten()}
     left_alone = _header_value(file, header, "zeros", [])
     family = _family_of(file, header, stored)
+    stored = join_parts(file, stored, family.names, lambda rank: _alpha_of_rank(file, header, rank, alpha))
     found = _by_target(file, stored, family.names)
     parts = {t: part for t, part in found.items() if "lora_A" in part and t not in left_alone}
     tensors = {f"{t}.{kind}": parts[t][kind] for t in parts for kind in TENSORS if kind in parts[t]}
@@ -350,6 +363,14 @@ def _alphas(
             f"beside it, or {peft_config.way_out(file)}"
         )
     return own | rest, False
+
+
+def _alpha_of_rank(file: Path, header: Mapping[str, str], rank: int, alpha: float | None) -> float:
+    """Return the alpha of a pair without its own: the given one, that of the config beside it, or its rank."""
+    if alpha is not None:
+        return alpha
+    config = peft_config.read(file, header)
+    return peft_config.alpha_of(file, config, rank) if "lora_alpha" in config else float(rank)
 
 
 def _scopes(file: Path, header: Mapping[str, str], targets: Iterable[str], *, published: bool) -> dict[str, Scope]:

@@ -24,6 +24,7 @@ from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
 from transpixeler.config import FuseConfig, UserError
 from transpixeler.files import sync, whole
 from transpixeler.models.family import Family, ModelFolder
+from transpixeler.models.names import split_rows
 from transpixeler.models.weights import Readable, Slices, WeightSource
 
 SHARD_BYTES = 5 * 2**30
@@ -217,7 +218,9 @@ def _without_embeddings(
         if name.startswith(STREAM_EMBEDDING):
             embeddings[name.removeprefix(STREAM_EMBEDDING)] = whole_tensor(tensor)
         else:
-            yield family.names.parameter(name, source="internal", to="diffusers"), tensor.detach().cpu().contiguous()
+            stored = family.names.parameter(name, source="internal", to="diffusers")
+            for part, rows in split_rows(tensor.detach().cpu(), stored).items():
+                yield part, rows.contiguous()
 
 
 def _write_shards(

@@ -12,6 +12,7 @@ from typing import Any
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.config import UserError
 from transpixeler.files import read_json
+from transpixeler.models.names import pieces
 
 CONFIG_FILE = "adapter_config.json"
 IN_HEADER = "lora_adapter_metadata"
@@ -46,9 +47,11 @@ def in_header(adapter: Adapter) -> dict[str, str]:
 
     It folds every scale into the weights before, so that each alpha is its rank.
     """
+    names = adapter.family.names
     ranks = {
-        adapter.family.names.module(target, source="internal", to="diffusers"): adapter.rank(target)
+        part.name: adapter.rank(target)
         for target in adapter.targets
+        for part in pieces(names.module(target, source="internal", to="diffusers"))
     }
     if not adapter.is_plain or len(set(ranks.values())) < 2:
         return {}

@@ -67,19 +67,39 @@ FORMATS = {
 }
 
 
-def parse(key: str, names: Names) -> tuple[str, str]:
-    """`lora_unet_blocks_0_ffn_0.lora_down.weight` → (`blocks.0.ffn.0`, `lora_A`), in any spelling of the family."""
+class Key(NamedTuple):
+    """The key of a tensor in its parts."""
+
+    before: str  # the prefixes, ours first
+    module: str  # in the family's spelling
+    ending: str
+    flat: bool
+
+    @property
+    def kind(self) -> str:
+        return _ENDINGS[self.ending]
+
+
+def split_key(key: str) -> Key:
+    """`transformer.blocks.0.ffn.0.lora_A.weight` → (`transformer.`, `blocks.0.ffn.0`, `.lora_A.weight`, False)."""
     ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
     if ending is None:
         raise UnknownName(key)
-    module, kind = key.removesuffix(ending).removeprefix(OURS), _ENDINGS[ending]
+    ours = OURS if key.startswith(OURS) else ""
+    module = key.removesuffix(ending).removeprefix(OURS)
     flat = module.startswith(_FLAT_PREFIX)
     if ending in _TABLE_OF:
         module += ("_" if flat else ".") + _TABLE_OF[ending]
-    if flat:
-        return names.module(module.removeprefix(_FLAT_PREFIX), source="flat", to="internal"), kind
-    prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
-    return names.read_module(module.removeprefix(prefix)), kind
+    prefix = _FLAT_PREFIX if flat else next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
+    return Key(ours + prefix, module.removeprefix(prefix), ending, flat)
+
+
+def parse(key: str, names: Names) -> tuple[str, str]:
+    """`lora_unet_blocks_0_ffn_0.lora_down.weight` → (`blocks.0.ffn.0`, `lora_A`), in any spelling of the family."""
+    parts = split_key(key)
+    if parts.flat:
+        return names.module(parts.module, source="flat", to="internal"), parts.kind
+    return names.read_module(parts.module), parts.kind
 
 
 def is_known(key: str, names: Names) -> bool:

@@ -205,6 +205,11 @@ def check_given(config: Config, model: ModelFolder) -> None:
     """Refuse tasks that give frames which this model cannot be given, and streams that it cannot lay side by side."""
     shows = shows_frames(model.fields)
     for task in trained(config.objective, tuple(config.streams)):
+        if (task.first or task.last) and model.geometry.stills:
+            raise UserError(
+                f"objective.tasks.{task.name}: {model.family.title} makes images, which do not go on from a frame; "
+                "leave it out"
+            )
         if task.first and not model.geometry.first_alone:
             frames = model.geometry.stride[0]
             raise UserError(

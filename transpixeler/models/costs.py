@@ -89,6 +89,7 @@ class Costs:
     blocks: tuple[BlockCost, ...]
     ends: tuple[LinearCost, ...]
     text: int  # tokens of the padded text
+    text_masked: bool  # its padding is not attended, by a bias that also says how much its keys count
     field_numbers: int  # of one sample's fields
     kept: tuple[KeptBytes, ...]  # of each block; empty where it was not asked for
     streams: int
@@ -109,6 +110,7 @@ class Costs:
             blocks=tuple(_block(block, _image_tokens(model)) for block in model.block_list()),
             ends=tuple(_ends(model)),
             text=max(lengths, default=0),
+            text_masked=any(field.masked for field in model.fields),
             field_numbers=sum(field.width * (field.length or 1) for field in whole),
             kept=_kept(model) if kept else (),
             streams=len(model.streams),
@@ -193,7 +195,10 @@ def _attended_pairs(block: BlockCost, costs: Costs, lengths: Sequence[int]) -> i
     if "image" in block.attends:
         pairs += tokens * costs.image
     if "joint" in block.attends:  # text sees what RGB sees
-        pairs += (first + text) * (seen_by_first + text) + (tokens - first) * (tokens + text)
+        weight = tokens / first  # of a text key, for who sees all streams
+        keys = text * (round(weight) if weight == round(weight) and not costs.text_masked else 1)
+        pairs += (first + text) * (seen_by_first + (keys if costs.rgb_attends_aux else text))
+        pairs += (tokens - first) * (tokens + keys)
     return pairs
 
 
@@ -244,10 +249,19 @@ def _shared_keys_flops(costs: Costs) -> float:
 
 
 def _keys_flops(costs: Costs, lengths: Sequence[int]) -> float:
-    """Return what a recomputation costs that makes RGB's queries, keys and values again, beside those of text."""
-    joint = sum("joint" in block.attends for block in costs.blocks)
-    rows = lengths[0] * len(costs.blocks) + costs.text * joint
-    return 6 * costs.width**2 * rows + _shared_keys_flops(costs) if costs.rgb_forward_only else 0.0
+    """Return what a recomputation costs that makes RGB's queries, keys and values again, beside those of text.
+
+    One linear may make the inside of the feed-forward with them.
+    """
+    if not costs.rgb_forward_only:
+        return 0.0
+    total = _shared_keys_flops(costs)
+    for block in costs.blocks:
+        wide = [one.outputs for one in block.linears if one.reads == "both" and one.inputs == costs.width]
+        total += (
+            2 * costs.width * max(3 * costs.width, *wide, 0) * (lengths[0] + costs.text * ("joint" in block.attends))
+        )
+    return total
 
 
 def discarded_flops(costs: Costs, lengths: Sequence[int]) -> float:

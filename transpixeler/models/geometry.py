@@ -18,6 +18,7 @@ class Geometry:
     patch: Grid  # latent cells in one token
     first_alone: bool = True  # the first frame is a latent frame of its own, and the others go by strides
     coarsest: int = 1  # scale that sides must also suit, that of a companion
+    stills: bool = False  # the model makes images: one frame, and no more
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -51,17 +52,21 @@ class Geometry:
     def longest(self, frames: int) -> int:
         """Return the greatest number of frames up to this one that the model can take; at least its shortest."""
         step, least = self.stride[0] * self.patch[0], self.frames(1 if self.first_alone else self.patch[0])
-        return least + max(0, frames - least) // step * step
+        return least if self.stills else least + max(0, frames - least) // step * step
 
     def nearest(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
         """Return the nearest (width, height, frames) that the model can take."""
         tall, wide = self.unit
         step, least = self.stride[0] * self.patch[0], self.frames(1 if self.first_alone else self.patch[0])
-        length = least + max(0, round((frames - least) / step)) * step
+        length = least if self.stills else least + max(0, round((frames - least) / step)) * step
         return max(1, round(width / wide)) * wide, max(1, round(height / tall)) * tall, length
 
     def length_fault(self, frames: int) -> str:
         """Return why a number of frames cannot be encoded without losing some, and which near it can; or nothing."""
+        if self.stills:
+            return (
+                "" if frames == 1 else f"{frames} frames are no image, and this model makes images alone; use 1 frame"
+            )
         step = self.stride[0] * self.patch[0]
         least = self.frames(1 if self.first_alone else self.patch[0])
         extra = (frames - least) % step

@@ -6,14 +6,15 @@ family writes a formula.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from transpixeler.models.backbone import Backbone
+from transpixeler.models.backbone import Backbone, Block
+from transpixeler.models.family import caption_fields
 from transpixeler.models.streams import StreamLayout
 
 META = torch.device("meta")
@@ -24,9 +25,23 @@ class Kept(NamedTuple):
 
     fixed: float  # of the text
     by_stream: tuple[float, ...]  # of one token of each stream
+    copies: Copies | None = None
 
     def bytes(self, lengths: Sequence[int]) -> float:
-        return self.fixed + sum(each * length for each, length in zip(self.by_stream, lengths, strict=True))
+        weight = sum(lengths) / lengths[0]
+        copied = self.copies.bytes(sum(lengths), weight) if self.copies and 1 < weight == round(weight) else 0.0
+        return self.fixed + copied + sum(each * length for each, length in zip(self.by_stream, lengths, strict=True))
+
+
+class Copies(NamedTuple):
+    """Bytes more where text's keys count by copies of them, and are joined with those of the streams anew."""
+
+    each: float  # of one more copy
+    fixed: float
+    by_token: float
+
+    def bytes(self, tokens: int, weight: float) -> float:
+        return (weight - 1) * self.each + self.fixed + self.by_token * tokens
 
 
 class KeptBytes(NamedTuple):
@@ -37,15 +52,45 @@ class KeptBytes(NamedTuple):
 
 
 def measure(model: Backbone, block: nn.Module) -> KeptBytes:
-    """Run a block at two lengths of each stream; what it keeps grows along straight lines."""
+    """Run a block at two lengths of each stream; what it keeps grows along straight lines.
+
+    At none of them do text's keys count by copies, whose bytes come beside.
+    """
     if any(not parameter.is_meta for parameter in block.parameters()):
-        block = copy.deepcopy(block).to(META)
+        block = deepcopy(block).to(META)
     count = len(model.streams)
-    layouts = [_layout(model, [1 + (other == longer) for other in range(count)]) for longer in range(-1, count)]
-    saved = [_saved(model, block, layout) for layout in layouts]  # the first one has no longer stream
+    shortest = [count + 1, *[1] * (count - 1)]
+    layouts = [
+        _layout(model, [own + (place == longer) for place, own in enumerate(shortest)]) for longer in range(-1, count)
+    ]
     wide = model.matmul_dtype.itemsize / torch.float32.itemsize
-    eager, compiled = ([narrow + share * rest for narrow, rest in saved] for share in (1.0, wide))
-    return KeptBytes(_line(layouts, eager), _line(layouts, compiled))
+    return KeptBytes(*(_kept(model, block, layouts, share) for share in (1.0, wide)))
+
+
+def _kept(model: Backbone, block: nn.Module, layouts: Sequence[StreamLayout], share: float) -> Kept:
+    """Draw the lines; the first layout has no longer stream. share: of the bytes that are wider than matmuls."""
+    line = _line(layouts, [_bytes(model, block, layout, share) for layout in layouts])
+    copy = _text_copy(model, block)
+    if not copy or len(model.streams) == 1:
+        return line
+    equal = [_layout(model, [frames] * len(model.streams)) for frames in (1, 2)]
+    more = [_bytes(model, block, layout, share) - line.bytes(layout.lengths) for layout in equal]
+    by_token = (more[1] - more[0]) / (equal[1].tokens - equal[0].tokens)
+    fixed = more[0] - by_token * equal[0].tokens - (len(model.streams) - 1) * copy
+    return line._replace(copies=Copies(copy, fixed, by_token))
+
+
+def _bytes(model: Backbone, block: nn.Module, layout: StreamLayout, share: float) -> float:
+    narrow, rest = _saved(model, block, layout)
+    return narrow + share * rest
+
+
+def _text_copy(model: Backbone, block: nn.Module) -> int:
+    """Return the bytes of keys and values of text that flows and has no mask; of a mask, one number counts for all."""
+    if not isinstance(block, Block) or "joint" not in block.attends or any(field.masked for field in model.fields):
+        return 0
+    text = max(field.length or 0 for field in caption_fields(model.fields))
+    return 2 * text * model.width * model.matmul_dtype.itemsize
 
 
 def _line(layouts: Sequence[StreamLayout], found: Sequence[float]) -> Kept:

@@ -3,6 +3,10 @@
 Three spellings exist. *Original*: the published checkpoints and ComfyUI files. *Diffusers*: its transformer class.
 *Internal*: our module's parameters (`embed.…`, `blocks.3.…`, `head.…`). A family gives one table; each map is a
 bijection over it, and a name outside the table raises `UnknownName`, so that nothing is loaded or saved under a guess.
+
+Where one spelling stores in several tensors what another stores in one, a name stands for all: `(to_q+to_k+to_v)` for
+their rows one after the other, `(to_q+mlp*4)` where the second has four times the rows of the first, `norm~` for
+one whose halves are swapped. `pieces` says which rows of which tensors those are.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 BLOCK = "{n}"  # in a row of the table: the number of a block
 
@@ -26,6 +33,44 @@ class Row(NamedTuple):
     internal: str
     original: str
     diffusers: str
+
+
+class Piece(NamedTuple):
+    """Rows that one of our tensors has of a stored one: those from `start` to `stop` of its `of` equal parts."""
+
+    name: str
+    share: int = 1  # of our rows
+    start: int = 0
+    stop: int = 1
+    of: int = 1
+
+    def rows(self, count: int) -> slice:
+        """Return which rows these are of the stored tensor's `count`."""
+        return slice(self.start * count // self.of, self.stop * count // self.of)
+
+
+def pieces(name: str) -> list[Piece]:
+    """Return what a name stands for, in the order of our rows: one whole tensor, where it is a plain name."""
+    if joined := re.fullmatch(r"(.*)\((.*)\)(.*)", name):
+        before, inside, after = joined.groups()
+        parts = [part.partition("*") for part in inside.split("+")]
+        return [Piece(f"{before}{part}{after}", int(share or 1)) for part, _, share in parts]
+    if "~" in name:
+        stored = name.replace("~", "")
+        return [Piece(stored, 1, 1, 2, 2), Piece(stored, 1, 0, 1, 2)]
+    return [Piece(name)]
+
+
+def split_rows(tensor: Tensor, name: str) -> dict[str, Tensor]:
+    """Return the stored tensors that a name stands for, from the one of ours."""
+    parts = pieces(name)
+    unit = len(tensor) // sum(part.share for part in parts) if len(parts) > 1 else len(tensor)
+    rows = tensor.split([unit * part.share for part in parts])
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for part, own in zip(parts, rows, strict=True):
+        found.setdefault(part.name, []).append((part.start, own))
+    ordered = {stored: [own for _, own in sorted(of, key=lambda pair: pair[0])] for stored, of in found.items()}
+    return {stored: of[0] if len(of) == 1 else torch.cat(of) for stored, of in ordered.items()}
 
 
 class _Map:
@@ -90,6 +135,19 @@ class Names:
         return {(a, b): _Map(zip(spelled[a], spelled[b])) for a in spelled for b in spelled if a != b}
 
     @cached_property
+    def _joins(self) -> _Map:
+        """Names of stored modules that another spelling has as a part of one, to the name that stands for all."""
+        wide = [row.diffusers for row in self.rows if len(pieces(row.diffusers)) > 1]
+        return _Map((part.name, name) for name in wide for part in pieces(name))
+
+    def joined(self, module: str) -> str:
+        """Return the name that stands for a stored module of diffusers and those beside it, or its own."""
+        try:
+            return self._joins(module)
+        except UnknownName:
+            return module
+
+    @cached_property
     def _bare(self) -> dict[str, frozenset[str]]:
         """Names of parameters that are no module's, in each spelling."""
         return {
@@ -103,11 +161,11 @@ class Names:
         return name if source == to else self._maps[source, to](name)
 
     def read_module(self, name: str) -> str:
-        """Return the internal name of a module in the original or the diffusers spelling."""
+        """Return the internal name of a module in the original or the diffusers spelling, or of what it is part of."""
         try:
             return self.module(name, source="original", to="internal")
         except UnknownName:
-            return self.module(name, source="diffusers", to="internal")
+            return self.module(self.joined(name), source="diffusers", to="internal")
 
     # -- parameters
 
@@ -130,16 +188,23 @@ class Names:
         return module, dot + leaf
 
     def _is_bare(self, name: str, spelling: str) -> bool:
-        return re.sub(r"(?<=\.)(0|[1-9]\d*)(?=\.)", BLOCK, name, count=1) in self._bare[spelling]
+        return re.sub(r"(?<=\.)([a-z]?)(0|[1-9]\d*)(?=\.)", rf"\1{BLOCK}", name, count=1) in self._bare[spelling]
 
     def internal_names(self, stored: Iterable[str]) -> dict[str, str]:
         """Map the internal name of each weight of a file, in either spelling, to the name it is stored under.
 
-        A name outside the table stays what it is: whoever compares the names with a model's complains about it.
+        Weights that are parts of one of ours are found under the name that stands for all of them, if all are there. A
+        name outside the table stays what it is: whoever compares the names with a model's complains about it.
         """
-        stored = list(stored)
-        spelling = max(("original", "diffusers"), key=lambda kind: sum(self._is_known(name, kind) for name in stored))
-        return {self._internal_or_same(name, spelling): name for name in stored}
+        there = set(stored)
+        names = list(dict.fromkeys(self._whole(name, there) for name in sorted(there)))
+        spelling = max(("original", "diffusers"), key=lambda kind: sum(self._is_known(name, kind) for name in names))
+        return {self._internal_or_same(name, spelling): name for name in names}
+
+    def _whole(self, name: str, stored: set[str]) -> str:
+        module, dot, leaf = name.rpartition(".")
+        joined = self.joined(module) + dot + leaf
+        return joined if all(part.name in stored for part in pieces(joined)) else name
 
     def _is_known(self, name: str, spelling: str) -> bool:
         try:

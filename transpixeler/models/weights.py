@@ -24,6 +24,7 @@ from transpixeler.models.backbone import Backbone
 from transpixeler.models.damage import naming_damage
 from transpixeler.models.linear import Linear
 from transpixeler.models.lora import is_adapter
+from transpixeler.models.names import pieces
 from transpixeler.models.quantize import quantize_weight
 from transpixeler.models.resolve import resolve
 
@@ -126,20 +127,41 @@ class WeightSource:
         plain = {name.removeprefix(PACKED_PREFIX): name for name in packed or self._file_of}
         self._scaled = _MARKER in plain or _MARKER in self._file_of
         weights = [name for name in plain if name != _MARKER and not name.endswith(_HELPER_SUFFIXES)]
-        self._stored = {internal: plain[name] for internal, name in names(weights).items()}
+        self._stored = {
+            internal: [part._replace(name=plain[part.name]) for part in pieces(name)]
+            for internal, name in names(weights).items()
+        }
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored_shape[self._stored[name]]
+        first, *others = shapes = [self._stored_shape[part.name] for part in self._stored[name]]
+        if not others:
+            return first
+        rows = (part.rows(shape[0]) for part, shape in zip(self._stored[name], shapes, strict=True))
+        return sum(part.stop - part.start for part in rows), *first[1:]
 
     def read(self, name: str) -> Tensor:
         return self.read_slice(name, ())
 
     def read_slice(self, name: str, slices: Slices) -> Tensor:
         """Read the slice alone from the disk; a quantized file's scale is multiplied back."""
-        stored = self._stored[name]
+        parts = self._stored[name]
+        if len(parts) == 1:
+            return self._read_scaled(name, parts[0].name, slices)
+        rows, *rest = slices or (slice(None),)
+        start, stop, _ = rows.indices(self.shape(name)[0])
+        found, before = [], 0
+        for part in parts:
+            own = part.rows(self._stored_shape[part.name][0])
+            first, last = own.start + max(start - before, 0), min(own.start + stop - before, own.stop)
+            if first < last:
+                found.append(self._read_scaled(name, part.name, (slice(first, last), *rest)))
+            before += own.stop - own.start
+        return torch.cat(found)
+
+    def _read_scaled(self, name: str, stored: str, slices: Slices) -> Tensor:
         piece = self._read(stored, slices)
         scale = self._scale(stored, slices)
         if scale is not None:

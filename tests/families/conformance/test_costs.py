@@ -62,6 +62,8 @@ def kept(model: Backbone, case: Case, block: str) -> float:
     assert model.embed is not None
     shared = {p.untyped_storage()._cdata for p in model.parameters()}
     flow = model.embed(*inputs(model, layout, batch=1, full=True), layout=layout, dtype=model.matmul_dtype)
+    seen = (x if x.requires_grad else x.detach().requires_grad_() for x in flow[: model.carried])
+    flow = (*seen, *flow[model.carried :])  # as beyond the first block, where text that flows has seen the streams
     tokens = model.positions(layout, torch.device("cpu"))
     shared |= {tokens.rope.untyped_storage()._cdata, *(x.untyped_storage()._cdata for x in flow[model.carried :])}
     with kept_for_backward() as sizes:

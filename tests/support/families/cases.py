@@ -19,6 +19,7 @@ from transpixeler.config import Config
 from transpixeler.flow import draws, objective
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, Field, find_family
+from transpixeler.models.names import pieces, split_rows
 from transpixeler.models.streams import Shape, StreamLayout
 
 STREAMS = ("rgb", "seg", "depth")
@@ -28,7 +29,7 @@ class Reference(NamedTuple):
     """What a family is held against: `run` takes the model's inputs of one stream, and the weights are its own."""
 
     run: Callable[..., Tensor]  # (x [B, N], timesteps [B, 1], *fields, layout=…) → velocity [B, N]
-    weights: Mapping[str, Tensor]  # by internal name; they require gradients
+    weights: Mapping[str, Any]  # by internal name; they have gradients after a backward pass
     module: Any = None  # diffusers' own class, where there is one
 
 
@@ -159,6 +160,14 @@ def _ltx(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     return LtxModel(LtxConfig.read(LTX), streams=streams, rgb_attends_aux=rgb_attends_aux)
 
 
+def _flux(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from tests.families.flux.pipeline import TINY
+    from transpixeler.families.flux.config import FluxConfig
+    from transpixeler.families.flux.model import FluxModel
+
+    return FluxModel(FluxConfig.read(TINY), streams=streams, rgb_attends_aux=rgb_attends_aux)
+
+
 def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.model import ToyModel
@@ -166,12 +175,29 @@ def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     return ToyModel(ToyConfig(), streams=streams, rgb_attends_aux=rgb_attends_aux)
 
 
-def _diffusers(name: str, published: nn.Module, model: Backbone) -> Mapping[str, Tensor]:
+class Joined(NamedTuple):
+    """Parameters of diffusers' class that are one of ours."""
+
+    parameters: Mapping[str, nn.Parameter]
+    name: str
+
+    @property
+    def grad(self) -> Tensor:
+        """Return the gradient of ours."""
+        parts = ((self.parameters[part.name].grad, part) for part in pieces(self.name))
+        return torch.cat([grad[part.rows(len(grad))] for grad, part in parts if grad is not None])
+
+
+def _diffusers(name: str, published: nn.Module, model: Backbone) -> Mapping[str, Any]:
     """Fill diffusers' class with a model's weights; return its parameters by internal name."""
-    names = find_family(name).names
-    spelled = {ours: names.parameter(ours, source="internal", to="diffusers") for ours in model.state_dict()}
-    published.load_state_dict({spelled[ours]: value for ours, value in model.state_dict().items()})
-    return {ours: published.get_parameter(theirs) for ours, theirs in spelled.items()}
+    names, state = find_family(name).names, model.state_dict()
+    spelled = {ours: names.parameter(ours, source="internal", to="diffusers") for ours in state}
+    published.load_state_dict({k: v for ours in state for k, v in split_rows(state[ours], spelled[ours]).items()})
+    parameters = dict(published.named_parameters())
+    return {
+        ours: parameters[theirs] if theirs in parameters else Joined(parameters, theirs)
+        for ours, theirs in spelled.items()
+    }
 
 
 def _wan_reference(model: Backbone) -> Reference:
@@ -211,6 +237,31 @@ def _ltx_reference(model: Backbone) -> Reference:
     return Reference(run, weights, published)
 
 
+def _flux_reference(model: Backbone) -> Reference:
+    from tests.families.flux.pipeline import published as make
+
+    published = make()
+    weights = _diffusers("flux", published, model)
+
+    def run(x: Tensor, times: Tensor, text: Tensor, pooled: Tensor, *, layout: StreamLayout) -> Tensor:
+        ((channels, f, h, w),) = layout.shapes  # of images that stand one after the other: positions have an index
+        cut = (f, h // 2, w // 2)
+        tokens = x.view(-1, channels, f, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        velocity = published(
+            hidden_states=tokens,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=times[:, 0],
+            img_ids=torch.cartesian_prod(*map(torch.arange, cut)),
+            txt_ids=torch.zeros(text.shape[1], 3),
+            guidance=torch.full((len(x),), 3.5),
+            return_dict=False,
+        )[0]
+        return velocity.view(-1, *cut, channels, 2, 2).permute(0, 4, 1, 2, 5, 3, 6).flatten(1)
+
+    return Reference(run, weights, published)
+
+
 def _toy_reference(model: Backbone) -> Reference:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.reference import Reference as Formulas
@@ -233,6 +284,12 @@ def _write_wan(folder: Path) -> None:
 
 def _write_ltx(folder: Path) -> None:
     from tests.families.ltx.pipeline import write_pipeline
+
+    write_pipeline(folder)
+
+
+def _write_flux(folder: Path) -> None:
+    from tests.families.flux.pipeline import write_pipeline
 
     write_pipeline(folder)
 
@@ -269,6 +326,7 @@ CASES = {
     for case in (
         Case("wan", _wan, SMALL, (4, 4, 16, 16), _wan_reference, "cross_attn.k", _write_wan, (1, 9)),
         Case("ltx", _ltx, UNCUT, (4, 4, 8, 8), _ltx_reference, "attn2.to_k", _write_ltx, (1, 9)),
+        Case("flux", _flux, SMALL, (4, 4, 16, 16), _flux_reference, "txt.qkv", _write_flux, (1, 1)),
         Case("toy", _toy, SMALL, (4, 4, 16, 16), _toy_reference, "txt.qkv", _write_toy, (2, 8)),
     )
 }

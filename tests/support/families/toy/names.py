@@ -36,11 +36,11 @@ _LAYERS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 NAMES = Names(
     rows=(
         *(
-            Row(f"blocks.{{n}}.{i}", f"double_blocks.{{n}}.{o}", f"transformer_blocks.{{n}}.{d}")
+            Row(f"blocks.{{n}}.{i}", f"paired_blocks.{{n}}.{o}", f"paired_transformer_blocks.{{n}}.{d}")
             for i, (o, d) in _DOUBLE.items()
         ),
         *(
-            Row(f"blocks.s{{n}}.{i}", f"single_blocks.{{n}}.{o}", f"single_transformer_blocks.{{n}}.{d}")
+            Row(f"blocks.s{{n}}.{i}", f"mixed_blocks.{{n}}.{o}", f"mixed_transformer_blocks.{{n}}.{d}")
             for i, (o, d) in _SINGLE.items()
         ),
         Row("embed.img_in", "img_in", "x_embedder"),

@@ -236,7 +236,7 @@ class ParallelConfig:
     split: tuple[int, ...] = ()
     recompute: Literal["auto", "none", "full", "attention", "offload"] | Count = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    offload: bool = False
+    offload: bool | Count = False
     idle_expert: Literal["auto", "device", "host", "disk"] = "auto"
     timeout_minutes: Positive = 10.0
 

@@ -32,7 +32,7 @@ from transpixeler.parallel import mesh
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.planning import estimates, plan
+from transpixeler.planning import estimates, layouts, plan, text
 from transpixeler.runs import controls, opening
 from transpixeler.training import trainer
 
@@ -164,7 +164,7 @@ def test_a_layout_is_named_only_where_it_fits_and_is_what_the_config_would_be(la
         config = _with(large, way.settings)
         again = planned(config, device="4090", gpus=2)
         assert again.memory[str(again.recompute)] == way.memory
-        assert way.memory.total <= estimates.USABLE_MEMORY * 24 * plan.GIB
+        assert way.memory.total <= layouts.USABLE_MEMORY * 24 * plan.GIB
         assert again.seconds_step == pytest.approx(way.seconds)
     assert [way.seconds for way in made.fits] == sorted(way.seconds for way in made.fits)
 
@@ -175,11 +175,15 @@ def _with(config: Config, settings: Sequence[str]) -> Config:
     return replace(config, parallel=replace(config.parallel, **numbers))
 
 
+def _keys(way: layouts.Fit) -> set[str]:
+    return {setting if setting.startswith("model") else setting.partition("=")[0] for setting in way.settings}
+
+
 def test_a_small_card_gets_ways_to_make_room(large: Config) -> None:
     made = planned(large, device="4090", memory=5)
-    assert made.fits and all({"model.quantize=int8", "parallel.offload=true"} & set(w.settings) for w in made.fits)
+    assert made.fits and all({"model.quantize=int8", "parallel.offload"} & _keys(w) for w in made.fits)
     nothing = planned(large, device="4090", memory=1)
-    assert not nothing.fits and "no layout fits" in plan.text(nothing)
+    assert not nothing.fits and "no layout fits" in text.describe(nothing)
 
 
 def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:
@@ -257,12 +261,12 @@ def test_room_for_what_stages_receive_is_planned(large: Config) -> None:
 
 def test_no_layout_is_told_that_training_refuses() -> None:
     config = configfile.from_overrides(["parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"])
-    assert {layout.pipeline for layout in estimates.layouts(config, 30, 4)} == {1}
+    assert {layout.pipeline for layout in layouts.layouts(config, 30, 4)} == {1}
 
 
 def test_every_layout_of_some_gpus_divides_the_batch() -> None:
     config = configfile.from_overrides(["train.global_batch=6"])
-    found = list(estimates.layouts(config, 30, 12))
+    found = list(layouts.layouts(config, 30, 12))
     assert Layout(2, 6, 1) in found and Layout(1, 12, 1) not in found
     assert all(6 % layout.data == 0 and layout.pipeline * layout.data == 12 for layout in found)
 

@@ -23,6 +23,7 @@ from transpixeler.models.streams import Grid, StreamLayout, Tokens
 # full fine-tuning. A plain tuple: pipelining wants no other. Its first `carried` tensors are what blocks change: the
 # streams' tokens, and text that flows. Where RGB runs forward only, the companions' tokens come first, then RGB's.
 Flow = tuple[Tensor, ...]
+RunBlock = Callable[["Block", Flow, Tokens], Flow]
 QKV = tuple[Tensor, Tensor, Tensor, Flow]  # of the attention among streams, and what the rest of the block takes more
 
 
@@ -169,6 +170,7 @@ class Backbone(nn.Module, ABC):
     rgb_attends_aux: bool = True
     rgb_forward_only: bool = False  # RGB sees itself alone and nothing trained acts on it: it has no backward pass
     matmul_dtype: torch.dtype = torch.float32
+    run_block: RunBlock | None = None  # runs each block, where something is to be done before and after
 
     # -- to be given by each model
 
@@ -200,7 +202,7 @@ class Backbone(nn.Module, ABC):
             flow = self.divided(self.embed(*flow, layout=layout, dtype=self.matmul_dtype), layout)
         tokens = self.tokens(layout, flow[0].device)
         for block in self.block_list():
-            flow = block(flow, tokens)
+            flow = block(flow, tokens) if self.run_block is None else self.run_block(block, flow, tokens)
         return flow if self.head is None else self._end(flow, tokens, layout)
 
     def tokens(self, layout: StreamLayout, device: torch.device) -> Tokens:

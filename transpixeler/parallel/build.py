@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from transpixeler.config import Config
+from transpixeler.config import Config, ParallelConfig
 from transpixeler.models import lora, quantize
-from transpixeler.models.backbone import Backbone, apply_dtypes, set_trainable
+from transpixeler.models.backbone import Backbone, Block, apply_dtypes, set_trainable
 from transpixeler.models.costs import Costs
 from transpixeler.models.experts import Expert
 from transpixeler.models.streams import Scope
@@ -22,6 +22,7 @@ from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.devices import be_deterministic
 from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.swap import Swap
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -46,16 +47,43 @@ def build_engine(
     whole = shape(config, make, dtype, scopes=scopes)
     costs = Costs.of(whole, kept=False)
     ranges = pipeline.split_blocks(config.parallel, costs)
-    stages = []
+    away = shard.waiting_places(config.parallel, len(costs.blocks))
+    stages, waiting = [], []
     for index in pipeline.local_stages(config.parallel, mesh):
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         stage = pipeline.Stage(model)
-        shard.wrap(stage, model.block_list(), config.parallel, mesh)
-        stage.to_empty(device=torch.device("cpu") if config.parallel.offload else mesh.device)
+        blocks = dict(zip(ranges[index], model.block_list(), strict=True))
+        own = [block for place, block in blocks.items() if place in away]
+        shard.wrap(stage, model.block_list(), config.parallel, mesh, waiting=own)
+        _make_room(stage, own, config.parallel, mesh.device)
         fill(model, config, source, mesh.device)
         stages.append(stage)
-    return pipeline.Engine(stages, config.parallel, mesh, dtype, costs)
+        waiting += own
+    swap = _swap(stages, waiting, mesh.device) if shard.swaps(config.parallel, mesh.layout.shard) else None
+    return pipeline.Engine(stages, config.parallel, mesh, dtype, costs, swap)
+
+
+def _make_room(stage: pipeline.Stage, waiting: list[Block], config: ParallelConfig, device: torch.device) -> None:
+    """Give a stage memory, its waiting blocks the host's."""
+    model = stage.model
+    stage.to_empty(device=torch.device("cpu") if waiting or config.offload is True else device)
+    if waiting and config.offload is not True:  # memory of the host that nothing was written to costs nothing
+        for part in (model.embed, *model.block_list(), model.head):
+            if part is not None and part not in waiting:
+                part.to_empty(device=device)
+
+
+def _swap(stages: list[pipeline.Stage], waiting: list[Block], device: torch.device) -> Swap:
+    """Let a rank's stages bring in the weights that wait, and move all else of those blocks to the device."""
+    swap = Swap(waiting, device)
+    for block in waiting:
+        for tensor in (*block.parameters(), *block.buffers()):
+            if not swap.holds(tensor):
+                tensor.data = tensor.data.to(device)
+    for stage in stages:
+        stage.model.run_block = swap.run
+    return swap
 
 
 def build_engines(

@@ -26,6 +26,7 @@ from transpixeler.models.costs import Costs, block_flops
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import shard
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.swap import Swap
 
 SCHEDULES = {
     "gpipe": torch_schedules.ScheduleGPipe,
@@ -132,13 +133,20 @@ class Engine:
     """Stages of this rank, and how they work together with everyone else's."""
 
     def __init__(
-        self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype, costs: Costs
+        self,
+        stages: Sequence[Stage],
+        config: ParallelConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        costs: Costs,
+        swap: Swap | None = None,
     ) -> None:
         self.stages = list(stages)
         self.config = config
         self.mesh = mesh
         self.dtype = dtype
         self.costs = costs  # of the whole model
+        self.swap = swap  # where some blocks' weights wait in host memory
         self.sharded = shard.is_sharded(config, mesh)
         counts = [(p.numel(), p.requires_grad) for _, p in self.named_parameters()]
         trained = sum(n for n, trains in counts if trains)

@@ -186,6 +186,25 @@ def test_a_small_card_gets_ways_to_make_room(large: Config) -> None:
     assert not nothing.fits and "no layout fits" in text.describe(nothing)
 
 
+def test_no_more_blocks_wait_than_it_takes(large: Config) -> None:
+    made = planned(large, device="4090", memory=6.5)
+    (way,) = made.fits
+    said = dict(setting.split("=") for setting in way.settings)
+    count = int(said["parallel.offload"])
+    assert 2 < count < 30 and f"the weights of {count} of 30 blocks wait in host memory" in text.describe(made)
+    (more, less) = (_waiting_plan(large, way, number) for number in (count, count - 1))
+    assert more.memory[said["parallel.recompute"]] == way.memory
+    room = layouts.USABLE_MEMORY * 6.5 * plan.GIB
+    assert way.memory.total <= room < less.memory[said["parallel.recompute"]].total
+    assert more.seconds_step == way.seconds
+
+
+def _waiting_plan(config: Config, way: layouts.Fit, count: int) -> plan.Plan:
+    settings = [setting for setting in way.settings if "offload=" not in setting]
+    changed = _with(config, settings)
+    return planned(replace(changed, parallel=replace(changed.parallel, offload=count)), device="4090", memory=6.5)
+
+
 def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:
     whole, cut, staged = (
         planned(_with(large, s), device="h100", gpus=4).memory["full"]

@@ -90,6 +90,7 @@ def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) 
         (),
         ("parallel.recompute=attention", "optim.ema=0.9"),
         ("parallel.recompute=full", "train.micro_batch=4"),
+        ("parallel.recompute=full", "train.micro_batch=4", "parallel.keep_gb=0.02"),
         ("lora.enabled=false", "parallel.recompute=full"),
     ],
 )
@@ -203,6 +204,19 @@ def _waiting_plan(config: Config, way: layouts.Fit, count: int) -> plan.Plan:
     settings = [setting for setting in way.settings if "offload=" not in setting]
     changed = _with(config, settings)
     return planned(replace(changed, parallel=replace(changed.parallel, offload=count)), device="4090", memory=6.5)
+
+
+def test_a_budget_is_used_by_whole_blocks_and_never_exceeded(large: Config) -> None:
+    plain = planned(large, device="h100").memory["full"]
+    found = []
+    for budget in (2, 8, 30):
+        config = replace(large, parallel=replace(large.parallel, recompute="full", keep_gb=budget))
+        made = planned(config, device="h100")
+        found.append(max(kept.blocks for kept in made.kept_whole))
+        assert 0 <= made.memory["full"].activations - plain.activations <= budget * plan.GIB
+        assert "blocks of the first rank that recompute nothing: " in text.describe(made)
+        assert all("parallel.recompute=none" not in way.settings for way in made.fits)
+    assert found == sorted(set(found)), "the more it may take, the more blocks"
 
 
 def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:

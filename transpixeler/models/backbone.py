@@ -31,6 +31,7 @@ class Block(nn.Module, ABC):
     """One block; `recompute`, when set, decides what of `compute` is kept for the backward pass."""
 
     recompute: Callable[..., Flow] | None = None
+    keeps: Callable[[Flow, Tokens], bool] | None = None  # tells of which flows nothing is recomputed after all
     carried: int = 1  # tensors of the flow that it changes, the first ones; the same for all blocks of a model
     grouped: tuple[int, ...] = (1,)  # places in the flow of what has a row for each time group, [B, G, …]
     # its attentions: among streams, to text, or "joint": both in one; "image": to an image encoder's tokens
@@ -40,13 +41,16 @@ class Block(nn.Module, ABC):
         """Return the flow with its carried tensors changed."""
         if tokens.rgb_forward_only:
             return self._forward_only_rgb(flow, tokens)
-        if self.recompute is None:
+        if (recompute := self._recompute(flow, tokens)) is None:
             changed = self.compute(flow, tokens)
         else:
             tokens = tokens._replace(copy_scope=False)  # nothing is kept: copying saves nothing
             compute = self.compute if torch.compiler.is_compiling() else _Recomputed(self.compute)
-            changed = self.recompute(compute, flow, tokens)
+            changed = recompute(compute, flow, tokens)
         return (*changed, *flow[len(changed) :])
+
+    def _recompute(self, flow: Flow, tokens: Tokens) -> Callable[..., Flow] | None:
+        return None if self.keeps is not None and self.keeps(flow, tokens) else self.recompute
 
     def compute(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the carried tensors of the flow, changed."""
@@ -72,11 +76,11 @@ class Block(nn.Module, ABC):
 
     def _forward_only_rgb(self, flow: Flow, tokens: Tokens) -> Flow:
         """Run the companions, which see RGB's keys and values, and RGB, and text that flows, without autograd."""
-        if self.recompute is None:
+        if (recompute := self._recompute(flow, tokens)) is None:
             rest, q, k, v, *others = self.companions(flow, tokens)
         else:
             compute = self.companions if torch.compiler.is_compiling() else _Recomputed(self.companions)
-            rest, q, k, v, *others = self.recompute(compute, flow, tokens._replace(copy_scope=False))
+            rest, q, k, v, *others = recompute(compute, flow, tokens._replace(copy_scope=False))
         near, first = rgb_part(flow, tokens, self), tokens.rgb()
         with torch.no_grad():
             seen = self_attention(q, k, v, first, self.text_lengths(near))

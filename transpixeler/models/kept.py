@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,15 @@ class Kept(NamedTuple):
 
     def bytes(self, lengths: Sequence[int]) -> float:
         return self.fixed + sum(each * length for each, length in zip(self.by_stream, lengths, strict=True))
+
+
+def fitting(kept: Sequence[Kept], lengths: Sequence[int], room: float) -> int:
+    """Count the last blocks that together keep no more than `room` bytes of a sample.
+
+    The last ones, because their memory is free again before the first block is recomputed.
+    """
+    sums = accumulate(each.bytes(lengths) for each in reversed(kept))
+    return sum(held <= room for held in sums)
 
 
 class KeptBytes(NamedTuple):

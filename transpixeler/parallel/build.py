@@ -21,6 +21,7 @@ from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.devices import be_deterministic
 from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait
+from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.swap import Swap
 
@@ -45,7 +46,7 @@ def build_engine(
         be_deterministic()
     dtype = compute_dtype(config, mesh.device)
     whole = shape(config, make, dtype, scopes=scopes)
-    costs = Costs.of(whole, kept=False)
+    costs = Costs.of(whole, kept=config.parallel.keep_gb > 0)
     ranges = pipeline.split_blocks(config.parallel, costs)
     away = shard.waiting_places(config.parallel, len(costs.blocks))
     stages, waiting = [], []
@@ -60,8 +61,10 @@ def build_engine(
         fill(model, config, source, mesh.device)
         stages.append(stage)
         waiting += own
+    places = [place for index in pipeline.local_stages(config.parallel, mesh) for place in ranges[index]]
+    keeping = _keeping(stages, places, config.parallel, mesh, costs) if config.parallel.keep_gb else None
     swap = _swap(stages, waiting, mesh.device) if shard.swaps(config.parallel, mesh.layout.shard) else None
-    return pipeline.Engine(stages, config.parallel, mesh, dtype, costs, swap)
+    return pipeline.Engine(stages, config.parallel, mesh, dtype, costs, swap, keeping)
 
 
 def _make_room(stage: pipeline.Stage, waiting: list[Block], config: ParallelConfig, device: torch.device) -> None:
@@ -72,6 +75,16 @@ def _make_room(stage: pipeline.Stage, waiting: list[Block], config: ParallelConf
         for part in (model.embed, *model.block_list(), model.head):
             if part is not None and part not in waiting:
                 part.to_empty(device=device)
+
+
+def _keeping(
+    stages: list[pipeline.Stage], places: list[int], config: ParallelConfig, mesh: Mesh, costs: Costs
+) -> Keeping:
+    """Let as many blocks of a rank keep everything as fit `parallel.keep_gb`. places: the rank's, in the model."""
+    compiled = shard.wants_compile(config, mesh.device)
+    kept = [costs.kept[place].compiled if compiled else costs.kept[place].eager for place in places]
+    blocks = [block for stage in stages for block in stage.model.block_list()]
+    return Keeping(blocks, kept, config.keep_gb * 2**30)
 
 
 def _swap(stages: list[pipeline.Stage], waiting: list[Block], device: torch.device) -> Swap:

@@ -54,9 +54,17 @@ def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
             f"parallel.recompute: attention does not go with parallel.schedule={config.schedule}, which runs the "
             "backward pass in two parts; set full or none"
         )
+    if config.keep_gb and (config.recompute == "none" or isinstance(config.recompute, int)):
+        raise UserError(
+            f"parallel.keep_gb: {config.keep_gb:g} chooses the blocks that recompute nothing, and so does "
+            f"parallel.recompute={config.recompute}; set keep_gb=0, or recompute to what the other blocks "
+            "do: attention, full or offload"
+        )
     if config.recompute != "auto":
         return config.recompute
-    return "none" if device.type != "cuda" else "full" if split else "attention"
+    if device.type != "cuda":
+        return "full" if config.keep_gb else "none"
+    return "full" if split else "attention"
 
 
 def splits_backward(config: ParallelConfig) -> bool:

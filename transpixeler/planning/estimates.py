@@ -17,10 +17,11 @@ from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.models import costs
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import Costs
+from transpixeler.models.kept import fitting
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.experts import DEVICE_SHARE
 from transpixeler.parallel.mesh import Layout
-from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count
+from transpixeler.parallel.pipeline import in_flight, split_blocks, stage_count
 from transpixeler.parallel.shard import reduces_often, waiting_places
 from transpixeler.parallel.swap import SLOTS
 
@@ -72,6 +73,13 @@ class Machine:
     memory: float  # bytes of one GPU
     flops: float  # a second at its peak
     kind: str = "cuda"
+
+
+class KeptWhole(NamedTuple):
+    """Blocks of a rank that recompute nothing, and the bytes that this takes more."""
+
+    blocks: int
+    bytes: int
 
 
 class Part(NamedTuple):
@@ -146,7 +154,11 @@ class Estimate:
             own = ranges[rank :: layout.pipeline]
             stages = [self._stage(own_range, ranges) for own_range in own]
             blocks = sum(len(r) for r in own)
-            kept = max(self._activations(load, layout, rank, blocks, recompute) for load in loads)
+            kept = max(
+                self._activations(load, layout, rank, blocks, recompute)
+                + self.kept_whole(load, layout, rank, recompute).bytes
+                for load in loads
+            )
             found.append(self._state(stages, self._waiting(own), layout, kept))
         return max(found, key=lambda memory: memory.total)
 
@@ -237,6 +249,22 @@ class Estimate:
         received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden
         return int(micro * (max(work, head) + held * kept + outer) + received + share * self._example(load.layout))
 
+    def kept_whole(self, load: Load, layout: Layout, rank: int, recompute: costs.Recompute) -> KeptWhole:
+        """Return the blocks of a pipeline rank that recompute nothing, and what that takes more than without."""
+        budget = self.config.parallel.keep_gb * 2**30
+        if not budget or recompute == "none" or isinstance(recompute, int):
+            return KeptWhole(0, 0)
+        micro, lengths = self.micro_batch(load, layout), load.layout.lengths
+        count = self.config.train.global_batch // layout.data // micro
+        at_once = micro * in_flight(self.config.parallel, layout.pipeline, rank, count)
+        places = [place for own in self._ranges(layout)[rank :: layout.pipeline] for place in own]
+        compiled = self.compiled and recompute != "offload"
+        kept = [self.costs.kept[place].compiled if compiled else self.costs.kept[place].eager for place in places]
+        blocks = fitting(kept, lengths, budget / at_once)
+        held = at_once * sum(each.bytes(lengths) for each in kept[len(kept) - blocks :])
+        one = micro * max(each.bytes(lengths) for each in kept)  # that is computed anew, after those are done with
+        return KeptWhole(blocks, int(max(0, held - one)))
+
     def _of_blocks(self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute) -> int:
         compiled = self.compiled and recompute != "offload"  # hooks on saved tensors cannot be compiled
         return costs.activation_bytes(
@@ -302,18 +330,6 @@ def optimizer_bytes(config: OptimConfig, part: Part) -> int:
     """Return bytes of optimizer state; an unknown optimizer is taken to keep two moments."""
     per = part.trainable_bytes // part.trainable if part.trainable else 0
     return int(part.trainable * STATE_BYTES.get(config.name.lower(), STATE_BYTES["adamw"])(per, config))
-
-
-def in_flight(config: ParallelConfig, pipeline: int, rank: int, count: int) -> float:
-    """Return how many microbatches' activations a pipeline rank holds at a time, at most."""
-    if pipeline == 1:
-        return 1
-    if config.schedule in INTERLEAVED:
-        pieces = stage_count(replace(config, pipeline=pipeline)) // pipeline
-        return min(count * pieces, 2 * (pipeline - rank - 1) + (pieces - 1) * pipeline + 1) / pieces
-    if config.schedule == "gpipe" or count < pipeline:
-        return count
-    return min(count, pipeline - rank)
 
 
 def receive_buffers(config: ParallelConfig, pipeline: int, rank: int) -> int:

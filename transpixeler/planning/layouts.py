@@ -43,11 +43,16 @@ def fits(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fi
     """Return the fastest fitting way of each layout, the best first; nothing where nothing fits."""
     found = []
     for layout in layouts(estimate.config, len(estimate.costs.blocks), machine.gpus):
-        ways = [way(estimate, loads, layout, mode, machine) for mode in RECOMPUTE_MODES]
+        ways = [way(estimate, loads, layout, mode, machine) for mode in _modes(estimate.config)]
         fitting = [fit for fit in ways if fit.memory.total <= USABLE_MEMORY * machine.memory]
         if fitting:
             found.append(min(fitting, key=lambda fit: (fit.seconds, fit.memory.total)))
     return sorted(found, key=lambda fit: (fit.seconds, fit.memory.total))
+
+
+def _modes(config: Config) -> tuple[str, ...]:
+    """Return the words of `parallel.recompute` that go with the rest of a config."""
+    return RECOMPUTE_MODES[1:] if config.parallel.keep_gb else RECOMPUTE_MODES
 
 
 def fits_by_waiting(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
@@ -55,7 +60,7 @@ def fits_by_waiting(estimate: Estimate, loads: Sequence[Load], machine: Machine)
     found = []
     for layout in layouts(estimate.config, len(estimate.costs.blocks), machine.gpus):
         if estimate.config.lora.enabled or layout.shard > 1:
-            ways = (_fewest_waiting(estimate, loads, layout, mode, machine) for mode in RECOMPUTE_MODES)
+            ways = (_fewest_waiting(estimate, loads, layout, mode, machine) for mode in _modes(estimate.config))
             fitting = [way for way in ways if way]
             found += [min(fitting, key=lambda fit: (fit.seconds, fit.memory.total))] if fitting else []
     return sorted(found, key=lambda fit: (fit.seconds, fit.memory.total))

@@ -33,7 +33,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning import estimates
-from transpixeler.planning.estimates import Estimate, Load, Machine, Memory, Part
+from transpixeler.planning.estimates import Estimate, KeptWhole, Load, Machine, Memory, Part
 from transpixeler.planning.layouts import RECOMPUTE_MODES, Fit, fits, fits_by_waiting
 from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
 from transpixeler.training import preflight
@@ -78,6 +78,7 @@ class Plan:
     flop_step: float  # of all ranks, with recomputation
     seconds_step: float
     recompute: str | int  # the config's, with `auto` resolved
+    kept_whole: tuple[KeptWhole, ...]  # on the first rank, in each bucket
     memory: Mapping[str, Memory]  # by `parallel.recompute`
     cache_latents: int
     cache_texts: int
@@ -120,6 +121,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         flop_step=estimate.flops(loads, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
+        kept_whole=tuple(estimate.kept_whole(load, layout, 0, mode) for load in loads),
         memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *RECOMPUTE_MODES])},
         cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (train, evaluation)),
         cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
@@ -302,6 +304,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         "seconds": {"step": plan.seconds_step or None, "all": plan.seconds_step * plan.steps or None,
                     "scan": plan.scan_seconds},
         "recompute": plan.recompute,
+        "kept_whole": [kept._asdict() for kept in plan.kept_whole],
         "memory": {mode: memory._asdict() | {"total": memory.total} for mode, memory in plan.memory.items()},
         "cache": {"latents": plan.cache_latents, "texts": plan.cache_texts},
         "layouts": [

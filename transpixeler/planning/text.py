@@ -32,6 +32,10 @@ def _head(plan: Plan) -> list[str]:
         "cache": f"{_bytes(plan.cache_latents)} of latents, about {_bytes(plan.cache_texts)} of texts",
         "scan": f"{plan.scan_seconds:.2g} s to probe the files",
     }
+    if config.parallel.keep_gb:
+        kept = zip(plan.rows, plan.kept_whole, strict=True)
+        each = [f"{whole.blocks} at {row.bucket}, for {_bytes(whole.bytes)} more" for row, whole in kept]
+        lines["keeps"] = f"blocks of the first rank that recompute nothing: {'; '.join(each)}"
     told = [f"{name:8} {said}" for name, said in lines.items()]
     of_experts = plan.experts.lines(run=config.train.expert_steps)
     if len(plan.experts.experts) > 1:

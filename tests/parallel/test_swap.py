@@ -17,7 +17,7 @@ from transpixeler.models.lora import is_base
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime, shard, swap
 from transpixeler.parallel.build import build_engine
-from transpixeler.training import preflight
+from transpixeler.training import overview, preflight
 
 FAMILIES = ("wan", "toy")  # the toy's blocks are of two kinds, and carry text
 ONE = layout(1, 1, 1)
@@ -102,6 +102,7 @@ def _watched(rank: int, world_size: int, overrides: tuple[str, ...], slots: int)
     return {
         "most": max(map(len, watch.seen)), "came": (trained, len(came) - trained), "out": out[1], "held": held,
         "each": [waiting.bytes for waiting in engine.swap.waiting],
+        "said": overview.memory_lines(config, engine),
         "left": sum(waiting.held for waiting in engine.swap.waiting),
         "frozen": [sum(p.numel() * p.element_size() for p in weights) for weights in watch.base],
     }  # fmt: skip
@@ -116,6 +117,7 @@ def watched(*overrides: str, slots: int = 2) -> dict[str, Any]:
 def test_two_blocks_at_a_time_are_on_the_device(recompute: str) -> None:
     found = watched("parallel.offload=6", f"parallel.recompute={recompute}")
     assert found["most"] == 2
+    assert found["said"]["offload"].startswith("the weights of 6 of 6 blocks wait in host memory, ")
     assert sum(size > 0 for size in found["held"]) == 2 and not found["left"]
     assert all(0 <= room - size < 0.1 * size for room, size in zip(found["each"], found["frozen"])), (
         "whole, and no more"

@@ -91,6 +91,11 @@ class Swap:
         self._here: list[int] = []  # places of those on the device; the one that was needed last is last
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of host memory that its blocks take."""
+        return sum(waiting.bytes for waiting in self.waiting)
+
     def holds(self, weight: Tensor) -> bool:
         return any(weight is other for waiting in self.waiting for other in waiting.weights)
 

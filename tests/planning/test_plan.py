@@ -207,16 +207,18 @@ def _waiting_plan(config: Config, way: layouts.Fit, count: int) -> plan.Plan:
 
 
 def test_a_budget_is_used_by_whole_blocks_and_never_exceeded(large: Config) -> None:
-    plain = planned(large, device="h100").memory["full"]
-    found = []
+    full = planned(replace(large, parallel=replace(large.parallel, recompute="full")), device="h100")
+    plain, seconds, found = full.memory["full"], [full.seconds_step], []
     for budget in (2, 8, 30):
         config = replace(large, parallel=replace(large.parallel, recompute="full", keep_gb=budget))
         made = planned(config, device="h100")
         found.append(max(kept.blocks for kept in made.kept_whole))
         assert 0 <= made.memory["full"].activations - plain.activations <= budget * plan.GIB
+        seconds.append(made.seconds_step)
         assert "blocks of the first rank that recompute nothing: " in text.describe(made)
         assert all("parallel.recompute=none" not in way.settings for way in made.fits)
     assert found == sorted(set(found)), "the more it may take, the more blocks"
+    assert seconds == sorted(set(seconds), reverse=True), "and the less is computed anew"
 
 
 def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:

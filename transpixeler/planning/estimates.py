@@ -283,14 +283,19 @@ class Estimate:
 
     # -- time
 
-    def flops(self, loads: Sequence[Load], recompute: costs.Recompute = "none") -> float:
+    def flops(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute = "none") -> float:
         """Return FLOPs of a mean step, on all ranks."""
-        full, steps = not self.config.lora.enabled, sum(load.steps for load in loads)
-        each = (
-            load.steps * costs.step_flops(self.costs, load.layout.lengths, recompute=recompute, full=full)
-            for load in loads
-        )
+        steps = sum(load.steps for load in loads)
+        each = (load.steps * self.sample_flops(load, layout, recompute) for load in loads)
         return self.config.train.global_batch * sum(each) / steps
+
+    def sample_flops(self, load: Load, layout: Layout, recompute: costs.Recompute) -> float:
+        """Return FLOPs of one sample's step; blocks that `parallel.keep_gb` lets keep everything recompute nothing."""
+        full, lengths = not self.config.lora.enabled, load.layout.lengths
+        all_of_it = costs.step_flops(self.costs, lengths, recompute=recompute, full=full)
+        kept = sum(self.kept_whole(load, layout, rank, recompute).blocks for rank in range(layout.pipeline))
+        least = costs.step_flops(self.costs, lengths, full=full) if kept else 0.0
+        return all_of_it - kept / len(self.costs.blocks) * (all_of_it - least)
 
     def seconds(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute, machine: Machine) -> float:
         """Return seconds of a mean step; 0 where the machine's peak is not known.
@@ -304,7 +309,7 @@ class Estimate:
         ranges = self._ranges(layout)
         uneven = max(map(len, ranges)) * len(ranges) / len(self.costs.blocks)
         waiting = (passes + layout.pipeline - 1) / passes
-        work = self.flops(loads, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
+        work = self.flops(loads, layout, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
         if recompute == "offload":
             work += self._offloaded_inputs(loads) / layout.data / HOST_LINK
         whole = self._whole()

@@ -25,7 +25,6 @@ from transpixeler.data.survey import Survey, survey
 from transpixeler.flow import objective
 from transpixeler.flow.experts import Split
 from transpixeler.models.backbone import Backbone
-from transpixeler.models.costs import step_flops
 from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model
 from transpixeler.models.geometry import Geometry
@@ -118,7 +117,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         steps_epoch=sum(load.steps for load in loads),
         steps=total_steps(config, order),
         whole_epochs=total_steps(config, order) == order.first_step(config.train.epochs),
-        flop_step=estimate.flops(loads, mode),
+        flop_step=estimate.flops(loads, layout, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
         kept_whole=tuple(estimate.kept_whole(load, layout, 0, mode) for load in loads),
@@ -193,8 +192,7 @@ def _loads(config: Config, geometry: Geometry, order: Order, train: Dataset) -> 
 
 
 def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
-    full = not estimate.config.lora.enabled
-    flop = step_flops(estimate.costs, load.layout.lengths, recompute=mode, full=full)
+    flop = estimate.sample_flops(load, layout, mode)
     items = [item for item in train.items if item.bucket == load.bucket]
     seen = sum(item.repeats for item in items)
     micro_batch = estimate.micro_batch(load, layout)

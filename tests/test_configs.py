@@ -16,8 +16,12 @@ import yaml
 from tests.support.models import wan_model
 from transpixeler import configfile
 from transpixeler.config import Config
+from transpixeler.data.buckets import Bucket
 from transpixeler.models import lora
-from transpixeler.parallel import mesh
+from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel import build, mesh
+from transpixeler.planning.estimates import Estimate, Load
+from transpixeler.planning.layouts import USABLE_MEMORY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REFERENCE = CONFIGS / "reference.yaml"
@@ -213,6 +217,17 @@ def test_a_shipped_adapter_fits_wan_and_has_the_parameters_that_are_said(name: s
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert round(count / 1e6) == trained
     assert f"# {trained} M parameters" in (CONFIGS / f"wan2.1-t2v-{name}.yaml").read_text(encoding="utf-8")
+
+
+def test_the_14b_on_a_small_card_holds_what_is_said() -> None:
+    config = shipped("14b-24gb")
+    streams = tuple(config.streams)
+    model = build.shape(config, lambda: wan_model(WAN | SIZES["14b"], streams=streams), torch.bfloat16)
+    estimate = Estimate.of(model, config, dtype=torch.bfloat16, compiled=False)
+    load = Load(Bucket(33, 480, 832), StreamLayout.equal(streams, (16, 9, 60, 104), (1, 2, 2)), 1)
+    memory = estimate.memory([load], mesh.Layout(1, 1, 1), config.parallel.recompute).total
+    assert f"{memory / 1e9:.1f} GB in all" in (CONFIGS / "wan2.1-t2v-14b-24gb.yaml").read_text(encoding="utf-8")
+    assert memory < USABLE_MEMORY * 24 * 2**30
 
 
 @pytest.mark.parametrize(("name", "trained"), [("joint", 138), ("24gb", 69)])

@@ -86,6 +86,25 @@ def test_offloaded_blocks_stream_and_train(here: Runtime) -> None:
     assert alike(gradients(here), gradients(here, "parallel.offload=true", "parallel.recompute=full")) > 0.999
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "offload"])
+@pytest.mark.parametrize("more", [(), ("model.quantize=int8",), ("parallel.compile=on",)])
+def test_swapped_blocks_are_copied_in_time(here: Runtime, recompute: str, more: tuple[str, ...]) -> None:
+    """A copy that came too late, or over weights still in use, would show in every gradient."""
+    how = (f"parallel.recompute={recompute}", *more)
+    if recompute == "offload" and "parallel.compile=on" in more:
+        pytest.skip("that cannot be compiled")
+    for count in (3, 6):
+        assert alike(gradients(here, *how), gradients(here, *how, f"parallel.offload={count}")) > 0.9999
+
+
+def test_swapped_blocks_leave_the_gpu(here: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"ffn_dim": 4096, "num_layers": 24}.items():
+        monkeypatch.setitem(tiny.WAN, key, value)
+    gradients(here)
+    kept, waiting = (peak(here, "parallel.recompute=full", f"parallel.offload={count}") for count in ("false", "24"))
+    assert waiting < kept / 2
+
+
 def peak(here: Runtime, *overrides: str) -> float:
     """Bytes at most of a step, without what was held before."""
     gc.collect()

@@ -252,8 +252,8 @@ def _memory(table: Table, migration: Migration) -> None:
         table.take("partition_method")  # an empty parallel.split is balanced too
     table.leave("partition_method", "parallel.split gives the blocks of each stage")
     if "blocks_to_swap" in table.values:
-        migration.set("parallel.offload", bool(table.take("blocks_to_swap")))
-        migration.notes.append("blocks_to_swap is now parallel.offload, which streams all blocks from host memory")
+        swapped = table.take("blocks_to_swap") or False  # in full fine-tuning all weights wait, or none
+        migration.set("parallel.offload", swapped if migration.get("lora.enabled") else bool(swapped))
     if table.values.get("lr_scheduler") not in (None, "constant", "linear", "cosine"):
         table.leave("lr_scheduler", "optim.schedule is constant, linear or cosine")
 

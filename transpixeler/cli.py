@@ -201,11 +201,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     import json
 
-    from transpixeler.planning import plan
+    from transpixeler.planning import plan, text
 
     asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
     made = plan.make_plan(config, *plan.find_machine(config, **asked))
-    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else printable(plan.text(made)))
+    print(
+        json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else printable(text.describe(made))
+    )
     return 0
 
 

@@ -235,8 +235,9 @@ class ParallelConfig:
     stages_per_rank: Count = 2
     split: tuple[int, ...] = ()
     recompute: Literal["auto", "none", "full", "attention", "offload"] | Count = "auto"
+    keep_gb: NonNegative = 0.0
     compile: Literal["auto", "on", "off"] = "auto"
-    offload: bool = False
+    offload: bool | Count = False
     idle_expert: Literal["auto", "device", "host", "disk"] = "auto"
     timeout_minutes: Positive = 10.0
 

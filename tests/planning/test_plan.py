@@ -32,7 +32,7 @@ from transpixeler.parallel import mesh
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.planning import estimates, plan
+from transpixeler.planning import estimates, layouts, plan, text
 from transpixeler.runs import controls, opening
 from transpixeler.training import trainer
 
@@ -90,6 +90,7 @@ def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) 
         (),
         ("parallel.recompute=attention", "optim.ema=0.9"),
         ("parallel.recompute=full", "train.micro_batch=4"),
+        ("parallel.recompute=full", "train.micro_batch=4", "parallel.keep_gb=0.02"),
         ("lora.enabled=false", "parallel.recompute=full"),
     ],
 )
@@ -164,7 +165,7 @@ def test_a_layout_is_named_only_where_it_fits_and_is_what_the_config_would_be(la
         config = _with(large, way.settings)
         again = planned(config, device="4090", gpus=2)
         assert again.memory[str(again.recompute)] == way.memory
-        assert way.memory.total <= estimates.USABLE_MEMORY * 24 * plan.GIB
+        assert way.memory.total <= layouts.USABLE_MEMORY * 24 * plan.GIB
         assert again.seconds_step == pytest.approx(way.seconds)
     assert [way.seconds for way in made.fits] == sorted(way.seconds for way in made.fits)
 
@@ -175,11 +176,49 @@ def _with(config: Config, settings: Sequence[str]) -> Config:
     return replace(config, parallel=replace(config.parallel, **numbers))
 
 
+def _keys(way: layouts.Fit) -> set[str]:
+    return {setting if setting.startswith("model") else setting.partition("=")[0] for setting in way.settings}
+
+
 def test_a_small_card_gets_ways_to_make_room(large: Config) -> None:
     made = planned(large, device="4090", memory=5)
-    assert made.fits and all({"model.quantize=int8", "parallel.offload=true"} & set(w.settings) for w in made.fits)
+    assert made.fits and all({"model.quantize=int8", "parallel.offload"} & _keys(w) for w in made.fits)
     nothing = planned(large, device="4090", memory=1)
-    assert not nothing.fits and "no layout fits" in plan.text(nothing)
+    assert not nothing.fits and "no layout fits" in text.describe(nothing)
+
+
+def test_no_more_blocks_wait_than_it_takes(large: Config) -> None:
+    made = planned(large, device="4090", memory=6.5)
+    (way,) = made.fits
+    said = dict(setting.split("=") for setting in way.settings)
+    count = int(said["parallel.offload"])
+    assert 2 < count < 30 and f"the weights of {count} of 30 blocks wait in host memory" in text.describe(made)
+    (more, less) = (_waiting_plan(large, way, number) for number in (count, count - 1))
+    assert more.memory[said["parallel.recompute"]] == way.memory
+    room = layouts.USABLE_MEMORY * 6.5 * plan.GIB
+    assert way.memory.total <= room < less.memory[said["parallel.recompute"]].total
+    assert more.seconds_step == way.seconds
+
+
+def _waiting_plan(config: Config, way: layouts.Fit, count: int) -> plan.Plan:
+    settings = [setting for setting in way.settings if "offload=" not in setting]
+    changed = _with(config, settings)
+    return planned(replace(changed, parallel=replace(changed.parallel, offload=count)), device="4090", memory=6.5)
+
+
+def test_a_budget_is_used_by_whole_blocks_and_never_exceeded(large: Config) -> None:
+    full = planned(replace(large, parallel=replace(large.parallel, recompute="full")), device="h100")
+    plain, seconds, found = full.memory["full"], [full.seconds_step], []
+    for budget in (2, 8, 30):
+        config = replace(large, parallel=replace(large.parallel, recompute="full", keep_gb=budget))
+        made = planned(config, device="h100")
+        found.append(max(kept.blocks for kept in made.kept_whole))
+        assert 0 <= made.memory["full"].activations - plain.activations <= budget * plan.GIB
+        seconds.append(made.seconds_step)
+        assert "blocks of the first rank that recompute nothing: " in text.describe(made)
+        assert all("parallel.recompute=none" not in way.settings for way in made.fits)
+    assert found == sorted(set(found)), "the more it may take, the more blocks"
+    assert seconds == sorted(set(seconds), reverse=True), "and the less is computed anew"
 
 
 def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:
@@ -257,12 +296,12 @@ def test_room_for_what_stages_receive_is_planned(large: Config) -> None:
 
 def test_no_layout_is_told_that_training_refuses() -> None:
     config = configfile.from_overrides(["parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"])
-    assert {layout.pipeline for layout in estimates.layouts(config, 30, 4)} == {1}
+    assert {layout.pipeline for layout in layouts.layouts(config, 30, 4)} == {1}
 
 
 def test_every_layout_of_some_gpus_divides_the_batch() -> None:
     config = configfile.from_overrides(["train.global_batch=6"])
-    found = list(estimates.layouts(config, 30, 12))
+    found = list(layouts.layouts(config, 30, 12))
     assert Layout(2, 6, 1) in found and Layout(1, 12, 1) not in found
     assert all(6 % layout.data == 0 and layout.pipeline * layout.data == 12 for layout in found)
 

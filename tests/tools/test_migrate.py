@@ -226,6 +226,14 @@ def test_what_is_said_stands(home: Path, capsys) -> None:
     assert config.lora.targets == LoraConfig().targets and "cross_attn.k and .v" in capsys.readouterr().out
 
 
+def test_blocks_to_swap_are_blocks_that_wait(home: Path) -> None:
+    (home / "configs/train.toml").write_text("blocks_to_swap = 20\n" + TRAIN)
+    assert migrated(home).parallel.offload == 20
+    (home / "configs/train.toml").write_text("blocks_to_swap = 20\n" + TRAIN.replace("[adapter]", "[gone]"))
+    (home / "ours.yaml").unlink()
+    assert migrated(home).parallel.offload is True
+
+
 def test_one_stream_with_an_adapter_has_scope_all(home: Path) -> None:
     (home / "configs/pairs.toml").write_text('enable_ar_bucket = false\n[[directory]]\npath = "clips/a"\n')
     config = migrated(home)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar, Protocol, cast
 
 import torch
@@ -24,6 +25,7 @@ from transpixeler.models.streams import Grid, StreamLayout, Tokens
 # full fine-tuning. A plain tuple: pipelining wants no other. Its first `carried` tensors are what blocks change: the
 # streams' tokens, and text that flows. Where RGB runs forward only, the companions' tokens come first, then RGB's.
 Flow = tuple[Tensor, ...]
+RunBlock = Callable[["Block", Flow, Tokens], Flow]
 QKV = tuple[Tensor, Tensor, Tensor, Flow]  # of the attention among streams, and what the rest of the block takes more
 
 
@@ -31,6 +33,7 @@ class Block(nn.Module, ABC):
     """One block; `recompute`, when set, decides what of `compute` is kept for the backward pass."""
 
     recompute: Callable[..., Flow] | None = None
+    keeps: Callable[[Flow, Tokens], bool] | None = None  # tells of which flows nothing is recomputed after all
     carried: int = 1  # tensors of the flow that it changes, the first ones; the same for all blocks of a model
     grouped: tuple[int, ...] = (1,)  # places in the flow of what has a row for each time group, [B, G, …]
     # its attentions: among streams, to text, or "joint": both in one; "image": to an image encoder's tokens
@@ -42,13 +45,16 @@ class Block(nn.Module, ABC):
             return self._beside_known_rgb(flow, tokens)
         if tokens.rgb_forward_only:
             return self._forward_only_rgb(flow, tokens)
-        if self.recompute is None:
+        if (recompute := self._recompute(flow, tokens)) is None:
             changed = self.compute(flow, tokens)
         else:
             tokens = tokens._replace(copy_scope=False)  # nothing is kept: copying saves nothing
             compute = self.compute if torch.compiler.is_compiling() else _Recomputed(self.compute)
-            changed = self.recompute(compute, flow, tokens)
+            changed = recompute(compute, flow, tokens)
         return (*changed, *flow[len(changed) :])
+
+    def _recompute(self, flow: Flow, tokens: Tokens) -> Callable[..., Flow] | None:
+        return None if self.keeps is not None and self.keeps(flow, tokens) else self.recompute
 
     def compute(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the carried tensors of the flow, changed."""
@@ -74,11 +80,11 @@ class Block(nn.Module, ABC):
 
     def _forward_only_rgb(self, flow: Flow, tokens: Tokens) -> Flow:
         """Run the companions, which see RGB's keys and values, and RGB, and text that flows, without autograd."""
-        if self.recompute is None:
+        if (recompute := self._recompute(flow, tokens)) is None:
             rest, q, k, v, *others = self.companions(flow, tokens)
         else:
             compute = self.companions if torch.compiler.is_compiling() else _Recomputed(self.companions)
-            rest, q, k, v, *others = self.recompute(compute, flow, tokens._replace(copy_scope=False))
+            rest, q, k, v, *others = recompute(compute, flow, tokens._replace(copy_scope=False))
         near, first = rgb_part(flow, tokens, self), tokens.rgb()
         known = (k, v) if tokens.rgb_returned else ()
         with torch.no_grad():
@@ -183,6 +189,7 @@ class Backbone(nn.Module, ABC):
     rgb_forward_only: bool = False  # RGB sees itself alone and nothing trained acts on it: it has no backward pass
     rgb_memory: RgbMemory | None = None  # where RGB is the same in several forward passes: its keys and values
     matmul_dtype: torch.dtype = torch.float32
+    run_block: RunBlock | None = None  # runs each block, where something is to be done before and after
 
     # -- to be given by each model
 
@@ -213,12 +220,16 @@ class Backbone(nn.Module, ABC):
         if self.embed is not None:
             flow = self.divided(self.embed(*flow, layout=layout, dtype=self.matmul_dtype), layout)
         tokens = self.tokens(layout, flow[0].device)
+        runs = [partial(self._run, block) for block in self.block_list()]
         if self.rgb_memory is not None:
-            flow, tokens = self.rgb_memory.run(self.block_list(), flow, tokens)
+            flow, tokens = self.rgb_memory.run(runs, flow, tokens)
         else:
-            for block in self.block_list():
-                flow = block(flow, tokens)
+            for run in runs:
+                flow = run(flow, tokens)
         return flow if self.head is None else self._end(flow, tokens, layout)
+
+    def _run(self, block: Block, flow: Flow, tokens: Tokens) -> Flow:
+        return block(flow, tokens) if self.run_block is None else self.run_block(block, flow, tokens)
 
     def tokens(self, layout: StreamLayout, device: torch.device) -> Tokens:
         """Return what blocks must know of the sequence and of how this model runs it."""

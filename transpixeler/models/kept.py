@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,15 @@ class Copies(NamedTuple):
 
     def bytes(self, tokens: int, weight: float) -> float:
         return (weight - 1) * self.each + self.fixed + self.by_token * tokens
+
+
+def fitting(kept: Sequence[Kept], lengths: Sequence[int], room: float) -> int:
+    """Count the last blocks that together keep no more than `room` bytes of a sample.
+
+    The last ones, because their memory is free again before the first block is recomputed.
+    """
+    sums = accumulate(each.bytes(lengths) for each in reversed(kept))
+    return sum(held <= room for held in sums)
 
 
 class KeptBytes(NamedTuple):

@@ -203,6 +203,11 @@ def is_adapter(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B", ".lora_magnitude")) or ".stream_embedding." in f".{name}"
 
 
+def is_base(name: str) -> bool:
+    """Tell whether a parameter is the base's; norms of the base's rows, which are small, belong to the adapter."""
+    return not is_adapter(name) and not name.endswith(".weight_norm")
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
 
@@ -280,7 +285,8 @@ def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assi
         if module.lora_magnitude is not None and f"{name}{MAGNITUDE}" not in tensors:
             down = tensors[f"{name}.lora_A"].to(module.lora_B.device, torch.float32)
             low = module.scale * _local(module.lora_B) @ down
-            _copy(_local(module.lora_magnitude), torch.linalg.vector_norm(_local_weight(module) + low, dim=1))
+            weight = _local_weight(module).to(low.device)  # which may wait in host memory
+            _copy(_local(module.lora_magnitude), torch.linalg.vector_norm(weight + low, dim=1))
 
 
 def _lives_here(model: Backbone, name: str) -> bool:

@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from transpixeler.config import Config
+from transpixeler.config import Config, ParallelConfig
 from transpixeler.models import lora, quantize
-from transpixeler.models.backbone import Backbone, apply_dtypes, set_trainable
+from transpixeler.models.backbone import Backbone, Block, apply_dtypes, set_trainable
 from transpixeler.models.costs import Costs
 from transpixeler.models.experts import Expert
 from transpixeler.models.streams import Scope
@@ -21,7 +21,9 @@ from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.devices import be_deterministic
 from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait
+from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.swap import Swap
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -44,18 +46,57 @@ def build_engine(
         be_deterministic()
     dtype = compute_dtype(config, mesh.device)
     whole = shape(config, make, dtype, scopes=scopes)
-    costs = Costs.of(whole, kept=False)
+    costs = Costs.of(whole, kept=config.parallel.keep_gb > 0)
     ranges = pipeline.split_blocks(config.parallel, costs)
-    stages = []
+    away = shard.waiting_places(config.parallel, len(costs.blocks))
+    stages, waiting = [], []
     for index in pipeline.local_stages(config.parallel, mesh):
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         stage = pipeline.Stage(model)
-        shard.wrap(stage, model.block_list(), config.parallel, mesh)
-        stage.to_empty(device=torch.device("cpu") if config.parallel.offload else mesh.device)
+        blocks = dict(zip(ranges[index], model.block_list(), strict=True))
+        own = [block for place, block in blocks.items() if place in away]
+        shard.wrap(stage, model.block_list(), config.parallel, mesh, waiting=own)
+        _make_room(stage, own, config.parallel, mesh.device)
         fill(model, config, source, mesh.device)
         stages.append(stage)
-    return pipeline.Engine(stages, config.parallel, mesh, dtype, costs)
+        waiting += own
+    places = [place for index in pipeline.local_stages(config.parallel, mesh) for place in ranges[index]]
+    keeping = _keeping(stages, places, config.parallel, mesh, costs) if config.parallel.keep_gb else None
+    swap = _swap(stages, waiting, mesh.device) if shard.swaps(config.parallel, mesh.layout.shard) else None
+    return pipeline.Engine(stages, config.parallel, mesh, dtype, costs, swap, keeping)
+
+
+def _make_room(stage: pipeline.Stage, waiting: list[Block], config: ParallelConfig, device: torch.device) -> None:
+    """Give a stage memory, its waiting blocks the host's."""
+    model = stage.model
+    stage.to_empty(device=torch.device("cpu") if waiting or config.offload is True else device)
+    if waiting and config.offload is not True:  # memory of the host that nothing was written to costs nothing
+        for part in (model.embed, *model.block_list(), model.head):
+            if part is not None and part not in waiting:
+                part.to_empty(device=device)
+
+
+def _keeping(
+    stages: list[pipeline.Stage], places: list[int], config: ParallelConfig, mesh: Mesh, costs: Costs
+) -> Keeping:
+    """Let as many blocks of a rank keep everything as fit `parallel.keep_gb`. places: the rank's, in the model."""
+    compiled = shard.wants_compile(config, mesh.device)
+    kept = [costs.kept[place].compiled if compiled else costs.kept[place].eager for place in places]
+    blocks = [block for stage in stages for block in stage.model.block_list()]
+    return Keeping(blocks, kept, config.keep_gb * 2**30)
+
+
+def _swap(stages: list[pipeline.Stage], waiting: list[Block], device: torch.device) -> Swap:
+    """Let a rank's stages bring in the weights that wait, and move all else of those blocks to the device."""
+    swap = Swap(waiting, device)
+    for block in waiting:
+        for tensor in (*block.parameters(), *block.buffers()):
+            if not swap.holds(tensor):
+                tensor.data = tensor.data.to(device)
+    for stage in stages:
+        stage.model.run_block = swap.run
+    return swap
 
 
 def build_engines(

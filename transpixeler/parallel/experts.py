@@ -18,7 +18,7 @@ from transpixeler.flow.objective import Example
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import Costs
 from transpixeler.models.experts import Expert, experts_at
-from transpixeler.models.lora import is_adapter
+from transpixeler.models.lora import is_base
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import devices
 from transpixeler.parallel.mesh import Mesh
@@ -129,12 +129,14 @@ class Frozen:
     """The weights of an engine that nothing changes, which may leave the device and come back the same."""
 
     def __init__(self, engine: Engine, fill: Fill, wait: str) -> None:
-        self.fill, self.wait, self.device = fill, wait, engine.mesh.device
+        self.fill, self.wait, self.device, self.swap = fill, wait, engine.mesh.device, engine.swap
         self.parameters = base_of(engine)
         self.host: list[Tensor] = []  # made once, as the weights never change
 
     def leave(self) -> None:
         """Free the device's memory of them."""
+        if self.swap is not None:
+            self.swap.clear()
         if self.wait == "host":
             self.host = self.host or [_on_host(p) for p in self.parameters]
             for parameter, copy in zip(self.parameters, self.host, strict=True):
@@ -155,9 +157,9 @@ class Frozen:
 
 
 def base_of(engine: Engine) -> list[nn.Parameter]:
-    """Return the weights of the base that this rank holds; norms of them, which are small, belong to the adapter."""
-    named = engine.named_parameters()
-    return [parameter for name, parameter in named if not is_adapter(name) and not name.endswith(".weight_norm")]
+    """Return the weights of the base that this rank holds on its device, also while another expert works."""
+    named = ((name, parameter) for name, parameter in engine.named_parameters() if is_base(name))
+    return [parameter for _, parameter in named if engine.swap is None or not engine.swap.holds(parameter)]
 
 
 def resolve_wait(config: ParallelConfig, engine: Engine, *, experts: int) -> str:

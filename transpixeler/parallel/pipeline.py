@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ from transpixeler.models.costs import Costs, block_flops
 from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import devices, shard
+from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.swap import Swap
 
 SCHEDULES = {
     "gpipe": torch_schedules.ScheduleGPipe,
@@ -77,6 +80,18 @@ def bubble(config: ParallelConfig, microbatches: int) -> float:
     """(p − 1) / (m·v + p − 1): the share of a step that a rank waits, with v pieces of the model on each."""
     pieces = config.stages_per_rank if config.schedule in INTERLEAVED else 1
     return (config.pipeline - 1) / (microbatches * pieces + config.pipeline - 1)
+
+
+def in_flight(config: ParallelConfig, pipeline: int, rank: int, count: int) -> float:
+    """Return how many microbatches' activations a pipeline rank holds at a time, at most."""
+    if pipeline == 1:
+        return 1
+    if config.schedule in INTERLEAVED:
+        pieces = stage_count(replace(config, pipeline=pipeline)) // pipeline
+        return min(count * pieces, 2 * (pipeline - rank - 1) + (pieces - 1) * pipeline + 1) / pieces
+    if config.schedule == "gpipe" or count < pipeline:
+        return count
+    return min(count, pipeline - rank)
 
 
 def split_blocks(config: ParallelConfig, costs: Costs) -> list[range]:
@@ -133,13 +148,22 @@ class Engine:
     """Stages of this rank, and how they work together with everyone else's."""
 
     def __init__(
-        self, stages: Sequence[Stage], config: ParallelConfig, mesh: Mesh, dtype: torch.dtype, costs: Costs
+        self,
+        stages: Sequence[Stage],
+        config: ParallelConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        costs: Costs,
+        swap: Swap | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self.stages = list(stages)
         self.config = config
         self.mesh = mesh
         self.dtype = dtype
         self.costs = costs  # of the whole model
+        self.keeping = keeping  # where some blocks recompute nothing
+        self.swap = swap  # where some blocks' weights wait in host memory
         self.sharded = shard.is_sharded(config, mesh)
         counts = [(p.numel(), p.requires_grad) for _, p in self.named_parameters()]
         trained = sum(n for n, trains in counts if trains)
@@ -167,6 +191,8 @@ class Engine:
         count, rest = divmod(len(example.latents), micro_batch)
         assert not rest, (len(example.latents), micro_batch)
         self._lay_out(example.layout)
+        if self.keeping is not None:
+            self.keeping.microbatches = in_flight(self.config, self.config.pipeline, self.mesh.pipeline_rank, count)
         run = self._loop if self.config.pipeline == 1 else self._pipeline
         errors = run(example, count)
         if not self.sharded:

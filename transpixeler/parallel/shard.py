@@ -5,7 +5,7 @@ In: a stage on meta. Out: the same stage under the same names, whose blocks keep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from transpixeler.models.attention import SAVED_OPS
 from transpixeler.models.backbone import Block, Flow
 from transpixeler.models.streams import Tokens
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.swap import spread
 
 Compute = Callable[[Flow, Tokens], Flow]  # a block's
 
@@ -27,7 +28,10 @@ REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB
 GRAPHS = 512  # that a compiled block may have: one a bucket and microbatch, for training and for evaluation
 
 
-def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh: Mesh) -> None:
+def wrap(
+    stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh: Mesh, *, waiting: Collection[Block] = ()
+) -> None:
+    """Apply what the config says to a stage. waiting: the blocks whose weights are in host memory until used."""
     set_recompute(blocks, recompute_mode(config, mesh.device))
     if wants_compile(config, mesh.device):
         compiler = torch.compiler.config  # beyond its limits, of 8 graphs, a block would run uncompiled without a word
@@ -36,7 +40,7 @@ def wrap(stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh
         for block in blocks:
             block.compile(dynamic=False)  # lengths that are symbols cost speed and still a graph for each bucket
     if is_sharded(config, mesh):
-        _shard(stage, blocks, config, mesh)
+        _shard(stage, blocks, config, mesh, waiting)
 
 
 # --- recompute -------------------------------------------------------------------------------------------------------
@@ -50,9 +54,17 @@ def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
             f"parallel.recompute: attention does not go with parallel.schedule={config.schedule}, which runs the "
             "backward pass in two parts; set full or none"
         )
+    if config.keep_gb and (config.recompute == "none" or isinstance(config.recompute, int)):
+        raise UserError(
+            f"parallel.keep_gb: {config.keep_gb:g} chooses the blocks that recompute nothing, and so does "
+            f"parallel.recompute={config.recompute}; set keep_gb=0, or recompute to what the other blocks "
+            "do: attention, full or offload"
+        )
     if config.recompute != "auto":
         return config.recompute
-    return "none" if device.type != "cuda" else "full" if split else "attention"
+    if device.type != "cuda":
+        return "full" if config.keep_gb else "none"
+    return "full" if split else "attention"
 
 
 def splits_backward(config: ParallelConfig) -> bool:
@@ -133,22 +145,43 @@ def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
 
 def is_sharded(config: ParallelConfig, mesh: Mesh) -> bool:
     """Weights are gathered when used; otherwise every rank holds its stage whole."""
-    return mesh.layout.shard > 1 or config.offload
+    return by_fsdp(config, mesh.layout.shard)
 
 
-def _shard(stage: nn.Module, blocks: Iterable[Block], config: ParallelConfig, mesh: Mesh) -> None:
-    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if config.offload else OffloadPolicy()
+def by_fsdp(config: ParallelConfig, shards: int) -> bool:
+    """Tell whether weights, and what is trained of them, are FSDP's to keep: on shards, or all in host memory."""
+    return shards > 1 or config.offload is True
+
+
+def swaps(config: ParallelConfig, shards: int) -> bool:
+    """Tell whether some blocks' frozen weights wait in host memory, and all else stays where it is."""
+    return bool(config.offload) and not by_fsdp(config, shards)
+
+
+def waiting_places(config: ParallelConfig, count: int) -> list[int]:
+    """Return the places of the blocks whose weights wait in host memory, of a whole model of so many."""
+    if config.offload is not True and config.offload > count:
+        raise UserError(
+            f"parallel.offload: {config.offload} of the {count} blocks that the model has; set up to {count}, or true "
+            "for all weights and what is trained"
+        )
+    return spread(count, count if config.offload is True else int(config.offload))
+
+
+def _shard(
+    stage: nn.Module, blocks: Iterable[Block], config: ParallelConfig, mesh: Mesh, waiting: Collection[Block]
+) -> None:
+    host, device = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda"), OffloadPolicy()
     options = {
         "mesh": mesh.shards,
         # every parameter keeps its own dtype: bf16 base, fp32 islands and adapters; gradients are summed in fp32
         "mp_policy": MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32),
-        "offload_policy": offload,
         # a pipeline runs many microbatches a step: gathering once is worth the memory, unless memory is what lacks
-        "reshard_after_forward": mesh.layout.pipeline == 1 or config.offload,
+        "reshard_after_forward": mesh.layout.pipeline == 1 or bool(config.offload),
     }
     for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(stage, **options)
+        fully_shard(block, offload_policy=host if block in waiting else device, **options)
+    fully_shard(stage, offload_policy=host if config.offload is True else device, **options)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already

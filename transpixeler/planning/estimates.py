@@ -1,13 +1,12 @@
 """Predict the memory and time of a run, for any layout, from a model on meta, a config and a data set's buckets.
 
-It also finds the layouts that fit a machine, the fastest first. `models.costs` has the formulas for one sample; here
-they are applied to stages, shards and microbatches.
+`models.costs` has the formulas for one sample; here they are applied to stages, shards and microbatches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,18 +17,18 @@ from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.models import costs
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import Costs
+from transpixeler.models.kept import fitting
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.experts import DEVICE_SHARE
 from transpixeler.parallel.mesh import Layout
-from transpixeler.parallel.pipeline import INTERLEAVED, split_blocks, stage_count
-from transpixeler.parallel.shard import reduces_often, splits_backward
+from transpixeler.parallel.pipeline import in_flight, split_blocks, stage_count
+from transpixeler.parallel.shard import reduces_often, waiting_places
+from transpixeler.parallel.swap import SLOTS
 
-RECOMPUTE_MODES = ("none", "attention", "full", "offload")  # of `parallel.recompute`, the fastest first
 UTILISATION = 0.45  # share of a device's peak that steps are assumed to reach, counting recomputation as work
 GPU_LINK = 50e9  # bytes a second between GPUs
 HOST_LINK = 20e9  # bytes a second between a GPU and its host
 UNHIDDEN_GATHER = 0.1  # share of all-gather time that compute does not overlap
-USABLE_MEMORY = 0.92  # share of a device's memory; the context and fragmentation take the rest
 FP32_BYTES = 4
 # Bytes of optimizer state for a trained number of n bytes. torchao's optimizers keep a scale for each block of numbers.
 STATE_BYTES = {
@@ -76,14 +75,11 @@ class Machine:
     kind: str = "cuda"
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A way to run that fits a machine."""
+class KeptWhole(NamedTuple):
+    """Blocks of a rank that recompute nothing, and the bytes that this takes more."""
 
-    settings: tuple[str, ...]  # the config keys to set for it
-    memory: Memory
-    seconds: float
-    why: str
+    blocks: int
+    bytes: int
 
 
 class Part(NamedTuple):
@@ -93,6 +89,10 @@ class Part(NamedTuple):
     numbers: int = 0
     trainable: int = 0  # numbers
     trainable_bytes: int = 0
+
+    @property
+    def frozen_bytes(self) -> int:
+        return self.weights - self.trainable_bytes
 
     def __add__(self, other: Part) -> Part:  # type: ignore[override]
         return Part(*(a + b for a, b in zip(self, other)))
@@ -154,8 +154,12 @@ class Estimate:
             own = ranges[rank :: layout.pipeline]
             stages = [self._stage(own_range, ranges) for own_range in own]
             blocks = sum(len(r) for r in own)
-            kept = max(self._activations(load, layout, rank, blocks, recompute) for load in loads)
-            found.append(self._state(stages, layout, kept))
+            kept = max(
+                self._activations(load, layout, rank, blocks, recompute)
+                + self.kept_whole(load, layout, rank, recompute).bytes
+                for load in loads
+            )
+            found.append(self._state(stages, self._waiting(own), layout, kept))
         return max(found, key=lambda memory: memory.total)
 
     def _ranges(self, layout: Layout) -> list[range]:
@@ -169,30 +173,47 @@ class Estimate:
         part += self.parts["embed"] if blocks is ranges[0] else Part()
         return part + (self.parts["head"] if blocks is ranges[-1] else Part())
 
-    def _state(self, stages: Sequence[Part], layout: Layout, activations: int) -> Memory:
+    def _waiting(self, own: Sequence[range]) -> list[Part]:
+        """Return those of a rank's blocks whose weights wait in host memory."""
+        away = set(waiting_places(self.config.parallel, len(self._blocks())))
+        return [self._blocks()[place] for blocks in own for place in blocks if place in away]
+
+    def _state(self, stages: Sequence[Part], waiting: Sequence[Part], layout: Layout, activations: int) -> Memory:
         """Return what a rank holds of its stages: its shard, and what it gathers while it works."""
-        whole = sum(stages, Part())
+        whole, away = sum(stages, Part()), sum(waiting, Part())
         optim, offload = self.config.optim, self.config.parallel.offload
-        shard = Part(*(math.ceil(n / layout.shard) for n in whole))
+        if offload is True:  # weights, optimizer state and averages are kept in host memory
+            return Memory(self._gathered(), self._unreduced(whole, layout), 0, 0, activations)
+        if layout.shard > 1:  # what is trained of a waiting block is there as well
+            here = Part(*(all_ - gone for all_, gone in zip(whole, away)))
+        else:
+            here = whole
+        shard = Part(*(math.ceil(n / layout.shard) for n in here))
         state = self.experts * optimizer_bytes(optim, shard)
         ema = self.experts * FP32_BYTES * shard.trainable if optim.ema else 0
-        if offload:  # weights, optimizer state and averages are kept in host memory
-            return Memory(self._gathered(), self._unreduced(whole, layout), 0, 0, activations)
         if layout.shard == 1:
-            idle = whole.weights if self.idle_on_device(layout) else whole.trainable_bytes
-            return Memory(whole.weights + (self.experts - 1) * idle, whole.trainable_bytes, state, ema, activations)
-        gathered = whole.weights if layout.pipeline > 1 else self._gathered()
+            weights = whole.weights - away.frozen_bytes
+            brought = sum(sorted((part.frozen_bytes for part in waiting), reverse=True)[:SLOTS])
+            idle = weights if self.idle_on_device(layout) else whole.trainable_bytes
+            return Memory(weights + brought + (self.experts - 1) * idle, whole.trainable_bytes, state, ema, activations)
+        gathered = whole.weights if layout.pipeline > 1 and not offload else self._gathered()
         gradients = shard.trainable_bytes + self._unreduced(whole, layout)
         return Memory(self.experts * shard.weights + gathered, gradients, state, ema, activations)
 
     def idle_on_device(self, layout: Layout) -> bool:
         """Tell whether the weights of idle experts stay on the device, as `parallel.experts` decides it."""
         parallel = self.config.parallel
-        if layout.shard > 1 or parallel.offload or parallel.idle_expert != "auto":
-            return not parallel.offload and (layout.shard > 1 or parallel.idle_expert == "device")
-        whole = sum(self.parts.values(), Part())
-        frozen = self.experts * (whole.weights - whole.trainable_bytes) / layout.pipeline
+        if layout.shard > 1 or parallel.offload is True or parallel.idle_expert != "auto":
+            return parallel.offload is not True and (layout.shard > 1 or parallel.idle_expert == "device")
+        frozen = self.experts * (self._whole().frozen_bytes - self.waiting_bytes()) / layout.pipeline
         return frozen <= DEVICE_SHARE * self.device_memory
+
+    def _whole(self) -> Part:
+        return sum(self.parts.values(), Part())
+
+    def waiting_bytes(self) -> int:
+        """Return bytes of the frozen weights that wait in host memory, of a whole model."""
+        return sum(part.frozen_bytes for part in self._waiting([range(len(self._blocks()))]))
 
     def _unreduced(self, whole: Part, layout: Layout) -> int:
         """Return bytes of gradients that are not sharded yet: all until the last microbatch, or one block's."""
@@ -228,6 +249,22 @@ class Estimate:
         received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden
         return int(micro * (max(work, head) + held * kept + outer) + received + share * self._example(load.layout))
 
+    def kept_whole(self, load: Load, layout: Layout, rank: int, recompute: costs.Recompute) -> KeptWhole:
+        """Return the blocks of a pipeline rank that recompute nothing, and what that takes more than without."""
+        budget = self.config.parallel.keep_gb * 2**30
+        if not budget or recompute == "none" or isinstance(recompute, int):
+            return KeptWhole(0, 0)
+        micro, lengths = self.micro_batch(load, layout), load.layout.lengths
+        count = self.config.train.global_batch // layout.data // micro
+        at_once = micro * in_flight(self.config.parallel, layout.pipeline, rank, count)
+        places = [place for own in self._ranges(layout)[rank :: layout.pipeline] for place in own]
+        compiled = self.compiled and recompute != "offload"
+        kept = [self.costs.kept[place].compiled if compiled else self.costs.kept[place].eager for place in places]
+        blocks = fitting(kept, lengths, budget / at_once)
+        held = at_once * sum(each.bytes(lengths) for each in kept[len(kept) - blocks :])
+        one = micro * max(each.bytes(lengths) for each in kept)  # that is computed anew, after those are done with
+        return KeptWhole(blocks, int(max(0, held - one)))
+
     def _of_blocks(self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute) -> int:
         compiled = self.compiled and recompute != "offload"  # hooks on saved tensors cannot be compiled
         return costs.activation_bytes(
@@ -246,14 +283,19 @@ class Estimate:
 
     # -- time
 
-    def flops(self, loads: Sequence[Load], recompute: costs.Recompute = "none") -> float:
+    def flops(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute = "none") -> float:
         """Return FLOPs of a mean step, on all ranks."""
-        full, steps = not self.config.lora.enabled, sum(load.steps for load in loads)
-        each = (
-            load.steps * costs.step_flops(self.costs, load.layout.lengths, recompute=recompute, full=full)
-            for load in loads
-        )
+        steps = sum(load.steps for load in loads)
+        each = (load.steps * self.sample_flops(load, layout, recompute) for load in loads)
         return self.config.train.global_batch * sum(each) / steps
+
+    def sample_flops(self, load: Load, layout: Layout, recompute: costs.Recompute) -> float:
+        """Return FLOPs of one sample's step; blocks that `parallel.keep_gb` lets keep everything recompute nothing."""
+        full, lengths = not self.config.lora.enabled, load.layout.lengths
+        all_of_it = costs.step_flops(self.costs, lengths, recompute=recompute, full=full)
+        kept = sum(self.kept_whole(load, layout, rank, recompute).blocks for rank in range(layout.pipeline))
+        least = costs.step_flops(self.costs, lengths, full=full) if kept else 0.0
+        return all_of_it - kept / len(self.costs.blocks) * (all_of_it - least)
 
     def seconds(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute, machine: Machine) -> float:
         """Return seconds of a mean step; 0 where the machine's peak is not known.
@@ -267,13 +309,14 @@ class Estimate:
         ranges = self._ranges(layout)
         uneven = max(map(len, ranges)) * len(ranges) / len(self.costs.blocks)
         waiting = (passes + layout.pipeline - 1) / passes
-        work = self.flops(loads, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
+        work = self.flops(loads, layout, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
         if recompute == "offload":
             work += self._offloaded_inputs(loads) / layout.data / HOST_LINK
-        whole = sum(self.parts.values(), Part())
+        whole = self._whole()
         gathered = 0.0
         if self.config.parallel.offload:
-            gathered = 2 * passes * whole.weights / layout.pipeline / HOST_LINK
+            moved = whole.weights if self.config.parallel.offload is True else self.waiting_bytes()
+            gathered = 2 * passes * moved / layout.pipeline / HOST_LINK
         elif layout.shard > 1:
             times = 1 if layout.pipeline > 1 else 2 * passes
             gathered = times * whole.weights / layout.pipeline * (1 - 1 / layout.shard) / GPU_LINK
@@ -294,85 +337,9 @@ def optimizer_bytes(config: OptimConfig, part: Part) -> int:
     return int(part.trainable * STATE_BYTES.get(config.name.lower(), STATE_BYTES["adamw"])(per, config))
 
 
-def in_flight(config: ParallelConfig, pipeline: int, rank: int, count: int) -> float:
-    """Return how many microbatches' activations a pipeline rank holds at a time, at most."""
-    if pipeline == 1:
-        return 1
-    if config.schedule in INTERLEAVED:
-        pieces = stage_count(replace(config, pipeline=pipeline)) // pipeline
-        return min(count * pieces, 2 * (pipeline - rank - 1) + (pieces - 1) * pipeline + 1) / pieces
-    if config.schedule == "gpipe" or count < pipeline:
-        return count
-    return min(count, pipeline - rank)
-
-
 def receive_buffers(config: ParallelConfig, pipeline: int, rank: int) -> int:
     """Return how many hidden states a rank has buffers for in each microbatch: one a side of each of its stages."""
     if pipeline == 1:
         return 0
     pieces = stage_count(replace(config, pipeline=pipeline)) // pipeline
     return 2 * pieces - (rank == 0) - (rank == pipeline - 1)
-
-
-# --- layouts for a machine -------------------------------------------------------------------------------------------
-
-
-def layouts(config: Config, blocks: int, gpus: int) -> Iterator[Layout]:
-    """Yield every layout that divides the batch and the model."""
-    for pipeline in _divisors(gpus):
-        parallel = replace(config.parallel, pipeline=pipeline)
-        if stage_count(parallel) > blocks or (parallel.offload and splits_backward(parallel)):
-            continue
-        for shard in _divisors(gpus // pipeline):
-            layout = Layout(pipeline, gpus // pipeline // shard, shard)
-            mixed = config.optim.bf16_parameters and shard > 1
-            if config.train.global_batch % layout.data == 0 and not mixed:
-                yield layout
-
-
-def fits(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
-    """Return the fastest fitting way of each layout, the best first; nothing where nothing fits."""
-    found = []
-    for layout in layouts(estimate.config, len(estimate.costs.blocks), machine.gpus):
-        ways = [way(estimate, loads, layout, mode, machine) for mode in RECOMPUTE_MODES]
-        fitting = [fit for fit in ways if fit.memory.total <= USABLE_MEMORY * machine.memory]
-        if fitting:
-            found.append(min(fitting, key=lambda fit: (fit.seconds, fit.memory.total)))
-    return sorted(found, key=lambda fit: (fit.seconds, fit.memory.total))
-
-
-def way(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str, machine: Machine) -> Fit:
-    """Estimate one layout with one `parallel.recompute`."""
-    settings = (
-        f"parallel.pipeline={layout.pipeline}",
-        f"parallel.replicate={layout.replicate}",
-        f"parallel.shard={layout.shard}",
-        f"parallel.recompute={mode}",
-    )
-    memory = estimate.memory(loads, layout, mode)
-    return Fit(settings, memory, estimate.seconds(loads, layout, mode, machine), _why(estimate, loads, layout, mode))
-
-
-def _why(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str) -> str:
-    reasons = [
-        {
-            "none": "nothing is recomputed",
-            "attention": "all but attention is recomputed",
-            "full": "every block is recomputed",
-            "offload": "every block is recomputed, and its input waits in host memory",
-        }[mode]
-    ]
-    if layout.pipeline > 1:
-        share = estimate.config.train.global_batch // layout.data
-        passes = max(share // estimate.micro_batch(load, layout) for load in loads)
-        lost = (layout.pipeline - 1) / (passes + layout.pipeline - 1)
-        reasons.append(f"a GPU holds 1/{layout.pipeline} of the blocks and idles {lost:.0%} of the time")
-    if layout.shard > 1:
-        reasons.append(f"weights are sharded over {layout.shard} GPUs and gathered when used")
-    elif layout.replicate > 1:
-        reasons.append("every GPU has all weights, and only gradients are exchanged")
-    return "; ".join(reasons)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -25,7 +25,6 @@ from transpixeler.data.survey import Survey, survey
 from transpixeler.flow import objective
 from transpixeler.flow.experts import Split
 from transpixeler.models.backbone import Backbone
-from transpixeler.models.costs import step_flops
 from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model
 from transpixeler.models.geometry import Geometry
@@ -33,7 +32,8 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning import estimates
-from transpixeler.planning.estimates import Estimate, Fit, Load, Machine, Memory, Part
+from transpixeler.planning.estimates import Estimate, KeptWhole, Load, Machine, Memory, Part
+from transpixeler.planning.layouts import RECOMPUTE_MODES, Fit, fits, fits_by_waiting
 from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
 from transpixeler.training import preflight
 from transpixeler.training.schedule import total_steps
@@ -42,7 +42,6 @@ GIB = 2**30
 DEFAULT_DEVICE = "H100"  # where there is no GPU and none is named
 LETTERS_PER_TOKEN = 4
 BF16_BYTES = 2
-LISTED_CLIPS = 40  # dropped clips that the text names
 
 
 class Row(NamedTuple):
@@ -78,6 +77,7 @@ class Plan:
     flop_step: float  # of all ranks, with recomputation
     seconds_step: float
     recompute: str | int  # the config's, with `auto` resolved
+    kept_whole: tuple[KeptWhole, ...]  # on the first rank, in each bucket
     memory: Mapping[str, Memory]  # by `parallel.recompute`
     cache_latents: int
     cache_texts: int
@@ -117,12 +117,11 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         steps_epoch=sum(load.steps for load in loads),
         steps=total_steps(config, order),
         whole_epochs=total_steps(config, order) == order.first_step(config.train.epochs),
-        flop_step=estimate.flops(loads, mode),
+        flop_step=estimate.flops(loads, layout, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
-        memory={
-            str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *estimates.RECOMPUTE_MODES])
-        },
+        kept_whole=tuple(estimate.kept_whole(load, layout, 0, mode) for load in loads),
+        memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *RECOMPUTE_MODES])},
         cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (train, evaluation)),
         cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
         fits=tuple(_fits(config, folder, estimate, loads, machine)),
@@ -193,8 +192,7 @@ def _loads(config: Config, geometry: Geometry, order: Order, train: Dataset) -> 
 
 
 def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
-    full = not estimate.config.lora.enabled
-    flop = step_flops(estimate.costs, load.layout.lengths, recompute=mode, full=full)
+    flop = estimate.sample_flops(load, layout, mode)
     items = [item for item in train.items if item.bucket == load.bucket]
     seen = sum(item.repeats for item in items)
     micro_batch = estimate.micro_batch(load, layout)
@@ -229,12 +227,17 @@ def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:
 def _fits(
     config: Config, folder: ModelFolder, estimate: Estimate, loads: Sequence[Load], machine: Machine
 ) -> list[Fit]:
-    """Return the ways that fit; where none does, those with an int8 base, then those with offload as well."""
-    if found := estimates.fits(estimate, loads, machine):
-        return found
-    for key, changed in _memory_savers(config):
-        model = _model(changed, machine)
-        if found := estimates.fits(_estimate(changed, folder, model, machine), loads, machine):
+    """Return the ways that fit; where none does, those of what changes least of `_memory_savers`.
+
+    With each, as few blocks as it takes may wait in host memory, which costs no precision.
+    """
+    for key, changed in [("", config), *_memory_savers(config)]:
+        if key:
+            estimate = _estimate(changed, folder, _model(changed, machine), machine)
+        found = fits(estimate, loads, machine)
+        if not found and changed.parallel.offload is not True:
+            found = fits_by_waiting(estimate, loads, machine)
+        if found:
             return [replace(way, settings=(*way.settings, *key.split())) for way in found]
     return []
 
@@ -244,7 +247,7 @@ def _memory_savers(config: Config) -> list[tuple[str, Config]]:
     eight = replace(config, model=replace(config.model, quantize="int8"))
     found = [("model.quantize=int8", eight)] if config.lora.enabled and not config.quantized else []
     for keys, changed in [("", config), *found]:
-        if not config.parallel.offload:
+        if config.parallel.offload is not True:
             offloaded = replace(changed, parallel=replace(changed.parallel, offload=True))
             found.append((f"{keys} parallel.offload=true".strip(), offloaded))
     return found
@@ -281,7 +284,7 @@ def _listed() -> str:
     return ", ".join(name.lower() for name, *_ in devices.KNOWN)
 
 
-# --- as values and as text -------------------------------------------------------------------------------------------
+# --- as values --------------------------------------------------------------------------------------------------------
 
 
 def plain(plan: Plan) -> dict[str, Any]:
@@ -299,6 +302,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         "seconds": {"step": plan.seconds_step or None, "all": plan.seconds_step * plan.steps or None,
                     "scan": plan.scan_seconds},
         "recompute": plan.recompute,
+        "kept_whole": [kept._asdict() for kept in plan.kept_whole],
         "memory": {mode: memory._asdict() | {"total": memory.total} for mode, memory in plan.memory.items()},
         "cache": {"latents": plan.cache_latents, "texts": plan.cache_texts},
         "layouts": [
@@ -306,108 +310,3 @@ def plain(plan: Plan) -> dict[str, Any]:
             for way in plan.fits
         ],
     }  # fmt: skip
-
-
-def text(plan: Plan) -> str:
-    """Return a plan for people."""
-    return "\n\n".join(
-        ["\n".join(part) for part in (_head(plan), _buckets(plan), _dropped(plan), _held(plan), _ways(plan))]
-    )
-
-
-def _head(plan: Plan) -> list[str]:
-    config, batch = plan.config, plan.config.train.global_batch
-    kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
-    epochs = config.train.epochs if plan.whole_epochs else plan.steps / plan.steps_epoch
-    lines = {
-        "trains": f"{plan.trainable_parameters:,} parameters ({kind}) of {plan.parameters:,}",
-        "layout": f"{plan.layout}, {batch} samples a step, {batch // plan.layout.data} a data rank",
-        "steps": f"{plan.steps:,} in all, {plan.steps_epoch:.4g} an epoch; {epochs:.3g} epochs",
-        "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",
-        "time": _time(plan),
-        "cache": f"{_bytes(plan.cache_latents)} of latents, about {_bytes(plan.cache_texts)} of texts",
-        "scan": f"{plan.scan_seconds:.2g} s to probe the files",
-    }
-    told = [f"{name:8} {said}" for name, said in lines.items()]
-    of_experts = plan.experts.lines(run=config.train.expert_steps)
-    if len(plan.experts.experts) > 1:
-        where = "stays on the device" if plan.idle_on_device else "waits in host memory"
-        of_experts[0] += f"; the idle one's base {where}"
-    return [*told, *(f"experts  {said}" for said in of_experts)]
-
-
-def _time(plan: Plan) -> str:
-    peak, gpus = plan.machine.flops, plan.machine.gpus
-    if not peak:
-        return "unknown; give --peak TFLOPS"
-    hours = plan.seconds_step * plan.steps / 3600
-    assumed = f"at {estimates.UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s on {gpus} × {plan.device} (an assumption)"
-    return f"{plan.seconds_step:.3g} s a step, {hours:.3g} h in all, {assumed}"
-
-
-def _buckets(plan: Plan) -> list[str]:
-    names = ("bucket", "clips", "an epoch", "micro batch", "steps", "tokens", "TFLOP a sample")
-    rows = [
-        (
-            str(r.bucket),
-            f"{r.clips:,}",
-            f"{r.seen:,}",
-            r.micro_batch,
-            f"{r.steps:.4g}",
-            f"{r.tokens:,}",
-            f"{r.tflop:.4g}",
-        )
-        for r in plan.rows
-    ]
-    return _table(names, rows)
-
-
-def _dropped(plan: Plan) -> list[str]:
-    if not any(plan.dropped.values()):
-        return ["dropped  nothing"]
-    lines = []
-    for key, pairs in plan.dropped.items():
-        if pairs:
-            lines.append(f"dropped from data.{key}: {len(pairs):,}")
-            lines += [f"  {name}: {reason}" for name, reason in pairs[:LISTED_CLIPS]]
-            lines += (
-                [f"  … and {len(pairs) - LISTED_CLIPS:,} more, which --json names"] if len(pairs) > LISTED_CLIPS else []
-            )
-    return lines
-
-
-def _held(plan: Plan) -> list[str]:
-    names = ("memory of a rank", *Memory._fields, "total")
-    rows = [
-        (f"{mode}{' (this config)' if mode == str(plan.recompute) else ''}", *map(_bytes, (*memory, memory.total)))
-        for mode, memory in plan.memory.items()
-    ]
-    return _table(names, rows)
-
-
-def _ways(plan: Plan) -> list[str]:
-    machine = plan.machine
-    used = f"{estimates.USABLE_MEMORY:.0%} of it used at most"
-    machines = f"{machine.gpus} × {plan.device}, {machine.memory / GIB:g} GiB each ({used})"
-    if not machine.memory:
-        return ["layouts  give --memory GB to find the ones that fit"]
-    if not plan.fits:
-        return [f"no layout fits {machines}; use smaller or shorter clips, a smaller train.micro_batch, or more GPUs"]
-    lines = [f"layouts that fit {machines}, the fastest first"]
-    for way in plan.fits:
-        lines.append(f"  {_bytes(way.memory.total):>9}  {way.seconds:8.3g} s a step  {' '.join(way.settings)}")
-        lines.append(f"             {way.why}")
-    return lines
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    cells = [tuple(map(str, row)) for row in (names, *rows)]
-    first, *widths = (max(map(len, column)) for column in zip(*cells))
-    return ["  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths))]) for row in cells]
-
-
-def _bytes(number: float) -> str:
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
-        if number >= unit / 10:
-            return f"{number / unit:,.1f} {name}"
-    return f"{number / 1024:,.1f} KiB"

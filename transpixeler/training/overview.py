@@ -13,6 +13,7 @@ from transpixeler.config import Config
 from transpixeler.data.dataset import Datasets
 from transpixeler.flow.experts import Split
 from transpixeler.models.family import ModelFolder
+from transpixeler.parallel import shard
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.folder import Run
@@ -48,6 +49,7 @@ def introduce(
         "steps": f"{schedule.total} in all, {mean:.4g} an epoch" + (f", {step} done" if step else ""),
         "run": str(run.folder),
     }
+    lines |= memory_lines(config, engine)
     layouts = [model.geometry.layout(("rgb",), (1,), bucket) for bucket in data.train.buckets()]
     tokens = max(layout.tokens for layout in layouts)
     if said := Split.of(config, model, tokens).lines(run=config.train.expert_steps):
@@ -61,6 +63,20 @@ def _base_lines(config: Config) -> dict[str, str]:
     encoders = {"encoders": model.encoders} if model.encoders else {}
     fused = {"fused": ", ".join(model.fused_paths)} if model.fuse else {}
     return {"base": model.path} | encoders | fused if encoders or fused else {}
+
+
+def memory_lines(config: Config, engine: AnyEngine) -> dict[str, str]:
+    """Return lines for what waits in host memory, and for what is kept in place of recomputing."""
+    parallel, blocks = config.parallel, len(engine.costs.blocks)
+    lines = {}
+    if parallel.offload:
+        count = len(shard.waiting_places(parallel, blocks))
+        lines["offload"] = f"the weights of {count} of {blocks} blocks wait in host memory"
+        if held := sum(one.swap.bytes for one in engine.by_expert.values() if one.swap is not None):
+            lines["offload"] += f", {held / 2**30:.3g} GiB on this rank"
+    if parallel.keep_gb:
+        lines["keeps"] = f"as many blocks as fit {parallel.keep_gb:g} GB recompute nothing, in each bucket"
+    return lines
 
 
 def manifest_facts(model: ModelFolder, engine: AnyEngine, data: Datasets, schedule: Schedule) -> dict[str, Any]:

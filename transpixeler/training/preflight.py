@@ -45,12 +45,14 @@ def check(config: Config, layout: Layout) -> None:
             f"× shard {layout.shard}); {near} would, but then a step learns from {near}; {batch} divide over {fewer}: "
             "launch fewer processes, or raise parallel.pipeline"
         )
-    if config.optim.name.lower() == "muon" and config.parallel.offload:
+    hosted = bool(config.parallel.offload) and shard.by_fsdp(config.parallel, layout.shard)  # what is trained, too
+    if config.optim.name.lower() == "muon" and hosted:
         raise UserError("optim.name: muon orthogonalises whole matrices on the device; set parallel.offload=false")
     if config.parallel.offload and shard.splits_backward(config.parallel):
         raise UserError(
-            f"parallel.offload: true does not go with parallel.schedule={config.parallel.schedule}, which runs the "
-            "backward pass in two parts; set interleaved-1f1b or auto"
+            f"parallel.offload: {str(config.parallel.offload).lower()} does not go with "
+            f"parallel.schedule={config.parallel.schedule}, which runs the backward pass in two parts; "
+            "set interleaved-1f1b or auto"
         )
     gpu = torch.device("cuda")
     keeps = shard.recompute_mode(config.parallel, gpu) == "attention"
@@ -59,7 +61,12 @@ def check(config: Config, layout: Layout) -> None:
             "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "
             "set full, or parallel.compile=auto"
         )
-    if config.optim.bf16_parameters and (layout.shard > 1 or config.parallel.offload):
+    if shard.swaps(config.parallel, layout.shard) and not config.lora.enabled:
+        raise UserError(
+            f"parallel.offload: {config.parallel.offload} moves frozen weights alone, and lora.enabled=false trains "
+            "the model's own; set true, and all wait in host memory with what the optimizer keeps"
+        )
+    if config.optim.bf16_parameters and (layout.shard > 1 or hosted):
         raise UserError(
             "optim.bf16_parameters: shards and offload need trained weights of one dtype; set it false, or "
             "parallel.shard to 1 and parallel.offload to false"
@@ -76,6 +83,7 @@ def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope])
     check_experts(config, model)
     whole = build.shape(config, partial(make_model, config), torch.float32, scopes=scopes)
     check_names(whole, model.family)
+    shard.waiting_places(config.parallel, len(whole.blocks))
 
 
 def check_experts(config: Config, model: ModelFolder) -> None:

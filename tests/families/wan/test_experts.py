@@ -125,6 +125,7 @@ def test_a_video_of_two_experts_equals_the_pipelines(a14b: Path) -> None:
     assert (swapped - expected).abs().max() > 1e-3
     for elsewhere in ("disk", "host"):
         assert torch.equal(video(a14b, GUIDED, f"parallel.idle_expert={elsewhere}"), found)
+        assert torch.equal(video(a14b, GUIDED, f"parallel.idle_expert={elsewhere}", "parallel.offload=2"), found)
     piped = video(a14b, GUIDED, "parallel.pipeline=2", ranks=2)
     assert (piped - found).abs().max() < 1e-5
 

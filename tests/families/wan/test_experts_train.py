@@ -63,9 +63,11 @@ def test_weights_that_wait_elsewhere_come_back_the_same(kind: tuple[str, ...], p
         wait: train(project, tmp_path / wait, f"parallel.idle_expert={wait}", *kind, "train.max_steps=6")
         for wait in ("device", "host", "disk")
     }
+    swapped = ("parallel.idle_expert=disk", "parallel.offload=2", "train.max_steps=6")
+    runs["blocks"] = train(project, tmp_path / "blocks", *swapped, *kind)
     there = trainings.tensors(runs["device"], 6, tmp_path)
     assert {line["expert"] for line in trainings.metrics(runs["device"])} == {"high", "low"}
-    for wait in ("host", "disk"):
+    for wait in ("host", "disk", "blocks"):
         assert trainings.exact(runs["device"]) == trainings.exact(runs[wait])
         assert trainings.difference(there, trainings.tensors(runs[wait], 6, tmp_path)) == 0
 

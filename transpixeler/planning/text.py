@@ -1,0 +1,121 @@
+"""Write a plan as text for people: a `Plan` goes in, lines and tables come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transpixeler.planning import estimates
+from transpixeler.planning.estimates import Memory
+from transpixeler.planning.layouts import USABLE_MEMORY
+from transpixeler.planning.plan import GIB, Plan
+
+LISTED_CLIPS = 40  # dropped clips that the text names
+
+
+def describe(plan: Plan) -> str:
+    """Return a plan for people."""
+    return "\n\n".join(
+        ["\n".join(part) for part in (_head(plan), _buckets(plan), _dropped(plan), _held(plan), _ways(plan))]
+    )
+
+
+def _head(plan: Plan) -> list[str]:
+    config, batch = plan.config, plan.config.train.global_batch
+    kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
+    epochs = config.train.epochs if plan.whole_epochs else plan.steps / plan.steps_epoch
+    lines = {
+        "trains": f"{plan.trainable_parameters:,} parameters ({kind}) of {plan.parameters:,}",
+        "layout": f"{plan.layout}, {batch} samples a step, {batch // plan.layout.data} a data rank",
+        "steps": f"{plan.steps:,} in all, {plan.steps_epoch:.4g} an epoch; {epochs:.3g} epochs",
+        "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",
+        "time": _time(plan),
+        "cache": f"{_bytes(plan.cache_latents)} of latents, about {_bytes(plan.cache_texts)} of texts",
+        "scan": f"{plan.scan_seconds:.2g} s to probe the files",
+    }
+    if config.parallel.keep_gb:
+        kept = zip(plan.rows, plan.kept_whole, strict=True)
+        each = [f"{whole.blocks} at {row.bucket}, for {_bytes(whole.bytes)} more" for row, whole in kept]
+        lines["keeps"] = f"blocks of the first rank that recompute nothing: {'; '.join(each)}"
+    told = [f"{name:8} {said}" for name, said in lines.items()]
+    of_experts = plan.experts.lines(run=config.train.expert_steps)
+    if len(plan.experts.experts) > 1:
+        where = "stays on the device" if plan.idle_on_device else "waits in host memory"
+        of_experts[0] += f"; the idle one's base {where}"
+    return [*told, *(f"experts  {said}" for said in of_experts)]
+
+
+def _time(plan: Plan) -> str:
+    peak, gpus = plan.machine.flops, plan.machine.gpus
+    if not peak:
+        return "unknown; give --peak TFLOPS"
+    hours = plan.seconds_step * plan.steps / 3600
+    assumed = f"at {estimates.UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s on {gpus} × {plan.device} (an assumption)"
+    return f"{plan.seconds_step:.3g} s a step, {hours:.3g} h in all, {assumed}"
+
+
+def _buckets(plan: Plan) -> list[str]:
+    names = ("bucket", "clips", "an epoch", "micro batch", "steps", "tokens", "TFLOP a sample")
+    rows = [
+        (
+            str(r.bucket),
+            f"{r.clips:,}",
+            f"{r.seen:,}",
+            r.micro_batch,
+            f"{r.steps:.4g}",
+            f"{r.tokens:,}",
+            f"{r.tflop:.4g}",
+        )
+        for r in plan.rows
+    ]
+    return _table(names, rows)
+
+
+def _dropped(plan: Plan) -> list[str]:
+    if not any(plan.dropped.values()):
+        return ["dropped  nothing"]
+    lines = []
+    for key, pairs in plan.dropped.items():
+        if pairs:
+            lines.append(f"dropped from data.{key}: {len(pairs):,}")
+            lines += [f"  {name}: {reason}" for name, reason in pairs[:LISTED_CLIPS]]
+            lines += (
+                [f"  … and {len(pairs) - LISTED_CLIPS:,} more, which --json names"] if len(pairs) > LISTED_CLIPS else []
+            )
+    return lines
+
+
+def _held(plan: Plan) -> list[str]:
+    names = ("memory of a rank", *Memory._fields, "total")
+    rows = [
+        (f"{mode}{' (this config)' if mode == str(plan.recompute) else ''}", *map(_bytes, (*memory, memory.total)))
+        for mode, memory in plan.memory.items()
+    ]
+    return _table(names, rows)
+
+
+def _ways(plan: Plan) -> list[str]:
+    machine = plan.machine
+    used = f"{USABLE_MEMORY:.0%} of it used at most"
+    machines = f"{machine.gpus} × {plan.device}, {machine.memory / GIB:g} GiB each ({used})"
+    if not machine.memory:
+        return ["layouts  give --memory GB to find the ones that fit"]
+    if not plan.fits:
+        return [f"no layout fits {machines}; use smaller or shorter clips, a smaller train.micro_batch, or more GPUs"]
+    lines = [f"layouts that fit {machines}, the fastest first"]
+    for way in plan.fits:
+        lines.append(f"  {_bytes(way.memory.total):>9}  {way.seconds:8.3g} s a step  {' '.join(way.settings)}")
+        lines.append(f"             {way.why}")
+    return lines
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    cells = [tuple(map(str, row)) for row in (names, *rows)]
+    first, *widths = (max(map(len, column)) for column in zip(*cells))
+    return ["  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths))]) for row in cells]
+
+
+def _bytes(number: float) -> str:
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if number >= unit / 10:
+            return f"{number / unit:,.1f} {name}"
+    return f"{number / 1024:,.1f} KiB"

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from transpixeler.config import UserError
-from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, PRIMARY_ALIASES
+from transpixeler.data.sources.manifest import PRIMARY_ALIASES
 from transpixeler.files import whole
 
 BATCH = 1024
+ENDINGS = (".csv", ".jsonl", ".parquet")  # that can be written row by row
 Put = Callable[[Mapping[str, Any]], None]
 
 
 def check_manifest(path: Path, *, there: bool) -> Path:
     """Return the path if its ending is a manifest's and, for one to read (`there`), if it exists."""
-    if path.suffix.lower() not in MANIFEST_ENDINGS:
-        raise UserError(f"{path}: is no manifest; those end in {', '.join(MANIFEST_ENDINGS)}")
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{path}: is no manifest; those end in {', '.join(ENDINGS)}")
     if there and not path.is_file():
-        raise UserError(f"{path}: does not exist; give a manifest ({', '.join(MANIFEST_ENDINGS)})")
+        raise UserError(f"{path}: does not exist; give a manifest ({', '.join(ENDINGS)})")
     return path
 
 

@@ -58,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("manifest", type=Path, help="csv, jsonl or parquet, with the columns path (or rgb, or video) and text")
     add("--out", type=Path, required=True, help="csv, jsonl or parquet, by its ending")
-    add("--paths", default="path,video,rgb,seg", help="columns of paths, rewritten relative to OUT")
+    add(
+        "--paths",
+        default="path,video,rgb,seg,latent,seg_latent,text_fea",
+        help="columns of paths, rewritten relative to OUT",
+    )
     add("--jobs", type=int, default=2 * (os.cpu_count() or 1), help="files at a time")
     return parser
 

@@ -49,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="a folder for NAME-00000.csv and so on, of the source's kind")
     add("--rows", type=int, help="rows in each shard, in order")
     add("--shards", type=int, help="number of shards, filled in turn")
-    add("--paths", default="path,video,rgb,seg", help="columns of paths, rewritten relative to the shards")
+    add(
+        "--paths",
+        default="path,video,rgb,seg,latent,seg_latent,text_fea",
+        help="columns of paths, rewritten relative to the shards",
+    )
     add("--force", action="store_true", help="replace shards that were made with other options")
     return parser
 

@@ -152,6 +152,12 @@ def _add_cache(commands: Any) -> None:
     what.add_argument("--gc", action="store_true", help="remove records that this config does not use")
     what.add_argument("--rebuild", action="store_true", help="encode everything again")
     what.add_argument("--list", action="store_true", help="list what is in the cache")
+    what.add_argument(
+        "--export",
+        default="",
+        metavar="FOLDER",
+        help="encode, then write manifests and files with the features, for a machine that has no encoders",
+    )
 
 
 def _add_train(commands: Any) -> None:

@@ -25,8 +25,8 @@ from transpixeler.config import Config, Fault, UserError
 from transpixeler.files import printable
 
 if TYPE_CHECKING:
+    from transpixeler.data.features.needs import Needs
     from transpixeler.data.upkeep import Report
-    from transpixeler.models.geometry import Geometry
     from transpixeler.parallel.runtime import Runtime
 
 SECONDS_FOR_MAIN = 5.0  # that other ranks leave rank 0 to tell an error
@@ -159,7 +159,7 @@ def _cache(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     from transpixeler.data import upkeep
 
-    what = {name: getattr(arguments, name) for name in ("verify", "gc", "rebuild", "list")}
+    what = {name: getattr(arguments, name) for name in ("verify", "gc", "rebuild", "list", "export")}
     with _running(config) as runtime:
         report = upkeep.cache_command(config, runtime, **what)
         if runtime.is_main:
@@ -171,6 +171,9 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
     for shelf in report.shelves:
         size = f"{shelf.bytes / 2**20:,.1f} MiB in {shelf.segments} segments"
         print(f"{shelf.name:40} {shelf.records:>9,} records, {size}")
+    for made in report.exported:
+        repeats = f", for a source with repeats: {made.repeats}" if made.repeats > 1 else ""
+        print(printable(f"{made.path}: {made.rows:,} rows for data.{made.key}{repeats}"))
     for problem in report.problems:
         print(problem)
     if arguments.verify:
@@ -302,28 +305,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
         Path(arguments.out),
         streams=config.suffixes,
         data=config.data,
-        geometry=_geometry(config),
+        needs=_needs(config),
         seed=config.seed,
     )
     print(printable("\n".join(found.lines())))
     return 2 if found.bad or not found.buckets else 0
 
 
-def _geometry(config: Config) -> Geometry:
-    """Return the model's geometry, or the usual one while the model is not here yet."""
+def _needs(config: Config) -> Needs:
+    """Return what the model takes, or a usual one while the model is not here yet."""
     from pathlib import Path
 
+    from transpixeler.data.features.needs import Needs
     from transpixeler.models.family import open_model
-    from transpixeler.models.geometry import USUAL
 
     if config.model.path and Path(config.model.path).exists():
-        return open_model(config.model).geometry.over(config.scales)
-    usual = USUAL.over(config.scales)
+        return Needs.of(config, open_model(config.model))
+    needs = Needs.of(config, None)
+    usual = needs.geometry
     tall, wide = usual.unit
     print(
         f"model.path: not here; buckets are counted for sides of {wide}×{tall} pixels and {usual.stride[0]}k+1 frames"
     )
-    return usual
+    return needs
 
 
 def _export(arguments: argparse.Namespace) -> int:

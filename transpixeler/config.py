@@ -52,6 +52,7 @@ STREAM = re.compile(r"[A-Za-z][\w-]*")  # becomes part of file names, parameter 
 NAME_BYTES = 255  # the most that file systems take for one name
 REPO = re.compile(r"[\w.-]+/[\w.-]+")  # a Hub id
 COLUMNS = ("text", "num_frames", "height", "width", "fps")  # of a manifest, beside one for each stream
+FEATURES = ("latent", "text_fea")  # columns of files with features; a companion's latents are in STREAM_latent
 LocalPath = Annotated[str, PathKind.LOCAL]
 HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
 Count = Annotated[int, Range(1)]

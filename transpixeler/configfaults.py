@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from transpixeler.config import BESIDE_STREAMS, COLUMNS, REPO, STREAM, Config, DataConfig, family_names, is_folder_name
+from transpixeler.config import (
+    BESIDE_STREAMS,
+    COLUMNS,
+    FEATURES,
+    REPO,
+    STREAM,
+    Config,
+    DataConfig,
+    family_names,
+    is_folder_name,
+)
 
 
 def faults(config: Config) -> Iterator[tuple[str, str]]:
@@ -41,11 +51,12 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _column_faults(config: Config) -> Iterator[tuple[str, str]]:
-    known = (*config.streams, *COLUMNS)
+    features = (*FEATURES, *(f"{stream}_latent" for stream in list(config.streams)[1:]))
+    known = (*config.streams, *COLUMNS, *features)
     for name, column in config.data.columns.items():
         if name not in known:
             yield f"data.columns.{name}", f"is nothing that a manifest tells; there are {', '.join(known)}"
-        elif not column:
+        elif not column and name not in features:  # which are left unread so
             yield f"data.columns.{name}", "names no column; leave it out, or name the manifest's own"
 
 

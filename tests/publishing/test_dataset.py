@@ -12,12 +12,14 @@ from PIL import Image
 
 from transpixeler import cli
 from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.write import write_mp4, write_png, write_webm_alpha
 from transpixeler.models.geometry import USUAL
 from transpixeler.publishing import dataset
 from transpixeler.publishing.dataset import FLAGS, Inspection, inspect_dataset
 
 STREAMS = {"rgb": "", "seg": "_seg"}
+NEEDS = Needs(USUAL, {"rgb": 1, "seg": 1})
 DATA = DataConfig(resolutions=((96, 64),), frames=(1, 5), fill="black")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -53,7 +55,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Inspection:
     (folder / "cut_seg.mp4").write_bytes(data[:900])
     (folder / "cut.txt").write_text("cut short")
     sources = [SourceConfig(str(folder))]
-    return inspect_dataset(sources, root / "out" / "page.html", streams=STREAMS, data=DATA, geometry=USUAL, seed=0)
+    return inspect_dataset(sources, root / "out" / "page.html", streams=STREAMS, data=DATA, needs=NEEDS, seed=0)
 
 
 def test_each_flag_is_raised_where_it_belongs_and_nowhere_else(report: Inspection) -> None:
@@ -89,7 +91,7 @@ def test_an_rgba_source_is_shown_with_both_streams(tmp_path: Path) -> None:
     write_webm_alpha(tmp_path / "set" / "a.webm", frames, fps=Fraction(16))
     (tmp_path / "set" / "a.txt").write_text("a disc")
     source = SourceConfig(str(tmp_path / "set"), rgba=True)
-    report = inspect_dataset([source], tmp_path / "page.html", streams=STREAMS, data=DATA, geometry=USUAL, seed=0)
+    report = inspect_dataset([source], tmp_path / "page.html", streams=STREAMS, data=DATA, needs=NEEDS, seed=0)
     assert report.samples == 1 and not any(count for _, count in report.flags)
     assert "figcaption>cut out<" in report.page.read_text()
 

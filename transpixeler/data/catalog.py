@@ -18,20 +18,23 @@ from transpixeler.config import Config, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.dataset import Item, ShownKeys
+from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import IMAGE_ENDINGS, files_of
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part
 from transpixeler.data.prompts import sampled_texts
 from transpixeler.data.shown import BlankJob
+from transpixeler.data.sources.candidate import NOT_GIVEN, TEXT_COLUMN, Features, TextRow, latent_column
 from transpixeler.data.sources.pairs import Sample, source_names
-from transpixeler.data.survey import survey
+from transpixeler.data.survey import Survey, survey
 from transpixeler.flow.objective import all_lasts
 from transpixeler.models.conditions import shown_fields
 from transpixeler.models.family import Digest, Field, ModelFolder
 
 Keys = tuple[bytes, ...]  # of a caption's fields, in the model's order
 
+FEATURES_VERSION = 1  # raised when features are read in another way
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
 SETS = ("train", "eval")
 HASHING_THREADS = 8
@@ -53,6 +56,11 @@ class ClipJob:
     shown_keys: Mapping[tuple[str, int], bytes] = field(default_factory=dict)  # by field and stream, of those to encode
 
     @property
+    def given(self) -> bool:
+        """Tell whether its latents are taken from files."""
+        return bool(self.sample.features.latents)
+
+    @property
     def cost(self) -> int:
         return self.clip.frames * self.clip.height * self.clip.width * (len(self.keys) + len(self.shown_keys))
 
@@ -64,6 +72,12 @@ class TextJob:
     keys: Mapping[str, bytes]  # by field, in the model's order
     caption: str
     folder: Path
+    features: Features = NOT_GIVEN  # with `text`: the file that they are taken from
+    alone: bool = False  # of a row that gives nothing else, so no clip can be left out for it
+
+    @property
+    def given(self) -> bool:
+        return self.features.text is not None
 
     @property
     def all_keys(self) -> Keys:
@@ -101,42 +115,90 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
         raise UserError("data.train names no source; give a folder of pairs or a manifest")
     folders = cache_folders(config)
     hashes = {folder: FileHashes(folder) for folder in folders}
-    texts_with = model.text_fingerprint(hashes[folders[0]].digest)
-    encoders = _fingerprints(model, hashes[folders[0]].digest)
-
-    def text_job(text: str, folder: Path) -> TextJob:
-        return TextJob(text_keys(model.clean_caption(text), texts_with, model.fields), text, folder)
-
-    empty = text_job("", folders[0])
-    prompts = {text: text_job(text, folders[0]) for text in sampled_texts(config, model.family)}
+    made_with = Fingerprints(model, hashes[folders[0]].digest)
+    found = {name: _surveyed(config, model, name) for name in SETS}
+    texts_of = Texts(model, made_with, hashes[folders[0]], [row for one in found.values() for row in one.texts])
     clips: dict[tuple[bytes, ...], ClipJob] = {}
-    texts = {job.all_keys: job for job in (empty, *prompts.values())}
+    texts: dict[Keys, TextJob] = {}
     items: dict[str, tuple[Item, ...]] = {}
-    skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name in SETS:
         sources: tuple[SourceConfig, ...] = getattr(config.data, name)
-        jobs, skipped[name] = _clip_jobs(config, model, sources, hashes, encoders)
-        names, found = source_names(sources), []
-        for job in jobs:
-            caption = job.sample.caption
-            text = text_job(caption, job.folder)
+        names, own = source_names(sources), []
+        for job in _clip_jobs(config, model, sources, found[name], hashes, made_with):
+            text = texts_of.job(job.sample.caption, job.folder, job.sample.features)
             clips.setdefault(job.latent_keys, job)
             texts.setdefault(text.all_keys, text)
             item = _item(job, text, sources[job.sample.source].repeats, names[job.sample.source])
-            found.append(replace(item, origin=(job.sample, job.clip)) if name == "eval" else item)
-        items[name] = tuple(found)
+            shown = name == "eval" and not job.given
+            own.append(replace(item, origin=(job.sample, job.clip)) if shown else item)
+        items[name] = tuple(own)
+    empty = texts_of.job("", folders[0])
+    prompts = {text: texts_of.job(text, folders[0]) for text in sampled_texts(config, model.family)}
+    texts = {job.all_keys: job for job in (empty, *prompts.values())} | texts
     for memory in hashes.values():
         memory.save()
     keys = {text: job.all_keys for text, job in prompts.items()}
-    made = tuple(clips.values()), tuple(texts.values())
+    made, skipped = (tuple(clips.values()), tuple(texts.values())), {name: one.skipped for name, one in found.items()}
     return Catalog(items, skipped, *made, empty.all_keys, keys, folders, _blank_jobs(made[0], model, folders[0]))
 
 
-def _fingerprints(model: ModelFolder, digest: Digest) -> dict[str, str]:
-    """Return what clips' records are made with, by the source of the fields that they are for; latents as "clip"."""
-    found = {"clip": model.vae_fingerprint(digest)}
-    images = any(field.source == "image" for field in model.fields)
-    return found | ({"image": model.image_fingerprint(digest)} if images else {})
+class Fingerprints(dict[str, str]):
+    """Hold hashes of what records are made with, by the source of the fields that they are for; latents as "clip".
+
+    Each is found when it is asked for: where all features are given, no encoder needs to be here.
+    """
+
+    def __init__(self, model: ModelFolder, digest: Digest) -> None:
+        super().__init__()
+        self.model, self.digest = model, digest
+
+    def __missing__(self, source: str) -> str:
+        found = {
+            "clip": self.model.vae_fingerprint,
+            "image": self.model.image_fingerprint,
+            "caption": self.model.text_fingerprint,
+        }
+        self[source] = found[source](self.digest)
+        return self[source]
+
+
+class Texts:
+    """Make the jobs of texts: from a row's own features, from a row that gives a text's alone, or to be encoded."""
+
+    def __init__(
+        self, model: ModelFolder, made_with: Mapping[str, str], hashes: FileHashes, rows: Sequence[TextRow]
+    ) -> None:
+        self.model, self.made_with, self.hashes = model, made_with, hashes
+        self.alone = {row.text: row.features for row in rows}
+
+    def job(self, text: str, folder: Path, features: Features = NOT_GIVEN) -> TextJob:
+        own = features if features.text else self.alone.get(text, NOT_GIVEN)
+        if own.text is not None:
+            keys = given_text_keys(self.hashes.digest(own.text), self.model.fields)
+            return TextJob(keys, text, folder, own, alone=own is not features)
+        return TextJob(text_keys(self.model.clean_caption(text), self._encoder(text), self.model.fields), text, folder)
+
+    def _encoder(self, text: str) -> str:
+        try:
+            return self.made_with["caption"]
+        except UserError as fault:
+            row = json.dumps({"text": text, TEXT_COLUMN: "FILE"}, ensure_ascii=False)
+            raise UserError(f"{fault}; or give the features of this text in a manifest's row: {row}") from fault
+
+
+def _surveyed(config: Config, model: ModelFolder, name: str) -> Survey:
+    sources: tuple[SourceConfig, ...] = getattr(config.data, name)
+    if not sources:
+        return Survey()
+    return survey(
+        sources,
+        config.suffixes,
+        config.data,
+        geometry=model.geometry.over(config.scales),
+        seed=config.seed,
+        memory=cache_folders(config)[0],
+        needs=Needs.of(config, model),
+    )
 
 
 def _blank_jobs(clips: Sequence[ClipJob], model: ModelFolder, folder: Path) -> tuple[BlankJob, ...]:
@@ -180,26 +242,20 @@ def _clip_jobs(
     config: Config,
     model: ModelFolder,
     sources: Sequence[SourceConfig],
+    found: Survey,
     hashes: Mapping[Path, FileHashes],
     encoders: Mapping[str, str],
-) -> tuple[list[ClipJob], tuple[tuple[str, str], ...]]:
-    """Return all clips of one set in the order of their samples, and what is left out with its reason."""
-    if not sources:
-        return [], ()
-    found = survey(
-        sources,
-        config.suffixes,
-        config.data,
-        geometry=model.geometry.over(config.scales),
-        seed=config.seed,
-        memory=cache_folders(config)[0],
-    )
+) -> list[ClipJob]:
+    """Return all clips of one set in the order of their samples."""
     folders = [cache_folder(source, config) for source in sources]
     used = list({sample.id: sample for sample, _, _ in found.clips}.values())
     digests, fill = _digests(used, folders, hashes), Fill.of(config.data)
     jobs = []
     for sample, clip, bucket in found.clips:
-        keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=encoders["clip"])
+        if sample.features.latents:
+            keys = given_part_keys(config, sample, clip, digests=digests)
+        else:
+            keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=encoders["clip"])
         job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys)
         if fields := shown_fields(model.fields):
             content = latent_keys(sample, clip, digests=digests, fill=fill, vae="")
@@ -207,7 +263,7 @@ def _clip_jobs(
             each = {(name, n): key for name, own in shown.own.items() for n, key in enumerate(own)}
             job = replace(job, shown=shown, shown_keys=each)
         jobs.append(job)
-    return jobs, found.skipped
+    return jobs
 
 
 def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping[Path, FileHashes]) -> dict[Path, str]:
@@ -238,6 +294,18 @@ def part_keys(
         found[Part(stream)] = whole[stream]
         if number in lasts:
             found[Part(stream, last=True)] = alone[stream]
+    return found
+
+
+def given_part_keys(config: Config, sample: Sample, clip: Clip, *, digests: Mapping[Path, str]) -> dict[Part, bytes]:
+    """Return the same for latents that are given: of each file's content, and which tensor of it is meant."""
+    lasts = all_lasts(config.objective, tuple(config.streams)) if clip.frames > 1 else ()
+    first, found = sample.paths[0][0], {}
+    for number, (stream, path) in enumerate(sample.paths):
+        for part in [Part(stream)] + [Part(stream, last=True)] * (number in lasts):
+            name = latent_column(stream, first)
+            content = {"file": digests[path], "tensor": name, "part": "last frame" if part.last else "clip"}
+            found[part] = _hash(what="given latent", features=FEATURES_VERSION, dtype="bfloat16", **content)
     return found
 
 
@@ -298,6 +366,12 @@ def text_keys(caption: str, encoder: str, fields: Sequence[Field]) -> dict[str, 
     """Return a key for each field that comes from captions."""
     parts: dict[str, Any] = {"encoder": ENCODER_VERSION, "weights": encoder, "dtype": "bfloat16", "caption": caption}
     return {field.name: _hash(what=field.name, **parts) for field in fields if field.source == "caption"}
+
+
+def given_text_keys(file: str, fields: Sequence[Field]) -> dict[str, bytes]:
+    """Return the same for features that are given. file: a hash of its content."""
+    parts: dict[str, Any] = {"features": FEATURES_VERSION, "dtype": "bfloat16", "file": file}
+    return {field.name: _hash(what=f"given {field.name}", **parts) for field in fields if field.source == "caption"}
 
 
 def _hash(**parts: object) -> bytes:

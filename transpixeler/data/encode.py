@@ -31,6 +31,8 @@ from transpixeler.config import Config, Fault, UserError
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
 from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
+from transpixeler.data.features.needs import Needs
+from transpixeler.data.features.take import take
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part, encode_part, part_shape
@@ -58,6 +60,18 @@ class Work:
     texts: tuple[TextJob, ...]
     blanks: tuple[BlankJob, ...] = ()
 
+    def __bool__(self) -> bool:
+        return bool(self.clips or self.texts or self.blanks)
+
+    def __str__(self) -> str:
+        """Say how much is to be encoded, and how much is taken from features."""
+        clips, texts = (sum(not job.given for job in jobs) for jobs in (self.clips, self.texts))
+        given = len(self.clips) - clips, len(self.texts) - texts
+        taken = f"takes {given[0]} clips and {given[1]} captions from features"
+        if clips or texts or self.blanks or not any(given):
+            return f"encodes {clips} clips and {texts} captions{f' and {taken}' * any(given)}"
+        return taken
+
 
 @dataclass
 class Outcome:
@@ -66,6 +80,7 @@ class Outcome:
     bad: dict[Keys, str] = field(default_factory=dict)  # why a clip with these latents cannot be used
     bytes: int = 0
     records: int = 0
+    taken: int = 0  # of these, from features
     fault: Exception | None = None
 
 
@@ -75,7 +90,7 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
         found, work = ranks.from_main(partial(_find_work, config, model))
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
-        while work.clips or work.texts or work.blanks:
+        while work:
             done = _encode_on_all(config, model, ranks, work)
             outcomes += done
             fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
@@ -115,7 +130,7 @@ def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
     blanks = set(cache.missing([job.key for job in found.blanks]))
     return Work(
         tuple(clips),
-        tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys)),
+        tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys) and job.all_keys not in without),
         tuple(job for job in found.blanks if job.key in blanks),
     )
 
@@ -160,10 +175,31 @@ def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, ou
     texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
     blanks = share(work.blanks, rank=runtime.rank, ranks=runtime.world_size)
     with _Writers(f"rank{runtime.rank}", outcome) as writers, _one_thread(runtime.device):
+        _take(config, model, [*_given(clips), *_given(texts)], writers)
+        clips, texts = [job for job in clips if not job.given], [job for job in texts if not job.given]
         if clips or blanks:
             _encode_clips(config, model, runtime, clips, blanks, writers)
         if texts:
             _encode_texts(config, model, runtime, texts, writers)
+
+
+def _given(jobs: Sequence[ClipJob] | Sequence[TextJob]) -> list[ClipJob | TextJob]:
+    return [job for job in jobs if job.given]
+
+
+def _take(config: Config, model: ModelFolder, jobs: Sequence[ClipJob | TextJob], writers: _Writers) -> None:
+    """Write the records of clips and captions that are given as features."""
+
+    def refuse(job: ClipJob | TextJob, reason: BadMedia) -> None:
+        if config.data.on_bad == "error" or (isinstance(job, TextJob) and job.alone):
+            raise UserError(f"{reason}; mend it{' or set data.on_bad=skip' * (config.data.on_bad == 'error')}")
+        name = job.id if isinstance(job, ClipJob) else f"the caption {job.caption[:60]!r}"
+        logger.warning("%s is skipped: %s", name, reason)
+        writers.outcome.bad[job.latent_keys if isinstance(job, ClipJob) else job.all_keys] = str(reason)
+
+    before = writers.outcome.records
+    take(jobs, Needs.of(config, model), writers.put, refuse)
+    writers.outcome.taken += writers.outcome.records - before
 
 
 def _encode_clips(
@@ -361,7 +397,8 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str], *, whole:
     cache, streams, empty = Cache(*found.folders), tuple(config.streams), found.empty_text_keys
     sets, lasts = {}, all_lasts(config.objective, streams)
     for name, items in found.items.items():
-        reasons = {item.id: bad[item.latent_keys] for item in items if item.latent_keys in bad}
+        faults = {item.id: bad.get(item.latent_keys, bad.get(item.text_keys)) for item in items}
+        reasons = {name: reason for name, reason in faults.items() if reason is not None}
         kept = tuple(item for item in items if item.id not in reasons)
         keys = [key for item in kept for key in (*item.latent_keys, *item.text_keys)]
         keys += [key for item in kept if item.shown for key in item.shown.all]
@@ -387,7 +424,9 @@ def _summarise(datasets: Datasets, outcomes: Sequence[Outcome]) -> None:
         if rest := sum(count for count, *_ in kinds[KINDS_SHOWN:]):
             logger.info("%-6s skipped %d for other reasons; `plan CONFIG --json` names all", dataset.key, rest)
     records, size = sum(other.records for other in outcomes), sum(other.bytes for other in outcomes)
-    logger.info("%d records encoded, %.1f MB; the cache holds %d", records, size / 1e6, len(datasets.train.cache))
+    taken, held = sum(other.taken for other in outcomes), len(datasets.train.cache)
+    how = f"{records - taken} records encoded" + f", {taken} taken from features" * bool(taken)
+    logger.info("%s, %.1f MB; the cache holds %d", how, size / 1e6, held)
 
 
 def _by_kind(skipped: Sequence[tuple[str, str]]) -> list[tuple[int, str, str]]:

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from transpixeler.config import DataConfig, SourceConfig
 from transpixeler.data.buckets import Bucket, assign
+from transpixeler.data.features.needs import Needs
+from transpixeler.data.features.place import place
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.probe import Probes
-from transpixeler.data.sources.candidate import BadSample
+from transpixeler.data.sources.candidate import BadSample, TextRow
 from transpixeler.data.sources.pairs import Sample, scan
 from transpixeler.models.geometry import Geometry
 
@@ -36,6 +38,7 @@ class Survey:
     bad: tuple[BadSample, ...] = ()
     clips: tuple[SampleClip, ...] = ()  # in the order of their samples
     dropped: tuple[tuple[str, str], ...] = ()  # (sample id, reason) of samples that fit no bucket
+    texts: tuple[TextRow, ...] = ()  # rows that give the features of a text alone
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
@@ -51,14 +54,21 @@ def survey(
     geometry: Geometry,
     seed: int,
     memory: Path | None = None,  # the folder where probes are remembered
+    needs: Needs | None = None,
 ) -> Survey:
-    """Scan the sources and assign each sample its buckets."""
+    """Scan the sources and assign each sample its buckets. needs: of features that manifests may give."""
     probes = Probes(memory) if memory is not None else None
-    found = scan(sources, streams, data, probe=probes or probe)
+    found = scan(sources, streams, data, probe=probes or probe, needs=needs)
     if probes is not None:
         probes.save()
-    assigned = assign(found.samples, sources, data, geometry=geometry, seed=seed)
+    videos = [sample for sample in found.samples if not sample.features.latents]
+    given = [sample for sample in found.samples if sample.features.latents]
+    assigned = assign(videos, sources, data, geometry=geometry, seed=seed)
+    placed = place(given, sources, data, geometry=geometry, seed=seed)
     samples = {sample.id: sample for sample in found.samples}
     assert len(samples) == len(found.samples), "two samples share an id"
-    clips = tuple(SampleClip(samples[clip.sample_id], clip, bucket) for bucket, clip in assigned.clips)
-    return Survey(found.samples, found.bad, clips, assigned.dropped)
+    both = (*assigned.clips, *placed.clips)
+    clips = [SampleClip(samples[clip.sample_id], clip, bucket) for bucket, clip in both]
+    if given:
+        clips.sort(key=lambda clip: clip.sample.id)  # as the samples are; the clips of one keep their order
+    return Survey(found.samples, found.bad, tuple(clips), (*assigned.dropped, *placed.dropped), found.texts)

@@ -32,6 +32,7 @@ from transpixeler.data.cache.records import (
 from transpixeler.data.catalog import cache_folders, catalog
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
+from transpixeler.data.features import export as features
 from transpixeler.data.parts import part_shape
 from transpixeler.files import whole
 from transpixeler.models.family import ModelFolder, open_model
@@ -71,6 +72,7 @@ class Report:
     datasets: Datasets | None = None
     problems: list[Problem] = field(default_factory=list)
     shelves: list[Shelf] = field(default_factory=list)
+    exported: list[features.Exported] = field(default_factory=list)
     removed_records: int = 0
     removed_bytes: int = 0
 
@@ -83,11 +85,14 @@ def cache_command(
     gc: bool = False,
     rebuild: bool = False,
     list: bool = False,
+    export: str = "",
 ) -> Report:
-    """Encode what is missing, or do what is asked for instead; rank 0 alone verifies, cleans and lists."""
+    """Encode what is missing, or do what is asked for instead; rank 0 alone verifies, cleans, lists and exports."""
     model = open_model(config.model)
     report = Report()
     if runtime.is_main:
+        if export:
+            features.check_export(Path(export), model)
         if list:
             report.shelves = listing(cache_folders(config))
         if verify:
@@ -98,6 +103,8 @@ def cache_command(
             remove_all(cache_folders(config), report)
     if not (list or verify or gc):
         report.datasets = encode_missing(config, model, runtime)
+        if export and runtime.is_main:
+            report.exported = features.export(report.datasets, model, Path(export))
     return report
 
 

@@ -163,6 +163,10 @@ class ModelFolder(ABC):
         """Hash all that cached image tokens depend on; asked only where a field comes from images."""
         raise NotImplementedError(f"{self.family.title} has no image encoder")
 
+    def latent_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Return the mean and deviation of each channel of raw latents, where a config at hand tells them."""
+        return None
+
     # -- noise levels of a video of so many tokens, those of companions not counted
 
     def shift(self, tokens: int) -> float:

@@ -20,6 +20,7 @@ from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import cache_folders
 from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.features.needs import Needs
 from transpixeler.data.order import Order
 from transpixeler.data.survey import Survey, survey
 from transpixeler.flow import objective
@@ -94,7 +95,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     preflight.check(config, layout)
     folder = _checked_model(config)
     model, geometry = _model(config, machine), folder.geometry.over(config.scales)
-    train, evaluation, scan_seconds = _datasets(config, geometry)
+    train, evaluation, scan_seconds = _datasets(config, folder)
     order = train.order(seed=config.seed, global_batch=config.train.global_batch)
     loads = _loads(config, geometry, order, train)
     estimate = _estimate(config, folder, model, machine)
@@ -156,14 +157,14 @@ def _estimate(config: Config, folder: ModelFolder, model: Backbone, machine: Mac
     )
 
 
-def _datasets(config: Config, geometry: Geometry) -> tuple[Dataset, Dataset, float]:
+def _datasets(config: Config, model: ModelFolder) -> tuple[Dataset, Dataset, float]:
     """Return the clips of both sets, and the seconds that it took to probe them."""
     started = time.perf_counter()
-    train, evaluation = (_dataset(config, geometry, key) for key in ("train", "eval"))
+    train, evaluation = (_dataset(config, model, key) for key in ("train", "eval"))
     return train, evaluation, time.perf_counter() - started
 
 
-def _dataset(config: Config, geometry: Geometry, key: str) -> Dataset:
+def _dataset(config: Config, model: ModelFolder, key: str) -> Dataset:
     """Return the clips of `data.KEY`, without cache records."""
     sources, found = getattr(config.data, key), Survey()
     if sources:
@@ -171,9 +172,10 @@ def _dataset(config: Config, geometry: Geometry, key: str) -> Dataset:
             sources,
             config.suffixes,
             config.data,
-            geometry=geometry,
+            geometry=model.geometry.over(config.scales),
             seed=config.seed,
             memory=cache_folders(config)[0],
+            needs=Needs.of(config, model),
         )
     items = tuple(
         Item(clip.id, sample.id, sample.caption, bucket, (), (), sources[sample.source].repeats)

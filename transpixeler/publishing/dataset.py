@@ -21,6 +21,7 @@ import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket
+from transpixeler.data.features.needs import Needs, check_features
 from transpixeler.data.media.decode import read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
@@ -28,7 +29,6 @@ from transpixeler.data.sources.candidate import BadSample
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.data.survey import survey
 from transpixeler.files import write_text
-from transpixeler.models.geometry import Geometry
 
 PAGE = "inspect.html"
 FLAGS = {
@@ -93,14 +93,14 @@ def inspect_dataset(
     *,
     streams: Mapping[str, str],
     data: DataConfig,
-    geometry: Geometry,
+    needs: Needs,
     seed: int,
 ) -> Inspection:
     """Open and judge every sample, and write the page, into `out` if it is a folder; no bad sample stops it."""
     page = _page_at(out)
-    found = survey(sources, streams, replace(data, on_bad="skip"), geometry=geometry, seed=seed)
+    found = survey(sources, streams, replace(data, on_bad="skip"), geometry=needs.geometry, seed=seed, needs=needs)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        judged = list(pool.map(lambda sample: _card(sample, data), found.samples))
+        judged = list(pool.map(lambda sample: _card(sample, data, needs), found.samples))
     cards = [card for card in judged if isinstance(card, Card)]
     bad = (*found.bad, *(card for card in judged if isinstance(card, BadSample)))
     usable = {card.sample.id for card in cards}
@@ -133,8 +133,11 @@ def _expected(streams: Mapping[str, str]) -> str:
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
-def _card(sample: Sample, data: DataConfig) -> Card | BadSample:
+def _card(sample: Sample, data: DataConfig, needs: Needs) -> Card | BadSample:
     try:
+        check_features(sample.features, needs)
+        if sample.features.latents:
+            return Card(sample, (), ())
         frames = _judged_frames(sample, Fill(alpha=data.alpha))
     except BadMedia as error:
         return BadSample(sample.id, str(sample.paths[0][1]), str(error))

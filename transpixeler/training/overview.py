@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from transpixeler.config import Config
+from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Datasets
 from transpixeler.flow.experts import Split
 from transpixeler.models.family import ModelFolder
@@ -86,5 +86,13 @@ def manifest_facts(model: ModelFolder, engine: AnyEngine, data: Datasets, schedu
         "steps": schedule.total,
         "clips": {"train": len(data.train.items), "eval": len(data.eval.items)},
         "skipped": [list(pair) for pair in (*data.train.skipped, *data.eval.skipped)],
-        "model": {"family": model.family.name, "path": model.path, "vae": model.vae_fingerprint()},
+        "model": {"family": model.family.name, "path": model.path, "vae": _vae_fingerprint(model)},
     }
+
+
+def _vae_fingerprint(model: ModelFolder) -> str | None:
+    """Return None on a machine without the VAE, whose data are given as features."""
+    try:
+        return model.vae_fingerprint()
+    except UserError:
+        return None

@@ -38,8 +38,9 @@ def rehearse(config: Config, runtime: Runtime, *, resume: str | None = None, goi
     parts = build_parts(config, runtime, layout, run, find_clips)
     model, state, schedule = parts.model, parts.state, parts.schedule
     overview.introduce(config, runtime, run, model, parts.engine, parts.data, schedule, state.step)
-    if any((missing.clips, missing.texts, missing.blanks)):
-        line = f"encodes  {len(missing.clips)} clips and {len(missing.texts)} captions first; no batch was read"
+    if missing:
+        verb, rest = str(missing).split(" ", 1)
+        line = f"{verb:8} {rest} first; no batch was read"
     else:
         loader = open_loader(config, parts.data.train, model, parts.mesh, schedule, state.step)
         try:

@@ -22,14 +22,50 @@ class BadSample:
             object.__setattr__(self, name, printable(getattr(self, name)))
 
 
+TEXT_COLUMN = "text_fea"  # of a manifest: the file with a caption's features
+
+
+def latent_column(stream: str, first: str) -> str:
+    """Return the column of a stream's latents: `latent` for the first stream, else after the stream's name."""
+    return "latent" if stream == first else f"{stream}_latent"
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Name the files of a manifest's row that hold what would be encoded."""
+
+    row: str  # as messages say it
+    latents: tuple[tuple[str, Path], ...] = ()  # by stream: of all streams, or of none
+    text: Path | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.latents or self.text)
+
+
+NOT_GIVEN = Features("")
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """Hold a row that gives the features of a text alone, such as the empty caption or a prompt."""
+
+    id: str
+    text: str
+    features: Features
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Name all files of one sample; `declared` is what a manifest claims about the first."""
+    """Name all files of one sample; `declared` is what a manifest claims about the first.
+
+    Where a row gives latents, `paths` are theirs.
+    """
 
     id: str
     paths: tuple[tuple[str, Path], ...]
     caption: Path | str
     declared: dict[str, Fraction] = field(default_factory=dict)
+    features: Features = NOT_GIVEN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", printable(self.id))

@@ -1,4 +1,7 @@
-"""Read a manifest (csv, jsonl, parquet): a path in, candidates out row by row, so that it may exceed memory."""
+"""Read a manifest (csv, tsv, jsonl, json, parquet): a path in, candidates out row by row.
+
+It may exceed memory, but for a list in JSON.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -14,9 +17,9 @@ from typing import Any
 
 from transpixeler.config import UserError
 from transpixeler.data.names import normal
-from transpixeler.data.sources.candidate import BadSample, Candidate
+from transpixeler.data.sources.candidate import TEXT_COLUMN, BadSample, Candidate, Features, TextRow, latent_column
 
-MANIFEST_ENDINGS = (".csv", ".jsonl", ".parquet")
+MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 CLAIMS = ("num_frames", "height", "width", "fps")
 NUMBER = re.compile(r"\d{1,18}(/\d{1,18}|(\.\d{0,24})?(e[+-]?\d{1,2})?)", re.ASCII | re.IGNORECASE)
 PRIMARY_ALIASES = ("video", "path")  # names that other tools give the first stream's column
@@ -26,38 +29,100 @@ Row = Mapping[str, Any] | str  # a row, or the reason why it cannot be read
 
 def manifest_candidates(
     path: Path, name: str, streams: Iterable[str], *, rgba: bool, columns: Mapping[str, str] | None = None
-) -> Iterator[Candidate | BadSample]:
+) -> Iterator[Candidate | TextRow | BadSample]:
     """Yield a candidate for each row; a row that cannot be one is named by its number. columns: as `data.columns`."""
     streams, columns = tuple(streams), columns or {}
     for number, row in rows(path, text=columns.get("text", "text")):
-        where = f"{path}:{number}"
-        found = row if isinstance(row, str) else _candidate(row, path.parent, name, streams, rgba=rgba, columns=columns)
-        yield BadSample(f"{name}/row {number}", where, found) if isinstance(found, str) else found
+        if isinstance(row, str):
+            found = row
+        else:
+            found = _found(row, path.parent, name, streams, number=number, rgba=rgba, columns=columns)
+        yield BadSample(f"{name}/row {number}", f"{path}:{number}", found) if isinstance(found, str) else found
 
 
-def _candidate(
+def _found(
     row: Mapping[str, Any],
     folder: Path,
     name: str,
     streams: tuple[str, ...],
     *,
+    number: int,
     rgba: bool,
     columns: Mapping[str, str],
-) -> Candidate | str:
+) -> Candidate | TextRow | str:
+    """Return the sample or the text that a row names, or the reason why it names none."""
+    features = _features(row, folder, streams, number=number, columns=columns)
+    if isinstance(features, str):
+        return features
+    paths = _video_paths(row, folder, streams[:1] if rgba else streams, columns)
+    own, told = features.latents or paths, columns.get("text", "text")
+    if (
+        isinstance(row.get(told), str)
+        and isinstance(own, str)
+        and features.text
+        and _tells_no_video(row, streams, columns)
+    ):
+        return TextRow(f"{name}/row {number}", row[told], features)
+    if isinstance(own, str):
+        return own
+    if rgba and not features.latents:
+        own = [(stream, own[0][1]) for stream in streams]
+    if not isinstance(row.get(told), str):
+        return f"no caption in column {told!r}"
+    claims = _claims(row, columns)
+    if isinstance(claims, str):
+        return claims
+    named = own if isinstance(paths, str) else paths
+    first = Path(_relative(named[0][1], folder))
+    if not first.name:
+        return f"its {streams[0]} path names no file"
+    if features.latents and named is paths:
+        claims = {}  # they are the video's, of which the latents may be a part
+    return Candidate(f"{name}/{normal(str(first.with_suffix('')))}", tuple(own), row[told], claims, features)
+
+
+def _video_paths(
+    row: Mapping[str, Any], folder: Path, streams: Iterable[str], columns: Mapping[str, str]
+) -> list[tuple[str, Path]] | str:
+    """Return the file of each stream, or the reason why there is none."""
     paths = []
-    for stream in streams[:1] if rgba else streams:
-        names = (stream, *PRIMARY_ALIASES) if stream == streams[0] else (stream,)
+    for number, stream in enumerate(streams):
+        names = (stream, *PRIMARY_ALIASES) if number == 0 else (stream,)
         names = (columns[stream],) if stream in columns else names
         value = next((row[name] for name in names if row.get(name) is not None), None)
         if not isinstance(value, str) or not value.strip():
             return f"no path in column {' or '.join(map(repr, names))}"
         paths.append((stream, folder / value.strip()))
-    if rgba:
-        paths = [(stream, paths[0][1]) for stream in streams]
-    told = columns.get("text", "text")
-    text = row.get(told)
-    if not isinstance(text, str):
-        return f"no caption in column {told!r}"
+    return paths
+
+
+def _tells_no_video(row: Mapping[str, Any], streams: Iterable[str], columns: Mapping[str, str]) -> bool:
+    return not any(row.get(name) for name in (*(columns.get(stream, stream) for stream in streams), *PRIMARY_ALIASES))
+
+
+def _features(
+    row: Mapping[str, Any], folder: Path, streams: Sequence[str], *, number: int, columns: Mapping[str, str]
+) -> Features | str:
+    """Return the files of features that a row names, or the reason why they cannot be used."""
+    found: dict[str, Path] = {}
+    ours = [latent_column(stream, streams[0]) for stream in streams]
+    for name in (*ours, TEXT_COLUMN):
+        column = columns.get(name, name)
+        value = row.get(column) if column else None
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str) or not value.strip():
+            return f"column {column!r} is {str(value)[:40]!r}, not the path of a file"
+        found[name] = folder / value.strip()
+    lacking = [name for name in ours if name not in found]
+    if lacking and len(lacking) < len(ours):
+        return f"no path in column {columns.get(lacking[0], lacking[0])!r}: give the latents of all streams, or of none"
+    latents = () if lacking else tuple((stream, found[name]) for stream, name in zip(streams, ours))
+    return Features(f"row {number}", latents, found.get(TEXT_COLUMN))
+
+
+def _claims(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Fraction] | str:
+    """Return what a row says of its first file's length, size and rate, or the reason why it cannot be read."""
     claims: dict[str, Fraction] = {}
     for key in CLAIMS:
         value, column = row.get(columns.get(key, key)), columns.get(key, key)
@@ -66,11 +131,7 @@ def _candidate(
         if (number := _number(value)) is None:
             return f"column {column!r} is {str(value)[:40]!r}, not a number above 0"
         claims[key] = number
-    first = Path(_relative(paths[0][1], folder))
-    if not first.name:
-        return f"its {streams[0]} path names no file"
-    stem = normal(str(first.with_suffix("")))
-    return Candidate(f"{name}/{stem}", tuple(paths), text, claims)
+    return claims
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -91,17 +152,23 @@ def _number(value: Any) -> Fraction | None:
 
 def rows(path: Path, *, text: str = "text") -> Iterator[tuple[int, Row]]:
     """Yield (number, row or the reason why it cannot be read), one at a time. text: the captions' column."""
-    readers = {".csv": partial(_csv_rows, text=text), ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    readers = {
+        ".csv": partial(_csv_rows, text=text),
+        ".tsv": partial(_csv_rows, text=text, delimiter="\t"),
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".parquet": _parquet_rows,
+    }
     try:
         yield from readers[path.suffix.lower()](path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check its permissions") from error
 
 
-def _csv_rows(path: Path, *, text: str) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, *, text: str, delimiter: str = ",") -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, delimiter=delimiter)
         try:
             if text not in (reader.fieldnames or ()):
                 names = ", ".join(map(str, reader.fieldnames or ())) or "none"
@@ -131,6 +198,18 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, f"not JSON: {error}"
                 continue
             yield number, _decoded(row) if isinstance(row, dict) else "not a JSON object"
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the objects of one list, counted from 1."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(held, list):
+        raise UserError(f"{path}: holds no list; a manifest in JSON is a list of objects, one a row")
+    for number, row in enumerate(held, 1):
+        yield number, _decoded(row) if isinstance(row, dict) else "not a JSON object"
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -17,18 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.files import files_of, numbers_of
 from transpixeler.data.media.fill import KEEP, Fill
 from transpixeler.data.names import is_utf8, printable
-from transpixeler.data.sources.candidate import BadSample, Candidate
+from transpixeler.data.sources.candidate import NOT_GIVEN, BadSample, Candidate, Features, TextRow
 from transpixeler.data.sources.captions import caption_of
 from transpixeler.data.sources.folder import folder_candidates
 from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates
 
 Probe = Callable[[Path], Media]
+Offer = Candidate | TextRow | BadSample
 WINDOW = 4096  # candidates examined at a time: manifests are streamed
 
 
@@ -42,6 +44,7 @@ class Sample:
     source: int
     rgba: bool
     media: Media
+    features: Features = NOT_GIVEN  # with latents, `paths` are theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +53,32 @@ class Scan:
 
     samples: tuple[Sample, ...]
     bad: tuple[BadSample, ...]
+    texts: tuple[TextRow, ...] = ()  # in the order of their rows
 
 
 def scan(
-    sources: Sequence[SourceConfig], streams: Mapping[str, str], data: DataConfig, *, probe: Probe = probe
+    sources: Sequence[SourceConfig],
+    streams: Mapping[str, str],
+    data: DataConfig,
+    *,
+    probe: Probe = probe,
+    needs: Needs | None = None,
 ) -> Scan:
-    """Open every file once; drop nothing without a reason."""
+    """Open every file once; drop nothing without a reason. needs: of features, where sources may hold some."""
     samples: list[Sample] = []
     bad: list[BadSample] = []
+    texts: list[TextRow] = []
     names, taken = source_names(sources), {}
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         for index, source in enumerate(sources):
             offered = _distinct(_offered(source, names[index], streams, data.columns), taken)
             while window := list(itertools.islice(offered, WINDOW)):
-                for found in pool.map(partial(examined, source=index, rgba=source.rgba, probe=probe), window):
+                look = partial(examined, source=index, rgba=source.rgba, probe=probe, needs=needs)
+                for found in pool.map(look, window):
                     if isinstance(found, Sample):
                         samples.append(found)
+                    elif isinstance(found, TextRow):
+                        texts.append(found)
                     else:
                         bad.append(found)
     samples.sort(key=lambda sample: sample.id)
@@ -76,7 +89,7 @@ def scan(
             f"{len(bad)} of {len(bad) + len(samples)} samples cannot be used, the first is {first}; "
             "mend them or set data.on_bad=skip"
         )
-    return Scan(tuple(samples), tuple(bad))
+    return Scan(tuple(samples), tuple(bad), tuple(texts))
 
 
 def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
@@ -101,7 +114,7 @@ def _stem(path: Path) -> str:
 
 def _offered(
     source: SourceConfig, name: str, streams: Mapping[str, str], columns: Mapping[str, str]
-) -> Iterator[Candidate | BadSample]:
+) -> Iterator[Offer]:
     path = Path(source.path)
     try:
         path.stat()
@@ -119,7 +132,7 @@ def _offered(
     return manifest_candidates(path, name, streams, rgba=source.rgba, columns=columns)
 
 
-def _distinct(offered: Iterable[Candidate | BadSample], taken: dict[str, int]) -> Iterator[Candidate | BadSample]:
+def _distinct(offered: Iterable[Offer], taken: dict[str, int]) -> Iterator[Offer]:
     """Make ids unique: a video with two captions is two samples, `clip` and `clip~2` (unless that is a name too)."""
     for found in offered:
         yield replace(found, id=_free(found.id, taken)) if isinstance(found, Candidate) else found
@@ -135,29 +148,62 @@ def _free(name: str, taken: dict[str, int]) -> str:
     return free
 
 
-def examined(candidate: Candidate | BadSample, source: int, rgba: bool, probe: Probe = probe) -> Sample | BadSample:
+def examined(
+    candidate: Offer, source: int, rgba: bool, probe: Probe = probe, needs: Needs | None = None
+) -> Sample | TextRow | BadSample:
     """Open a candidate's files and compare them with each other and with the manifest's claims."""
     if isinstance(candidate, BadSample):
         return candidate
+    if isinstance(candidate, TextRow):
+        return _examined_text(candidate, needs)
     files = [path for _, path in candidate.paths] + [candidate.caption] * isinstance(candidate.caption, Path)
-    for path in files:
+    for path in (*files, *([candidate.features.text] if candidate.features.text else [])):
         if not is_utf8(str(path)):
             return BadSample(candidate.id, str(path), "its name is not UTF-8; rename it")
-    first, primary = candidate.paths[0]
-    path = primary
+    given = bool(candidate.features.latents)
+    path = candidate.paths[0][1]
     try:
-        media = probe(path)
+        media = _known(needs).media(candidate.features) if given else probe(path)
         _check_claims(candidate, media)
-        if rgba and not media.alpha and len(candidate.paths) > 1:
-            raise BadMedia("has no alpha channel, but its source is rgba")
-        for _, path in () if rgba else candidate.paths[1:]:
-            _check_twin(first, media, probe(path))
-            _check_numbers(first, primary, path)
-        path = candidate.caption if isinstance(candidate.caption, Path) else primary
+        for path in () if given else [path for _, path in candidate.paths]:
+            _check_stream(candidate, path, media, probe=probe, rgba=rgba)
+        path = candidate.features.text or path
+        if candidate.features.text:
+            _known(needs).check_text(candidate.features)
+        path = candidate.caption if isinstance(candidate.caption, Path) else candidate.paths[0][1]
         caption = caption_of(candidate.caption)
     except BadMedia as error:
         return BadSample(candidate.id, str(path), str(error))
-    return Sample(candidate.id, candidate.paths, caption, source, rgba, media)
+    return Sample(candidate.id, candidate.paths, caption, source, rgba and not given, media, candidate.features)
+
+
+def _examined_text(row: TextRow, needs: Needs | None) -> TextRow | BadSample:
+    assert row.features.text is not None, row
+    path = row.features.text
+    try:
+        if not is_utf8(row.text + str(path)):
+            raise BadMedia("its text or path is not UTF-8")
+        _known(needs).check_text(row.features)
+    except BadMedia as error:
+        return BadSample(row.id, str(path), str(error))
+    return replace(row, text=row.text.strip())
+
+
+def _known(needs: Needs | None) -> Needs:
+    """Return what features must be like; tools that look at files alone have no model to compare them with."""
+    if needs is None:
+        raise BadMedia("gives features, which are read for training alone")
+    return needs
+
+
+def _check_stream(candidate: Candidate, path: Path, media: Media, *, probe: Probe, rgba: bool) -> None:
+    """Compare one stream's file with the first stream's."""
+    first, primary = candidate.paths[0]
+    if rgba and not media.alpha and len(candidate.paths) > 1:
+        raise BadMedia("has no alpha channel, but its source is rgba")
+    if not rgba and path is not primary:
+        _check_twin(first, media, probe(path))
+        _check_numbers(first, primary, path)
 
 
 def _check_claims(candidate: Candidate, media: Media) -> None:

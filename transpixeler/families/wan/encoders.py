@@ -130,6 +130,17 @@ def has_vae(path: str | Path) -> bool:
     return any((folder / name).exists() for name in (_VAE_CONFIG, *VAE_FILES))
 
 
+def latent_statistics(path: str | Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the mean and deviation of each channel of raw latents; None where no config of a VAE is here."""
+    file = Path(path).expanduser() / _VAE_CONFIG
+    if not file.is_file():
+        return None
+    config = read_config(file)
+    with naming_damage(file):
+        found = [torch.tensor(config[name], dtype=torch.float32) for name in ("latents_mean", "latents_std")]
+    return found[0], found[1]
+
+
 def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
     """(stride in frames, height and width; latent channels), read off the config's levels."""
     folder = _vae_folder(path)

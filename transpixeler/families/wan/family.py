@@ -155,6 +155,9 @@ class WanFolder(ModelFolder):
     def image_fingerprint(self, digest: Digest = file_digest) -> str:
         return images.image_fingerprint(self.encoders, digest)
 
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return encoders.latent_statistics(self.encoders)
+
     def shift(self, tokens: int) -> float:
         return self.sampling_shift(tokens) if len(self.experts) > 1 else 1.0
 

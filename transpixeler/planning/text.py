@@ -21,10 +21,9 @@ def describe(plan: Plan) -> str:
 
 def _head(plan: Plan) -> list[str]:
     config, batch = plan.config, plan.config.train.global_batch
-    kind = f"adapter of rank {config.lora.rank}" if config.lora.enabled else "the model's own weights"
     epochs = config.train.epochs if plan.whole_epochs else plan.steps / plan.steps_epoch
     lines = {
-        "trains": f"{plan.trainable_parameters:,} parameters ({kind}) of {plan.parameters:,}",
+        "trains": f"{plan.trainable_parameters:,} parameters ({config.lora}) of {plan.parameters:,}",
         "layout": f"{plan.layout}, {batch} samples a step, {batch // plan.layout.data} a data rank",
         "steps": f"{plan.steps:,} in all, {plan.steps_epoch:.4g} an epoch; {epochs:.3g} epochs",
         "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",

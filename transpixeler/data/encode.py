@@ -18,16 +18,14 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from transpixeler.config import Config, Fault, UserError
+from transpixeler.config import Config, UserError
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
 from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
@@ -37,6 +35,7 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part, encode_part, part_shape
 from transpixeler.data.progress import Progress
+from transpixeler.data.ranks import Ranks, connected, portable
 from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode_blank
 from transpixeler.data.sources.pairs import decode_pair
 from transpixeler.flow.objective import all_lasts
@@ -86,7 +85,7 @@ class Outcome:
 
 def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Datasets:
     """Return the train and eval sets of a config, with every record in the cache."""
-    with _connected(runtime) as ranks:
+    with connected(runtime) as ranks:
         found, work = ranks.from_main(partial(_find_work, config, model))
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
@@ -106,7 +105,7 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
 
 def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[Datasets, Work]:
     """Return the train and eval sets of a config, and what `encode_missing` would encode of them."""
-    with _connected(runtime) as ranks:
+    with connected(runtime) as ranks:
         found, work = ranks.from_main(partial(_find_work, config, model))
     datasets = _datasets(config, found, {}, whole=False)
     if runtime.is_main:
@@ -152,12 +151,12 @@ def _find_work(config: Config, model: ModelFolder) -> tuple[Catalog, Work]:
     return found, missing_work(found)
 
 
-def _encode_on_all(config: Config, model: ModelFolder, ranks: _Ranks, work: Work) -> list[Outcome]:
+def _encode_on_all(config: Config, model: ModelFolder, ranks: Ranks, work: Work) -> list[Outcome]:
     outcome, own = Outcome(), None
     try:
         _encode(config, model, ranks.runtime, work, outcome)
     except Exception as fault:  # sent to all ranks before it is raised, so that none waits for this one
-        own, outcome.fault = fault, _portable(fault, ranks.runtime.rank)
+        own, outcome.fault = fault, portable(fault, ranks.runtime.rank)
     outcomes = ranks.gather(outcome)
     if own is not None:
         raise own
@@ -333,60 +332,6 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-# --- all ranks -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """Messages between ranks, with a timeout of days: one rank may read a large data set while the others wait."""
-
-    runtime: Runtime
-    group: dist.ProcessGroup | None  # None: there is one rank
-
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """Return on every rank what `make` returns on rank 0, or raise its fault on all of them."""
-        box: list[Any] = [None, None]
-        own = None
-        if self.runtime.is_main:
-            try:
-                box = [make(), None]
-            except Exception as fault:
-                box, own = [None, _portable(fault, 0)], fault
-        if self.group is not None:
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        if box[1] is not None:
-            raise own or box[1]
-        return box[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * self.runtime.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-
-def _portable(fault: Exception, rank: int) -> Exception:
-    """Return a fault for other ranks to raise: not every exception can be pickled, these three can."""
-    for kind in (UserError, Fault):
-        if isinstance(fault, kind):
-            return kind(str(fault))
-    return RuntimeError(f"rank {rank} failed: {type(fault).__name__}: {fault}")
-
-
-@contextmanager
-def _connected(runtime: Runtime) -> Iterator[_Ranks]:
-    if runtime.world_size == 1:
-        yield _Ranks(runtime, None)
-        return
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
-    try:
-        yield _Ranks(runtime, group)
-    finally:
-        dist.destroy_process_group(group)
 
 
 # --- the result ------------------------------------------------------------------------------------------------------

@@ -393,8 +393,7 @@ def _write(migration: Migration, arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {migration.mapped} keys carried over, {len(migration.left_out)} not")
     for key, why in migration.left_out:
         print(f"  {key}: {why}")
-    for note in migration.notes:
-        print(f"note: {note}")
+    print(*(f"note: {note}\n" for note in migration.notes), sep="", end="")
 
 
 if __name__ == "__main__":

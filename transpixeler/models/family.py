@@ -222,6 +222,7 @@ class Family:
     transformer_class: str  # of diffusers
     pipeline_class: str
     example: str  # a Hub id that a message may name
+    makes: Literal["video", "image"] = "video"
     experts: tuple[str, ...] = ()  # names of those that its models may have, as diffusers' pipeline orders them
     shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # published configs, in diffusers' words
 

@@ -119,9 +119,10 @@ def _header(card: Card) -> str:
     fields: dict[str, Any] = {"license": card.license}
     if card.base:
         fields |= {"base_model": card.base, "base_model_relation": "adapter" if adapter else "finetune"}
-    fields |= {"library_name": "diffusers" if card.plain else "transpixeler", "pipeline_tag": "text-to-video"}
+    task = f"text-to-{card.model.family.makes}"
+    fields |= {"library_name": "diffusers" if card.plain else "transpixeler", "pipeline_tag": task}
     kind = ["lora"] if adapter else []
-    fields["tags"] = ["text-to-video", card.model.family.name, "transpixeler", *kind]
+    fields["tags"] = [task, card.model.family.name, "transpixeler", *kind]
     if not card.plain:
         fields["tags"] += ["joint-generation", *card.streams[1:]]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
@@ -137,9 +138,10 @@ def _summary(card: Card) -> str:
     name = "DoRA" if adapter is not None and adapter.is_dora else "LoRA"
     kind = "A fine-tuned model" if card.model.weights else f"A {name} adapter{_rank(card)} for {base}"
     does = (
-        "that makes videos from captions"
+        f"that makes {card.model.family.makes}s from captions"
         if len(card.streams) == 1
-        else f"that makes {len(card.streams)} aligned videos from one caption: {_inline(', '.join(card.streams))}"
+        else f"that makes {len(card.streams)} aligned {card.model.family.makes}s from one caption: "
+        f"{_inline(', '.join(card.streams))}"
     )
     averaged = ", averaged weights" if adapter is not None and adapter.metadata.get("ema") == "true" else ""
     after = "" if card.model.step is None else f" Step {card.model.step:,}{averaged}."
@@ -224,7 +226,7 @@ def _python(family: Family, line: str, base: str, *, full: bool) -> str:
     return (
         f"```python\nimport torch\nfrom diffusers import {names}\n\n{load}"
         f'pipe = {name}.from_pretrained("{base}"{given}, torch_dtype=torch.bfloat16).to("cuda")\n{after}'
-        'video = pipe("…").frames[0]\n```'
+        f'{family.makes} = pipe("…").{"images" if family.makes == "image" else "frames"}[0]\n```'
     )
 
 

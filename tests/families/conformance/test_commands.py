@@ -23,6 +23,7 @@ from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config import ModelConfig
 from transpixeler.data.media.decode import probe
 from transpixeler.models.family import open_model
+from transpixeler.publishing import hub
 from transpixeler.sampling.saves import find_save
 
 KINDS = {"lora": (), "full": ("lora.enabled=false", "model.trainable=['*']", "optim.lr=0.001")}
@@ -188,3 +189,6 @@ def test_a_run_could_be_pushed(case: Case, run: Path, capsys: pytest.CaptureFixt
     words = ["push", str(run), "--repo", "someone/tiny", "--base", case.family.example, "--dry-run"]
     assert cli.main(words) == 0
     assert "adapter_model.safetensors" in capsys.readouterr().out
+    card = hub.pack(str(run), hub.Terms("someone/tiny", base=case.family.example)).files["README.md"]
+    told = bytes(card).decode() if isinstance(card, bytes) else card.read_text()
+    assert f"pipeline_tag: text-to-{case.family.makes}" in told and f"2 aligned {case.family.makes}s" in told

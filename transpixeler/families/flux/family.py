@@ -154,5 +154,6 @@ FAMILY = Family(
     transformer_class=CLASS,
     pipeline_class="FluxPipeline",
     example="black-forest-labs/FLUX.1-dev",
+    makes="image",
     shapes={"dev": {"guidance_embeds": True}, "schnell": {"guidance_embeds": False}},
 )

@@ -8,15 +8,19 @@ import os
 import pickle
 import pickletools
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from tests.support.ranks import run_ranks
 from transpixeler.config import CheckpointConfig, UserError
 from transpixeler.parallel import runtime
 from transpixeler.parallel.runtime import Runtime
@@ -265,3 +269,43 @@ def test_a_kill_while_surplus_is_removed_leaves_nothing_that_looks_valid(
     assert [found.name for found in checkpoint.candidates(tmp_path)] == [checkpoint.folder_name(2)]
     checkpointer.Checkpointer(tmp_path, CheckpointConfig(keep=1), here)
     assert [found.name for found in tmp_path.iterdir()] == [checkpoint.folder_name(2)]
+
+
+def _without_a_part(rank: int, world_size: int, folder: Path) -> str:
+    here = Runtime(rank, world_size, rank, torch.device("cpu"), timeout=timedelta(seconds=4))
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
+    if rank:
+        keeper._list_own_files = lambda partial: None  # type: ignore[method-assign]
+    return keeper.save(1, {f"model.{rank}": torch.ones(4)}, {}, wait=True)
+
+
+def test_a_part_that_does_not_come_is_waited_for_less_long_than_a_rank(tmp_path: Path) -> None:
+    """Else a rank that has lost the others would hold the run for minutes after they have ended."""
+    for fault in run_ranks(_without_a_part, 2, tmp_path / "checkpoints"):
+        assert "not all ranks wrote their part within 2 s" in fault
+
+
+def _after_the_other_is_gone(rank: int, world_size: int, folder: Path) -> float:
+    here = Runtime(rank, world_size, rank, torch.device("cpu"), timeout=timedelta(seconds=2))
+    keeper = checkpointer.Checkpointer(folder, CheckpointConfig(), here)
+    keeper.save(1, {f"model.{rank}": torch.ones(4)}, {})
+    keeper.wait()
+    if rank:
+        return 0.0
+    write, start = checkpointer.write_tensors, time.monotonic()
+    checkpointer.write_tensors = lambda *args, **options: dist.barrier(
+        group=keeper._group
+    )  # which the other never joins
+    try:
+        keeper._running = save = checkpointer._Save(2)
+        keeper._finish(save, {}, folder, folder, {})
+        with pytest.raises(RuntimeError, match=r"[Tt]ime"):
+            keeper.wait()
+    finally:
+        checkpointer.write_tensors = write
+    return time.monotonic() - start
+
+
+def test_a_save_that_lost_another_rank_says_so_at_once(tmp_path: Path) -> None:
+    waited, _ = run_ranks(_after_the_other_is_gone, 2, tmp_path / "checkpoints")
+    assert waited < 3.5  # one limit of two seconds, not two

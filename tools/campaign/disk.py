@@ -10,6 +10,7 @@ It needs root and `mount`, `nsenter` and `unshare`; without them it says so and 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import random
 import subprocess
@@ -50,9 +51,14 @@ class Disk:
 
     def fill(self, *, left: int = 0) -> None:
         """Use all room but some bytes."""
-        free = os.statvfs(self.folder)
         with self._filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - left))
+            while True:
+                free = os.statvfs(self.folder)
+                try:
+                    return os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_frsize - left))
+                except OSError as fault:  # whoever else writes was quicker
+                    if fault.errno != errno.ENOSPC or not free.f_bavail:
+                        raise
 
     def make_read_only(self) -> None:
         """Refuse to open files for writing; what is open already stays so, as after an error of a real disk."""

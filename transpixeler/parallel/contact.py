@@ -25,10 +25,15 @@ def naming_lost_ranks(timeout: timedelta, way_on: Callable[[], str] = str) -> It
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and GLOO not in str(error):
+        if not is_lost_contact(error):
             raise
         hint = way_on()
         raise LostContact(f"{_cause(str(error), timeout)}{f'; {hint}' if hint else ''}") from error
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Tell whether an error of torch's says that another rank is not there."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and GLOO in str(error))
 
 
 def _cause(said: str, timeout: timedelta) -> str:

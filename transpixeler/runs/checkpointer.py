@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
 from transpixeler.config import CheckpointConfig
 from transpixeler.files import sync, write_text
+from transpixeler.parallel.contact import is_lost_contact
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.checkpoint import (
     FORMAT,
@@ -42,7 +43,8 @@ from transpixeler.runs.training_state import codes, dequantized
 
 logger = logging.getLogger("transpixeler")
 
-WAIT_SECONDS = 300.0  # for another rank's part of a save, before it is given up; less than ranks wait for each other
+WAIT_SECONDS = 300.0  # for another rank's part of a save, before it is given up
+WAIT_SHARE = 0.5  # of the time that ranks wait for each other, which it must stay below
 
 
 @dataclass
@@ -52,6 +54,7 @@ class _Save:
     step: int
     thread: threading.Thread | None = None
     fault: str = ""
+    lost: RuntimeError | None = None  # another rank does not answer
 
 
 @dataclass
@@ -121,6 +124,8 @@ class Checkpointer:
         if self._running.thread is not None:
             self._running.thread.join()
         save, self._running = self._running, None
+        if save.lost is not None:  # to ask the others would be to wait once more
+            raise save.lost
         faults = [fault for fault in self.runtime.gather(save.fault) if fault]
         if not faults:
             return ""
@@ -156,6 +161,8 @@ class Checkpointer:
                 self._publish(partial, final, state)
         except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
             save.fault = _reason(error, self.folder)
+            if is_lost_contact(root := _root(error)):
+                save.lost = RuntimeError(str(root))
 
     def _list_own_files(self, partial: Path) -> None:
         own = [f for f in partial.iterdir() if f.name.startswith(f"__{self.runtime.rank}_")]
@@ -167,10 +174,11 @@ class Checkpointer:
     def _publish(self, partial: Path, final: Path, state: Mapping[str, Any]) -> None:
         """Make the folder valid once every rank has listed its files, then remove surplus ones; rank 0 calls it."""
         lists = [partial / f"files_{rank}.json" for rank in range(self.runtime.world_size)]
-        deadline = time.monotonic() + WAIT_SECONDS
+        limit = min(WAIT_SECONDS, WAIT_SHARE * self.runtime.timeout.total_seconds())
+        deadline = time.monotonic() + limit
         while not all(path.exists() for path in lists):
             if time.monotonic() > deadline:
-                raise CheckpointFault(f"not all ranks wrote their part within {WAIT_SECONDS:.0f} s")
+                raise CheckpointFault(f"not all ranks wrote their part within {limit:.0f} s")
             time.sleep(0.01)
         files: dict[str, Any] = {}
         for path in lists:
@@ -202,13 +210,19 @@ class Checkpointer:
                 yield old
 
 
-def _reason(error: BaseException, folder: Path) -> str:
-    """Return the root cause of a failed save, unwrapped from torch's exceptions, and the free space of the disk."""
+def _root(error: BaseException) -> BaseException:
+    """Unwrap the root cause from torch's exceptions."""
     inner = getattr(error, "failures", None)
     if inner:
         error = next(iter(inner.values()))[0]
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """Return the root cause of a failed save, and the free space of the disk."""
+    error = _root(error)
     said = str(error).splitlines()[0] if str(error) else repr(error)
     if "inline_container" in said:  # torch's archive writer drops the error number
         said = "a file was cut off while it was written, as on a full disk"

@@ -109,7 +109,7 @@ def test_a_steps_bench_ends_with_its_figures(step: ModuleType) -> None:
 
 def test_samplings_bench_ends_with_its_figures() -> None:
     found = figures(loaded("sample"), "--text", "16")
-    ratios = {"x_forward", "x_forward_guided", "x_one_batch", "x_forward_short", "x_one_batch_short"}
+    ratios = {"x_forward", "x_forward_guided", "x_one_batch", "x_forward_short", "x_one_batch_short", "x_rgb_known"}
     assert found.keys() == {"step_seconds", *ratios, "spread", "tokens"}
     assert all("6 are needed" in str(found[name]) for name in ratios) and found["tokens"] == 64
 

@@ -40,7 +40,9 @@ def move(module: nn.Module, *, seed: int, names: str = "") -> None:
         if names in name and parameter.itemsize > 1:
             value = torch.randn(parameter.shape, generator=generator)
             width = value[0].numel() if value.ndim > 1 else 10
-            value = value / width**0.5 + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            value = value / width**0.5 + (
+                1.0 if "norm" in name and name.endswith(("weight", "q_norm", "k_norm")) else 0.0
+            )
             with torch.no_grad():
                 parameter.copy_(value)
 

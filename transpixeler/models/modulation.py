@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PERIOD = 10000.0  # of the slowest of a timestep's sinusoids
+
+
+def sinusoid(times: Tensor, channels: int) -> Tensor:
+    """[…] in [0, 1] → […, channels], cosines first; in fp32, because the rounding of 1000·t shows in the output."""
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=times.device)
+    phase = (1000.0 * times.float())[..., None] * torch.exp(-math.log(PERIOD) * steps / half)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 def groupwise(

@@ -22,7 +22,7 @@ from transpixeler.models.backbone import QKV, Backbone, Block, Flow
 from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import FeedForward, Linear, project_shared
-from transpixeler.models.modulation import add_gated, modulate
+from transpixeler.models.modulation import add_gated, modulate, sinusoid
 from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
 
 FPS = 24.0  # of the clips, where nothing says otherwise
@@ -61,14 +61,6 @@ def rope_table(positions: Tensor, width: int) -> Tensor:
     angles = (frequencies[:, None] * (fractions[:, None] * 2 - 1)).flatten(1)  # [L, 3 · count]
     angles = F.pad(angles, (width // 2 - angles.shape[1], 0))
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
-
-
-def sinusoid(timesteps: Tensor) -> Tensor:
-    """[B, G] in [0, 1] → [B, G, 256], in fp32."""
-    half = TIME_FREQUENCIES // 2
-    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    phase = (1000.0 * timesteps.float())[..., None] * torch.exp(-math.log(THETA) * steps / half)
-    return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 # -- the block
@@ -163,7 +155,7 @@ class TimeEmbedding(nn.Module):
         """[B, G] in [0, 1] → [B, G, 6, D] and [B, G, D]."""
         embedder = self.emb["timestep_embedder"]
         assert isinstance(embedder, nn.ModuleDict)
-        temb = embedder["linear_2"](F.silu(embedder["linear_1"](sinusoid(timesteps))))
+        temb = embedder["linear_2"](F.silu(embedder["linear_1"](sinusoid(timesteps, TIME_FREQUENCIES))))
         return self.linear(F.silu(temb)).unflatten(2, (6, -1)), temb
 
 

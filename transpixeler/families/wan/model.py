@@ -25,7 +25,8 @@ from transpixeler.models.conditions import with_channels
 from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import FeedForward, Linear, project_shared
-from transpixeler.models.modulation import add_gated, modulate
+from transpixeler.models.modulation import add_gated, modulate, sinusoid
+from transpixeler.models.patches import patchify
 from transpixeler.models.streams import Grid, StreamLayout, Tokens, stream_embeddings
 
 THETA = 10000.0
@@ -56,14 +57,6 @@ def rope_table(places: Sequence[Tensor], head_dim: int) -> Tensor:
         dim=-1,
     ).flatten(0, 2)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
-
-
-def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
-    """[B, S] in [0, 1] → [B, S, dim]; in diffusers' fp32, because the rounding of 1000·t shows in the output."""
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    phase = (1000.0 * timesteps.float())[..., None] * torch.exp(-math.log(THETA) * steps / half)
-    return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 # -- the block
@@ -157,13 +150,6 @@ class WanBlock(Block):
 
 
 # -- the ends
-
-
-def patchify(x: Tensor, patch: Grid) -> Tensor:
-    """[B, C, F, H, W] → [B, L, C·patch]."""
-    (_, _, f, h, w), (pf, ph, pw) = x.shape, patch
-    split = x.unflatten(4, (w // pw, pw)).unflatten(3, (h // ph, ph)).unflatten(2, (f // pf, pf))
-    return split.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
 def unpatchify(x: Tensor, grid: Grid, patch: Grid) -> Tensor:

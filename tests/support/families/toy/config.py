@@ -13,8 +13,6 @@ CLASS = "ToyTransformer3DModel"
 STRIDE: Grid = (2, 8, 8)
 PATCH: Grid = (1, 2, 2)
 TIME_FREQUENCIES = 32
-THETA = 10000.0
-EPS = 1e-6
 
 
 @dataclass(frozen=True)

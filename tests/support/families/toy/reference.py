@@ -86,7 +86,7 @@ class Reference:
     def turned(self, norm: str, x: Tensor, places: list[tuple[int, int, int]] | None) -> Tensor:
         """[T, D] → [T, H, d], normed head by head; tokens with a place turn, pair by pair."""
         x = x.reshape(len(x), self.heads, self.dim)
-        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.w[f"{norm}.weight"]
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.w[norm]
         if places is None:
             return x
         side = 2 * (self.dim // 6)

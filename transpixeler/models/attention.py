@@ -153,14 +153,19 @@ def _attend_with_text(
     """Attend to keys whose last `text` count `weight` times each."""
     if not text or (weight == 1 and lengths is None):
         return attention(q, k, v, kernel)
-    if lengths is None and weight == round(weight):  # copies of the keys: any kernel takes them
-        k, v = (torch.cat([x, *[x[:, -text:]] * (round(weight) - 1)], dim=1) for x in (k, v))
+    if (copies := text_copies(weight, masked=lengths is not None)) > 1:  # any kernel takes them
+        k, v = (torch.cat([x, *[x[:, -text:]] * (copies - 1)], dim=1) for x in (k, v))
         return attention(q, k, v, kernel)
     bias = torch.zeros(len(k) if lengths is not None else 1, k.shape[1], device=k.device)
     bias[:, -text:] = math.log(weight)
     if lengths is not None:
         bias[:, -text:] += length_bias(lengths, text)
     return attention(q, k, v, kernel, bias)
+
+
+def text_copies(weight: float, *, masked: bool) -> int:
+    """Return how many copies of text's keys count for their weight; 1 where a bias on their logits does."""
+    return 1 if masked or weight != round(weight) else round(weight)
 
 
 def fold_padding(rows: Tensor) -> tuple[Tensor, Tensor | None]:

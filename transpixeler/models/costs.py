@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from transpixeler.models.attention import text_copies
 from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.family import caption_fields
 from transpixeler.models.kept import KeptBytes, measure
@@ -195,8 +196,7 @@ def _attended_pairs(block: BlockCost, costs: Costs, lengths: Sequence[int]) -> i
     if "image" in block.attends:
         pairs += tokens * costs.image
     if "joint" in block.attends:  # text sees what RGB sees
-        weight = tokens / first  # of a text key, for who sees all streams
-        keys = text * (round(weight) if weight == round(weight) and not costs.text_masked else 1)
+        keys = text * text_copies(tokens / first, masked=costs.text_masked)  # for who sees all streams
         pairs += (first + text) * (seen_by_first + (keys if costs.rgb_attends_aux else text))
         pairs += (tokens - first) * (tokens + keys)
     return pairs
@@ -296,7 +296,7 @@ def activation_bytes(
     """
     count = len(costs.blocks) if blocks is None else blocks
     tokens = sum(lengths) + costs.text * ("joint" in costs.blocks[0].attends)  # what flows from block to block
-    each = [(kept.compiled if compiled else kept.eager).bytes(lengths) for kept in costs.kept]
+    each = [kept.as_run(compiled=compiled).bytes(lengths) for kept in costs.kept]
     mean, most = sum(each) / len(each), max(each)
     work = tokens * (2 * max(block.inner for block in costs.blocks) + 4 * costs.width) * size
     entry = tokens * costs.width * size

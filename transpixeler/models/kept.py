@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transpixeler.models.attention import text_copies
 from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.family import caption_fields
 from transpixeler.models.streams import StreamLayout
@@ -29,8 +30,7 @@ class Kept(NamedTuple):
     copies: Copies | None = None
 
     def bytes(self, lengths: Sequence[int]) -> float:
-        weight = sum(lengths) / lengths[0]
-        copied = self.copies.bytes(sum(lengths), weight) if self.copies and 1 < weight == round(weight) else 0.0
+        copied = self.copies.bytes(sum(lengths), lengths[0]) if self.copies else 0.0
         return self.fixed + copied + sum(each * length for each, length in zip(self.by_stream, lengths, strict=True))
 
 
@@ -41,8 +41,10 @@ class Copies(NamedTuple):
     fixed: float
     by_token: float
 
-    def bytes(self, tokens: int, weight: float) -> float:
-        return (weight - 1) * self.each + self.fixed + self.by_token * tokens
+    def bytes(self, tokens: int, first: int) -> float:
+        """first: tokens of the first stream, by which the text is weighed."""
+        copies = text_copies(tokens / first, masked=False)
+        return (copies - 1) * self.each + self.fixed + self.by_token * tokens if copies > 1 else 0.0
 
 
 def fitting(kept: Sequence[Kept], lengths: Sequence[int], room: float) -> int:
@@ -59,6 +61,9 @@ class KeptBytes(NamedTuple):
 
     eager: Kept
     compiled: Kept
+
+    def as_run(self, *, compiled: bool) -> Kept:
+        return self.compiled if compiled else self.eager
 
 
 def measure(model: Backbone, block: nn.Module) -> KeptBytes:

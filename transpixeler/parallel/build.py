@@ -82,7 +82,7 @@ def _keeping(
 ) -> Keeping:
     """Let as many blocks of a rank keep everything as fit `parallel.keep_gb`. places: the rank's, in the model."""
     compiled = shard.wants_compile(config, mesh.device)
-    kept = [costs.kept[place].compiled if compiled else costs.kept[place].eager for place in places]
+    kept = [costs.kept[place].as_run(compiled=compiled) for place in places]
     blocks = [block for stage in stages for block in stage.model.block_list()]
     return Keeping(blocks, kept, config.keep_gb * 2**30)
 

@@ -259,7 +259,7 @@ class Estimate:
         at_once = micro * in_flight(self.config.parallel, layout.pipeline, rank, count)
         places = [place for own in self._ranges(layout)[rank :: layout.pipeline] for place in own]
         compiled = self.compiled and recompute != "offload"
-        kept = [self.costs.kept[place].compiled if compiled else self.costs.kept[place].eager for place in places]
+        kept = [self.costs.kept[place].as_run(compiled=compiled) for place in places]
         blocks = fitting(kept, lengths, budget / at_once)
         held = at_once * sum(each.bytes(lengths) for each in kept[len(kept) - blocks :])
         one = micro * max(each.bytes(lengths) for each in kept)  # that is computed anew, after those are done with

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from transpixeler.models.damage import naming_damage
 from transpixeler.models.family import Digest
 
 T = TypeVar("T", bound="Encoder")
@@ -28,6 +29,20 @@ def fingerprint(folder: Path, patterns: Sequence[str], digest: Digest) -> str:
     files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.suffix in _READ)
     lines = [f"{path.relative_to(folder)} {digest(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_network(kind: Any, folder: Path, *, dtype: torch.dtype) -> Network:
+    """Load a network of diffusers' or transformers' from its folder, and from nowhere else."""
+    with naming_damage(folder):
+        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer from its folder; by default transformers offers to run code that lies there."""
+    from transformers import AutoTokenizer
+
+    with naming_damage(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager

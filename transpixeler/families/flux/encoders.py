@@ -17,7 +17,15 @@ from torch import Tensor
 from transpixeler.config import UserError
 from transpixeler.families.flux.config import FluxConfig
 from transpixeler.models.damage import naming_damage, read_config
-from transpixeler.models.encoders import Encoder, LatentVae, Network, fingerprint, same_bits_every_time
+from transpixeler.models.encoders import (
+    Encoder,
+    LatentVae,
+    Network,
+    fingerprint,
+    load_network,
+    load_tokenizer,
+    same_bits_every_time,
+)
 from transpixeler.models.family import Digest, file_digest
 from transpixeler.models.resolve import resolve
 
@@ -82,8 +90,7 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> F
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     place = _vae_folder(path)
-    with naming_damage(place / "vae"):
-        network: Network = AutoencoderKL.from_pretrained(place / "vae", torch_dtype=dtype, local_files_only=True)
+    network = load_network(AutoencoderKL, place / "vae", dtype=dtype)
     count = torch.ones(network.config.latent_channels)
     scale = count * (network.config.shift_factor or 0.0), count / network.config.scaling_factor
     return FluxVae(network, scale, partial(vae_fingerprint, path), device=device)
@@ -92,23 +99,15 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> F
 def load_text_encoder(
     path: str | Path, config: FluxConfig, *, device: torch.device, dtype: torch.dtype
 ) -> FluxTextEncoder:
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+    from transformers import CLIPTextModel, T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break the caller's own
     folder = _text_folder(path)
-    networks: list[Network] = []
-    for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
-        with naming_damage(folder / part):
-            networks.append(kind.from_pretrained(folder / part, torch_dtype=dtype, local_files_only=True))
-    tokenizers = []
-    for part in ("tokenizer", "tokenizer_2"):
-        with naming_damage(folder / part):  # by default transformers offers to run code from the folder
-            made = AutoTokenizer.from_pretrained(folder / part, local_files_only=True, trust_remote_code=False)
-        tokenizers.append(made)
-    clip, t5 = networks
-    first, second = tokenizers
-    return FluxTextEncoder(t5, clip, (first, second), config.text_length, path, device=device)
+    clip = load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype)
+    t5 = load_network(T5EncoderModel, folder / "text_encoder_2", dtype=dtype)
+    tokenizers = load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2")
+    return FluxTextEncoder(t5, clip, tokenizers, config.text_length, path, device=device)
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:

@@ -18,7 +18,7 @@ from transpixeler.config import UserError
 from transpixeler.families.ltx.config import TEXT_LEN
 from transpixeler.families.ltx.original import VAE_FILE_PREFIX, original_vae_config, original_vae_state, stored_names
 from transpixeler.models.damage import naming_damage, read_config
-from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint
+from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint, load_network, load_tokenizer
 from transpixeler.models.family import Digest, file_digest
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Grid
@@ -72,23 +72,19 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> L
             network.load_state_dict(weights, assign=True)
         network.to(dtype)
     else:
-        with naming_damage(place / "vae"):
-            network = AutoencoderKLLTXVideo.from_pretrained(place / "vae", torch_dtype=dtype, local_files_only=True)
+        network = load_network(AutoencoderKLLTXVideo, place / "vae", dtype=dtype)
     mean, deviation = network.latents_mean.float(), network.latents_std.float() / network.config.scaling_factor
     return LtxVae(network, (mean, deviation), partial(vae_fingerprint, path), device=device)
 
 
 def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> LtxTextEncoder:
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break the caller's own
-    network: Network
     folder = _text_folder(path)
-    with naming_damage(folder / "text_encoder"):
-        network = T5EncoderModel.from_pretrained(folder / "text_encoder", torch_dtype=dtype, local_files_only=True)
-    with naming_damage(folder / "tokenizer"):  # by default transformers offers to run code from the folder
-        tokenize = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
+    network = load_network(T5EncoderModel, folder / "text_encoder", dtype=dtype)
+    tokenize = load_tokenizer(folder / "tokenizer")
     return LtxTextEncoder(network, tokenize, partial(text_fingerprint, path), device=device)
 
 

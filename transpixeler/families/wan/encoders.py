@@ -28,7 +28,7 @@ from transpixeler.families.wan.original import (
     vae_file,
 )
 from transpixeler.models.damage import naming_damage, read_config
-from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint
+from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint, load_network, load_tokenizer
 from transpixeler.models.family import Digest, file_digest
 from transpixeler.models.resolve import resolve
 
@@ -80,8 +80,7 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> W
     network: Network
     folder = _vae_folder(path)
     if (folder / _VAE_CONFIG).exists():
-        with naming_damage(folder / "vae"):
-            network = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, local_files_only=True)
+        network = load_network(AutoencoderKLWan, folder / "vae", dtype=dtype)
     else:
         network = AutoencoderKLWan(**original_vae_config(folder))
         with naming_damage(vae_file(folder)):
@@ -92,7 +91,7 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> W
 
 
 def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> WanTextEncoder:
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break the caller's own
@@ -100,8 +99,7 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
     folder = _text_folder(path)
     if (folder / _TEXT_CONFIG).exists():
         tokenizer, encoder = folder / "tokenizer", folder / "text_encoder"
-        with naming_damage(encoder):
-            network = UMT5EncoderModel.from_pretrained(encoder, torch_dtype=dtype, local_files_only=True)
+        network = load_network(UMT5EncoderModel, encoder, dtype=dtype)
     else:
         with torch.device("meta"):
             network = UMT5EncoderModel(UMT5Config(**original_t5_config(folder)))
@@ -109,9 +107,7 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
             network.load_state_dict(original_t5_state(folder), assign=True)
         network.to(dtype)
         tokenizer = folder / TOKENIZER_FOLDER
-    with naming_damage(tokenizer):  # by default transformers offers to run code from the folder
-        tokenize = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
-    return WanTextEncoder(network, tokenize, partial(text_fingerprint, folder), device=device)
+    return WanTextEncoder(network, load_tokenizer(tokenizer), partial(text_fingerprint, folder), device=device)
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:

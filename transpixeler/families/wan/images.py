@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transpixeler.config import UserError
 from transpixeler.models.damage import naming_damage
-from transpixeler.models.encoders import ClipImageEncoder, Network, fingerprint
+from transpixeler.models.encoders import ClipImageEncoder, Network, fingerprint, load_network
 from transpixeler.models.family import Digest, file_digest
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import load_pickled
@@ -46,10 +46,7 @@ def load_image_encoder(path: str | Path, *, device: torch.device, dtype: torch.d
     network: Network
     folder = _folder(path)
     if (folder / _CONFIG).exists():
-        with naming_damage(folder / "image_encoder"):
-            network = CLIPVisionModel.from_pretrained(
-                folder / "image_encoder", torch_dtype=dtype, local_files_only=True
-            )
+        network = load_network(CLIPVisionModel, folder / "image_encoder", dtype=dtype)
         with naming_damage(folder / "image_processor"):
             processor = _processor_class().from_pretrained(folder / "image_processor", local_files_only=True)
     else:

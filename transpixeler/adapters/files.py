@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -246,12 +247,14 @@ def _read_file(file: Path, *, alpha: float | None, stream: str) -> Adapter:
         embeddings = {stream: published[0].flatten()}
     left_alone = _header_value(file, header, "zeros", [])
     family = _family_of(file, header, stored)
-    stored = join_parts(file, stored, family.names, lambda rank: _alpha_of_rank(file, header, rank, alpha))
+    config_of = cache(partial(peft_config.read, file, header))  # which a file that says its alphas does not need
+    alpha_of = partial(_alpha_of_rank, file, config_of, alpha, not published)
+    stored = join_parts(file, stored, family.names, alpha_of)
     found = _by_target(file, stored, family.names)
     parts = {t: part for t, part in found.items() if "lora_A" in part and t not in left_alone}
     tensors = {f"{t}.{kind}": parts[t][kind] for t in parts for kind in TENSORS if kind in parts[t]}
     ranks = {target: tensors[f"{target}.lora_A"].shape[0] for target in parts}
-    alphas, folded = _alphas(file, header, parts, ranks, alpha=alpha, guess=not published)
+    alphas, folded = _alphas(file, header, parts, ranks, alpha_of)
     for target in parts if folded else ():
         tensors[f"{target}.lora_B"] /= alphas[target] / ranks[target]
     ours = _ours(header)
@@ -335,9 +338,7 @@ def _alphas(
     header: Mapping[str, str],
     parts: Mapping[str, Mapping[str, Tensor]],
     ranks: Mapping[str, int],
-    *,
-    alpha: float | None,
-    guess: bool,
+    alpha_of: Callable[[int], float],
 ) -> tuple[dict[str, float], bool]:
     """Each target's alpha, and whether its scale is folded into the weights already (and is to be taken out)."""
     if f"{OURS}folded" in header:
@@ -347,30 +348,24 @@ def _alphas(
             raise UserError(f"{file}: damaged, its header's folded alphas are not those of its targets")
         return folded, True
     own = {target: part["alpha"].item() for target, part in parts.items() if "alpha" in part}
-    absent = [target for target in parts if target not in own]
-    if not absent:
-        return own, False
-    config = peft_config.read(file, header)
-    if alpha is not None:
-        rest = dict.fromkeys(absent, alpha)
-    elif "lora_alpha" in config:
-        rest = {target: peft_config.alpha_of(file, config, ranks[target]) for target in absent}
-    elif guess:  # ComfyUI and diffusers both take scale 1 for a file without alpha
-        rest = {target: float(ranks[target]) for target in absent}
-    else:
-        raise UserError(
-            f"{file} says nothing of its alpha, and without alpha its strength is unknown; put its {CONFIG_FILE} "
-            f"beside it, or {peft_config.way_out(file)}"
-        )
-    return own | rest, False
+    return own | {target: alpha_of(ranks[target]) for target in parts if target not in own}, False
 
 
-def _alpha_of_rank(file: Path, header: Mapping[str, str], rank: int, alpha: float | None) -> float:
-    """Return the alpha of a pair without its own: the given one, that of the config beside it, or its rank."""
+def _alpha_of_rank(
+    file: Path, config_of: Callable[[], Mapping[str, Any]], alpha: float | None, guess: bool, rank: int
+) -> float:
+    """Return the alpha of a pair without its own: the given one, or what the config beside it says of its rank."""
+    config = config_of()
     if alpha is not None:
         return alpha
-    config = peft_config.read(file, header)
-    return peft_config.alpha_of(file, config, rank) if "lora_alpha" in config else float(rank)
+    if "lora_alpha" in config:
+        return peft_config.alpha_of(file, config, rank)
+    if guess:  # ComfyUI and diffusers both take scale 1 for a file without alpha
+        return float(rank)
+    raise UserError(
+        f"{file} says nothing of its alpha, and without alpha its strength is unknown; put its {CONFIG_FILE} "
+        f"beside it, or {peft_config.way_out(file)}"
+    )
 
 
 def _scopes(file: Path, header: Mapping[str, str], targets: Iterable[str], *, published: bool) -> dict[str, Scope]:

@@ -116,7 +116,7 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
     folders = cache_folders(config)
     hashes = {folder: FileHashes(folder) for folder in folders}
     made_with = Fingerprints(model, hashes[folders[0]].digest)
-    found = {name: _surveyed(config, model, name) for name in SETS}
+    found = {name: surveyed(config, model, name) for name in SETS}
     texts_of = Texts(model, made_with, hashes[folders[0]], [row for one in found.values() for row in one.texts])
     clips: dict[tuple[bytes, ...], ClipJob] = {}
     texts: dict[Keys, TextJob] = {}
@@ -186,7 +186,8 @@ class Texts:
             raise UserError(f"{fault}; or give the features of this text in a manifest's row: {row}") from fault
 
 
-def _surveyed(config: Config, model: ModelFolder, name: str) -> Survey:
+def surveyed(config: Config, model: ModelFolder, name: str) -> Survey:
+    """Look through the sources of a set, `train` or `eval`, which may have none."""
     sources: tuple[SourceConfig, ...] = getattr(config.data, name)
     if not sources:
         return Survey()

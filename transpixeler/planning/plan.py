@@ -18,11 +18,9 @@ import torch
 from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.records import Cache
-from transpixeler.data.catalog import cache_folders
+from transpixeler.data.catalog import surveyed
 from transpixeler.data.dataset import Dataset, Item
-from transpixeler.data.features.needs import Needs
 from transpixeler.data.order import Order
-from transpixeler.data.survey import Survey, survey
 from transpixeler.flow import objective
 from transpixeler.flow.experts import Split
 from transpixeler.models.backbone import Backbone
@@ -166,17 +164,7 @@ def _datasets(config: Config, model: ModelFolder) -> tuple[Dataset, Dataset, flo
 
 def _dataset(config: Config, model: ModelFolder, key: str) -> Dataset:
     """Return the clips of `data.KEY`, without cache records."""
-    sources, found = getattr(config.data, key), Survey()
-    if sources:
-        found = survey(
-            sources,
-            config.suffixes,
-            config.data,
-            geometry=model.geometry.over(config.scales),
-            seed=config.seed,
-            memory=cache_folders(config)[0],
-            needs=Needs.of(config, model),
-        )
+    sources, found = getattr(config.data, key), surveyed(config, model, key)
     items = tuple(
         Item(clip.id, sample.id, sample.caption, bucket, (), (), sources[sample.source].repeats)
         for sample, clip, bucket in found.clips

@@ -208,9 +208,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
     made = plan.make_plan(config, *plan.find_machine(config, **asked))
-    print(
-        json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if arguments.json else printable(text.describe(made))
-    )
+    as_json = arguments.json
+    print(json.dumps(plan.plain(made), indent=1, ensure_ascii=False) if as_json else printable(text.describe(made)))
     return 0
 
 

@@ -45,6 +45,12 @@ def check(config: Config, layout: Layout) -> None:
             f"× shard {layout.shard}); {near} would, but then a step learns from {near}; {batch} divide over {fewer}: "
             "launch fewer processes, or raise parallel.pipeline"
         )
+    _check_memory(config, layout)
+    objective.check_tasks(config.objective, tuple(config.streams))
+
+
+def _check_memory(config: Config, layout: Layout) -> None:
+    """Refuse ways of saving memory that do not go with the rest."""
     hosted = bool(config.parallel.offload) and shard.by_fsdp(config.parallel, layout.shard)  # what is trained, too
     if config.optim.name.lower() == "muon" and hosted:
         raise UserError("optim.name: muon orthogonalises whole matrices on the device; set parallel.offload=false")
@@ -71,7 +77,6 @@ def check(config: Config, layout: Layout) -> None:
             "optim.bf16_parameters: shards and offload need trained weights of one dtype; set it false, or "
             "parallel.shard to 1 and parallel.offload to false"
         )
-    objective.check_tasks(config.objective, tuple(config.streams))
 
 
 def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope]) -> None:

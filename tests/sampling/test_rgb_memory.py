@@ -56,14 +56,14 @@ def _matte(rank: int, world_size: int, overrides: tuple[str, ...], experts: bool
     for where in ("off", "device", "host"):
         sample = SampleConfig(steps=4, guidance=4.0, rgb_memory=where)
         sampler = Sampler(engine, mesh, sample, negative, WanFolder("none"))
-        with _counted() as known:
+        with _Counted() as known:
             (_, found[where]), *_ = sampler.each([Video("0", "", text, 0, LAYOUT, given)] * world_size)
         found[f"{where}: known"] = sum(known)
         assert all(model.rgb_memory is None for model in engine.models())
     return found
 
 
-class _counted:
+class _Counted:
     """Note for each run of a stage whether RGB was known."""
 
     def __enter__(self) -> list[bool]:

@@ -147,6 +147,11 @@ def alone(name: str, kind: str) -> Result:
     return train(1, name, {"alone": KINDS[kind]})["alone"]
 
 
+def assert_no_bit_differs(found: Result, expected: Result) -> None:
+    assert found["losses"] == expected["losses"]
+    assert all(torch.equal(found["parameters"][key], value) for key, value in expected["parameters"].items())
+
+
 def difference(one: Result, other: Result) -> float:
     """Return the largest over losses, norms and parameters; of numbers beyond 1, their share."""
     assert one["parameters"].keys() == other["parameters"].keys()

@@ -213,6 +213,11 @@ def bad_files(folder: Path, good: torch.Tensor, text: torch.Tensor) -> dict[str,
     save_file({"text": text}, folder / "t.safetensors")
     torch.save({"latent": good, "harm": Harm()}, folder / "zip.pt")
     np.save(folder / "o.npy", np.array([Harm()], dtype=object), allow_pickle=True)
+    torch.save(good, folder / "both.pt")
+    save_file({"latent": good}, folder / "both.safetensors")
+    torch.save(torch.ones(1).expand(good.shape), folder / "spread.pt")
+    torch.save(good.float().to_sparse(), folder / "sparse.pt")
+    torch.save({"text": text, "text_mask": torch.ones(len(text)).to_sparse()}, folder / "mask.pt")
     nan = good.clone()
     nan[0, 0, 0, 0] = float("nan")
     cut = (folder / "seg.safetensors").read_bytes()[:-8]
@@ -237,6 +242,19 @@ def bad_files(folder: Path, good: torch.Tensor, text: torch.Tensor) -> dict[str,
         "one": ({"latent": "fine.safetensors", "text_fea": "t.safetensors"}, "no path in column 'seg_latent': give"),
         "width": (words("t1", text[:, :8].contiguous()), r"text is \[tokens, 64\]"),
         "long": (words("t2", torch.ones(600, 64)), "600 tokens, this model's text at most 512"),
+        "slip": ({**latent("fine", good), "latent": "both.pt", "seg_latent": "both.pt"}, "has no tensor latent"),
+        "slip by name": (
+            {
+                **latent("fine", good),
+                "latent": "both.safetensors",
+                "seg_latent": "../" + folder.name + "/both.safetensors",
+            },
+            "has no tensor seg_latent, and other streams",
+        ),
+        "overflow": (words("t4", text.double() * 1e300), "values that are not finite"),
+        "spread": ({**latent("fine", good), "latent": "spread.pt"}, "in place of plain floating-point"),
+        "sparse": ({**latent("fine", good), "latent": "sparse.pt"}, "in place of plain floating-point"),
+        "mask": ({**latent("fine", good), "text_fea": "mask.pt"}, "a mask"),
         "text nan": (words("t3", text * float("nan")), "values that are not finite"),
     }
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from transpixeler.config import Config, UserError
-from transpixeler.data.cache.records import Cache, CacheWriter, Record
+from transpixeler.data.cache.records import DTYPE, Cache, CacheWriter, Record
 from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.features.needs import Needs
@@ -46,7 +46,6 @@ logger = logging.getLogger("transpixeler")
 DECODERS = 4  # clips that a rank decodes at a time
 KINDS_SHOWN = 10  # kinds of reasons for skipping that the summary lists
 TEXTS_AT_ONCE = 16  # written together, with one fsync for all
-DTYPE = torch.bfloat16
 Job = TypeVar("Job", ClipJob, TextJob, BlankJob)
 Keys = tuple[bytes, ...]  # of all streams of a clip
 

@@ -42,6 +42,9 @@ class CacheDamaged(UserError):
     """A record whose bytes are not those that were written."""
 
 
+DTYPE = torch.bfloat16  # that encoders' results are kept in
+
+
 class Record(NamedTuple):
     kind: str  # one of `index.KINDS`
     key: bytes

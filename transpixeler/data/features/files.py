@@ -39,12 +39,27 @@ class Opened:
         """Return the first tensor that has one of these names, or the only one that could be meant."""
         for name in names:
             if name in self.tensors:
-                return _numbers(self.tensors[name])
+                return self.numbers(name)
         left = [name for name in self.tensors if name not in MASKS and not name.endswith(LAST)]
         if len(left) != 1:
             held = ", ".join(sorted(self.tensors)) or "no tensor"
             raise BadMedia(f"holds {held[:160]}; one tensor should be named {names[0]}")
-        return _numbers(self.tensors[left[0]])
+        return self.numbers(left[0])
+
+    def numbers(self, name: str) -> Tensor:
+        """Return a tensor of floating-point numbers, each stored by itself."""
+        tensor = self.tensors[name]
+        if not _is_plain(tensor) or not tensor.is_floating_point():
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} values"
+            raise BadMedia(f"holds {kind} in place of plain floating-point ones")
+        return tensor.detach()
+
+    def mask(self, names: Sequence[str]) -> Tensor | None:
+        """Return the first tensor that has one of these names, [n], true where something is."""
+        tensor = next((self.tensors[name] for name in names if name in self.tensors), None)
+        if tensor is not None and not _is_plain(tensor):
+            raise BadMedia("has a mask that is no plain tensor")
+        return None if tensor is None else tensor.reshape(-1).bool()
 
 
 def open_features(path: Path) -> Opened:
@@ -101,10 +116,11 @@ def _tensors(held: Any) -> dict[str, Tensor]:
     raise BadMedia(f"holds a {type(held).__name__}; save a tensor, or a dict of tensors")
 
 
-def _numbers(tensor: Tensor) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_floating_point():
-        raise BadMedia(f"holds {str(tensor.dtype).removeprefix('torch.')} values in place of plain floating-point ones")
-    return tensor.detach()
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether all numbers lie in memory, each by itself: a small file may else stand for a large tensor."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def header(family: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from transpixeler.config import Config
+from transpixeler.data.cache.records import DTYPE
 from transpixeler.data.features.files import LAST, MASKS, Opened, open_features
 from transpixeler.data.media.clip import Media
 from transpixeler.data.media.errors import BadMedia, check_size
@@ -66,12 +67,12 @@ class Needs:
             with blamed(features, latent_column(stream, self.first), path):
                 opened = open_features(path)
                 self._check_family(opened)
-                latent = self.latent(opened, stream)
+                latent = self.latent(features, opened, stream)
                 if size is None:
                     size = self._size(latent)
                 self.check_shape(latent, size, stream)
                 if stream in self.lasts and size[0] > 1:
-                    self.check_shape(self.latent(opened, stream, last=True), (1, *size[1:]), stream)
+                    self.check_shape(self.latent(features, opened, stream, last=True), (1, *size[1:]), stream)
         assert size is not None, features
         return Media(*size, fps=Fraction(0), duration=Fraction(0), alpha=False)
 
@@ -82,7 +83,7 @@ class Needs:
                 opened = open_features(features.text)
                 self._check_family(opened)
                 if self.fields is not None:
-                    self.texts(opened)
+                    self.texts(opened, cut=False)  # to look for padding would be to read it all
 
     # -- values, read from disk when they are used
 
@@ -90,13 +91,16 @@ class Needs:
     def first(self) -> str:
         return next(iter(self.scales))
 
-    def latent(self, opened: Opened, stream: str, *, last: bool = False) -> Tensor:
+    def latent(self, features: Features, opened: Opened, stream: str, *, last: bool = False) -> Tensor:
         """Return a stream's latents [C, f, h, w], or those of its last frame alone."""
         column = latent_column(stream, self.first)
+        names = [column, f"{stream}_latent"]
         if not last:
-            found = opened.pick([column, f"{stream}_latent"])
+            if features.share_a_file(stream) and not any(name in opened.tensors for name in names):
+                raise BadMedia(f"has no tensor {column}, and other streams are in this file, too: name each one's")
+            found = opened.pick(names)
         elif (name := column + LAST) in opened.tensors:
-            found = opened.tensors[name]
+            found = opened.numbers(name)
         else:
             raise BadMedia(
                 f"has no tensor {name}, which a task that gives a last frame needs: that frame's latent, encoded alone"
@@ -113,20 +117,20 @@ class Needs:
             )
         return found
 
-    def texts(self, opened: Opened) -> dict[str, Tensor]:
-        """Return the fields of a caption by name, [true length, width] or [width]."""
+    def texts(self, opened: Opened, *, cut: bool = True) -> dict[str, Tensor]:
+        """Return the fields of a caption by name, [true length, width] or [width]. cut=False: with their padding."""
         wanted = caption_fields(self.fields or ())
         if len(wanted) == 1:
-            return {wanted[0].name: self._text(opened, wanted[0], [*TEXT_NAMES, wanted[0].name])}
+            return {wanted[0].name: self._text(opened, wanted[0], [*TEXT_NAMES, wanted[0].name], cut=cut)}
         names = ", ".join(one.name for one in wanted)
         for one in wanted:
             if one.name not in opened.tensors:
                 raise BadMedia(
                     f"has no tensor {one.name}; this model's captions are {names}, each a tensor by its name"
                 )
-        return {one.name: self._text(opened, one, [one.name]) for one in wanted}
+        return {one.name: self._text(opened, one, [one.name], cut=cut) for one in wanted}
 
-    def _text(self, opened: Opened, wanted: Field, names: Sequence[str]) -> Tensor:
+    def _text(self, opened: Opened, wanted: Field, names: Sequence[str], *, cut: bool) -> Tensor:
         found = opened.pick(names)
         dims = 2 if wanted.length else 1
         if found.ndim == dims + 1 and len(found) == 1:
@@ -134,7 +138,7 @@ class Needs:
         told = f"[tokens, {wanted.width}]" if wanted.length else f"[{wanted.width}]"
         if found.ndim != dims or found.shape[-1] != wanted.width or not len(found):
             raise BadMedia(f"has the shape {_shape(found)}, where this model's {wanted.name} is {told}")
-        if wanted.length is None:
+        if wanted.length is None or not cut:
             return found
         found = _unpadded(found, opened, (f"{wanted.name}_mask", *MASKS))
         if len(found) > wanted.length:
@@ -164,7 +168,7 @@ class Needs:
 
     def check_values(self, value: Tensor, opened: Opened, *, latent: bool) -> None:
         """Refuse values that are not finite, and latents of another scale than the cache's."""
-        if not value.isfinite().all():
+        if not value.to(DTYPE).isfinite().all():
             raise BadMedia("holds values that are not finite")
         if latent and opened.facts.get("scale") != "normalised" and (reason := self._scale_fault(value.float())):
             raise BadMedia(
@@ -191,7 +195,7 @@ def check_features(features: Features, needs: Needs) -> None:
     for stream, path in features.latents:
         with blamed(features, latent_column(stream, needs.first), path):
             opened = open_features(path)
-            needs.check_values(needs.latent(opened, stream), opened, latent=True)
+            needs.check_values(needs.latent(features, opened, stream), opened, latent=True)
     if features.text is not None and needs.fields is not None:
         with blamed(features, TEXT_COLUMN, features.text):
             opened = open_features(features.text)
@@ -210,11 +214,10 @@ def blamed(features: Features, column: str, path: Path) -> Iterator[None]:
 
 def _unpadded(text: Tensor, opened: Opened, masks: Sequence[str]) -> Tensor:
     """Cut a text to its true length: as a mask in the file says, or without the zeros at its end."""
-    mask = next((opened.tensors[name] for name in masks if name in opened.tensors), None)
-    if mask is not None:
-        kept = mask.reshape(-1).bool()
+    kept = opened.mask(masks)
+    if kept is not None:
         if len(kept) != len(text) or not kept[: int(kept.sum())].all() or not kept.any():
-            raise BadMedia(f"has a mask of the shape {_shape(mask)} that is no true length of {len(text)} tokens")
+            raise BadMedia(f"has a mask of {len(kept)} numbers that is no true length of {len(text)} tokens")
         return text[: int(kept.sum())]
     filled = text.ne(0).any(1).nonzero()
     return text[: int(filled[-1]) + 1] if len(filled) else text[:1]

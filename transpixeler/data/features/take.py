@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import torch
-
-from transpixeler.data.cache.records import Record
+from transpixeler.data.cache.records import DTYPE, Record
 from transpixeler.data.catalog import ClipJob, TextJob
 from transpixeler.data.features.files import open_features
 from transpixeler.data.features.needs import Needs, blamed
@@ -18,7 +16,6 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column
 from transpixeler.models.family import caption_fields
 
-DTYPE = torch.bfloat16
 Put = Callable[[Path, list[Record]], None]
 Refuse = Callable[[ClipJob | TextJob, BadMedia], None]
 
@@ -41,7 +38,7 @@ def clip_records(job: ClipJob, needs: Needs) -> list[Record]:
     for part, key in job.keys.items():
         with blamed(features, latent_column(part.stream, needs.first), paths[part.stream]):
             opened = open_features(paths[part.stream])
-            value = needs.latent(opened, part.stream, last=part.last)
+            value = needs.latent(features, opened, part.stream, last=part.last)
             size = (1 if part.last else job.clip.frames, job.clip.height, job.clip.width)
             needs.check_shape(value, size, part.stream)  # the file may have changed since it was scanned
             needs.check_values(value, opened, latent=True)

@@ -41,6 +41,11 @@ class Features:
     def __bool__(self) -> bool:
         return bool(self.latents or self.text)
 
+    def share_a_file(self, stream: str) -> bool:
+        """Tell whether a stream's latents lie in one file with another's, where only a name tells them apart."""
+        paths = {name: path.resolve() for name, path in self.latents}
+        return list(paths.values()).count(paths[stream]) > 1
+
 
 NOT_GIVEN = Features("")
 

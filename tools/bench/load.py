@@ -186,9 +186,7 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         beside = busy(loader, pause=options.step, repeats=options.repeats)
         made = Times(tuple(drained(loader) for _ in range(options.repeats)))
     ordered = ordering(options.records)
-    for name, times in found.items():
-        print(f"{name:12} waits {1e3 * times.median:9.3f} ms a step of {options.step:g} s, ± {times.spread:.0%}")
-    print(f"a batch takes the loader's thread {1e3 * made.median:.1f} ms; {len(cache):,} records")
+    _tell(found, made, step=options.step, records=len(cache))
     return {
         "wait_share": round(found["loader"].median / (options.step + found["loader"].median), 6),
         "wait_ms": round(1e3 * found["loader"].median, 3),
@@ -204,6 +202,12 @@ def measure(options: Any, folder: Path) -> dict[str, Any]:
         "look_up_all_seconds": round(looked, 3),
         **{f"{name}_seconds": round(value, 3) for name, value in ordered.items()},
     }
+
+
+def _tell(found: dict[str, Times], batch: Times, *, step: float, records: int) -> None:
+    for name, times in found.items():
+        print(f"{name:12} waits {1e3 * times.median:9.3f} ms a step of {step:g} s, ± {times.spread:.0%}")
+    print(f"a batch takes the loader's thread {1e3 * batch.median:.1f} ms; {records:,} records")
 
 
 def _over_the_loader(waits: dict[str, Times], rival: str) -> float | str:

@@ -224,7 +224,9 @@ def test_the_14b_on_a_small_card_holds_what_is_said() -> None:
     streams = tuple(config.streams)
     model = build.shape(config, lambda: wan_model(WAN | SIZES["14b"], streams=streams), torch.bfloat16)
     estimate = Estimate.of(model, config, dtype=torch.bfloat16, compiled=False)
-    load = Load(Bucket(33, 480, 832), StreamLayout.equal(streams, (16, 9, 60, 104), (1, 2, 2)), 1)
+    load = Load(
+        Bucket(33, 480, 832), StreamLayout.equal(streams, (16, 9, 60, 104), (1, 2, 2)), 1, config.train.global_batch
+    )
     memory = estimate.memory([load], mesh.Layout(1, 1, 1), config.parallel.recompute).total
     assert f"{memory / 1e9:.1f} GB in all" in (CONFIGS / "wan2.1-t2v-14b-24gb.yaml").read_text(encoding="utf-8")
     assert memory < USABLE_MEMORY * 24 * 2**30

@@ -143,7 +143,9 @@ class BucketRule:
 
     size: Size
     micro_batch: Count | None = None
+    global_batch: Count | None = None
     keep: Fraction = 1.0
+    keep_resolution: Fraction = 1.0
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class DataConfig:
     frames: tuple[int, ...] = (1, 33)
     sizes: tuple[Size, ...] = ()
     buckets: tuple[BucketRule, ...] = ()
+    draw: Literal["once", "epoch"] = "once"
     clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] = "single_beginning"
     upscale: bool = False
     alpha: Literal["auto", "straight", "premultiplied"] = "auto"

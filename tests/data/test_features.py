@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +330,12 @@ def test_models_that_are_shown_frames_take_no_latents_and_export_none(tmp_path: 
         needs.media(Features("row 4", (("rgb", tmp_path / "a.pt"),)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
+    wanted = config(demo_model, tmp_path)
     with pytest.raises(UserError, match=r"--export: .*full is there already"):
-        check_export(tmp_path / "full", open_model(config(demo_model, tmp_path).model))
+        check_export(tmp_path / "full", wanted, open_model(wanted.model))
+    drawn = replace(wanted, data=replace(wanted.data, draw="epoch"))
+    with pytest.raises(UserError, match=r"--export: .*one bucket.*set data\.draw=once"):
+        check_export(tmp_path / "new", drawn, open_model(drawn.model))
 
 
 def test_columns_without_a_name_are_left_unread_and_a_lacking_text_says_how_to_give_it(

@@ -17,7 +17,12 @@ def orders(draw: st.DrawFn) -> Order:
     buckets = [(number, 8, 8) for number, size in enumerate(sizes) for _ in range(size)]
     repeats = draw(st.lists(st.integers(1, 3), min_size=len(buckets), max_size=len(buckets)))
     batch = draw(st.integers(1, min(16, sum(repeats))))
-    return make_order(buckets=buckets, repeats=repeats, seed=draw(st.integers(0, 2**40)), global_batch=batch)
+    batches = [max(1, batch - bucket[0]) for bucket in buckets]
+    return make_order(buckets=buckets, repeats=repeats, batches=batches, seed=draw(st.integers(0, 2**40)))
+
+
+def ordered(buckets: list[tuple[int, int, int]], batch: int = 4) -> Order:
+    return make_order(buckets=buckets, repeats=[1] * len(buckets), batches=[batch] * len(buckets), seed=0)
 
 
 def seen_in(order: Order, epochs: int) -> Counter[int]:
@@ -26,7 +31,7 @@ def seen_in(order: Order, epochs: int) -> Counter[int]:
 
 def test_an_epoch_is_whole_in_every_bucket() -> None:
     """Twenty clips in three buckets, four a batch: each is seen once in the first epoch, not twelve of them."""
-    order = make_order(buckets=[(1, 8, n % 3) for n in range(20)], repeats=[1] * 20, seed=0, global_batch=4)
+    order = ordered([(1, 8, n % 3) for n in range(20)])
     assert set(seen_in(order, 1)) == set(range(20))
     assert min(seen_in(order, 2).values()) == 2
     assert (order.first_step(1), order.first_step(2)) == (6, 11)
@@ -37,8 +42,8 @@ def test_an_epoch_is_whole_in_every_bucket() -> None:
 def test_after_n_epochs_every_item_was_seen_n_times_and_no_batch_more(order: Order, epochs: int) -> None:
     seen = seen_in(order, epochs)
     for row in order.rows:
-        batches = -(-epochs * len(row.items) // order.global_batch)
-        assert sum(seen[int(item)] for item in np.unique(row.items)) == batches * order.global_batch
+        batches = -(-epochs * len(row.items) // row.batch)
+        assert sum(seen[int(item)] for item in np.unique(row.items)) == batches * row.batch
         for item, times in zip(*np.unique(row.items, return_counts=True)):
             assert seen[int(item)] >= epochs * times
 
@@ -49,8 +54,8 @@ def test_a_batch_is_of_one_bucket_and_no_epoch_is_like_another(order: Order, epo
     batches = list(order.batches(epoch))
     assert len(batches) == order.steps(epoch)
     for batch in batches:
-        assert len(batch) == order.global_batch
-        assert sum(bool(np.isin(batch, row.items).any()) for row in order.rows) == 1
+        (row,) = [row for row in order.rows if np.isin(batch, row.items).any()]
+        assert len(batch) == row.batch
     assert all(np.array_equal(one, two) for one, two in zip(batches, order.batches(epoch)))
 
 
@@ -73,7 +78,7 @@ def test_every_epoch_ends_at_one_step_and_a_step_may_end_several(order: Order, s
 
 
 def test_epochs_that_other_ones_have_covered_end_with_them() -> None:
-    order = make_order(buckets=[(1, 8, n) for n in range(4)], repeats=[1] * 4, seed=0, global_batch=4)
+    order = ordered([(1, 8, n) for n in range(4)])
     assert order.steps(0) == 4 and order.steps(1) == order.steps(2) == order.steps(3) == 0
     assert list(order.ended(4)) == [1, 2, 3, 4] and not order.ended(3)
 
@@ -94,5 +99,5 @@ def test_permutations_are_even() -> None:
 
 def test_too_few_clips_for_a_step_is_the_users_to_mend() -> None:
     with pytest.raises(UserError, match=r"3 clips.*train\.global_batch 4"):
-        make_order(buckets=[(1, 8, 8)] * 3, repeats=[1, 1, 1], seed=0, global_batch=4)
-    make_order(buckets=[(1, 8, 8)] * 3, repeats=[1, 2, 1], seed=0, global_batch=4)
+        ordered([(1, 8, 8)] * 3)
+    make_order(buckets=[(1, 8, 8)] * 3, repeats=[1, 2, 1], batches=[4] * 3, seed=0)

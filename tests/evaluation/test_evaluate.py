@@ -103,7 +103,7 @@ def test_clips_are_taken_from_everywhere() -> None:
 
 def due_steps(total: int, **keys: Any) -> list[int]:
     config = configfile.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
-    order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, seed=0, global_batch=2)  # 3 steps an epoch
+    order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, batches=[2] * 6, seed=0)  # 3 steps an epoch
     due = Schedule(config, order, total).evaluation_due
     return [step for step in range(total + 1) if due(step)]
 

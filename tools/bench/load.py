@@ -153,7 +153,7 @@ def ordering(samples: int) -> dict[str, float]:
     """Return the seconds to put samples in order, and to find a place in the middle of a later epoch."""
     buckets = [(n % BUCKETS, 8, 8) for n in range(samples)]
     start = time.perf_counter()
-    order = make_order(buckets=buckets, repeats=[1] * samples, seed=0, global_batch=min(64, samples // 50))
+    order = make_order(buckets=buckets, repeats=[1] * samples, batches=[min(64, samples // 50)] * samples, seed=0)
     made = time.perf_counter()
     next(order.batches(0))
     first = time.perf_counter()

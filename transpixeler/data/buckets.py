@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from transpixeler.config import BucketRule, DataConfig, Resolution, SourceConfig, TrainConfig, UserError
+from transpixeler.config import BucketRule, Config, DataConfig, Resolution, SourceConfig, TrainConfig, UserError
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.geometry import Geometry
@@ -47,19 +47,33 @@ def assign(
     geometry: Geometry,
     seed: int,
 ) -> Assignment:
-    """Cut each sample into clips under its source's options."""
+    """Cut each sample into clips under its source's options.
+
+    With `data.draw: epoch` these are the clips of every bucket that some epoch may draw.
+    """
+    check_draws(data)
     groups = [bucket_groups(source, data, geometry=geometry) for source in sources]
     clips: list[tuple[Bucket, Clip]] = []
     dropped: list[tuple[str, str]] = []
     for sample in samples:
         mode = sources[sample.source].clip_mode or data.clip_mode
         for group in groups[sample.source]:
-            bucket = choose(sample, group, data, seed=seed)
-            if isinstance(bucket, str):
-                dropped.append((sample.id, bucket))
-            else:
+            chosen = choose(sample, group, data, seed=seed)
+            if isinstance(chosen, str):
+                dropped.append((sample.id, chosen))
+                continue
+            for bucket in chosen:
                 clips += [(bucket, clip) for clip in clips_of(sample, bucket, mode=mode, fps=rate(data))]
     return Assignment(tuple(clips), tuple(dropped))
+
+
+def check_draws(data: DataConfig) -> None:
+    """Refuse rules that nothing follows."""
+    if data.draw == "once" and any(rule.keep_resolution < 1 for rule in data.buckets):
+        raise UserError(
+            "data.buckets: keep_resolution is drawn each epoch, and data.draw=once puts a clip in a bucket of every "
+            "resolution; set data.draw=epoch"
+        )
 
 
 def rate(data: DataConfig) -> Fraction:
@@ -122,8 +136,8 @@ def _shapes(resolution: Resolution, data: DataConfig, unit: tuple[int, int]) -> 
         yield max(1, round(tall / unit[0])) * unit[0], max(1, round(wide / unit[1])) * unit[1]
 
 
-def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: int) -> Bucket | str:
-    """Return the bucket of a group that a sample goes to, or the reason why there is none."""
+def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: int) -> Sequence[Bucket] | str:
+    """Return the bucket of a group that a sample goes to, or all that it may be drawn for; or why there is none."""
     media = sample.media
     lasting = [bucket for bucket in group if _lasts(media, bucket, rate(data))]
     if not lasting:
@@ -134,10 +148,22 @@ def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: i
         return f"{media.width}×{media.height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
     best = min(_distance(media, bucket) for bucket in fitting)
     nearest = sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
-    for bucket in nearest:
-        if draw(seed, sample.id, bucket) < rule_for(bucket, data.buckets).keep:
-            return bucket
-    return f"not drawn for {', '.join(map(str, nearest))} (data.buckets, keep)"
+    kept = [bucket for bucket in nearest if drawn(sample, bucket, data, seed=seed)]
+    if not kept:
+        return not_drawn(nearest)
+    return kept if data.draw == "epoch" else kept[:1]
+
+
+def drawn(sample: Sample, bucket: Bucket, data: DataConfig, *, seed: int) -> bool:
+    """Tell whether a sample may be in a bucket: by one draw for all epochs, or by whether any epoch may draw it."""
+    rule = rule_for(bucket, data.buckets)
+    if data.draw == "epoch":
+        return rule.keep > 0 and rule.keep_resolution > 0
+    return draw(seed, sample.id, bucket) < rule.keep
+
+
+def not_drawn(buckets: Sequence[Bucket]) -> str:
+    return f"not drawn for {', '.join(map(str, buckets))} (data.buckets, keep)"
 
 
 def _lasts(media: Media, bucket: Bucket, fps: Fraction) -> bool:
@@ -169,6 +195,17 @@ def rule_for(bucket: Bucket, rules: Sequence[BucketRule]) -> BucketRule:
         if all(wanted in (0, found) for wanted, found in zip(rule.size, shape)):
             return rule
     return BucketRule(size=(0, 0, 0))
+
+
+def batch_for(bucket: Bucket, global_batch: int, rules: Sequence[BucketRule]) -> int:
+    """Return the samples of a step of a bucket: its rule's, or `train.global_batch`."""
+    return rule_for(bucket, rules).global_batch or global_batch
+
+
+def batch_sizes(config: Config) -> list[int]:
+    """Return the samples that a step may have, whatever its bucket."""
+    own = (rule.global_batch for rule in config.data.buckets if rule.global_batch)
+    return list(dict.fromkeys([config.train.global_batch, *own]))
 
 
 def draw(seed: int, sample_id: str, bucket: Bucket) -> float:

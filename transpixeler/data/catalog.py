@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from transpixeler.config import Config, SourceConfig, UserError
-from transpixeler.data.buckets import Bucket
+from transpixeler.data.buckets import Bucket, not_drawn
 from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.dataset import Item, ShownKeys
+from transpixeler.data.draws import Draws
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import IMAGE_ENDINGS, files_of
@@ -191,7 +192,7 @@ def surveyed(config: Config, model: ModelFolder, name: str) -> Survey:
     sources: tuple[SourceConfig, ...] = getattr(config.data, name)
     if not sources:
         return Survey()
-    return survey(
+    found = survey(
         sources,
         config.suffixes,
         config.data,
@@ -200,6 +201,18 @@ def surveyed(config: Config, model: ModelFolder, name: str) -> Survey:
         memory=cache_folders(config)[0],
         needs=Needs.of(config, model),
     )
+    return drawn_once(found, config) if name == "eval" and config.data.draw == "epoch" else found
+
+
+def drawn_once(found: Survey, config: Config) -> Survey:
+    """Keep one bucket of each sample: sets to measure on are the same in every epoch."""
+    owners, buckets = [clip.sample.id for clip in found.clips], [clip.bucket for clip in found.clips]
+    taken = Draws(owners, buckets, rules=config.data.buckets, seed=config.seed).taken(0)
+    clips = tuple(clip for clip, takes in zip(found.clips, taken, strict=True) if takes)
+    left = dict.fromkeys(owners).keys() - {clip.sample.id for clip in clips}
+    ways = {name: [bucket for owner, bucket in zip(owners, buckets) if owner == name] for name in left}
+    dropped = [(name, not_drawn(list(dict.fromkeys(some)))) for name, some in sorted(ways.items())]
+    return replace(found, clips=clips, dropped=(*found.dropped, *dropped))
 
 
 def _blank_jobs(clips: Sequence[ClipJob], model: ModelFolder, folder: Path) -> tuple[BlankJob, ...]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from transpixeler.config import UserError
+from transpixeler.config import BucketRule, DataConfig, UserError
+from transpixeler.data.buckets import Bucket, batch_for
 from transpixeler.data.cache.records import Cache
+from transpixeler.data.draws import Draws
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.order import Order, make_order
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.streams import Grid, Shape, StreamLayout
+
+PLAIN = DataConfig()
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,25 @@ class Dataset:
     scales: tuple[int, ...] = ()  # of the streams
     lasts: tuple[int, ...] = ()  # streams whose last frames are in the cache too, of clips that have more than one
 
-    def order(self, *, seed: int, global_batch: int) -> Order:
-        """Return the order in which training takes the clips."""
+    def order(self, *, seed: int, global_batch: int, data: DataConfig = PLAIN) -> Order:
+        """Return the order in which training takes the clips. data: its rules for buckets, and how they are drawn."""
         if not self.items:
             raise UserError(f"data.{self.key} holds no usable clip{_first_reason(self.skipped)}")
+        buckets = [Bucket(*item.bucket) for item in self.items]
         return make_order(
-            buckets=[item.bucket for item in self.items],
+            buckets=buckets,
             repeats=[item.repeats for item in self.items],
+            batches=[batch_for(bucket, global_batch, data.buckets) for bucket in buckets],
             seed=seed,
-            global_batch=global_batch,
+            draws=self._draws(data.buckets, seed) if data.draw == "epoch" else None,
             key=self.key,
         )
+
+    def _draws(self, rules: Sequence[BucketRule], seed: int) -> Draws:
+        """Draw for each repeat of a sample by itself."""
+        repeated = [(item, number) for item in self.items for number in range(item.repeats)]
+        owners = [f"{item.sample_id}\0{number}" for item, number in repeated]
+        return Draws(owners, [Bucket(*item.bucket) for item, _ in repeated], rules=rules, seed=seed)
 
     def layout(self, item: Item, patch: Grid) -> StreamLayout:
         """Lay out a clip's records."""

@@ -8,26 +8,25 @@ when nothing is missing. Videos are encoded one at a time: in a batch, last bits
 from __future__ import annotations
 
 import gc
-import heapq
 import logging
 import os
 import platform
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from transpixeler.config import Config, UserError
 from transpixeler.data.cache.records import DTYPE, Cache, CacheWriter, Record
-from transpixeler.data.catalog import Catalog, ClipJob, TextJob, catalog
+from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.features.take import take
@@ -38,6 +37,7 @@ from transpixeler.data.progress import Progress
 from transpixeler.data.ranks import Ranks, connected, portable
 from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode_blank
 from transpixeler.data.sources.pairs import decode_pair
+from transpixeler.data.work import Work, clips_used, missing_work, only, share
 from transpixeler.flow.objective import all_lasts
 from transpixeler.models.family import ModelFolder, caption_fields
 from transpixeler.parallel.runtime import Runtime
@@ -46,29 +46,6 @@ logger = logging.getLogger("transpixeler")
 DECODERS = 4  # clips that a rank decodes at a time
 KINDS_SHOWN = 10  # kinds of reasons for skipping that the summary lists
 TEXTS_AT_ONCE = 16  # written together, with one fsync for all
-Job = TypeVar("Job", ClipJob, TextJob, BlankJob)
-Keys = tuple[bytes, ...]  # of all streams of a clip
-
-
-@dataclass(frozen=True)
-class Work:
-    """The missing records of all ranks."""
-
-    clips: tuple[ClipJob, ...]
-    texts: tuple[TextJob, ...]
-    blanks: tuple[BlankJob, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.clips or self.texts or self.blanks)
-
-    def __str__(self) -> str:
-        """Say how much is to be encoded, and how much is taken from features."""
-        clips, texts = (sum(not job.given for job in jobs) for jobs in (self.clips, self.texts))
-        given = len(self.clips) - clips, len(self.texts) - texts
-        taken = f"takes {given[0]} clips and {given[1]} captions from features"
-        if clips or texts or self.blanks or not any(given):
-            return f"encodes {clips} clips and {texts} captions{f' and {taken}' * any(given)}"
-        return taken
 
 
 @dataclass
@@ -85,17 +62,16 @@ class Outcome:
 def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Datasets:
     """Return the train and eval sets of a config, with every record in the cache."""
     with connected(runtime) as ranks:
-        found, work = ranks.from_main(partial(_find_work, config, model))
+        found = ranks.from_main(partial(catalog, config, model))
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
-        while work:
+        while work := ranks.from_main(partial(_find_work, config, found, bad)):
             done = _encode_on_all(config, model, ranks, work)
             outcomes += done
             fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
             if not fresh:
                 break
-            bad |= fresh  # others may share a record with these, so look again for what is missing
-            work = ranks.from_main(partial(missing_work, found, without=bad))
+            bad |= fresh  # others may share a record with these, or be drawn in their place, so look again
     datasets = _datasets(config, found, bad)
     if runtime.is_main:
         _summarise(datasets, outcomes)
@@ -105,49 +81,19 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
 def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[Datasets, Work]:
     """Return the train and eval sets of a config, and what `encode_missing` would encode of them."""
     with connected(runtime) as ranks:
-        found, work = ranks.from_main(partial(_find_work, config, model))
+        found = ranks.from_main(partial(catalog, config, model))
+        work = ranks.from_main(partial(_find_work, config, found, {}))
     datasets = _datasets(config, found, {}, whole=False)
     if runtime.is_main:
         _summarise(datasets, [])
     return datasets, work
 
 
-def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
-    """Return the jobs that lack a record, each with only the parts that lack one."""
-    cache = Cache(*found.folders)
-    jobs = [job for job in found.clips if job.latent_keys not in without]
-    absent = set(cache.missing([key for job in jobs for key in (*job.keys.values(), *job.shown_keys.values())]))
-    clips: list[ClipJob] = []
-    for job in jobs:
-        keys = {part: key for part, key in job.keys.items() if key in absent}
-        shown = {place: key for place, key in job.shown_keys.items() if key in absent}
-        absent.difference_update(keys.values(), shown.values())  # the same content twice is encoded once
-        if keys or shown:
-            clips.append(replace(job, keys=keys, shown_keys=shown))
-    texts = set(cache.missing([key for job in found.texts for key in job.all_keys]))
-    blanks = set(cache.missing([job.key for job in found.blanks]))
-    return Work(
-        tuple(clips),
-        tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys) and job.all_keys not in without),
-        tuple(job for job in found.blanks if job.key in blanks),
-    )
-
-
-def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
-    """Return a rank's jobs, largest first: each job goes to the rank with the least to do, in order of size."""
-    loads = [(0, number) for number in range(ranks)]
-    mine = []
-    for job in sorted(jobs, key=lambda job: -job.cost):
-        load, number = heapq.heappop(loads)
-        if number == rank:
-            mine.append(job)
-        heapq.heappush(loads, (load + job.cost, number))
-    return mine
-
-
-def _find_work(config: Config, model: ModelFolder) -> tuple[Catalog, Work]:
-    found = catalog(config, model)
-    return found, missing_work(found)
+def _find_work(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Work:
+    if config.data.draw == "epoch":
+        data = _datasets(config, found, bad, whole=False)
+        found = only(found, [*clips_used(config, data.train), *data.eval.items])
+    return missing_work(found, without=bad)
 
 
 def _encode_on_all(config: Config, model: ModelFolder, ranks: Ranks, work: Work) -> list[Outcome]:
@@ -339,20 +285,24 @@ def _free(device: torch.device) -> None:
 def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str], *, whole: bool = True) -> Datasets:
     """Return both sets without clips that are bad. whole: every record must be in the cache."""
     cache, streams, empty = Cache(*found.folders), tuple(config.streams), found.empty_text_keys
-    sets, lasts = {}, all_lasts(config.objective, streams)
+    lasts = all_lasts(config.objective, streams)
+    sets: dict[str, Dataset] = {}
     for name, items in found.items.items():
         faults = {item.id: bad.get(item.latent_keys, bad.get(item.text_keys)) for item in items}
         reasons = {name: reason for name, reason in faults.items() if reason is not None}
         kept = tuple(item for item in items if item.id not in reasons)
-        keys = [key for item in kept for key in (*item.latent_keys, *item.text_keys)]
-        keys += [key for item in kept if item.shown for key in item.shown.all]
-        if absent := cache.missing([*keys, *found.empty_text_keys]) if whole else ():
+        skipped = (*found.skipped[name], *reasons.items())
+        data = sets[name] = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, lasts)
+        if not whole:
+            continue
+        used = clips_used(config, data) if name == "train" else kept
+        keys = [key for item in used for key in (*item.latent_keys, *item.text_keys)]
+        keys += [key for item in used if item.shown for key in item.shown.all]
+        if absent := cache.missing([*keys, *found.empty_text_keys]):
             raise UserError(
                 f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
                 "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
             )
-        skipped = (*found.skipped[name], *reasons.items())
-        sets[name] = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, lasts)
     return Datasets(sets["train"], sets["eval"])
 
 

@@ -161,10 +161,9 @@ class Loader:
         ahead: int = 3,
         prepare: Callable[[Batch], Any] = lambda batch: batch,
     ) -> None:
-        assert order.global_batch % ranks == 0 and 0 <= rank < ranks
-        share = order.global_batch // ranks
+        assert all(row.batch % ranks == 0 for row in order.rows) and 0 <= rank < ranks
         self.wait_seconds = 0.0  # that the last step waited for its data
-        self._slots = range(rank * share, (rank + 1) * share)
+        self._rank, self._ranks = rank, ranks
         self._assembler, self._order, self._prepare = assembler, order, prepare
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
@@ -208,9 +207,9 @@ class Loader:
         while True:
             first = self._order.first_step(epoch)
             for number, items in enumerate(self._order.batches(epoch, step), start=step):
-                yield self._assembler.batch(
-                    items, slots=self._slots, step=first + number, epoch=epoch, epoch_step=number
-                )
+                share = len(items) // self._ranks
+                slots = range(self._rank * share, (self._rank + 1) * share)
+                yield self._assembler.batch(items, slots=slots, step=first + number, epoch=epoch, epoch_step=number)
             epoch, step = epoch + 1, 0
 
     def _offer(self, value: Any) -> bool:

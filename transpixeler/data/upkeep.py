@@ -92,7 +92,7 @@ def cache_command(
     report = Report()
     if runtime.is_main:
         if export:
-            features.check_export(Path(export), model)
+            features.check_export(Path(export), config, model)
         if list:
             report.shelves = listing(cache_folders(config))
         if verify:

@@ -333,12 +333,8 @@ class Engine:
             return "1f1b" if training and count >= self.config.pipeline else "gpipe"
         if name == "gpipe" or (name == "1f1b" and not training):
             return "gpipe"
-        if training and (count < self.config.pipeline or (name in INTERLEAVED and count % self.config.pipeline)):
-            raise UserError(
-                f"parallel.schedule: {name} over {self.config.pipeline} pipeline ranks needs a multiple of that many "
-                f"microbatches, and a rank has {count} a step; raise train.global_batch, lower train.micro_batch, "
-                "or set parallel.schedule=gpipe"
-            )
+        if training:
+            check_microbatches(self.config, count)
         return name
 
     def _meta(
@@ -388,3 +384,16 @@ def _weighted_sum(errors: Tensor, weights: Tensor) -> Tensor:
 def _extended(tensor: Tensor, rows: int) -> Tensor:
     """Repeat the last row, where microbatches must be full."""
     return torch.cat([tensor, tensor[-1:].expand(rows, *tensor.shape[1:])]) if rows else tensor.contiguous()
+
+
+def check_microbatches(config: ParallelConfig, count: int, of: str = "") -> None:
+    """Refuse a step of so many microbatches a rank that the schedule cannot run."""
+    name, ranks = config.schedule, config.pipeline
+    if ranks == 1 or name in ("auto", "gpipe"):
+        return
+    if count < ranks or (name in INTERLEAVED and count % ranks):
+        raise UserError(
+            f"parallel.schedule: {name} over {ranks} pipeline ranks needs a multiple of that many "
+            f"microbatches, and a rank has {count} a step{of}; raise train.global_batch, lower train.micro_batch, "
+            "or set parallel.schedule=gpipe"
+        )

@@ -63,6 +63,7 @@ class Load:
     bucket: Bucket
     layout: StreamLayout
     steps: float  # in an epoch
+    batch: int  # samples of a step, on all ranks
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Estimate:
     def micro_batch(self, load: Load, layout: Layout) -> int:
         return micro_batch_for(
             load.bucket,
-            per_rank_batch=self.config.train.global_batch // layout.data,
+            per_rank_batch=load.batch // layout.data,
             train=self.config.train,
             rules=self.config.data.buckets,
             tokens=load.layout.tokens,
@@ -235,7 +236,7 @@ class Estimate:
 
     def _activations(self, load: Load, layout: Layout, rank: int, blocks: int, recompute: costs.Recompute) -> int:
         micro = self.micro_batch(load, layout)
-        share = self.config.train.global_batch // layout.data
+        share = load.batch // layout.data
         lengths = load.layout.lengths
         once = self._of_blocks(1, lengths, "full" if isinstance(recompute, int) else recompute)
         twice = self._of_blocks(2, lengths, "full" if isinstance(recompute, int) else recompute)
@@ -255,7 +256,7 @@ class Estimate:
         if not budget or recompute == "none" or isinstance(recompute, int):
             return KeptWhole(0, 0)
         micro, lengths = self.micro_batch(load, layout), load.layout.lengths
-        count = self.config.train.global_batch // layout.data // micro
+        count = load.batch // layout.data // micro
         at_once = micro * in_flight(self.config.parallel, layout.pipeline, rank, count)
         places = [place for own in self._ranges(layout)[rank :: layout.pipeline] for place in own]
         compiled = self.compiled and recompute != "offload"
@@ -286,8 +287,7 @@ class Estimate:
     def flops(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute = "none") -> float:
         """Return FLOPs of a mean step, on all ranks."""
         steps = sum(load.steps for load in loads)
-        each = (load.steps * self.sample_flops(load, layout, recompute) for load in loads)
-        return self.config.train.global_batch * sum(each) / steps
+        return sum(load.steps * load.batch * self.sample_flops(load, layout, recompute) for load in loads) / steps
 
     def sample_flops(self, load: Load, layout: Layout, recompute: costs.Recompute) -> float:
         """Return FLOPs of one sample's step; blocks that `parallel.keep_gb` lets keep everything recompute nothing."""
@@ -304,8 +304,7 @@ class Estimate:
         """
         if not machine.flops:
             return 0.0
-        share = self.config.train.global_batch // layout.data
-        passes = max(share // self.micro_batch(load, layout) for load in loads)
+        passes = max(load.batch // layout.data // self.micro_batch(load, layout) for load in loads)
         ranges = self._ranges(layout)
         uneven = max(map(len, ranges)) * len(ranges) / len(self.costs.blocks)
         waiting = (passes + layout.pipeline - 1) / passes
@@ -326,9 +325,9 @@ class Estimate:
     def _offloaded_inputs(self, loads: Sequence[Load]) -> float:
         """Return bytes of block inputs that a mean step moves to host memory and back."""
         steps = sum(load.steps for load in loads)
-        tokens = sum(load.steps * load.layout.tokens for load in loads) / steps
+        tokens = sum(load.steps * load.batch * load.layout.tokens for load in loads) / steps
         d = self.costs
-        return 2 * self.config.train.global_batch * tokens * d.width * len(d.blocks) * self.size
+        return 2 * tokens * d.width * len(d.blocks) * self.size
 
 
 def optimizer_bytes(config: OptimConfig, part: Part) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from transpixeler.config import Config
+from transpixeler.data.buckets import batch_sizes
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import stage_count
 from transpixeler.parallel.shard import splits_backward
@@ -35,7 +36,7 @@ def layouts(config: Config, blocks: int, gpus: int) -> Iterator[Layout]:
         for shard in _divisors(gpus // pipeline):
             layout = Layout(pipeline, gpus // pipeline // shard, shard)
             mixed = config.optim.bf16_parameters and shard > 1
-            if config.train.global_batch % layout.data == 0 and not mixed:
+            if all(batch % layout.data == 0 for batch in batch_sizes(config)) and not mixed:
                 yield layout
 
 
@@ -111,8 +112,7 @@ def _why(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str) -
         count = blocks if offload is True else offload
         reasons.append(f"the weights of {count} of {blocks} blocks wait in host memory")
     if layout.pipeline > 1:
-        share = estimate.config.train.global_batch // layout.data
-        passes = max(share // estimate.micro_batch(load, layout) for load in loads)
+        passes = max(load.batch // layout.data // estimate.micro_batch(load, layout) for load in loads)
         lost = (layout.pipeline - 1) / (passes + layout.pipeline - 1)
         reasons.append(f"a GPU holds 1/{layout.pipeline} of the blocks and idles {lost:.0%} of the time")
     if layout.shard > 1:

@@ -21,6 +21,7 @@ from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import surveyed
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
+from transpixeler.data.work import clips_used
 from transpixeler.flow import objective
 from transpixeler.flow.experts import Split
 from transpixeler.models.backbone import Backbone
@@ -48,7 +49,8 @@ class Row(NamedTuple):
 
     bucket: Bucket
     clips: int
-    seen: int  # in an epoch, with repeats
+    seen: float  # in a mean epoch, with repeats
+    batch: int  # samples of a step
     micro_batch: int
     steps: float  # in a mean epoch
     tokens: int  # of a sample, in all streams
@@ -78,6 +80,7 @@ class Plan:
     recompute: str | int  # the config's, with `auto` resolved
     kept_whole: tuple[KeptWhole, ...]  # on the first rank, in each bucket
     memory: Mapping[str, Memory]  # by `parallel.recompute`
+    drawn: int  # clips of the training set that the run's epochs take
     cache_latents: int
     cache_texts: int
     fits: tuple[Fit, ...]
@@ -94,7 +97,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     folder = _checked_model(config)
     model, geometry = _model(config, machine), folder.geometry.over(config.scales)
     train, evaluation, scan_seconds = _datasets(config, folder)
-    order = train.order(seed=config.seed, global_batch=config.train.global_batch)
+    order = train.order(seed=config.seed, global_batch=config.train.global_batch, data=config.data)
+    used = replace(train, items=clips_used(config, train))
     loads = _loads(config, geometry, order, train)
     estimate = _estimate(config, folder, model, machine)
     tokens = max((load.layout.segment_lengths[0] for load in loads), default=0)
@@ -121,7 +125,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         recompute=mode,
         kept_whole=tuple(estimate.kept_whole(load, layout, 0, mode) for load in loads),
         memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *RECOMPUTE_MODES])},
-        cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (train, evaluation)),
+        drawn=len(used.items),
+        cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (used, evaluation)),
         cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
         fits=tuple(_fits(config, folder, estimate, loads, machine)),
         scan_seconds=scan_seconds,
@@ -177,16 +182,15 @@ def _loads(config: Config, geometry: Geometry, order: Order, train: Dataset) -> 
     loads = []
     for row in order.rows:
         bucket = Bucket(*train.items[row.items[0]].bucket)
-        loads.append(Load(bucket, _layout(config, geometry, bucket), len(row.items) / order.global_batch))
+        loads.append(Load(bucket, _layout(config, geometry, bucket), row.steps, row.batch))
     return loads
 
 
 def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
     flop = estimate.sample_flops(load, layout, mode)
-    items = [item for item in train.items if item.bucket == load.bucket]
-    seen = sum(item.repeats for item in items)
-    micro_batch = estimate.micro_batch(load, layout)
-    return Row(load.bucket, len(items), seen, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
+    clips = sum(item.bucket == load.bucket for item in train.items)
+    seen, micro_batch = load.steps * load.batch, estimate.micro_batch(load, layout)
+    return Row(load.bucket, clips, seen, load.batch, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
 
 
 def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Sequence[Field]) -> int:

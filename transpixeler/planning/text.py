@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transpixeler.data.buckets import batch_sizes
 from transpixeler.planning import estimates
 from transpixeler.planning.estimates import Memory
 from transpixeler.planning.layouts import USABLE_MEMORY
@@ -20,15 +21,16 @@ def describe(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> list[str]:
-    config, batch = plan.config, plan.config.train.global_batch
+    config, batches = plan.config, batch_sizes(plan.config)
+    shares = "; ".join(f"{batch} samples a step, {batch // plan.layout.data} a data rank" for batch in batches)
     epochs = config.train.epochs if plan.whole_epochs else plan.steps / plan.steps_epoch
     lines = {
         "trains": f"{plan.trainable_parameters:,} parameters ({config.lora}) of {plan.parameters:,}",
-        "layout": f"{plan.layout}, {batch} samples a step, {batch // plan.layout.data} a data rank",
+        "layout": f"{plan.layout}, {shares}",
         "steps": f"{plan.steps:,} in all, {plan.steps_epoch:.4g} an epoch; {epochs:.3g} epochs",
         "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",
         "time": _time(plan),
-        "cache": f"{_bytes(plan.cache_latents)} of latents, about {_bytes(plan.cache_texts)} of texts",
+        "cache": f"{_bytes(plan.cache_latents)} of latents{_drawn(plan)}, about {_bytes(plan.cache_texts)} of texts",
         "scan": f"{plan.scan_seconds:.2g} s to probe the files",
     }
     if config.parallel.keep_gb:
@@ -52,13 +54,22 @@ def _time(plan: Plan) -> str:
     return f"{plan.seconds_step:.3g} s a step, {hours:.3g} h in all, {assumed}"
 
 
+def _drawn(plan: Plan) -> str:
+    """Say how much of what may be drawn each epoch is."""
+    if plan.config.data.draw == "once":
+        return ""
+    every = sum(row.clips for row in plan.rows)
+    return f" ({plan.drawn:,} of the {every:,} clips below, which this run's epochs draw)"
+
+
 def _buckets(plan: Plan) -> list[str]:
-    names = ("bucket", "clips", "an epoch", "micro batch", "steps", "tokens", "TFLOP a sample")
+    names = ("bucket", "clips", "an epoch", "batch", "micro batch", "steps", "tokens", "TFLOP a sample")
     rows = [
         (
             str(r.bucket),
             f"{r.clips:,}",
-            f"{r.seen:,}",
+            f"{r.seen:,.6g}",
+            r.batch,
             r.micro_batch,
             f"{r.steps:.4g}",
             f"{r.tokens:,}",

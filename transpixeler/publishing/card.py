@@ -19,6 +19,7 @@ import yaml
 
 from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config import Config
+from transpixeler.data.buckets import batch_sizes
 from transpixeler.models.family import Family
 from transpixeler.publishing.received import own_samples, read_manifest, read_metrics, sample_files
 from transpixeler.runs.folder import SAMPLES
@@ -246,7 +247,7 @@ def _figures(card: Card) -> dict[str, Any]:
         "steps": f"{card.model.step:,}" if card.model.step is not None else "",
         "epochs": steps[-1]["epoch"] if steps else "",
         "clips": card.manifest.get("clips", {}).get("train", ""),
-        "batch": config.train.global_batch,
+        "batch": " or ".join(map(str, batch_sizes(config))),
         "optimizer": f"{optim.name}, rate {optim.lr:g}, {optim.schedule}",
         "adapter": f"rank {lora.rank}, scope {_scopes(card)}, on {targets}" if lora.enabled else "",
         "tasks": ", ".join(f"{name} {share:g}" for name, share in config.objective.tasks.items()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from transpixeler.config import Config
-from transpixeler.data.buckets import Bucket, micro_batch_for
+from transpixeler.data.buckets import Bucket, batch_for, micro_batch_for
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.flow import objective
@@ -52,7 +52,7 @@ def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tup
         empty=batch.empty,
         ids=[batch.ids[slot] for slot in batch.slots],
         slots=batch.slots,
-        batch=config.train.global_batch,
+        batch=len(batch.ids),
         shown=batch.shown,
         shift=shift,
         expert=expert.name,
@@ -63,5 +63,6 @@ def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tup
 def micro_batch(config: Config, geometry: Geometry, ranks: int, layout: StreamLayout) -> int:
     """Return how many samples of a layout one forward pass takes. `ranks`: data ranks."""
     bucket = Bucket(*geometry.pixels(layout.shapes[0]))
-    share, rules = config.train.global_batch // ranks, config.data.buckets
+    rules = config.data.buckets
+    share = batch_for(bucket, config.train.global_batch, rules) // ranks
     return micro_batch_for(bucket, per_rank_batch=share, train=config.train, rules=rules, tokens=layout.tokens)

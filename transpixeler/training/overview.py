@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from transpixeler.config import Config, UserError
+from transpixeler.data.buckets import batch_sizes
 from transpixeler.data.dataset import Datasets
 from transpixeler.flow.experts import Split
 from transpixeler.models.family import ModelFolder
@@ -37,16 +38,16 @@ def introduce(
     everyone = {name: it for part in runtime.gather(own) for name, it in part.items()}
     if not runtime.is_main:
         return
-    mesh, batch = engine.mesh, config.train.global_batch
+    mesh, batches = engine.mesh, batch_sizes(config)
     trained = sum(n for n, trains in everyone.values() if trains)
-    mean = sum(len(row.items) for row in schedule.order.rows) / batch
     lines = _base_lines(config) | {
         "trains": f"{trained:,} parameters ({config.lora}) of {sum(n for n, _ in everyone.values()):,}",
         "streams": ", ".join(config.streams),
         "layout": f"{mesh.layout} on {mesh.device.type}, {str(engine.dtype).removeprefix('torch.')}",
-        "batch": f"{batch} a step, {batch // mesh.layout.data} a data rank",
+        "batch": "; ".join(f"{batch} a step, {batch // mesh.layout.data} a data rank" for batch in batches),
         "clips": ", ".join(f"{w}×{h}×{f}: {n}" for (f, h, w), n in data.train.buckets().items()),
-        "steps": f"{schedule.total} in all, {mean:.4g} an epoch" + (f", {step} done" if step else ""),
+        "steps": f"{schedule.total} in all, {schedule.order.mean_steps:.4g} an epoch"
+        + (f", {step} done" if step else ""),
         "run": str(run.folder),
     }
     lines |= memory_lines(config, engine)

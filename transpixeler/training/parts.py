@@ -10,16 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from transpixeler.config import Config
-from transpixeler.data.dataset import Datasets
+from transpixeler.data.buckets import Bucket
+from transpixeler.data.dataset import Dataset, Datasets
+from transpixeler.data.order import Order
 from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engines
 from transpixeler.parallel.experts import AnyEngine
+from transpixeler.parallel.pipeline import check_microbatches
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import telemetry
 from transpixeler.runs.folder import Run
 from transpixeler.sampling.model import make_model, weights_by_expert
 from transpixeler.training import identity, optim, preflight
+from transpixeler.training.batches import micro_batch
 from transpixeler.training.schedule import Schedule, make_schedule
 from transpixeler.training.state import TrainingState, find_beginning
 
@@ -54,10 +58,21 @@ def build_parts(config: Config, runtime: Runtime, layout: meshes.Layout, run: Ru
     preflight.check_model(config, model, beginning.scopes)
     hosts = identity.check_hosts(config, runtime, [source.path for source in sources.values()])
     data = find_clips(config, model, runtime)
-    schedule = make_schedule(config, data.train.order(seed=config.seed, global_batch=config.train.global_batch))
+    order = data.train.order(seed=config.seed, global_batch=config.train.global_batch, data=config.data)
+    _check_schedule(config, layout, model, data.train, order)
+    schedule = make_schedule(config, order)
     mesh = meshes.build(layout, runtime)
     found = identity.check(config, runtime, run, hosts, data)
     engine = build_engines(config, mesh, lambda _: make_model(config), sources, scopes=beginning.scopes)
     state = TrainingState(config, runtime, engine, beginning, found)
     state.resume(run)
     return Parts(model, data, schedule, mesh, engine, state)
+
+
+def _check_schedule(config: Config, layout: meshes.Layout, model: ModelFolder, data: Dataset, order: Order) -> None:
+    """Refuse buckets whose steps the pipeline's schedule cannot run, before the first of them comes."""
+    for row in order.rows:
+        bucket = Bucket(*data.items[row.items[0]].bucket)
+        shape = model.geometry.over(config.scales).layout(tuple(config.streams), config.scales, bucket)
+        count = row.batch // layout.data // micro_batch(config, model.geometry, layout.data, shape)
+        check_microbatches(config.parallel, count, of=f" of {bucket}")

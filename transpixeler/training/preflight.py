@@ -16,6 +16,7 @@ from transpixeler.adapters.files import CONFIG_FILE
 from transpixeler.adapters.on_model import check_names
 from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config import Config, UserError
+from transpixeler.data.buckets import batch_sizes
 from transpixeler.flow import objective
 from transpixeler.flow.experts import shares, training_shift
 from transpixeler.models.experts import chosen_experts
@@ -36,17 +37,23 @@ def check(config: Config, layout: Layout) -> None:
         raise UserError("data.train: set it to a folder of pairs or a manifest")
     if not config.train.epochs and not config.train.max_steps:
         raise UserError("train.epochs: set it or train.max_steps, so that training ends")
-    if config.train.global_batch % layout.data:
-        batch, ranks = config.train.global_batch, layout.data
+    for batch in batch_sizes(config):
+        _check_divides(batch, layout, "train.global_batch" if batch == config.train.global_batch else "data.buckets")
+    _check_memory(config, layout)
+    objective.check_tasks(config.objective, tuple(config.streams))
+
+
+def _check_divides(batch: int, layout: Layout, key: str) -> None:
+    """Refuse a step whose samples cannot be shared evenly."""
+    ranks = layout.data
+    if batch % ranks:
         near = ranks * max(1, round(batch / ranks))
         fewer = next(n for n in range(min(ranks, batch), 0, -1) if batch % n == 0)
         raise UserError(
-            f"train.global_batch: {batch} samples do not divide over {ranks} data ranks (replicate {layout.replicate} "
+            f"{key}: {batch} samples do not divide over {ranks} data ranks (replicate {layout.replicate} "
             f"× shard {layout.shard}); {near} would, but then a step learns from {near}; {batch} divide over {fewer}: "
             "launch fewer processes, or raise parallel.pipeline"
         )
-    _check_memory(config, layout)
-    objective.check_tasks(config.objective, tuple(config.streams))
 
 
 def _check_memory(config: Config, layout: Layout) -> None:

@@ -10,8 +10,9 @@ from collections import Counter
 
 from transpixeler.config import Config
 from transpixeler.data.dataset import Datasets
-from transpixeler.data.encode import Work, find_missing
+from transpixeler.data.encode import find_missing
 from transpixeler.data.loader import Batch
+from transpixeler.data.work import Work
 from transpixeler.flow.objective import Example
 from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime

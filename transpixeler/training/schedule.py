@@ -5,7 +5,6 @@ In: a config and the order of its samples. Out: answers that a resumed run gives
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from transpixeler.config import Config
@@ -60,5 +59,4 @@ def make_schedule(config: Config, order: Order) -> Schedule:
 
 def total_steps(config: Config, order: Order) -> int:
     """Return the steps of a whole run: so many epochs or steps, whichever are fewer."""
-    by_epoch = order.first_step(config.train.epochs) if config.train.epochs else math.inf
-    return int(min(by_epoch, config.train.max_steps or math.inf))
+    return int(order.total(config.train))

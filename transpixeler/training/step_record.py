@@ -46,7 +46,7 @@ class Recorder:
         expert: str = "",
     ) -> dict[str, Any]:
         """Return the line of metrics.jsonl for a step that ended. layout: what it ran, perhaps less than was read."""
-        samples = self.config.train.global_batch
+        samples = len(batch.ids)
         return {
             "step": batch.step + 1,
             "epoch": batch.epoch + 1,
@@ -60,25 +60,25 @@ class Recorder:
             "seconds": times.whole,
             "samples_per_second": samples / times.whole,
             "tokens_per_second": samples * layout.tokens / times.whole,
-            **self._flops(layout, times.whole),
+            **self._flops(layout, samples, times.whole),
             "memory_gib": devices.peak_memory(self.engine.mesh.device),
             **devices.memory_facts(self.engine.mesh.device),
-            **self._bubble(micro_batch),
+            **self._bubble(samples, micro_batch),
             "data_wait": times.data_wait,
             "checkpoint_stall": times.checkpoint_stall,
         }
 
-    def _flops(self, layout: StreamLayout, seconds: float) -> dict[str, float]:
+    def _flops(self, layout: StreamLayout, samples: int, seconds: float) -> dict[str, float]:
         """Return each device's share of the FLOPs that the mathematics needs; recomputation does not count."""
         sample = costs.step_flops(self.engine.costs, layout.lengths, full=not self.config.lora.enabled)
-        tflops = sample * self.config.train.global_batch / seconds / self.ranks / 1e12
+        tflops = sample * samples / seconds / self.ranks / 1e12
         peak = self.config.log.peak_tflops or devices.peak_tflops(self.engine.mesh.device)
         return {"tflops": tflops} | ({"mfu": tflops / peak} if peak else {})
 
-    def _bubble(self, micro_batch: int) -> dict[str, float]:
+    def _bubble(self, samples: int, micro_batch: int) -> dict[str, float]:
         """Return the share of a step that pipeline stages wait for each other, by the schedule's arithmetic."""
         layout = self.engine.mesh.layout
         if layout.pipeline == 1:
             return {}
-        count = self.config.train.global_batch // layout.data // micro_batch
+        count = samples // layout.data // micro_batch
         return {"bubble": pipeline.bubble(self.config.parallel, count)}

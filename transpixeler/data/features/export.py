@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config import Config, UserError
 from transpixeler.data.dataset import Dataset, Datasets, Item
 from transpixeler.data.features.files import LAST, header, row_of
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column
@@ -33,8 +33,13 @@ class Exported(NamedTuple):
     repeats: int
 
 
-def check_export(folder: Path, model: ModelFolder) -> None:
+def check_export(folder: Path, config: Config, model: ModelFolder) -> None:
     """Refuse before there is work to lose."""
+    if config.data.draw == "epoch":
+        raise UserError(
+            f"{OPTION}: a row of features is of one bucket, and data.draw=epoch draws among several; set "
+            "data.draw=once, or take the cache's folder itself to the other machine"
+        )
     if shown := shown_fields(model.fields):
         names = " and ".join(field.name for field in shown)
         raise UserError(

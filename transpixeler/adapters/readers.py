@@ -33,7 +33,10 @@ def readers(adapter: Adapter, format: str) -> tuple[str, ...]:
 
 
 def _applies_all(adapter: Adapter, program: str, format: str) -> bool:
-    """Tell whether a program applies what an adapter holds beside its pairs of matrices."""
+    """Tell whether a program applies all that an adapter holds, of the sizes that it has."""
+    width = adapter.family.names.loaders.widths.get(format) if program == DIFFUSERS else None
+    if width and any(adapter.up(target).shape[0] % width for target in adapter.targets):
+        return False  # it would cut the rows of several linears in other places
     if not adapter.is_dora and not adapter.must_fuse:
         return True
     if program == COMFYUI:  # its factor for a row is over the norm of the base's row, not of the adapted one

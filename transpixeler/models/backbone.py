@@ -185,6 +185,7 @@ class Backbone(nn.Module, ABC):
     heads: int
     carried: int = 1  # as `Block.carried`
     grouped: tuple[int, ...] = (1,)  # as `Block.grouped`
+    text_attentions: int = 0  # of text's tokens among themselves, in `embed`
     rgb_attends_aux: bool = True
     rgb_forward_only: bool = False  # RGB sees itself alone and nothing trained acts on it: it has no backward pass
     rgb_memory: RgbMemory | None = None  # where RGB is the same in several forward passes: its keys and values

@@ -96,6 +96,7 @@ class Costs:
     streams: int
     rgb_attends_aux: bool = True
     rgb_forward_only: bool = False  # as in `Backbone`
+    text_attentions: int = 0  # as in `Backbone`
     image: int = 0  # tokens of an image encoder
     cell_numbers: int = 0  # of one sample's fields, for each cell of the streams' latents
 
@@ -117,6 +118,7 @@ class Costs:
             streams=len(model.streams),
             rgb_attends_aux=model.rgb_attends_aux,
             rgb_forward_only=model.rgb_forward_only,
+            text_attentions=model.text_attentions,
             image=_image_tokens(model),
             cell_numbers=sum(field.width for field in model.fields if field.source == "clip"),
         )
@@ -182,7 +184,8 @@ class Flops(NamedTuple):
 
 
 def attention_flops(costs: Costs, lengths: Sequence[int]) -> float:
-    return 4 * costs.width * sum(_attended_pairs(block, costs, lengths) for block in costs.blocks)
+    pairs = sum(_attended_pairs(block, costs, lengths) for block in costs.blocks)
+    return 4 * costs.width * (pairs + costs.text_attentions * costs.text**2)
 
 
 def _attended_pairs(block: BlockCost, costs: Costs, lengths: Sequence[int]) -> int:

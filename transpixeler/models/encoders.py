@@ -77,6 +77,7 @@ class LatentVae(Encoder):
     """A video autoencoder whose latents are scaled, by channel, to what the transformer was trained on."""
 
     tiled_latents: int  # of one frame, beyond which decoding goes tile by tile, blended at the seams
+    tiled_pixels: int | None = None  # of one frame, beyond which encoding does so too; None: never
 
     def __init__(
         self, network: Network, scale: tuple[Tensor, Tensor], hashed: Callable[[], str], *, device: torch.device
@@ -89,7 +90,8 @@ class LatentVae(Encoder):
     def encode(self, video: Tensor) -> Tensor:
         """uint8 [B,F,H,W,3] or float in [-1,1] [B,3,F,H,W] → fp32 [B,C,f,h,w], the posterior's mean."""
         mean, deviation = self._scale.to(self.device)
-        self.network.disable_tiling()
+        rows, columns = video.shape[2:4] if video.dtype == torch.uint8 else video.shape[3:5]
+        self._tile(self.tiled_pixels is not None and rows * columns > self.tiled_pixels)
         with same_bits_every_time():
             latents = [self.network.encode(self._pixels(one)).latent_dist.mode().float() for one in video.split(1)]
         return (torch.cat(latents) - mean) / deviation
@@ -97,11 +99,13 @@ class LatentVae(Encoder):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[B,C,f,h,w] → fp32 [B,3,F,H,W] in [-1,1]."""
-        large = latents.shape[-1] * latents.shape[-2] > self.tiled_latents
-        self.network.enable_tiling() if large else self.network.disable_tiling()
+        self._tile(latents.shape[-1] * latents.shape[-2] > self.tiled_latents)
         with same_bits_every_time():
             videos = [self._decode(one) for one in latents.to(self.device).float().split(1)]
         return torch.cat(videos).clamp(-1, 1)
+
+    def _tile(self, tiled: bool) -> None:
+        self.network.enable_tiling() if tiled else self.network.disable_tiling()
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode one video."""

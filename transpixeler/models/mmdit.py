@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ class Sizes:
     channels: int  # of a latent
     time_frequencies: int  # channels of the sinusoids of timestep and guidance
     guidance: float | None = None  # what a distilled model is told; None where it has no place for it
+    theta: float = THETA  # slowness of the slowest turn of the positions
 
     @property
     def head_dim(self) -> int:
@@ -50,12 +52,12 @@ class Sizes:
         return self.heads * self.head_dim
 
 
-def rope_table(segment: Segment, axes: Sequence[int], device: torch.device) -> Tensor:
+def rope_table(segment: Segment, axes: Sequence[int], device: torch.device, *, theta: float = THETA) -> Tensor:
     """[f·h·w, head_dim / 2, 2]: cosine and sine of each token's angles. axes: a head's channels for each position."""
     places = torch.cartesian_prod(*segment.positions())
     parts = []
     for axis, dim in enumerate(axes):
-        frequencies = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         parts.append(places[:, axis, None] * frequencies)
     angles = torch.cat(parts, dim=1).to(device)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
@@ -227,7 +229,12 @@ class Embed(nn.Module):
         if self.guidance_in is not None:
             vectors = vectors + self.guidance_in(self._sinusoid(torch.tensor(self.sizes.guidance, device=x.device)))
         vectors = vectors + self.vector_in(pooled.float())[:, None]
-        return self.embed(x, layout).to(dtype), self.txt_in(text.to(dtype)), vectors, *lengths
+        words = self.read_text(text.to(dtype), lengths, timesteps[:, layout.text_group])
+        return self.embed(x, layout).to(dtype), words, vectors, *lengths
+
+    def read_text(self, text: Tensor, lengths: Sequence[Tensor], times: Tensor) -> Tensor:
+        """[B, L, width of text] → [B, L, D]. lengths: of masked text, [B]. times: [B], of the text."""
+        return self.txt_in(text)
 
     def _sinusoid(self, values: Tensor) -> Tensor:
         return sinusoid(values, self.sizes.time_frequencies)
@@ -260,6 +267,7 @@ class MMDiT(Backbone):
     """Double blocks `0, 1, …`, then single blocks `s0, s1, …`. A family gives `patch`, its sizes and its two fields."""
 
     lora_targets = ("img.qkv", "img.proj", "img.mlp.0", "img.mlp.2", "linear1", "linear2")
+    embed_class: ClassVar[type[Embed]] = Embed
     carried = TextFlows.carried
     grouped = TextFlows.grouped
 
@@ -271,14 +279,15 @@ class MMDiT(Backbone):
         self.sizes, self.fields, self.streams, self.kernel = sizes, fields, tuple(streams), kernel
         self.width, self.heads = sizes.width, sizes.heads
         self.rgb_attends_aux = rgb_attends_aux
-        self.embed = Embed(sizes, self.patch, fields, self.streams)
+        self.embed = self.embed_class(sizes, self.patch, fields, self.streams)
         double = {str(index): DoubleBlock(sizes) for index in range(sizes.layers)}
         single = {f"s{index}": SingleBlock(sizes) for index in range(sizes.single_layers)}
         self.blocks = nn.ModuleDict(double | single)
         self.head = Head(sizes, self.patch)
 
     def positions(self, layout: StreamLayout, device: torch.device) -> Tokens:
-        rope = torch.cat([rope_table(part, self.sizes.axes, device) for part in layout.segments])
+        axes, theta = self.sizes.axes, self.sizes.theta
+        rope = torch.cat([rope_table(part, axes, device, theta=theta) for part in layout.segments])
         kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.sizes.head_dim)
         return Tokens.of(layout, rope, kernel=kernel, rgb_attends_aux=self.rgb_attends_aux)
 

@@ -115,6 +115,7 @@ class Loaders:
     model_read_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by layout, file or folder: programs
     alpha_keys: bool = True  # False: `.alpha` is refused, so that the scale goes into the weights
     whole_blocks: frozenset[str] = frozenset()  # formats in which diffusers takes every linear of a block for granted
+    widths: Mapping[str, int] = field(default_factory=dict)  # by format: of a model, which diffusers takes for granted
     file_prefix: str = ""  # of the weights in a file of the whole transformer
     file_header: Callable[[Mapping[str, Any]], Mapping[str, str]] = _no_header  # config → header of such a file
 

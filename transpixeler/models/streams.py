@@ -41,8 +41,7 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, layout: StreamLayout, rope: Tensor, *, kernel: str, rgb_attends_aux: bool) -> Tokens:
         """Return what a layout says, with the positions and the kernel of a model."""
-        text = [not group.stream and not group.alone for group in layout.groups].count(True) - 1
-        return cls(rope, layout.lengths, layout.group_lengths, kernel, rgb_attends_aux, text)
+        return cls(rope, layout.lengths, layout.group_lengths, kernel, rgb_attends_aux, layout.text_group)
 
     @property
     def rgb_groups(self) -> int:
@@ -221,6 +220,11 @@ class StreamLayout:
         """Return the places of a stream's time groups."""
         places = [place for place, group in enumerate(self.groups) if group.stream == stream]
         return range(places[0], places[-1] + 1)
+
+    @property
+    def text_group(self) -> int:
+        """Return the time group whose time text takes: the last one of stream 0's video."""
+        return [not group.stream and not group.alone for group in self.groups].count(True) - 1
 
     @property
     def whole(self) -> bool:

@@ -79,8 +79,9 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as fault:
         reason = str(fault).splitlines()[0]
         raise UserError(f"{path} does not hold plain weights, or is damaged: {reason}; download it again") from fault
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for holder in ("state_dict", "module"):
+        if isinstance(state, dict) and isinstance(state.get(holder), dict):
+            state = state[holder]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} does not hold a plain dictionary of tensors; convert it to safetensors")
     return state

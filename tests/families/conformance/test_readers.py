@@ -47,11 +47,14 @@ def pipeline(case: Case, reference: Reference) -> Any:
     return kind(**{**dict.fromkeys(needed), "transformer": reference.module})
 
 
+REFUSALS = (ValueError, KeyError, AssertionError, RuntimeError)  # some loaders cut tensors before they look at names
+
+
 def load_or_refuse(case: Case, reference: Reference, folder: Path, *, read: bool) -> None:
     """Load an adapter's folder; a loader may refuse what it is not said to read."""
     try:
         pipeline(case, reference).load_lora_weights(folder)
-    except (ValueError, KeyError, AssertionError):
+    except REFUSALS:
         assert not read
 
 
@@ -108,8 +111,8 @@ def test_diffusers_refuses_a_joint_adapter_or_finds_nothing_in_it(
     for load in (pipeline(case, reference).load_lora_weights, reference.module.load_lora_adapter):
         try:
             load(file if load == reference.module.load_lora_adapter else tmp_path)
-        except ValueError as refusal:
-            assert "Invalid LoRA" in str(refusal)
+        except REFUSALS as refusal:
+            assert isinstance(refusal, RuntimeError) or "Invalid LoRA" in str(refusal)
         assert torch.equal(*velocities(case, [reference.run]), before)
     assert "diffusers" not in readers(adapter, format)
 
@@ -138,12 +141,15 @@ def test_diffusers_reads_a_merged_folder(case: Case, tmp_path: Path) -> None:
 
 
 def comfyui_keys(case: Case) -> dict[str, str]:
-    """Map the keys that ComfyUI looks for to a model's weights: dotted and flat, of whatever it calls a weight."""
+    """Map the keys that ComfyUI looks for to a model's weights: dotted and flat, of whatever it calls a weight.
+
+    The flat ones are made of its own names, which may differ from the family's.
+    """
     names = case.family.names
     stored = [names.parameter(n, source="internal", to="original") for n, _ in case.model().named_parameters()]
     modules = [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
     dotted = {f"diffusion_model.{module}": module for module in modules}
-    return dotted | {f"lora_unet_{module.replace('.', '_')}": module for module in modules}
+    return dotted | {f"lora_unet_{case.in_comfyui(module).replace('.', '_')}": module for module in modules}
 
 
 def patched(case: Case, file: Path) -> dict[str, Tensor]:
@@ -166,9 +172,6 @@ def test_comfyui_patches_every_weight_of_a_plain_adapter_and_none_of_a_joint_one
 ) -> None:
     _, _, adapter = trained(case, streams=streams, ranks={"blocks.1.*": 2})
     added = patched(case, write_adapter(adapter, tmp_path / "a.safetensors", format=format))
-    if "ComfyUI" not in readers(adapter, format):
-        assert not added
-        return
     names = case.family.names
     wanted = {
         names.module(target, source="internal", to="original"): adapter.scale(target)
@@ -176,6 +179,9 @@ def test_comfyui_patches_every_weight_of_a_plain_adapter_and_none_of_a_joint_one
         @ adapter.down(target)
         for target in adapter.targets
     }
+    if "ComfyUI" not in readers(adapter, format):
+        assert set(added) < set(wanted) and not (added and streams == 2)
+        return
     assert set(added) == set(wanted)
     for module, change in wanted.items():
         torch.testing.assert_close(added[module], change, atol=1e-6, rtol=1e-5)

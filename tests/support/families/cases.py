@@ -45,6 +45,7 @@ class Case:
     reads_text: str  # a linear of a block that reads the text alone
     write: Callable[[Path], None]  # a model folder whose weights are random, with encoders
     frames: tuple[int, int]  # lengths of clips of 64×64 that it can take
+    in_comfyui: Callable[[str], str] = str  # ComfyUI's own name of a module, by its original one
 
     @property
     def family(self) -> Family:
@@ -168,6 +169,14 @@ def _flux(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     return FluxModel(FluxConfig.read(TINY), streams=streams, rgb_attends_aux=rgb_attends_aux)
 
 
+def _hunyuan(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from tests.families.hunyuan.pipeline import TINY
+    from transpixeler.families.hunyuan.config import HunyuanConfig
+    from transpixeler.families.hunyuan.model import HunyuanModel
+
+    return HunyuanModel(HunyuanConfig.read(TINY), streams=streams, rgb_attends_aux=rgb_attends_aux)
+
+
 def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.model import ToyModel
@@ -262,6 +271,27 @@ def _flux_reference(model: Backbone) -> Reference:
     return Reference(run, weights, published)
 
 
+def _hunyuan_reference(model: Backbone) -> Reference:
+    from tests.families.hunyuan.pipeline import published as make
+
+    published = make()
+    weights = _diffusers("hunyuan", published, model)
+
+    def run(x: Tensor, times: Tensor, text: Tensor, lengths: Tensor, pooled: Tensor, *, layout: StreamLayout) -> Tensor:
+        (latents,) = layout.unpack(x)
+        return published(
+            hidden_states=latents,
+            timestep=1000 * times[:, 0],
+            encoder_hidden_states=text,
+            encoder_attention_mask=(torch.arange(text.shape[1]) < lengths[:, None]).float(),
+            pooled_projections=pooled,
+            guidance=torch.full((len(x),), 6000.0),
+            return_dict=False,
+        )[0].flatten(1)
+
+    return Reference(run, weights, published)
+
+
 def _toy_reference(model: Backbone) -> Reference:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.reference import Reference as Formulas
@@ -290,6 +320,12 @@ def _write_ltx(folder: Path) -> None:
 
 def _write_flux(folder: Path) -> None:
     from tests.families.flux.pipeline import write_pipeline
+
+    write_pipeline(folder)
+
+
+def _write_hunyuan(folder: Path) -> None:
+    from tests.families.hunyuan.pipeline import write_pipeline
 
     write_pipeline(folder)
 
@@ -327,6 +363,19 @@ CASES = {
         Case("wan", _wan, SMALL, (4, 4, 16, 16), _wan_reference, "cross_attn.k", _write_wan, (1, 9)),
         Case("ltx", _ltx, UNCUT, (4, 4, 8, 8), _ltx_reference, "attn2.to_k", _write_ltx, (1, 9)),
         Case("flux", _flux, SMALL, (4, 4, 16, 16), _flux_reference, "txt.qkv", _write_flux, (1, 1)),
+        Case(
+            "hunyuan",
+            _hunyuan,
+            SMALL,
+            (4, 4, 16, 16),
+            _hunyuan_reference,
+            "txt.qkv",
+            _write_hunyuan,
+            (1, 9),
+            in_comfyui=lambda module: (
+                module.replace("fc1", "0").replace("fc2", "2").replace("modulation.linear", "lin")
+            ),
+        ),
         Case("toy", _toy, SMALL, (4, 4, 16, 16), _toy_reference, "txt.qkv", _write_toy, (2, 8)),
     )
 }

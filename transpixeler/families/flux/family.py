@@ -136,7 +136,8 @@ def _is_flux(path: Path) -> bool:
     """Tell FLUX.1 by the class that a config names, or by the names of a single file's weights."""
     if path.is_file():
         names = WeightSource(path, NAMES.internal_names).names()
-        return "blocks.s0.linear1.weight" in names and "embed.vector_in.in_layer.weight" in names
+        needed = ("blocks.s0.linear1.weight", "embed.vector_in.in_layer.weight", "embed.time_in.in_layer.weight")
+        return all(name in names for name in needed)  # HunyuanVideo's file has the first two as well
     for name in _CONFIGS:
         if (path / name).is_file():
             return read_config(path / name).get("_class_name") == CLASS

@@ -45,10 +45,11 @@ LAYOUTS = {  # every way of sharing work and of recomputing, for adapters and fo
     ("lora", 2): {
         "(2,1,1) gpipe": layout(2, 1, 1, "parallel.schedule=gpipe"),
         "(2,1,1) 1f1b": layout(2, 1, 1, "parallel.schedule=1f1b"),
+        "(2,1,1) interleaved": layout(2, 1, 1, "parallel.schedule=interleaved-1f1b"),
         "(1,2,1)": layout(1, 2, 1),
         "(1,1,2)": layout(1, 1, 2),
     },
-    ("lora", 4): {"(2,1,2)": layout(2, 1, 2)},
+    ("lora", 4): {"(2,1,2)": layout(2, 1, 2), "(4,1,1)": layout(4, 1, 1)},
     ("dora", 1): {mode: layout(1, 1, 1, f"parallel.recompute={mode}") for mode in ("full", "attention", "offload")},
     ("dora", 2): {"(2,1,1)": layout(2, 1, 1), "(1,2,1)": layout(1, 2, 1), "(1,1,2)": layout(1, 1, 2)},
     ("full", 2): {

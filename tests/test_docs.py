@@ -38,6 +38,7 @@ from tests.support.pages import (
 from tests.test_house import ORDER
 from transpixeler import arguments, cli, configfile
 from transpixeler.config import Config, UserError
+from transpixeler.data.prompts import prompt_lines
 
 README = ROOT / "README.md"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -191,6 +192,14 @@ def test_every_config_that_is_shown_loads(page: Path, workspace: Path) -> None:
         path = workspace / f"{page.stem}-{number}.yaml"
         path.write_text(shown, encoding="utf-8")
         assert configfile.load(path).data.train
+
+
+def test_lists_of_prompts_that_are_shown_can_be_read(tmp_path: Path) -> None:
+    shown = [block for page in PAGES for block in blocks(page, "text") if block.startswith('{"prompt"')]
+    assert shown
+    for number, block in enumerate(shown):
+        (tmp_path / f"{number}.jsonl").write_text(block, encoding="utf-8")
+        assert len(prompt_lines(str(tmp_path / f"{number}.jsonl"), key="--prompts")) == len(block.splitlines())
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

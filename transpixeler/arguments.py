@@ -222,7 +222,14 @@ def _add_sample(commands: Any) -> None:
     option("overrides", metavar="key=value", nargs="*", help="config keys to set, in place of the run's values")
     option("--model", default="", metavar="PATH", help="the base model, if it is not at the path it was trained from")
     option("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
-    option("--prompts", default="", metavar="FILE", help="a text file with one prompt per line")
+    option(
+        "--prompts",
+        default="",
+        metavar="FILE",
+        help="a text file with a prompt a line, or .jsonl: prompt, and seed, negative, size, reference, rgb, alpha, "
+        "image or last",
+    )
+    option("--resume", action="store_true", help="keep the videos in --out that are what is asked for, make the rest")
     option("--count", type=_count, default=1, metavar="N", help="videos per prompt, with increasing seeds (default: 1)")
     option(
         "--size",

@@ -121,6 +121,8 @@ def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None
 def _explicit_resume(argv: Sequence[str]) -> list[str]:
     """Write `--resume` before a config or an override as `--resume=`, so that argparse takes neither for the run."""
     words = list(argv)
+    if "train" not in words:
+        return words
     for i, word in enumerate(words[:-1]):
         following = words[i + 1]
         if word == "--resume" and ("=" in following or following.endswith((".yaml", ".yml")) or following[:1] == "-"):
@@ -241,6 +243,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     path, overrides = arguments.source, [*arguments.overrides, *_sample_overrides(arguments)]
     if "=" in path and not Path(path).exists():  # an override in the place of the source
         path, overrides = "", [path, *overrides]
+    from transpixeler.data.prompts import GivenFiles
     from transpixeler.sampling.command import SampleOptions, sample_command
     from transpixeler.sampling.saves import base_model_alone, load_saved
 
@@ -250,10 +253,8 @@ def _sample(arguments: argparse.Namespace) -> int:
         prompts_file=arguments.prompts,
         count=arguments.count,
         out=arguments.out,
-        rgb=arguments.rgb,
-        alpha=arguments.alpha,
-        image=arguments.image,
-        last=arguments.last,
+        resume=arguments.resume,
+        given=GivenFiles(rgb=arguments.rgb, alpha=arguments.alpha, image=arguments.image, last=arguments.last),
         asked_layout=_asks_layout(overrides),
     )
     with _running(source.config) as runtime:
@@ -272,10 +273,11 @@ def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.format:
         found.append(f"sample.formats=[{', '.join(arguments.format)}]")
     if arguments.size:
-        numbers = arguments.size.lower().split("x")
-        if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
+        from transpixeler.data.prompts import parse_size
+
+        if (size := parse_size(arguments.size)) is None:
             raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, for example 832x480x33")
-        found.append(f"sample.size=[{', '.join(numbers)}]")
+        found.append(f"sample.size={list(size)}")
     return found
 
 

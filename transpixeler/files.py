@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def whole(path: Path, *, synced: bool = False) -> Iterator[Path]:
                 left.unlink(missing_ok=True)
 
 
+def clear_unfinished(folder: Path, names: Collection[str]) -> None:
+    """Remove what `whole` left of these names in a folder when it was killed; nobody else may be writing them."""
+    for left in folder.glob(".*.*.*") if folder.is_dir() else ():
+        found = re.fullmatch(r"\.(.+)\.[0-9a-f]{12}\.(tmp|old|new)", left.name, re.DOTALL)
+        if found and found[1] in names:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
 def _admit(made: Path, plain: Path) -> None:
     """Give safetensors' files, which only their owner may read, the mode that a new file such as `plain` gets."""
     closed = [file for file in (made, *made.rglob("*")) if file.lstat().st_mode == stat.S_IFREG | 0o600]
@@ -70,6 +79,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: damaged, holds no JSON object")
     return content
+
+
+def shown_path(path: str | Path) -> str:
+    """Return a path as a user reads it best: relative to the working folder where that is shorter."""
+    given = os.fspath(path)
+    try:
+        near = os.path.relpath(given)
+    except (OSError, ValueError):  # the working folder is gone, or the path cannot be one
+        return given
+    return near if len(near) < len(given) else given
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from transpixeler import cli
 from transpixeler.adapters.files import read_adapter, write_adapter
+from transpixeler.data.media.decode import probe
 from transpixeler.evaluation import command
 from transpixeler.sampling.saves import load_for_eval
 
@@ -91,3 +92,24 @@ def test_what_cannot_be_evaluated_is_one_clear_line(
     assert "holds no run; give a run's folder or a config" in capsys.readouterr().err
     assert cli.main(["eval", str(run), "data.eval=[]"]) == 2
     assert "data.eval: set it" in capsys.readouterr().err
+
+
+def test_prompts_of_a_list_are_evaluated_as_their_lines_say(run: Path, demo: Path, tmp_path: Path) -> None:
+    matte = next(path for path in sorted((demo / "data/eval").glob("*_seg.mp4")) if probe(path).frames > 4)
+    lines = [
+        {"prompt": "a red ball", "seed": 9, "negative": "grey", "size": [32, 48, 1]},
+        {"prompt": "a blue cube", "alpha": str(matte), "size": [64, 64, 5]},
+        {"prompt": "a blue cube", "size": [64, 64, 5]},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = [*QUICK, f"sample.prompts_file={tmp_path / 'list.jsonl'}", "sample.steps=1", "--out", str(tmp_path / "out")]
+    words += [f"data.cache_dir={tmp_path / 'cache'}"]
+    assert cli.main(["eval", str(run), *words]) == 0
+    _, ball, painted, joint = (
+        json.loads(p.read_text()) for p in sorted((tmp_path / "out").glob("samples/*/sample.json"))
+    )
+    assert (ball["seed"], ball["negative_prompt"], ball["width"], ball["height"]) == (9, "grey", 32, 48)
+    assert (painted["given"], painted["task"], painted["metrics"]) == (["seg"], "given", {})
+    assert (joint["seed"], joint["given"], joint["task"]) == (painted["seed"] + 1, [], "joint") and joint["metrics"]
+    (tmp_path / "list.jsonl").write_text('{"prompt": "x", "size": [1, 1, 1]}')
+    assert cli.main(["eval", str(run), *words]) == 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,15 @@ from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, all_fields, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
-from transpixeler.flow.objective import Fields, Task, check_given
+from transpixeler.flow.objective import Task, check_given
 from transpixeler.models.family import open_model
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.requests import Maker, list_requests
 from transpixeler.sampling.sampler import Sampler, check_guidance
-from transpixeler.sampling.shown import show
 from transpixeler.sampling.texts import cached_prompts
-from transpixeler.sampling.video import Video, check_background, name_part, video_layout, write_video
+from transpixeler.sampling.video import Video, check_background, name_part, write_video
 
 logger = logging.getLogger("transpixeler")
 
@@ -55,19 +55,20 @@ class Evaluator:
         check_given(config, self.model)
         check_guidance(config.sample, self.model)
         self.held_out = HeldOut(config, data, self.model)
-        self.prompts = read_prompts(config.sample)  # once: the file may be edited while a run goes on
+        # once, as the file may be edited while a run goes on; a wrong size is refused before the first step
+        shift = len(self._sampled_pieces())
+        self.prompts = list_requests(config, read_prompts(config.sample), self.model, first=shift)
         # a video takes all experts, of which training may hold one
         self.makes_videos = len(engine.by_expert) == len(self.model.experts)
         if not self.makes_videos and runtime.is_main and (self.prompts or config.eval.samples):
             logger.info("evaluation: losses only, as videos need both experts; sample the run afterwards")
-        # before the first step, so that a wrong size is refused now
-        self.prompt_layout = video_layout(config, self.model) if self.prompts else None
         if self.prompts or self._sampled_pieces():
             check_background(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
         self.texts = cached_prompts(config, data, self.model)
         self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model)
         self.frames = Frames(self.model, self.mesh.device, upsample=config.sample.upsample)
+        self.maker = Maker(config, self.model, self.frames, self.texts)
         self.measures = Measures(config, self.held_out, self.frames)
 
     @property
@@ -94,8 +95,9 @@ class Evaluator:
             if self.mesh.is_first_stage:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
-                mine[number] = self.measures.of_video(piece, streams)
-                self._write(folder, request, streams, {**facts, "task": _task(piece), "metrics": mine[number]})
+                mine[number] = self.measures.of_video(piece, streams, given=request.given)
+                said = {**facts, "task": _task(piece, request), "metrics": mine[number]}
+                self._write(folder, request, streams, said)
                 mine[number] |= self.measures.drift(request, folder, base)
         everyone = {number: found for part in self.runtime.gather(mine) for number, found in part.items()}
         names = [piece.name if piece else PROMPTS for _, piece in plan]
@@ -115,17 +117,9 @@ class Evaluator:
             video = Video(name, item.caption, fields, seed + len(plan), layout, given, lasts, piece.task.shown)
             plan.append((video, piece))
         for prompt in self.prompts:
-            assert self.prompt_layout is not None
-            name = f"{len(plan)}-{name_part(prompt)}"
-            fields = {**self.texts.by_prompt[prompt], **self._shown_of_nothing}
-            plan.append((Video(name, prompt, fields, seed + len(plan), self.prompt_layout), None))
+            named = replace(prompt, name=f"{len(plan)}-{name_part(prompt.prompt)}")
+            plan.append((self.maker.video(named), None))
         return plan
-
-    @cached_property
-    def _shown_of_nothing(self) -> Fields:
-        """Return what videos of prompts are shown."""
-        assert self.prompt_layout is not None
-        return show(self.model, self.frames, self.prompt_layout, {})
 
     def _write(
         self, folder: Path, request: Video, streams: Mapping[str, np.ndarray], facts: Mapping[str, object]
@@ -148,8 +142,11 @@ def last_latents(task: Task, batch: Batch) -> dict[int, Tensor]:
     return {one.stream: part[0] for one, part in pairs if one.alone and one.stream in task.last}
 
 
-def _task(piece: Piece | None) -> str:
-    return piece.task.name if piece else "joint"
+def _task(piece: Piece | None, request: Video) -> str:
+    """Return what a video's facts call its task; that of a prompt with files has no name."""
+    if piece is not None:
+        return piece.task.name
+    return "given" if request.given or request.shown else "joint"
 
 
 def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

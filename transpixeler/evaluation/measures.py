@@ -6,7 +6,7 @@ In: a video's frames, and the clip that it was made for, if any. Out: numbers by
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,12 @@ class Measures:
         self.config, self.held_out, self.frames = config, held_out, frames
         self._vae_psnr: dict[int, dict[str, float]] = {}  # by clip
 
-    def of_video(self, piece: Piece | None, streams: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return measures of the matte, and of the VAE alone on the same clip."""
+    def of_video(
+        self, piece: Piece | None, streams: Mapping[str, np.ndarray], *, given: Collection[int] = ()
+    ) -> dict[str, float]:
+        """Return measures of the matte, and of the VAE alone on the same clip. given: streams with given frames."""
+        if piece is None and 1 in given:
+            return {}
         return self._alpha(piece, streams) | (self._vae_floor(piece) if piece else {})
 
     def _alpha(self, piece: Piece | None, streams: Mapping[str, np.ndarray]) -> dict[str, float]:

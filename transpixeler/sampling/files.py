@@ -61,9 +61,20 @@ def write_sample(
             write(sample, unfinished / file)
             files[name] = file
         files["still"] = STILL
-        said = {**facts, **sample.facts(), "files": files}
+        sizes = {file: bytes_of(unfinished / file) for file in files.values()}
+        said = {**facts, **sample.facts(), "files": files, "bytes": sizes}
         (unfinished / FACTS).write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
     return {name: folder / file for name, file in files.items()} | {"facts": folder / FACTS}
+
+
+def bytes_of(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def picked_frames(count: int) -> list[int]:
+    """Return the numbers of the frames that a still shows: the first, the middle and the last."""
+    return sorted({0, count // 2, count - 1})
 
 
 def alpha_of(aux: np.ndarray) -> np.ndarray:
@@ -135,7 +146,7 @@ class _Sample:
     def still(self) -> np.ndarray:
         """Lay out the first, middle and last frame: a row for each stream, and one over a checkerboard."""
         count, height, width, _ = self.rgb.shape
-        picked = sorted({0, count // 2, count - 1})
+        picked = picked_frames(count)
         rows = [frames[picked] for frames in self.streams.values()]
         if self.alpha is not None:
             rows.append(over(self.rgb[picked], self.alpha[picked], checkerboard(height, width)))

@@ -36,7 +36,7 @@ class Sampler:
     engine: AnyEngine
     mesh: Mesh
     config: SampleConfig
-    negative: Fields | None  # of the negative prompt; None: without guidance
+    negative: Fields | None  # of the config's negative prompt; None: without guidance
     model: ModelFolder
 
     def each(
@@ -63,7 +63,8 @@ class Sampler:
         solver = self._solver(video.layout.segment_lengths[0])
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
         guidance = guidance_by_time(self.config, self.model)
-        velocity = guided(self.engine, video.layout, video.fields, self.negative, guidance=guidance)
+        negative = self.negative if self.negative is None or video.negative is None else video.negative
+        velocity = guided(self.engine, video.layout, video.fields, negative, guidance=guidance)
         held = {"given": video.given, "lasts": video.lasts}
         with self._remembering(video):
             return denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()

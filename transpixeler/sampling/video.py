@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from transpixeler.config import Config, SampleConfig, UserError
+from transpixeler.config import Config, SampleConfig, Size, UserError
 from transpixeler.data.buckets import first_bucket
 from transpixeler.flow.objective import Fields
 from transpixeler.models.family import ModelFolder
@@ -37,17 +37,24 @@ class Video:
     )  # clean latents [C, F, H, W] by stream; F may be the first frame alone
     lasts: Mapping[int, Tensor] = field(default_factory=dict)  # [C, 1, H, W] by stream, of last frames encoded alone
     shown: frozenset[int] = frozenset()  # streams whose given frames are in the fields
+    negative_prompt: str | None = None  # its own; None: the config's
+    negative: Fields | None = None  # the fields of its own negative prompt
 
 
-def video_layout(config: Config, model: ModelFolder) -> StreamLayout:
-    """Return the layout of a video of `sample.size`, or where that is not set of the first bucket that is trained."""
+def video_layout(
+    config: Config, model: ModelFolder, size: Size | None = None, *, key: str = "sample.size"
+) -> StreamLayout:
+    """Return the layout of a video of a size, of `sample.size`, or without either of the first bucket that is trained.
+
+    key: what set the size, for an error.
+    """
     geometry = model.geometry.over(config.scales)
-    if config.sample.size:
-        width, height, frames = config.sample.size
+    if wanted := size or config.sample.size:
+        width, height, frames = wanted
     else:
         frames, height, width = first_bucket(config.data, geometry=geometry)
     if fault := geometry.fault(width, height, frames):
-        raise UserError(f"sample.size: {fault}")
+        raise UserError(f"{key}: {fault}")
     return geometry.layout(tuple(config.streams), config.scales, (frames, height, width))
 
 
@@ -70,7 +77,7 @@ def settings(video: Video, sample: SampleConfig) -> dict[str, Any]:
         "guidance": sample.guidance,
         "shift": sample.shift,
         "scheduler": sample.scheduler,
-        "negative_prompt": sample.negative_prompt,
+        "negative_prompt": sample.negative_prompt if video.negative_prompt is None else video.negative_prompt,
         "given": [_given_name(video, stream) for stream in sorted({*video.given, *video.shown})]
         + [f"last frame of {video.layout.names[stream]}" for stream in sorted(video.lasts)],
     }

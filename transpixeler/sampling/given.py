@@ -1,0 +1,189 @@
+"""Read what a video is made from: the files that a prompt or the command line gives go in, frames by stream come out.
+
+Every file is checked before there is work to lose; its frames are read when the video's turn comes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from transpixeler.config import Config, UserError
+from transpixeler.data.media.clip import Clip, Media
+from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
+from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.media.fill import Fill
+from transpixeler.data.prompts import GivenFiles
+from transpixeler.flow.objective import trained
+from transpixeler.models.conditions import shows_frames
+from transpixeler.models.family import ModelFolder
+from transpixeler.models.geometry import Geometry
+from transpixeler.sampling.video import frame_rate
+
+logger = logging.getLogger("transpixeler")
+
+
+@dataclass(frozen=True, eq=False)
+class GivenFrames:
+    """Frames uint8 [F, H, W, 3] by stream: of whole clips, of first frames and of last ones."""
+
+    clips: Mapping[int, np.ndarray] = field(default_factory=dict)
+    first: Mapping[int, np.ndarray] = field(default_factory=dict)
+    last: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> dict[int, np.ndarray]:
+        """Return the first frames with their last ones, by stream."""
+        return {n: np.concatenate([one, self.last.get(n, one[:0])]) for n, one in self.first.items()}
+
+
+def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, size: tuple[int, int, int]) -> GivenFiles:
+    """Refuse files that cannot be given for a video of size (F, H, W); return them with their reference named."""
+    given = _resolved(given, config, model)
+    _check_clips(given, config)
+    _check_ends(given, model, frames=size[0])
+    for name, path in given.named.items():
+        if name in ("image", "last"):
+            _check_frame(given, name, model)
+        length = 1 if name in ("image", "last") else size[0]
+        _probe_long_enough(given.label(name), path, frame_rate(config), model.geometry, (length, *size[1:]))
+    if given.last and shows_frames(model.fields):
+        both = [_shows_alpha(given, name, config) for name in ("image", "last")]
+        if both[0] != both[1]:
+            raise UserError(
+                f"{given.label('image')}, {given.label('last')}: one has an alpha channel and the other has not; "
+                "give both one, or neither"
+            )
+    return given
+
+
+def read_given(given: GivenFiles, config: Config, model: ModelFolder, size: tuple[int, int, int]) -> GivenFrames:
+    """Read the frames of files that are checked, for a video of size (F, H, W)."""
+    rate, geometry = frame_rate(config), model.geometry
+    clips = {0: ("rgb", given.rgb), 1: ("alpha", given.alpha)}
+    return GivenFrames(
+        {
+            stream: read_clip(given.label(name), path, rate, geometry, size)
+            for stream, (name, path) in clips.items()
+            if path
+        },
+        _read_frame(given, "image", config, model, size),
+        _read_frame(given, "last", config, model, size),
+    )
+
+
+def read_clip(label: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:
+    """Read a clip's beginning at the rate and size that are sampled, and log what that leaves out."""
+    frames, height, width = size
+    media = _probe_long_enough(label, path, fps, geometry, size)
+    if (media.frames, media.width, media.height) != (frames, width, height):
+        taken = f"the first {frames} of {media.frames_at(fps)} frames at {float(fps):g} fps"
+        fitted = f"scaled and cropped from {media.width}×{media.height} to {width}×{height}"
+        logger.info("%s: %s: %s, %s (--size)", label, path, taken, fitted)
+    try:
+        clip = Clip(path, Fraction(0), frames, fps, height, width)
+        return read_frames(Path(path), frame_numbers(Path(path), clip), height=height, width=width)
+    except BadMedia as fault:
+        raise UserError(f"{label}: {path} {fault}") from None
+
+
+def _probe_long_enough(label: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> Media:
+    frames, height, width = size
+    try:
+        media = probe(Path(path))
+        there = media.frames_at(fps)
+        if there < frames:
+            fits = f"{width}x{height}x{geometry.longest(there)}"
+            raise BadMedia(f"has {there} frames at {float(fps):g} fps, not {frames}; try --size {fits}")
+    except BadMedia as fault:
+        raise UserError(f"{label}: {path} {fault}") from None
+    return media
+
+
+def _resolved(given: GivenFiles, config: Config, model: ModelFolder) -> GivenFiles:
+    """Put a reference in the place of the one kind of file that the trained tasks are given."""
+    if not given.reference:
+        return given
+    kinds = {
+        kind for task in trained(config.objective, tuple(config.streams)) for kind in _kinds(task.given, task.first)
+    }
+    if not kinds and shows_frames(model.fields):
+        kinds = {"image"}
+    if len(kinds) != 1:
+        found = f"its tasks are given {', '.join(sorted(kinds))}" if kinds else "none of its tasks is given a file"
+        raise UserError(f"{given.label('reference')}: {found}; name the file as rgb, alpha or image")
+    return replace(given, reference="", **{kinds.pop(): given.reference})
+
+
+def _kinds(whole: frozenset[int], first: frozenset[int]) -> list[str]:
+    return [name for name, there in (("rgb", 0 in whole), ("alpha", 1 in whole), ("image", 0 in first)) if there]
+
+
+def _check_clips(given: GivenFiles, config: Config) -> None:
+    paths = [name for name in ("rgb", "alpha") if getattr(given, name)]
+    if paths and len(config.streams) < 2:
+        raise UserError(f"{given.label(paths[-1])}: the model has one stream, and nothing to make from it")
+    if len(paths) == len(config.streams):
+        labels = ", ".join(map(given.label, paths))
+        raise UserError(f"{labels}: every stream is given and none is left to make; leave one out")
+
+
+def _check_ends(given: GivenFiles, model: ModelFolder, *, frames: int) -> None:
+    """Refuse ends that do not go together, or that the model cannot be given."""
+    to_last = any(field.last for field in model.fields)
+    image, last = given.label("image"), given.label("last")
+    if given.image and frames == 1 and shows_frames(model.fields):
+        raise UserError(f"{image}: a video of one frame leaves nothing to make; leave it out, or make --size longer")
+    if given.image and to_last and not given.last:
+        raise UserError(f"{image}: this model goes from a first frame to a last one; give {last} too")
+    if not given.last:
+        return
+    if not given.image:
+        raise UserError(f"{last}: needs the first frame too; give it with {image}")
+    if frames == 1:
+        raise UserError(f"{last}: a video of one frame ends with its first; leave it out, or make --size longer")
+    if shows_frames(model.fields) and not to_last:
+        raise UserError(f"{last}: this model is shown a first frame alone; leave it out")
+
+
+def _check_frame(given: GivenFiles, name: str, model: ModelFolder) -> None:
+    if given.rgb:
+        rgb = given.label("rgb")
+        raise UserError(f"{given.label(name)}, {rgb}: {rgb} gives every frame; leave {given.label(name)} out")
+    if not model.geometry.first_alone:
+        raise UserError(
+            f"{given.label(name)}: this model's latents hold no single frame, so none can be given; leave it out"
+        )
+
+
+def _shows_alpha(given: GivenFiles, name: str, config: Config) -> bool:
+    """Return whether the alpha of a given frame is taken too."""
+    if len(config.streams) == 1 or given.alpha or not probe(Path(getattr(given, name))).alpha:
+        return False
+    return any(1 in task.first for task in trained(config.objective, tuple(config.streams)))
+
+
+def _read_frame(
+    given: GivenFiles, name: str, config: Config, model: ModelFolder, size: tuple[int, int, int]
+) -> dict[int, np.ndarray]:
+    """Return a first or last frame, uint8 [1, H, W, 3] by stream: RGB, and the alpha that the file may have."""
+    path, label = getattr(given, name), given.label(name)
+    if not path:
+        return {}
+    frames = read_clip(label, path, frame_rate(config), model.geometry, (1, *size[1:]))
+    if not _shows_alpha(given, name, config):
+        if len(config.streams) > 1 and not given.alpha and probe(Path(path)).alpha:
+            logger.info(
+                "%s: the alpha of %s is left out: no trained task gives it (images_to_videos does)", label, path
+            )
+        return {0: frames}
+    try:
+        both = read_rgba(Path(path), (0,), height=size[1], width=size[2], fill=Fill.of(config.data))
+    except BadMedia as fault:
+        raise UserError(f"{label}: {path} {fault}") from None
+    return dict(enumerate(both))

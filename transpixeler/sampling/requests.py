@@ -1,0 +1,150 @@
+"""Turn prompts into videos to make: prompts and a config go in, requests with names, seeds and sizes come out.
+
+A `Maker` then makes the `Video` of a request: what it is given is read and encoded when its turn comes, so that a long
+list of prompts takes no more memory than a short one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import overload
+
+import numpy as np
+from torch import Tensor
+
+from transpixeler.config import Config, Size
+from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt
+from transpixeler.flow.objective import Fields, Task
+from transpixeler.models.family import ModelFolder
+from transpixeler.models.streams import StreamLayout
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.given import check_given_files, read_given
+from transpixeler.sampling.shown import show
+from transpixeler.sampling.texts import PromptTexts
+from transpixeler.sampling.video import Video, name_part, video_layout
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video that is asked for, before anything is read or encoded for it."""
+
+    name: str  # of its folder
+    prompt: str
+    seed: int
+    size: Size  # width, height, frames
+    negative: str | None = None  # None: the config's
+    given: GivenFiles = NOTHING_GIVEN
+
+
+def list_requests(
+    config: Config,
+    prompts: Sequence[Prompt],
+    model: ModelFolder,
+    *,
+    given: GivenFiles = NOTHING_GIVEN,
+    count: int = 1,
+    first: int = 0,
+) -> list[Request]:
+    """List the videos to make, `count` of each prompt; a size or a file that cannot be used is named.
+
+    Each has a seed of its own, so that it can be made again by itself. given: the files of prompts that name none.
+    first: the number of the first video.
+    """
+    requests = []
+    for prompt in prompts:
+        place = "sample.size" if prompt.size is None else f"{prompt.where}: size".removeprefix(": ")
+        shape = video_layout(config, model, prompt.size, key=place)
+        frames, height, width = model.geometry.pixels(shape.shapes[0])
+        files = prompt.given if prompt.given.named else given
+        files = check_given_files(files, config, model, (frames, height, width))
+        for copy in range(count):
+            number = first + len(requests)
+            seed = config.sample.seed + number if prompt.seed is None else prompt.seed + copy
+            name = f"{number:03}-{name_part(prompt.text)}-seed{seed}"
+            requests.append(Request(name, prompt.text, seed, (width, height, frames), prompt.negative, files))
+    return requests
+
+
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """Hold what videos of one size and from the same files share."""
+
+    layout: StreamLayout
+    clips: Mapping[int, np.ndarray] = field(default_factory=dict)  # uint8 [F, H, W, 3] of streams that are given whole
+    given: Mapping[int, Tensor] = field(default_factory=dict)
+    lasts: Mapping[int, Tensor] = field(default_factory=dict)
+    fields: Fields = field(default_factory=dict)  # that show the given frames
+    shown: frozenset[int] = frozenset()
+
+
+class Maker:
+    """Makes videos of requests; remembers what those of one size share, and the files of the last one."""
+
+    def __init__(self, config: Config, model: ModelFolder, frames: Frames, texts: PromptTexts) -> None:
+        self.config, self.model, self.frames, self.texts = config, model, frames, texts
+        self._blank: dict[Size, _Setting] = {}  # where nothing is given
+        self._last: tuple[tuple[Size, GivenFiles], _Setting] | None = None
+
+    def video(self, request: Request) -> Video:
+        """Return the video of a request, with all that it is made from."""
+        setting = self._setting(request)
+        negative = None if request.negative is None else self.texts.by_prompt.get(request.negative)
+        return Video(
+            request.name,
+            request.prompt,
+            {**self.texts.by_prompt[request.prompt], **setting.fields},
+            request.seed,
+            setting.layout,
+            setting.given,
+            setting.lasts,
+            setting.shown,
+            request.negative,
+            negative,
+        )
+
+    def known(self, request: Request) -> Mapping[int, np.ndarray]:
+        """Return the frames that need not be decoded: those of clips that are given."""
+        return self._setting(request).clips
+
+    def _setting(self, request: Request) -> _Setting:
+        if not request.given.named:
+            if request.size not in self._blank:
+                self._blank[request.size] = self._make(request)
+            return self._blank[request.size]
+        key = (request.size, request.given)
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self._make(request))
+        return self._last[1]
+
+    def _make(self, request: Request) -> _Setting:
+        shape = video_layout(self.config, self.model, request.size)
+        found = read_given(request.given, self.config, self.model, self.model.geometry.pixels(shape.shapes[0]))
+        shown = show(self.model, self.frames, shape, found.pictures)
+        parts = (found.clips, {}, {}) if shown else (found.clips, found.first, found.last)
+        whole, first, last = (self._encoded(part) for part in parts)
+        layout = Task("", given=frozenset(whole), first=frozenset(first), last=frozenset(last)).cut(shape)
+        return _Setting(layout, found.clips, first | whole, last, shown, frozenset(found.first if shown else ()))
+
+    def _encoded(self, part: Mapping[int, np.ndarray]) -> dict[int, Tensor]:
+        return {stream: self.frames.encode(one, scale=self.config.scales[stream]) for stream, one in part.items()}
+
+
+@dataclass(frozen=True)
+class Videos(Sequence[Video]):
+    """The videos of requests, each made when it is asked for."""
+
+    maker: Maker
+    requests: Sequence[Request]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @overload
+    def __getitem__(self, number: int) -> Video: ...
+    @overload
+    def __getitem__(self, number: slice) -> Videos: ...
+    def __getitem__(self, number: int | slice) -> Video | Videos:
+        if isinstance(number, slice):
+            return replace(self, requests=self.requests[number])
+        return self.maker.video(self.requests[number])

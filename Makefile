@@ -14,15 +14,30 @@ TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone 
 RUN := $(if $(filter-out 1,$(NPROC)),$(TORCHRUN) $(NPROC) -m transpixeler,$(BIN)/python -m transpixeler)
 
 .PHONY: help setup demo plan cache train eval sample push test lint format bench inspect
-help:
-	@echo "make demo | plan | cache | train | eval | sample | push | inspect | test | lint | bench   with CONFIG= NPROC= ARGS="
+help:  ## show this
+	@echo "Each target sets up what it needs first. Begin with: make demo"
+	@echo
+	@sed -nE 's/^([a-z]+):[^#=]*## (.*)$$/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-9s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "  CONFIG=   the YAML file ($(CONFIG))"
+	@echo "  NPROC=    processes on this machine, for cache, train, eval and sample ($(NPROC))"
+	@echo "  ARGS=     anything more: options, and config keys such as optim.lr=5e-5"
+	@echo "  PYTHON=   the Python that setup takes ($(PYTHON))"
+	@echo
+	@echo "    make train CONFIG=my.yaml NPROC=4 ARGS=optim.lr=5e-5"
+	@echo "    make sample ARGS='output/latest --prompt \"a paper boat burns\"'"
+	@echo
+	@echo "$(BIN)/transpixeler --help tells the commands; transpixeler/docs/ holds the guides."
 
-setup: $(READY)
+setup: $(READY)  ## make .venv with all that is needed, again when pyproject.toml or constraints.txt change
+	@echo "ready: $(VENV) has $$($(BIN)/transpixeler --version) on $$($(BIN)/python --version); for a shell: . $(BIN)/activate"
 
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "setup: Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another with PYTHON="; exit 1; }
+	@echo "setup: making $(VENV) with $$($(PYTHON) --version): transpixeler, torch and what they need; some GB, minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 PROMPT ?= a red circle drifts left, half transparent
 
@@ -30,7 +45,7 @@ PROMPT ?= a red circle drifts left, half transparent
 # alpha → report, and what was learned, measured on captions that were held out: a table, and one line of JSON. It is
 # timed from its first line. ARGS=--resume goes on with a training that was stopped.
 demo: export CUDA_VISIBLE_DEVICES =
-demo: $(READY)
+demo: $(READY)  ## the whole way on a tiny model: files, training, evaluation, a video with alpha, a report
 	$(BIN)/python -m transpixeler demo demo
 	$(TORCHRUN) 2 -m transpixeler train demo/config.yaml $(ARGS)
 	@rm -rf demo/samples
@@ -46,39 +61,42 @@ demo: $(READY)
 demo/config.yaml: | $(READY)
 	$(BIN)/python -m transpixeler demo demo
 
-plan: $(READY) $(CONFIG)
+plan: $(READY) $(CONFIG)  ## estimate steps, memory, time and layouts of CONFIG
 	$(BIN)/python -m transpixeler plan $(CONFIG) $(ARGS)
 
-push: $(READY)
+push: $(READY)  ## upload a run to the Hub: ARGS="output/latest --repo user/name"
 	$(BIN)/python -m transpixeler push $(ARGS)
 
-cache train: $(READY) $(CONFIG)
-	$(RUN) $@ $(CONFIG) $(ARGS)
+cache: $(READY) $(CONFIG)  ## encode clips and captions of CONFIG that are not cached yet
+	$(RUN) cache $(CONFIG) $(ARGS)
 
-eval: $(READY) $(CONFIG)
+train: $(READY) $(CONFIG)  ## cache what is missing, then train CONFIG; ARGS=--resume goes on
+	$(RUN) train $(CONFIG) $(ARGS)
+
+eval: $(READY) $(CONFIG)  ## measure CONFIG's run on data.eval
 	$(RUN) eval $(CONFIG) $(ARGS)
 
 # make sample ARGS='output/latest --prompt "a paper boat burns"'
-sample: $(READY)
+sample: $(READY)  ## make videos: ARGS='output/latest --prompt "a boat"'
 	$(RUN) sample $(ARGS)
 
-inspect: $(READY)
+inspect: $(READY)  ## check a data set and show every pair on one page: ARGS=/path/to/clips
 	$(BIN)/python -m transpixeler inspect $(ARGS)
 
 # Workers share the expensive fixtures; each takes about a gigabyte, so that many cores do not mean more than eight.
 # make test ARGS=tests/data    make test ARGS="-n 0 tests/data -k pairs" in one process, as a debugger wants it
-test: $(READY)
+test: $(READY)  ## run the tests: ARGS=tests/data for some of them
 	@$(BIN)/python -m compileall -q transpixeler tests tools  # once, where PYTHONDONTWRITEBYTECODE has each process do it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist $(DIST) --durations 20 $(ARGS)
 
-lint: $(READY)
+lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-format: $(READY)
+format: $(READY)  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
+bench: $(READY)  ## time one thing: ARGS=step, sample, cache, load …
 	$(BIN)/python tools/bench/$(firstword $(ARGS)).py $(wordlist 2,99,$(ARGS))

@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transpixeler import __version__, cli
+from transpixeler import __version__, cli, files
 from transpixeler.data.media.write import write_png
 
 ROOT = Path(__file__).parents[1]
@@ -124,3 +125,114 @@ raise SystemExit(cli.main(["report", "nowhere"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "True\n" and done.returncode == 2, done.stderr
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_help_ends_with_examples(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+    assert shown and all(f"transpixeler {command}" in line and len(line) <= 110 for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian", "a.yaml"], "'trian' is not a command; did you mean train?"),
+        (["--debug", "smaple"], "did you mean sample?"),
+        (["dance"], "'dance' is not a command; commands are demo, init, plan"),
+        (["sample", "run", "--promt", "x"], "unrecognized arguments: --promt x; did you mean --prompt?"),
+        (["train", "a.yaml", "--resumed=x"], "unrecognized arguments: --resumed=x; did you mean --resume?"),
+        (["plan", "a.yaml", "--zzz"], "options are -h, --help, --debug, --gpus"),
+        (["train", "a.yaml", "--learning_rate=1"], "--learning_rate is a config key here: optim.lr=1e-4"),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_an_option_of_two_commands_is_read_as_each_means_it() -> None:
+    assert cli._parse(["sample", "--resume", "run", "--prompt", "x"]).source == "run"
+    assert cli._parse(["train", "--resume", "run", "a.yaml"]).resume == "run"
+
+
+def test_completion_is_a_script_of_the_shell_or_says_what_is_missing(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "needs the package shtab; run `pip install 'transpixeler[completion]'`" in capsys.readouterr().err
+
+
+def test_bash_completes_commands_options_and_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", "bash"]) == 0
+    (tmp_path / "done.sh").write_text(capsys.readouterr().out)
+    (tmp_path / "mine.yaml").touch()
+
+    def completed(*words: str) -> list[str]:
+        ask = f"source done.sh; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+        ask += "$(complete -p transpixeler | sed -E 's/.* -F ([^ ]+) .*/\\1/'); printf '%s\\n' \"${COMPREPLY[@]}\""
+        return subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True).stdout.split()
+
+    assert completed("transpixeler", "tr") == ["train"]
+    assert "--dry-run" in completed("transpixeler", "train", "--d")
+    assert completed("transpixeler", "train", "mi") == ["mine.yaml"]
+    assert "comfyui" in completed("transpixeler", "export", "--format", "c")
+
+
+# --- make ------------------------------------------------------------------------------------------------------------
+
+
+def test_make_help_says_what_each_target_does() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split()
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    said = dict(re.findall(r"^  ([a-z]+) +(\S.*)$", shown, re.MULTILINE))
+    assert sorted(said) == sorted(targets) and max(map(len, shown.splitlines())) <= 110
+    assert "CONFIG=" in shown and "make train CONFIG=my.yaml" in shown
+
+
+def test_make_setup_says_what_it_does_and_what_it_needs(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "python2").write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 2.7\nexit 1\n')
+    (tmp_path / "python2").chmod(0o755)
+    done = subprocess.run(["make", "setup", "PYTHON=./python2"], cwd=tmp_path, capture_output=True, text=True)
+    assert "Python 3.10 or newer is needed, and ./python2 is Python 2.7" in done.stdout and done.returncode == 2
+    planned = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "setup: making .venv with" in planned and "ready: .venv has" in planned
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def test_paths_below_the_working_folder_are_told_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert files.near(f"{tmp_path}/a.yaml: see '{tmp_path}/b c' and /else{tmp_path}/d") == (
+        f"a.yaml: see 'b c' and /else{tmp_path}/d"
+    )
+    assert files.near(f"{tmp_path} and {tmp_path}/") == f"{tmp_path} and {tmp_path}/"
+    assert files.shown_path(tmp_path / "a/b") == "a/b" and files.shown_path(tmp_path.parent / "x") == "../x"
+    assert files.shown_path("/x") == "/x"
+    assert cli.main(["train", str(tmp_path / "no.yaml")]) == 2
+
+
+def test_a_key_of_a_base_that_the_model_cannot_use_names_the_base(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "base.yaml").write_text(f"base: {demo}/config.yaml\nobjective: {{tasks: {{rgb_to_moon: 1}}}}\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nseed: 1\n")
+    for command in (["train", "--dry-run"], ["plan"]):
+        assert cli.main([command[0], str(tmp_path / "mine.yaml"), *command[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "objective.tasks.rgb_to_moon: not a task of these streams" in said
+        assert said.endswith(f"(in {tmp_path}/base.yaml)\n")
+    words = ["objective.tasks={rgb_to_moon: 1}"]
+    assert cli.main(["plan", str(tmp_path / "mine.yaml"), *words]) == 2
+    assert "base.yaml" not in capsys.readouterr().err

@@ -42,7 +42,7 @@ from transpixeler.data.prompts import prompt_lines
 
 README = ROOT / "README.md"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-TARGETS = set(re.findall(r"[a-z]+", re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0])) - {"help"}
+TARGETS = set(re.findall(r"[a-z]+", re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0]))
 SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
 LANGUAGES = {"sh", "bash", "text", "yaml", "python", "dockerfile"}
 OTHERS = {"touch", "tensorboard", "docker", ".venv/bin/basedpyright"}  # programs that are not ours
@@ -313,6 +313,11 @@ def test_python_that_is_shown_can_run(page: Path) -> None:
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert all(name and importlib.util.find_spec(name.split(".")[0]) for name in names)
+
+
+@pytest.mark.parametrize("line", [line for lines in arguments.EXAMPLES.values() for line in lines])
+def test_every_example_of_a_help_exists(line: str, there: Path) -> None:
+    check(Command(README, tuple(shlex.split(line.partition(" > ")[0]))))
 
 
 # --- what is shown runs ----------------------------------------------------------------------------------------------

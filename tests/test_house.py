@@ -19,6 +19,7 @@ ORDER = (
         "configtypes",
         "configfaults",
         "configfile",
+        "configschema",
         "models",
         "flow",
         "families",
@@ -27,10 +28,22 @@ ORDER = (
         "adapters",
         "runs",
     ),
-    *("sampling", "evaluation", "publishing", "training", "planning", "demo", "arguments", "cli", "__main__"),
+    *(
+        "sampling",
+        "evaluation",
+        "publishing",
+        "training",
+        "planning",
+        "demo",
+        "arguments",
+        "commands",
+        "cli",
+        "__main__",
+    ),
 )
 TOP_FLOOR = {
-    *("__init__", "__main__", "arguments", "cli", "config", "configfaults", "configfile", "configtypes", "files"),
+    *("__init__", "__main__", "arguments", "cli", "commands", "files"),
+    *("config", "configfaults", "configfile", "configschema", "configtypes"),
 }
 HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}
 LIGHT = (
@@ -39,6 +52,7 @@ LIGHT = (
     "configfaults",
     "configfile",
     "cli",
+    "commands",
     "arguments",
 )  # what `--help` and a misspelt key load
 KNOWS_ARCHITECTURES = ("families", "demo")

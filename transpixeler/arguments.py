@@ -30,6 +30,61 @@ OTHERS_OPTIONS = {
 }
 
 
+EXAMPLES = {
+    "demo": ("transpixeler demo demo", "transpixeler demo demo --depth --force"),
+    "init": ("transpixeler init --family FAMILY --shape shape.json --encoders base --out fresh",),
+    "plan": (
+        "transpixeler plan my.yaml",
+        "transpixeler plan my.yaml --gpus 8 --device h100",
+        "transpixeler plan my.yaml data.frames=[49] --json",
+    ),
+    "cache": (
+        "transpixeler cache my.yaml",
+        "transpixeler cache my.yaml --verify",
+        "torchrun --nproc-per-node 4 -m transpixeler cache my.yaml",
+    ),
+    "train": (
+        "transpixeler train my.yaml",
+        "transpixeler train my.yaml --dry-run",
+        "torchrun --nproc-per-node 4 -m transpixeler train my.yaml optim.lr=5e-5",
+        "transpixeler train my.yaml --resume",
+        "transpixeler train my.yaml --resume output/latest --restart-steps",
+    ),
+    "eval": (
+        "transpixeler eval output/latest",
+        "transpixeler eval my.yaml --base",
+        "transpixeler eval my.yaml --adapter other.safetensors eval.samples=2",
+    ),
+    "sample": (
+        'transpixeler sample output/latest --prompt "a paper boat burns" --format mov',
+        "transpixeler sample output/latest --prompts prompts.jsonl --out made --resume",
+        'transpixeler sample output/latest --rgb clip.mp4 --prompt "grey smoke rises"',
+        'transpixeler sample --model base --prompt "a boat" --size 832x480x33',
+    ),
+    "inspect": ("transpixeler inspect clips", "transpixeler inspect my.yaml --out page.html"),
+    "export": (
+        "transpixeler export output/latest --format comfyui --out mine.safetensors",
+        "transpixeler export output/latest --format merged --out model",
+    ),
+    "push": (
+        "transpixeler push output/latest --repo user/name --dry-run",
+        "transpixeler push output/latest --repo user/name --public",
+    ),
+    "report": ("transpixeler report output/latest",),
+    "schema": ("transpixeler schema --out config.schema.json",),
+    "completion": (
+        "transpixeler completion bash > ~/.local/share/bash-completion/completions/transpixeler",
+        "transpixeler completion zsh > ~/.zfunc/_transpixeler",
+    ),
+}
+
+
+_PATHS = {  # names of arguments that take a path
+    *("CONFIG", "CONFIG_OR_RUN", "RUN", "RUN_OR_ADAPTER", "DATASET", "PATH", "MODEL", "SHAPE"),
+    *("FILE", "CLIP", "DIR", "FOLDER", "PAGE"),
+}
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Wide enough for our texts; the reference config lists the defaults."""
 
@@ -43,7 +98,10 @@ def make_parser() -> argparse.ArgumentParser:
         prog="transpixeler",
         formatter_class=_Help,
         description="Train a video diffusion transformer to generate aligned videos at once: RGB and its alpha.",
-        epilog="configs/reference.yaml explains every config key. Any key can be set on the command line: a.b=value.",
+        epilog="examples:\n  transpixeler demo demo\n  transpixeler train demo/config.yaml\n"
+        '  transpixeler sample demo/output/latest --prompt "a red circle drifts left"\n\n'
+        "configs/reference.yaml explains every config key. Any key can be set on the command line: a.b=value.\n"
+        "`transpixeler COMMAND --help` shows the options and examples of a command.",
     )
     parser.add_argument(
         "--version", action="version", version=f"transpixeler {__version__}", help="show the version and exit"
@@ -61,11 +119,28 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_push(commands)
     _add_report(commands)
+    _add_schema(commands)
+    _add_completion(commands)
+    return parser
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each command."""
+    return next(dict(action.choices) for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+
+
+def mark_files(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Say of each argument that takes a path that it does, in the way that shtab reads; returns the parser."""
+    for command in commands_of(parser).values():
+        for action in command._actions:
+            if action.metavar in _PATHS:
+                action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
     return parser
 
 
 def _add(commands: Any, name: str, help: str, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=text, formatter_class=_Help)
+    shown = "\n".join(["examples:", *(f"  {line}" for line in EXAMPLES[name])])
+    parser = commands.add_parser(name, help=help, description=text, epilog=shown, formatter_class=_Help)
     _add_debug(parser, default=argparse.SUPPRESS)  # else it would reset a --debug given before the command
     return parser
 
@@ -300,3 +375,15 @@ def _add_report(commands: Any) -> None:
     text = "Write RUN/report.html: curves, held-out losses, alpha metrics, sample videos, speed and skipped clips."
     parser = _add(commands, "report", "write a run's report page", text)
     parser.add_argument("run", metavar="RUN", help="a run's folder, such as OUTPUT_DIR/latest")
+
+
+def _add_schema(commands: Any) -> None:
+    text = "Print the JSON schema of a config. Editors complete and check a config with it; see the guide to commands."
+    parser = _add(commands, "schema", "print a JSON schema of the config, for editors", text)
+    parser.add_argument("--out", default="", metavar="FILE", help="write it to this file instead")
+
+
+def _add_completion(commands: Any) -> None:
+    text = "Print a script that completes commands and options in a shell. Needs the package shtab."
+    parser = _add(commands, "completion", "print a script for completion in a shell", text)
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell to write for")

@@ -16,7 +16,7 @@ import yaml
 
 from transpixeler.config import Config, StreamConfig, UserError
 from transpixeler.configfaults import faults
-from transpixeler.configtypes import COMMAND_LINE, Key, Raw, Tree, fields_of, in_full, kind_of, to_dataclass
+from transpixeler.configtypes import COMMAND_LINE, DEFAULTS, Key, Raw, Tree, fields_of, in_full, kind_of, to_dataclass
 
 MERGE_KEY = "tag:yaml.org,2002:merge"  # `<<: *other`
 MOST_VALUES = 100_000  # of a file with its aliases written out; ours have some hundreds
@@ -34,6 +34,15 @@ def read(path: str | Path) -> Tree:
     tree = Tree()
     _merge_file(tree, Path(path), ())
     return tree
+
+
+def origin_of(key: str, path: str | Path, overrides: Iterable[str] = ()) -> str:
+    """Return the base of a config that sets a key, or the section around it; nothing where it does so itself."""
+    tree = read(path)
+    for override in overrides:
+        _merge_override(tree, override)
+    origin = tree.origin(tuple(key.split(".")))
+    return "" if origin in (str(Path(path)), COMMAND_LINE, DEFAULTS) else origin
 
 
 def build(tree: Tree, overrides: Iterable[str] = ()) -> Config:

@@ -20,6 +20,7 @@ from transpixeler.config import PathKind, Range, UserError, is_path
 
 Key = tuple[str, ...]
 COMMAND_LINE = "the command line"
+DEFAULTS = "the defaults"
 
 
 class Raw(str):
@@ -48,7 +49,7 @@ class Tree:
         """Return the file that set a key, or the section around it."""
         while key and key not in self.origins:
             key = key[:-1]
-        return self.origins.get(key, "the defaults")
+        return self.origins.get(key, DEFAULTS)
 
     def fault(self, key: Key, message: str) -> UserError:
         """Return the error for a key, with the place that set it."""

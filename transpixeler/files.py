@@ -91,6 +91,15 @@ def shown_path(path: str | Path) -> str:
     return near if len(near) < len(given) else given
 
 
+def near(text: str) -> str:
+    """Return a text for a terminal with the paths below the working folder written from there."""
+    try:
+        here = str(Path.cwd())
+    except OSError:  # it was removed
+        return text
+    return text if here == "/" else re.sub(rf"(?<![^\s'\"`(=,:]){re.escape(here)}/(?=[^\s/])", "", text)
+
+
 def printable(text: str) -> str:
     """Return text for a terminal: control characters, which could act on it, and broken ones are shown as escapes."""
     acts = ("Cc", "Cf", "Cs", "Zl", "Zp")

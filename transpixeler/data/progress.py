@@ -1,4 +1,4 @@
-"""Show the progress of encoding: a bar on a terminal, a line every few seconds in a log."""
+"""Show the progress of work: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ LINE_SECONDS = 10.0
 class Progress:
     """Progress of rank 0's own share, which ends at about the same time as the others'."""
 
-    def __init__(self, what: str, total: int, frames: int, *, shown: bool, ranks: int = 1) -> None:
+    def __init__(
+        self, what: str, total: int, frames: int = 0, *, shown: bool, ranks: int = 1, verb: str = "encoding"
+    ) -> None:
         self._what = f"{what} of rank 0" if ranks > 1 else what
-        self._total, self._frames = total, frames
+        self._total, self._frames, self._verb = total, frames, verb
         self._done, self._done_frames = 0, 0
         self._start = self._logged = time.monotonic()
         self._shown = shown
@@ -27,7 +29,9 @@ class Progress:
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit=f" {what}", desc=f"encoding {self._what}", smoothing=0.1)
+            self._bar = tqdm(
+                total=total, unit=f" {what}", desc=f"{verb} {self._what}", smoothing=0.1, leave=verb == "encoding"
+            )
 
     def step(self, count: int = 1, *, frames: int = 0) -> None:
         self._done += count
@@ -35,9 +39,14 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self._frame_rate(), refresh=False)
             self._bar.update(count)
-        elif self._shown and (time.monotonic() - self._logged > LINE_SECONDS or self._done == self._total):
+        elif self._shown and (time.monotonic() - self._logged > LINE_SECONDS or self._ends_a_list):
             self._logged = time.monotonic()
             logger.info("%s", self.line())
+
+    @property
+    def _ends_a_list(self) -> bool:
+        """Return whether the last of what is encoded is done; other work has results of its own to tell."""
+        return self._done == self._total and self._verb == "encoding"
 
     def line(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)
@@ -45,7 +54,7 @@ class Progress:
         part = self._done_frames / self._frames if self._frames else self._done / self._total
         left = seconds / part - seconds if part else float("inf")
         rates = ", ".join(filter(None, [f"{self._done / seconds:.1f}/s", self._frame_rate(), f"{left:.0f} s left"]))
-        return f"encoding {self._what}: {self._done}/{self._total} ({rates})"
+        return f"{self._verb} {self._what}: {self._done}/{self._total} ({rates})"
 
     def _frame_rate(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)

@@ -12,7 +12,7 @@ from transpixeler.config import UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.evaluation.heldout import Evaluator
 from transpixeler.evaluation.results import table
-from transpixeler.files import printable, write_text
+from transpixeler.files import printable, shown_path, write_text
 from transpixeler.models.family import open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
@@ -42,7 +42,7 @@ def eval_command(source: SavedModel, runtime: Runtime, *, out: str = "", asked_l
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "eval.json", json.dumps(facts | {"eval": found}, indent=1))
-        print(printable(f"{table(found)}\n{folder / 'eval.json'}"))
+        print(printable(f"{table(found)}\n{shown_path(folder / 'eval.json')}"))
     runtime.barrier()
     return folder
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from transpixeler.data.progress import Progress
 from transpixeler.evaluation.clips import HeldOut, Piece
 from transpixeler.flow.objective import by_stream, mean_squared_errors
 from transpixeler.parallel.experts import AnyEngine
@@ -42,11 +43,14 @@ class HeldOutLosses:
         """Return the losses of one expert's pieces."""
         mesh = self.engine.mesh
         mine: dict[int, list[list[float]]] = {}
-        for number, counts in turns(len(pieces), mesh):
-            self.pause()
-            errors = self._errors(pieces[number])
-            if counts and mesh.is_first_stage:
-                mine[number] = errors.tolist()
+        rounds = turns(len(pieces), mesh)
+        with Progress("clips", len(rounds), shown=self.runtime.is_main, verb="measuring") as progress:
+            for number, counts in rounds:
+                self.pause()
+                errors = self._errors(pieces[number])
+                progress.step()
+                if counts and mesh.is_first_stage:
+                    mine[number] = errors.tolist()
         values = {number: rows for part in self.runtime.gather(mine) for number, rows in part.items()}
         return {
             title: self._means([(pieces[n], values[n]) for n in sorted(values) if pieces[n].title == title])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+SHOWN_TIMES = 5  # columns of the table; eval.json has every noise level
 
 
 def scalars(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
@@ -34,17 +36,39 @@ def mean_over_times(by_time: Mapping[str, float]) -> float:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lay out losses by time, a row for each set and stream, then the samples' metrics."""
-    losses = {f"{name} {s}": times for name, values in found.items() for s, times in values.get("loss", {}).items()}
-    measured = {f"{name} {m}": v for name, values in found.items() for m, v in values.get("metrics", {}).items()}
-    width = max((len(name) for name in (*losses, *measured)), default=0)
-    lines = []
-    times: list[str] = []
-    for name, by_time in losses.items():
-        if times != [*by_time]:  # experts are measured at the noise levels of their own
-            times = [*by_time]
-            lines.append(" ".join([f"{'loss at t':{width}}", *(f"{t:>7}" for t in times), "   mean"]))
-        values = [*by_time.values(), mean_over_times(by_time)]
-        lines.append(" ".join([f"{name:{width}}", *(f"{value:7.4f}" for value in values)]))
-    lines += [f"{name:{width}} {value:7.4g}" for name, value in measured.items()]
-    return "\n".join(lines)
+    """Lay out losses, a row for each set and stream, and measures of samples, a row for each set."""
+    losses = [(name, stream, times) for name, one in found.items() for stream, times in one.get("loss", {}).items()]
+    rows: list[list[str]] = []
+    shown: list[str] = []
+    for name, stream, by_time in losses:
+        if shown != (times := _spread([*by_time])):  # experts are measured at the noise levels of their own
+            shown = times
+            rows.append(["loss at t", "", "mean", *shown])
+        rows.append(
+            [name, stream, *(f"{value:.4f}" for value in (mean_over_times(by_time), *(by_time[t] for t in shown)))]
+        )
+    parts = [_columns(rows)] if rows else []
+    measured = {name: one["metrics"] for name, one in found.items() if one.get("metrics")}
+    if measured:
+        names = list(dict.fromkeys(metric for values in measured.values() for metric in values))
+        body = [[name, *(f"{v[m]:.4g}" if m in v else "–" for m in names)] for name, v in measured.items()]
+        parts.append(_columns([["samples", *names], *body]))
+    return "\n\n".join(parts)
+
+
+def _spread(times: Sequence[str]) -> list[str]:
+    """Return at most SHOWN_TIMES of the noise levels, the lowest and the highest among them."""
+    last, count = len(times) - 1, min(SHOWN_TIMES, len(times))
+    return [times[round(i * last / max(count - 1, 1))] for i in range(count)]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Align cells: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = 2 if rows[0][1] == "" else 1  # columns of names
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if i < texts else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )

@@ -29,7 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from transpixeler.config import UserError
-from transpixeler.files import printable
+from transpixeler.files import near, printable
 from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.devices import prepare_allocator
 from transpixeler.parallel.launch import launch
@@ -203,7 +203,7 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(printable(self.format(record)), file=sys.stderr)
+        tqdm.write(printable(near(self.format(record))), file=sys.stderr)
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from transpixeler.config import SampleConfig, UserError
+from transpixeler.data.progress import Progress
 from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
 from transpixeler.models.experts import experts_at
@@ -48,10 +49,10 @@ class Sampler:
         """
         steps = self.config.steps * -(-len(videos) // self.mesh.layout.data)
         shown = self.mesh.data_rank == 0 and self.mesh.is_first_stage
-        with _progress(steps, shown=shown) as advance, self.engine.evaluating():
+        with Progress("steps", steps, shown=shown, verb="sampling") as progress, self.engine.evaluating():
 
             def stepped() -> None:
-                advance()
+                progress.step()
                 after_step()
 
             for number, counts in turns(len(videos), self.mesh):
@@ -138,12 +139,3 @@ def turns(count: int, mesh: Mesh) -> list[tuple[int, bool]]:
     data = mesh.layout.data
     numbers = range(mesh.data_rank, math.ceil(count / data) * data, data)
     return [(number % count, number < count) for number in numbers]
-
-
-@contextmanager
-def _progress(steps: int, *, shown: bool) -> Iterator[Callable[[], object]]:
-    from tqdm import tqdm
-
-    disable = None if shown else True  # None: tqdm shows it on a terminal only
-    with tqdm(total=steps, desc="sampling", unit="step", leave=False, mininterval=2.0, disable=disable) as bar:
-        yield bar.update

@@ -24,6 +24,7 @@ SAME = {
     "warmup_steps": "optim.warmup_steps",
     "uncond_fraction": "objective.caption_dropout",
     "force_constant_lr": "optim.force_lr",
+    "ema_decay": "optim.ema",
     "lr_scheduler": "optim.schedule",
     "eval_every_n_epochs": "eval.every_epochs",
     "eval_every_n_steps": "eval.every_steps",
@@ -63,6 +64,8 @@ OPTIMIZERS = {
     "muon": "muon",
 }
 
+EXPERTS = {"low_noise_model": "low", "high_noise_model": "high"}  # folders of a model of two, as published
+
 _EVAL = "evaluation here does not depend on the batch size"
 _CAPTIONS = "captions are used as their files say; change the files"
 _SIDE = "the encoders and the VAE are read from model.path, in the diffusers or original layout"
@@ -83,7 +86,7 @@ ABSENT = {
     "x_axis_examples": "metrics are plotted by step",
     "huggingface_repo": _HUB,
     "upload_hf_from_epoch": _HUB,
-    "model.transformer_path": "model.path is one folder, or one file with the whole model",
+    "model.transformer_path": "without ckpt_path there is no folder to read VAE and text encoder from (model.encoders)",
     "model.llm_path": _SIDE,
     "model.vae_path": _SIDE,
     "model.flux_shift": "objective.shift is one number for all sizes",
@@ -136,6 +139,10 @@ class Migration:
             "(hidden)" if SECRET.search(key.rpartition(": ")[2]) else json.dumps(value, ensure_ascii=False, default=str)
         )
         self.left_out.append((f"{key} = {shown}", why))
+
+    def local(self, value: str) -> str:
+        """Return a path relative to the training folder, which need not be there yet."""
+        return str((self.root / Path(value).expanduser()).resolve())
 
     def place(self, value: str) -> str:
         """Return a path relative to the training folder, or a Hub id unchanged."""

@@ -168,6 +168,14 @@ def test_dropout_acts_in_training_alone_and_on_the_scope_alone() -> None:
     assert adapted.weight.grad is None
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_acts_on_text_too_which_needs_no_gradient(dora: bool) -> None:
+    adapted = LoraLinear(Linear(24, 32), rank=4, scale=1.0, dropout=0.5, dora=dora)
+    move(adapted, seed=2, names="lora")
+    adapted.train()(torch.randn(1, 20, 24)).sum().backward()
+    assert adapted.lora_A.grad is not None and adapted.lora_A.grad.any()
+
+
 def test_first_values_depend_on_seed_and_name_alone() -> None:
     whole, cut, other = tiny(2), tiny(2), tiny(2)
     cut.keep(embed=False, blocks=[1], head=True)

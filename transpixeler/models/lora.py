@@ -97,13 +97,12 @@ class LoraLinear(Linear):
         y = project(x, self) if self.quantized else F.linear(x, self.weight, self.bias)
         inner = F.linear(F.dropout(x[:, scope], self.dropout), self.lora_A.to(x.dtype))
         low = F.linear(inner, (self.lora_B * self.scale).to(x.dtype))
-        if self.lora_magnitude is None:
-            y[:, scope] += low
-            return y
-        factor = row_factors(self.lora_magnitude, cast(Tensor, self.weight_norm), self._norms(x.dtype))
-        shift = 0 if self.bias is None else (1 - factor) * self.bias
-        y[:, scope] = (factor * (y[:, scope] + low) + shift).to(y.dtype)
-        return y
+        changed = y[:, scope] + low
+        if self.lora_magnitude is not None:
+            factor = row_factors(self.lora_magnitude, cast(Tensor, self.weight_norm), self._norms(x.dtype))
+            changed = factor * changed + (0 if self.bias is None else (1 - factor) * self.bias)
+        # in place, autograd refuses a y that needs no gradient itself, as of text
+        return y.slice_scatter(changed.to(y.dtype), 1, scope.start, scope.stop)
 
     @torch.no_grad()
     def _norms(self, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,9 @@
-"""Convert the config of another trainer into one of ours: the TOML files of diffusion-pipe or TransPixeler.
+"""Convert the config of another trainer into one of ours.
 
+Read are the TOML files of diffusion-pipe and TransPixeler, and Open-Sora's Python files, of which nothing is executed.
 Every key is carried over or listed with a reason, on the terminal and at the top of the YAML. Defaults that differ
 between the programs are written out or noted. Batch sizes there are per GPU and here for all GPUs together, so say with
---gpus how many there were. The YAML is checked before it is written. Nothing of a config is ever executed.
+--gpus how many there were. The YAML is checked before it is written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import migrate_open_sora
 import migrate_toml
 import yaml
 from migrate_keys import Migration
@@ -32,17 +34,23 @@ def main(argv: Sequence[str]) -> None:
     if arguments.out.exists() and not arguments.force:
         raise UserError(f"{arguments.out}: already exists; choose another --out, or --force")
     migration = Migration(arguments)
-    migrate_toml.convert(arguments, migration)
+    if arguments.config.suffix == ".py":
+        migrate_open_sora.convert(arguments, migration)
+    elif arguments.model:
+        raise UserError("--model: a TOML names its own model; change model.path in the YAML")
+    else:
+        migrate_toml.convert(arguments, migration)
     _write(migration, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("config", type=Path, help="the training TOML")
-    add("--dataset", type=Path, help="the dataset TOML (default: the one that the training TOML names)")
+    add("config", type=Path, help="the training TOML, or a .py of Open-Sora")
+    add("--dataset", type=Path, help="the dataset TOML, or Open-Sora's csv (default: the one that the config names)")
+    add("--model", help="for Open-Sora: the base to train here, a folder or Hub id, as its own is none of those")
     add("--out", type=Path, required=True, help="the YAML file to write")
-    add("--gpus", type=int, help="number of GPUs that the TOML was used with (default: pipeline_stages)")
+    add("--gpus", type=int, help="number of GPUs that it was used with (default for a TOML: pipeline_stages)")
     add(
         "--root",
         type=Path,

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ class Migration:
         self.notes: list[str] = []
         self.root: Path = arguments.root
         self.gpus: int | None = arguments.gpus
+        self.where = str(arguments.config)
+        self.same: Mapping[str, str] = SAME
+        self.absent: Mapping[str, str] = ABSENT
+        self.show: Callable[[Value], str] = partial(json.dumps, ensure_ascii=False, default=str)
         self.pair = False
         self.mapped = 0
 
@@ -135,10 +140,17 @@ class Migration:
 
     def leave(self, key: str, value: Value, why: str) -> None:
         """Record a key that is not carried over; secrets are not shown."""
-        shown = (
-            "(hidden)" if SECRET.search(key.rpartition(": ")[2]) else json.dumps(value, ensure_ascii=False, default=str)
-        )
+        shown = "(hidden)" if SECRET.search(key.rpartition(": ")[2]) else self.show(value)
         self.left_out.append((f"{key} = {shown}", why))
+
+    def found(self, value: str, key: str) -> Path:
+        """Return a file relative to the training folder or to the config, which `key` names."""
+        config = Path(self.where).resolve()
+        for folder in (self.root, config.parent, config.parent.parent):
+            file = folder / os.path.expanduser(value)  # noqa: PTH111  Path raises where there is no such user
+            if value and os.path.isfile(file):  # noqa: PTH113  false for a name that is too long; Path raises
+                return file
+        raise UserError(f"{self.where}: {key} names {value!r}, which does not exist; set --root or --dataset")
 
     def local(self, value: str) -> str:
         """Return a path relative to the training folder, which need not be there yet."""
@@ -170,7 +182,11 @@ class Table:
         try:
             change(value)
         except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError):
-            raise UserError(f"{self.where}: {self.prefix}{name} = {value!r} is not a value for this key") from None
+            raise self.fault(name, value) from None
+
+    def fault(self, name: str, value: Value) -> UserError:
+        """Return the error for a value that a key cannot have."""
+        return UserError(f"{self.where}: {self.prefix}{name} = {value!r} is not a value for this key")
 
     def leave(self, name: str, why: str) -> None:
         """Record a key, if it is there, as not carried over."""
@@ -181,7 +197,9 @@ class Table:
         """Carry over the remaining keys that mean the same here, and record all others."""
         for name in list(self.values):
             key = f"{self.prefix}{name}"
-            if same and key in SAME:
-                self.migration.set(SAME[key], self.take(name))
+            known, absent = self.migration.same, self.migration.absent
+            if same and key in known:
+                self.migration.set(known[key], self.take(name))
             else:
-                self.leave(name, ABSENT.get(key) or ABSENT.get(name) or f"an unknown key ({self.where})")
+                why = absent.get(key) or absent.get(name) or absent.get(self.prefix.rstrip("."))
+                self.leave(name, why or f"an unknown key ({self.where})")

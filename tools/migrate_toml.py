@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -247,7 +246,7 @@ def _data(train: Table, arguments: argparse.Namespace, migration: Migration) -> 
     named = train.take("dataset")
     if arguments.dataset is None and not isinstance(named, str):
         raise UserError(f"{train.where}: names no dataset; name its TOML with --dataset")
-    sources = _dataset(arguments.dataset or _found(named, arguments, "dataset"), migration, name="")
+    sources = _dataset(arguments.dataset or migration.found(named, "dataset"), migration, name="")
     migration.set("data.train", sources)
     held_out = []
     entries = train.take("eval_datasets", [])
@@ -255,23 +254,13 @@ def _data(train: Table, arguments: argparse.Namespace, migration: Migration) -> 
         raise UserError(f"{train.where}: eval_datasets = {entries!r} is not a list of files or tables")
     for entry in entries:
         entry = {"config": entry} if isinstance(entry, str) else entry
-        path = _found(str(entry.get("config", "")), arguments, "eval_datasets")
+        path = migration.found(str(entry.get("config", "")), "eval_datasets")
         held_out += _dataset(path, migration, name=str(entry.get("name", path.stem)))
     if held_out:
         migration.set("data.eval", held_out)
     migration.set("streams", {"rgb": "", "seg": "_seg"} if migration.pair else {"rgb": ""})
     migration.set("data.upscale", True)
     migration.notes.append("data.upscale is true, because every clip was scaled there; false drops smaller clips")
-
-
-def _found(value: str, arguments: argparse.Namespace, key: str) -> Path:
-    """Return a file relative to the training folder or to the training TOML."""
-    toml = arguments.config.resolve()
-    for folder in (arguments.root, toml.parent, toml.parent.parent):
-        file = folder / os.path.expanduser(value)  # noqa: PTH111  Path raises where there is no such user
-        if value and os.path.isfile(file):  # noqa: PTH113  false for a name that is too long; Path raises
-            return file
-    raise UserError(f"{arguments.config}: {key} names {value!r}, which does not exist; set --root or --dataset")
 
 
 def _dataset(path: Path, migration: Migration, *, name: str) -> list[dict[str, Value]]:

@@ -1,7 +1,8 @@
 """Add what the files show to a manifest of paths and captions (csv, jsonl, parquet), which may exceed memory.
 
-New columns: num_frames, height, width, fps and aspect_ratio. Rows whose file cannot be used go to OUT.bad.jsonl with
-the reason. A stopped run continues with the same command.
+New columns: num_frames, height, width, aspect_ratio (height / width), resolution (height × width, in pixels) and fps,
+those of Open-Sora. Rows whose file cannot be used go to OUT.bad.jsonl with the reason. A stopped run continues with the
+same command.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.manifest import rows
 from transpixeler.files import whole
 
-FACTS = {"num_frames": "int64", "height": "int64", "width": "int64", "fps": "float64", "aspect_ratio": "float64"}
+FACTS = {
+    "num_frames": "int64",
+    "height": "int64",
+    "width": "int64",
+    "aspect_ratio": "float64",
+    "resolution": "int64",
+    "fps": "float64",
+}
 WINDOW = 1024  # rows probed, and then written, at a time
 
 
@@ -70,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 def _rows_done(part: Path, source: Path) -> int:
     """Return how many rows PART holds; its first line names the source, a torn last line is cut off."""
     facts = source.stat()
-    stamp = json.dumps({"source": str(source.resolve()), "size": facts.st_size, "time": facts.st_mtime_ns})
+    named = {"source": str(source.resolve()), "size": facts.st_size, "time": facts.st_mtime_ns}
+    stamp = json.dumps(named | {"columns": list(FACTS)})  # others were measured otherwise
     done = -1
     if part.exists():
         with part.open("rb+") as file:
@@ -100,10 +109,15 @@ def _probed(numbered: tuple[int, Any], *, source: Path, out: Path, paths: Sequen
         media = probe(source.parent / name)
     except BadMedia as error:
         return {"bad": f"{where} ({name})", "reason": str(error)}
-    ratio = round(media.width / media.height, 6)
-    rate = round(float(media.fps), 6) or None
-    facts = zip(FACTS, (media.frames, media.height, media.width, rate, ratio))
-    return {"row": moved(row, paths, source.parent, out.parent) | dict(facts)}
+    found = {
+        "num_frames": media.frames,
+        "height": media.height,
+        "width": media.width,
+        "aspect_ratio": round(media.height / media.width, 6),
+        "resolution": media.height * media.width,
+        "fps": round(float(media.fps), 6) or None,
+    }
+    return {"row": moved(row, paths, source.parent, out.parent) | found}
 
 
 def _finish(part: Path, out: Path) -> tuple[int, list[tuple[str, str]], int]:

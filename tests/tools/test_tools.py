@@ -20,6 +20,7 @@ from transpixeler.demo.write import write_pairs
 
 videomatte, celebv = tool("import_videomatte"), tool("import_celebv_text")
 metadata, shard = tool("metadata"), tool("shard")
+OPEN_SORA = ["path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"]
 
 
 @pytest.mark.parametrize("name", ["split_rgba", "import_videomatte", "import_celebv_text", "metadata", "shard"])
@@ -169,7 +170,18 @@ def test_files_are_measured_and_the_result_is_a_source(tmp_path: Path, listed: P
     if ending == "jsonl":
         row = rows_of(out)[1]
         assert (row["num_frames"], row["height"], row["width"], row["fps"]) == (9, 48, 32, 24.0)
-        assert row["aspect_ratio"] == pytest.approx(32 / 48, abs=1e-6) and row["extra"] == "2"
+        assert row["aspect_ratio"] == 48 / 32 and row["resolution"] == 48 * 32 and row["extra"] == "2"
+        assert list(row)[:2] == ["path", "text"] and list(row)[3:] == OPEN_SORA[2:]
+
+
+def test_what_was_measured_otherwise_is_measured_anew(tmp_path: Path, listed: Path) -> None:
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    facts = listed.stat()
+    stamp = {"source": str(listed.resolve()), "size": facts.st_size, "time": facts.st_mtime_ns}
+    row = {"row": {"path": "data/001.mp4", "text": "", "aspect_ratio": 32 / 48}}
+    (tmp_path / ".out.jsonl.part").write_text(f"{json.dumps(stamp)}\n{json.dumps(row)}\n")
+    assert metadata(listed, "--out", whole) == 0 and metadata(listed, "--out", out) == 0
+    assert rows_of(out) == rows_of(whole)
 
 
 def test_measuring_goes_on_where_it_stopped(tmp_path: Path, listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

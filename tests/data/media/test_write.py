@@ -70,6 +70,22 @@ def test_mp4_says_how_its_colours_are_meant(tmp_path: Path) -> None:
         assert container.streams.video[0].codec_context.profile == "High"
 
 
+WRITERS = {"a.mp4": (write_mp4, 3), "a.mov": (write_prores4444, 4), "a.webm": (write_webm_alpha, 4)}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_video_says_that_its_colour_is_bt709(tmp_path: Path, name: str) -> None:
+    """Matrix, primaries and transfer, in the container and in what its frames carry."""
+    write, channels = WRITERS[name]
+    write(tmp_path / name, noise(channels=channels), fps=Fraction(16))
+    with av.open(tmp_path / name) as container:
+        told = container.streams.video[0].codec_context
+        container_says = (told.colorspace, told.color_primaries, told.color_trc, told.color_range)
+        frame = next(container.decode(video=0))
+        assert container_says == (1, 1, 1, 1)
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
+
+
 def test_lossless_mp4_keeps_colour_at_an_odd_size(tmp_path: Path) -> None:
     clip = noise(channels=3, height=33, width=51)
     write_mp4(tmp_path / "a.mp4", clip, fps=Fraction(16), lossless=True)

@@ -155,6 +155,7 @@ def _video_frame(frame: np.ndarray, pixels: str, number: int, time_base: Fractio
     converted = source.reformat(
         format=pixels, dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE, interpolation=_SCALING
     )
+    converted.color_primaries = converted.color_trc = _BT709  # ProRes keeps these in each frame
     converted.pts, converted.time_base = number, time_base
     return converted
 

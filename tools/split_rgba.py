@@ -25,7 +25,8 @@ from transpixeler.config import UserError
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.decode import frame_numbers, is_premultiplied, probe, stream_rgba
 from transpixeler.data.media.errors import BadMedia
-from transpixeler.data.media.fill import Fill, filled, scaled_straight
+from transpixeler.data.media.extend import Backdrop
+from transpixeler.data.media.fill import Fill, fill_frame, scaled_straight
 from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.sources.captions import caption_text
 from transpixeler.data.sources.folder import MEDIA_ENDINGS, is_sequence
@@ -75,7 +76,7 @@ class Cut:
         return stream_rgba(self.source, self.numbers, self.media)
 
     def straight(self) -> Iterator[np.ndarray]:
-        """Yield uint8 [H,W,4], straight, scaled and filled; cropped by less than a pixel to a size that 4:2:0 holds."""
+        """Yield uint8 [H,W,4], straight and scaled; cropped by less than a pixel to a size that 4:2:0 holds."""
         height, width = self.size
         scale = max(height / self.media.height, width / self.media.width)
         tall, wide = max(height, round(self.media.height * scale)), max(width, round(self.media.width * scale))
@@ -84,7 +85,20 @@ class Cut:
                 frame = scaled_straight(frame, height=tall, width=wide, premultiplied=self.premultiplied)
             elif self.premultiplied:
                 frame = unpremultiplied(frame)
-            yield filled(frame[:height, :width].copy(), self.fill)
+            yield frame[:height, :width].copy()
+
+    def mattes(self, backdrop: Backdrop) -> Iterator[np.ndarray]:
+        """Yield alpha as grey uint8 [H,W,3]; each frame's colour goes to the backdrop on the way."""
+        for frame in self.straight():
+            if self.fill.policy == "extend":
+                backdrop.add(frame)
+            yield frame[..., 3:].repeat(3, axis=2)
+
+    def colors(self, backdrop: Backdrop) -> Iterator[np.ndarray]:
+        """Yield RGB uint8 [H,W,3], filled where alpha hides it. backdrop: of all frames."""
+        for frame in self.straight():
+            fill_frame(frame, self.fill, backdrop)
+            yield frame[..., :3]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -280,8 +294,9 @@ def _check_alpha(cut: Cut) -> None:
 def _write(target: Path, cut: Cut, *, lossless: bool) -> None:
     """Write both files, the first stream's last, so that it stands for a whole pair."""
     first, second = _pair(target, ".png" if cut.media.image else ".mp4")
-    _write_one(second, (frame[..., 3:].repeat(3, axis=2) for frame in cut.straight()), cut, lossless=lossless)
-    _write_one(first, (frame[..., :3] for frame in cut.straight()), cut, lossless=lossless)
+    backdrop = Backdrop()
+    _write_one(second, cut.mattes(backdrop), cut, lossless=lossless)
+    _write_one(first, cut.colors(backdrop), cut, lossless=lossless)
 
 
 def _write_one(path: Path, frames: Iterator[np.ndarray], cut: Cut, *, lossless: bool) -> None:

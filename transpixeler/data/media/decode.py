@@ -20,7 +20,7 @@ from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.container import Orientation
 from transpixeler.data.media.errors import BadMedia, as_bad_media
 from transpixeler.data.media.files import IMAGE_ENDINGS
-from transpixeler.data.media.fill import Fill, filled, looks_premultiplied, scaled_straight
+from transpixeler.data.media.fill import Fill, fill_clip, looks_premultiplied, scaled_straight
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -68,7 +68,8 @@ def read_rgba(
     multiplied = fill.alpha == "premultiplied" or (fill.alpha == "auto" and is_premultiplied(path))
     straight = None if fill.policy == "keep" and not multiplied else partial(scaled_straight, premultiplied=multiplied)
     fitted = _fitted(path, numbers, height=height, width=width, channels=4, threads=threads, straight=straight)
-    rgba = _collect((filled(frame, fill) for frame in fitted), numbers, shape)
+    rgba = _collect(fitted, numbers, shape)
+    fill_clip(rgba, fill)
     return np.ascontiguousarray(rgba[..., :3]), np.repeat(rgba[..., 3:], 3, axis=3)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from transpixeler.config import DataConfig
+from transpixeler.data.media.extend import Backdrop, extend
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,12 @@ class Fill:
     @property
     def parts(self) -> list[str | int]:
         """List what a cache key covers; `straight` adds nothing, since old keys were made before there was a choice."""
-        return [self.policy, *self.color, *([] if self.alpha == "straight" else [self.alpha])]
+        policy = [self.policy, EXTENDS] if self.policy == "extend" else [self.policy]
+        return [*policy, *self.color, *([] if self.alpha == "straight" else [self.alpha])]
 
 
 KEEP = Fill()
+EXTENDS = 2  # raised when extending gives other colours: cache keys cover it
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
 SOFT = (8, 96)  # the range of alpha that is judged: here even dark straight colours are brighter than alpha
 OVER = 4  # levels that luma may exceed alpha by in a premultiplied picture, because of rounding and compression
@@ -75,33 +78,17 @@ def scaled_straight(rgba: np.ndarray, *, height: int, width: int, premultiplied:
     return scaled.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def filled(rgba: np.ndarray, fill: Fill) -> np.ndarray:
-    """Set the RGB under zero alpha of uint8 [H,W,4] by the policy, in place."""
-    if fill.policy == "keep":
-        return rgba
-    hidden = rgba[..., 3] == 0
+def fill_clip(rgba: np.ndarray, fill: Fill) -> None:
+    """Set the hidden RGB of a whole clip uint8 [F,H,W,4] by the policy, in place."""
+    backdrop = Backdrop(rgba) if fill.policy == "extend" else None
+    for frame in rgba if fill.policy != "keep" else ():
+        fill_frame(frame, fill, backdrop)
+
+
+def fill_frame(rgba: np.ndarray, fill: Fill, backdrop: Backdrop | None) -> None:
+    """Set the hidden RGB of uint8 [H,W,4] by the policy, in place. backdrop: of its clip, to extend."""
     if fill.policy == "extend":
-        rgba[hidden, :3] = extended(rgba)[hidden]
-    else:
-        rgba[hidden, :3] = fill.color
-    return rgba
-
-
-def extended(rgba: np.ndarray) -> np.ndarray:
-    """Return uint8 [H,W,3]: each hidden pixel takes the mean colour of the smallest neighbourhood that shows any."""
-    weight = rgba[..., 3:].astype(np.float32) / 255
-    levels = [np.concatenate([rgba[..., :3] * weight, weight], axis=2)]
-    while max(levels[-1].shape[:2]) > 1:
-        levels.append(_halved(levels[-1]))
-    color = levels[-1][..., :3] / np.maximum(levels[-1][..., 3:], 1e-6)
-    for level in reversed(levels[:-1]):
-        height, width = level.shape[:2]
-        coarse = color.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
-        color = np.where(level[..., 3:] > 0, level[..., :3] / np.maximum(level[..., 3:], 1e-6), coarse)
-    return color.round().clip(0, 255).astype(np.uint8)
-
-
-def _halved(level: np.ndarray) -> np.ndarray:
-    height, width = level.shape[:2]
-    even = np.pad(level, ((0, height % 2), (0, width % 2), (0, 0)))
-    return even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]
+        assert backdrop is not None, "extending needs the clip's backdrop"
+        extend(rgba, backdrop)
+    elif fill.policy != "keep":
+        rgba[rgba[..., 3] == 0, :3] = fill.color

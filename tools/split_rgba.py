@@ -26,10 +26,13 @@ from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.decode import frame_numbers, is_premultiplied, probe, stream_rgba
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.extend import Backdrop
+from transpixeler.data.media.files import files_of, is_pattern, spans_files, stem_of
 from transpixeler.data.media.fill import Fill, fill_frame, scaled_straight
 from transpixeler.data.media.write import write_mp4, write_png
+from transpixeler.data.names import normal
+from transpixeler.data.sources.candidate import Note, counted
 from transpixeler.data.sources.captions import caption_text
-from transpixeler.data.sources.folder import MEDIA_ENDINGS, is_sequence
+from transpixeler.data.sources.folder import MEDIA_ENDINGS, is_sequence, listed
 from transpixeler.files import write_text
 
 BLANK, OPAQUE = 3, 252  # levels, the same as in `inspect`
@@ -58,6 +61,7 @@ class Job:
 
     source: Path
     name: Path
+    caption: Path | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Cut:
 def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     options = _options(arguments)
-    jobs, left_out = _jobs(arguments.sources, arguments.ending, options.out)
+    jobs, left_out, notes = _jobs(arguments.sources, arguments.ending, options.out, stills=arguments.stills)
     if not jobs:
         raise UserError(f"{', '.join(map(str, arguments.sources))}: holds no video or image sequence")
     made = kept = 0
@@ -115,6 +119,7 @@ def main(argv: Sequence[str]) -> None:
             if isinstance(found, str):
                 left_out.append((str(job.source), found))
     summary(f"{options.out}: {made} pairs written, {kept} were there", left_out)
+    print(*(f"note: {note}" for note in notes), sep="\n", end="\n" * bool(notes))
     if made + kept == 0:
         raise UserError(f"{options.out}: no pair came out; the reasons are above")
 
@@ -135,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--fps", help="resample to this rate, such as 24000/1001; default: the file's own, 16 for images")
     add("--short-side", type=int, default=0, help="scale down to this many pixels; 0 keeps the size")
     add("--ending", default="", help="take only files of this ending, such as .mov")
+    add("--stills", action="store_true", help="numbered images are stills, not the frames of one clip")
     add("--lossless", action="store_true", help="lossless 4:4:4: larger, and browsers do not play it")
     add("--force", action="store_true", help="write pairs again that exist already")
     add("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="clips at a time")
@@ -164,10 +170,12 @@ def _options(arguments: argparse.Namespace) -> Options:
 # --- finding sources --------------------------------------------------------------------------------------------------
 
 
-def _jobs(sources: Iterable[Path], ending: str, out: Path) -> tuple[list[Job], list[tuple[str, str]]]:
+def _jobs(
+    sources: Iterable[Path], ending: str, out: Path, *, stills: bool
+) -> tuple[list[Job], list[tuple[str, str]], list[Note]]:
     """Return a job for each name: of files that share one, the best format is taken and the others are listed."""
-    jobs, left_out, taken = [], [], {}
-    found = [job for source in sources for job in _found(source, out.resolve())]
+    jobs, left_out, taken, notes = [], [], {}, {}
+    found = [job for source in sources for job in _found(source, out.resolve(), notes, stills=stills)]
     wanted = [job for job in found if not ending or job.source.suffix.lower() == ending.lower()]
     for job in sorted(wanted, key=lambda job: (str(job.name), _rank(job.source))):
         if job.name in taken:
@@ -175,35 +183,50 @@ def _jobs(sources: Iterable[Path], ending: str, out: Path) -> tuple[list[Job], l
         else:
             taken[job.name] = job.source.name
             jobs.append(job)
-    return jobs, left_out
+    return jobs, left_out, [notes[text] for text in sorted(notes)]
 
 
 def _rank(source: Path) -> tuple[int, str]:
-    ending = "" if source.is_dir() else source.suffix.lower()
+    ending = "" if spans_files(source) else source.suffix.lower()
     return BEST_FIRST.index(ending) if ending in BEST_FIRST else len(BEST_FIRST), ending
 
 
-def _found(source: Path, out: Path) -> Iterator[Job]:
-    if not source.exists():
+def _found(source: Path, out: Path, notes: dict[str, Note], *, stills: bool) -> Iterator[Job]:
+    if not source.exists() and not is_pattern(source):
         raise UserError(f"{source}: does not exist; give a video, an image sequence, or a folder of them")
     if source.is_dir() and not is_sequence(source):
-        yield from _inside(source, Path(), out)
-    elif source.is_dir() or source.suffix.lower() in MEDIA_ENDINGS:
-        yield Job(source, Path(source.name if source.is_dir() else source.stem))
+        yield from _inside(source, Path(), out, notes, stills=stills)
+    elif spans_files(source) or source.suffix.lower() in MEDIA_ENDINGS:
+        stem = stem_of(source)
+        beside = listed(source.parent).captions.get(normal(stem), [None])
+        yield Job(source, Path(stem), beside[0])
     else:
         raise UserError(f"{source}: is no video; known endings are {', '.join(sorted(MEDIA_ENDINGS))}")
 
 
-def _inside(folder: Path, below: Path, out: Path) -> Iterator[Job]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.resolve() == out:
-            continue
-        if path.is_dir() and is_sequence(path):
-            yield Job(path, below / path.name)
-        elif path.is_dir():
-            yield from _inside(path, below / path.name, out)
-        elif path.suffix.lower() in MEDIA_ENDINGS:
-            yield Job(path, below / path.stem)
+def _inside(folder: Path, below: Path, out: Path, notes: dict[str, Note], *, stills: bool) -> Iterator[Job]:
+    listing = listed(folder)
+    for note in listing.notes:
+        notes[note.text] = counted(note, notes.get(note.text))
+    for stem, paths in listing.media.items():
+        caption = listing.captions.get(stem, [None])[0]
+        for path in paths:
+            if path.is_dir() and path.resolve() == out:
+                continue
+            apart = is_pattern(path) and (stills or _are_clips(path))
+            for one in files_of(path) if apart else (path,):
+                yield Job(one, below / (stem_of(one) if apart else stem), None if apart else caption)
+    for path in listing.folders:
+        if path.resolve() != out:
+            yield from _inside(path, below / path.name, out, notes, stills=stills)
+
+
+def _are_clips(pattern: Path) -> bool:
+    """Tell whether numbered images are animations, each of which is a clip."""
+    try:
+        return probe(files_of(pattern)[0]).frames > 1
+    except BadMedia:  # the clip's own probe says why
+        return False
 
 
 # --- one clip --------------------------------------------------------------------------------------------------------
@@ -212,9 +235,8 @@ def _inside(folder: Path, below: Path, out: Path) -> Iterator[Job]:
 def _split(job: Job, options: Options) -> bool | str:
     """Return True for a pair that was written, False for one that existed, or the reason why there is none."""
     target = options.out / job.name
-    caption = job.source.with_name(job.name.name + ".txt")
     try:
-        text = caption_text(caption) if caption.is_file() else None
+        text = caption_text(job.caption) if job.caption else None
         there = not options.force and any(_pair(target, ending)[0].is_file() for ending in (".mp4", ".png"))
         if not there:
             _write(target, _examined(job, options), lossless=options.lossless)

@@ -135,6 +135,7 @@ class SourceConfig:
     frames: tuple[int, ...] | None = None
     sizes: tuple[Size, ...] | None = None
     clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] | None = None
+    sequence_fps: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     cache_dir: LocalPath = ""
     fps: Positive = 16.0
+    sequence_fps: Positive | None = None
     resolutions: tuple[Resolution, ...] = ((832, 480),)
     aspect_ratios: tuple[Positive, ...] = ()
     aspect_min: Positive = 0.5

@@ -176,3 +176,22 @@ def test_pairs_that_are_there_are_not_made_again(tmp_path: Path, rgba: Path, cap
     assert split_rgba(rgba, "--out", out, "--ending", ".mov") == 0
     assert "1 pairs written, 1 were there" in capsys.readouterr().out
     assert (out / "002.mp4").stat().st_mtime_ns == before and not scanned(out).bad
+
+
+def test_numbered_images_in_a_folder_are_a_clip_unless_they_are_said_to_be_stills(tmp_path: Path, capsys) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, frame in enumerate(stack(SCENES[0])):
+        Image.fromarray(frame).save(folder / f"fire.{1001 + number}.png")
+    (folder / "fire.TXT").write_text("fire")
+    (folder / "fire.psd").write_bytes(b"x")
+    assert split_rgba(folder, "--out", tmp_path / "a", "--fps", "24") == 0
+    (sample,) = scanned(tmp_path / "a").samples
+    assert (sample.media.frames, sample.media.fps, sample.caption) == (len(stack(SCENES[0])), 24, "fire")
+    assert "note: 1 × file of a kind that is not read: *.psd" in capsys.readouterr().out
+    assert split_rgba(folder / "fire.####.png", "--out", tmp_path / "b") == 0
+    assert scanned(tmp_path / "b").samples[0].caption == "fire"
+    assert split_rgba(folder, "--out", tmp_path / "c", "--stills") == 0
+    assert sorted(path.name for path in (tmp_path / "c").iterdir())[:2] == ["fire.1001.png", "fire.1001_seg.png"]

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from transpixeler.config import BucketRule, Config, DataConfig, Resolution, SourceConfig, TrainConfig, UserError
-from transpixeler.data.media.clip import Clip, Media
+from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.geometry import Geometry
 
@@ -77,10 +77,8 @@ def check_draws(data: DataConfig) -> None:
 
 
 def rate(data: DataConfig) -> Fraction:
-    """Return `data.fps` as an exact fraction: 29.97 means 30000/1001."""
-    near = Fraction(round(data.fps) * 1000, 1001)
-    meant = data.fps % 1 != 0 and abs(data.fps - near) < near / 5000
-    return near if meant else Fraction(str(data.fps))
+    """Return `data.fps` as an exact fraction."""
+    return exact_rate(data.fps)
 
 
 def bucket_groups(source: SourceConfig, data: DataConfig, *, geometry: Geometry) -> tuple[tuple[Bucket, ...], ...]:

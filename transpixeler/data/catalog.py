@@ -21,7 +21,7 @@ from transpixeler.data.dataset import Item, ShownKeys
 from transpixeler.data.draws import Draws
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip
-from transpixeler.data.media.files import IMAGE_ENDINGS, files_of
+from transpixeler.data.media.files import IMAGE_ENDINGS, files_of, spans_files
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part
 from transpixeler.data.prompts import sampled_texts
@@ -101,6 +101,7 @@ class Catalog:
     prompts: Mapping[str, Keys]  # keys of the texts that evaluations sample from
     folders: tuple[Path, ...]
     blanks: tuple[BlankJob, ...] = ()
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by set
 
     def keys(self) -> dict[bytes, str]:
         """Return every key with a name for it."""
@@ -140,7 +141,8 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
         memory.save()
     keys = {text: job.all_keys for text, job in prompts.items()}
     made, skipped = (tuple(clips.values()), tuple(texts.values())), {name: one.skipped for name, one in found.items()}
-    return Catalog(items, skipped, *made, empty.all_keys, keys, folders, _blank_jobs(made[0], model, folders[0]))
+    blanks, notes = _blank_jobs(made[0], model, folders[0]), {name: one.told for name, one in found.items()}
+    return Catalog(items, skipped, *made, empty.all_keys, keys, folders, blanks, notes)
 
 
 class Fingerprints(dict[str, str]):
@@ -371,7 +373,9 @@ def _rate(sample: Sample, clip: Clip) -> str:
     if clip.frames == 1:
         return "still"
     first = sample.paths[0][1]
-    if first.suffix.lower() not in ANIMATED or first.is_dir():
+    if spans_files(first):
+        return f"{clip.fps}, from {sample.media.fps}" if sample.media.fps else str(clip.fps)
+    if first.suffix.lower() not in ANIMATED:
         return str(clip.fps)
     return f"{clip.fps}, {'timed' if sample.media.fps else 'counted'}"
 

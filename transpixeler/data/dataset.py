@@ -60,6 +60,7 @@ class Dataset:
     )  # keys of the texts that evaluations sample from
     scales: tuple[int, ...] = ()  # of the streams
     lasts: tuple[int, ...] = ()  # streams whose last frames are in the cache too, of clips that have more than one
+    notes: tuple[str, ...] = ()  # on files in no sample, and on how others were understood
 
     def order(self, *, seed: int, global_batch: int, data: DataConfig = PLAIN) -> Order:
         """Return the order in which training takes the clips. data: its rules for buckets, and how they are drawn."""

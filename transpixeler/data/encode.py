@@ -292,7 +292,9 @@ def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str], *, whole:
         reasons = {name: reason for name, reason in faults.items() if reason is not None}
         kept = tuple(item for item in items if item.id not in reasons)
         skipped = (*found.skipped[name], *reasons.items())
-        data = sets[name] = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, lasts)
+        told = found.notes.get(name, ())
+        data = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, lasts, told)
+        sets[name] = data
         if not whole:
             continue
         used = clips_used(config, data) if name == "train" else kept
@@ -312,6 +314,8 @@ def _summarise(datasets: Datasets, outcomes: Sequence[Outcome]) -> None:
         for bucket, clips in dataset.buckets().items():
             frames, height, width = bucket
             logger.info("%-6s %-18s %8d", dataset.key, f"{width}×{height}×{frames}", clips)
+        for note in dataset.notes:
+            logger.info("%-6s note: %s", dataset.key, note)
         kinds = _by_kind(dataset.skipped)
         for count, name, reason in kinds[:KINDS_SHOWN]:
             logger.info("%-6s skipped %d: %s (%s%s)", dataset.key, count, reason, name, ", …" if count > 1 else "")

@@ -17,7 +17,7 @@ from transpixeler.data.features.place import place
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.probe import Probes
-from transpixeler.data.sources.candidate import BadSample, TextRow
+from transpixeler.data.sources.candidate import BadSample, Note, TextRow
 from transpixeler.data.sources.pairs import Sample, scan
 from transpixeler.models.geometry import Geometry
 
@@ -39,6 +39,12 @@ class Survey:
     clips: tuple[SampleClip, ...] = ()  # in the order of their samples
     dropped: tuple[tuple[str, str], ...] = ()  # (sample id, reason) of samples that fit no bucket
     texts: tuple[TextRow, ...] = ()  # rows that give the features of a text alone
+    notes: tuple[Note, ...] = ()  # on files that are in no sample, and on how others were understood
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Return the notes as texts."""
+        return tuple(map(str, self.notes))
 
     @property
     def skipped(self) -> tuple[tuple[str, str], ...]:
@@ -71,4 +77,5 @@ def survey(
     clips = [SampleClip(samples[clip.sample_id], clip, bucket) for bucket, clip in both]
     if given:
         clips.sort(key=lambda clip: clip.sample.id)  # as the samples are; the clips of one keep their order
-    return Survey(found.samples, found.bad, tuple(clips), (*assigned.dropped, *placed.dropped), found.texts)
+    dropped = (*assigned.dropped, *placed.dropped)
+    return Survey(found.samples, found.bad, tuple(clips), dropped, found.texts, found.notes)

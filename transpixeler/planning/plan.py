@@ -71,6 +71,7 @@ class Plan:
     idle_on_device: bool  # the weights of experts that do not work
     rows: tuple[Row, ...]
     dropped: Mapping[str, tuple[tuple[str, str], ...]]  # by set: (sample, reason)
+    notes: Mapping[str, tuple[str, ...]]  # by set: on files in no sample, and on how others were understood
     steps_first_epoch: int
     steps_epoch: float
     steps: int
@@ -116,6 +117,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         idle_on_device=estimate.idle_on_device(layout),
         rows=tuple(_row(load, train, estimate, layout, mode) for load in loads),
         dropped={"train": train.skipped, "eval": evaluation.skipped},
+        notes={"train": train.notes, "eval": evaluation.notes},
         steps_first_epoch=order.steps(0),
         steps_epoch=sum(load.steps for load in loads),
         steps=total_steps(config, order),
@@ -174,7 +176,7 @@ def _dataset(config: Config, model: ModelFolder, key: str) -> Dataset:
         Item(clip.id, sample.id, sample.caption, bucket, (), (), sources[sample.source].repeats)
         for sample, clip, bucket in found.clips
     )
-    return Dataset(items, tuple(config.streams), (), Cache(), key, found.skipped)
+    return Dataset(items, tuple(config.streams), (), Cache(), key, found.skipped, notes=found.told)
 
 
 def _loads(config: Config, geometry: Geometry, order: Order, train: Dataset) -> list[Load]:
@@ -291,6 +293,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         "layout": str(plan.layout),
         "buckets": [row._asdict() | {"bucket": list(row.bucket)} for row in plan.rows],
         "dropped": {key: [list(pair) for pair in pairs] for key, pairs in plan.dropped.items()},
+        "notes": {key: list(notes) for key, notes in plan.notes.items()},
         "steps": {"first_epoch": plan.steps_first_epoch, "epoch": plan.steps_epoch, "all": plan.steps},
         "flop_step": plan.flop_step,
         "seconds": {"step": plan.seconds_step or None, "all": plan.seconds_step * plan.steps or None,

@@ -81,9 +81,9 @@ def _buckets(plan: Plan) -> list[str]:
 
 
 def _dropped(plan: Plan) -> list[str]:
+    lines = [f"note on data.{key}: {note}" for key, notes in plan.notes.items() for note in notes]
     if not any(plan.dropped.values()):
-        return ["dropped  nothing"]
-    lines = []
+        return [*lines, "dropped  nothing"]
     for key, pairs in plan.dropped.items():
         if pairs:
             lines.append(f"dropped from data.{key}: {len(pairs):,}")

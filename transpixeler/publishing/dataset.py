@@ -25,7 +25,7 @@ from transpixeler.data.features.needs import Needs, check_features
 from transpixeler.data.media.decode import read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
-from transpixeler.data.sources.candidate import BadSample
+from transpixeler.data.sources.candidate import BadSample, Note
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.data.survey import survey
 from transpixeler.files import write_text
@@ -71,6 +71,7 @@ class Inspection:
     flags: tuple[tuple[str, int], ...]
     page: Path
     expected: str  # the files that make a sample
+    notes: tuple[Note, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """Yield what the page says, without its pictures."""
@@ -78,6 +79,7 @@ class Inspection:
         if not self.samples:
             yield f"expected {self.expected}"
         yield from (f"  {bad.id}: {bad.reason} ({bad.path})" for bad in self.bad)
+        yield from (f"  {note}" for note in self.notes)
         yield f"{sum(count for _, count in self.buckets)} clips in {len(self.buckets)} buckets"
         yield from (f"  {bucket}: {count}" for bucket, count in self.buckets)
         if self.dropped:
@@ -109,7 +111,7 @@ def inspect_dataset(
     dropped = tuple((name, reason) for name, reason in found.dropped if name in usable)
     counts = Counter(flag for card in cards for flag in card.flags)
     flags = tuple((flag, counts[flag]) for flag in FLAGS)
-    report = Inspection(len(cards), bad, dropped, tuple(buckets), flags, page, _expected(streams))
+    report = Inspection(len(cards), bad, dropped, tuple(buckets), flags, page, _expected(streams), found.notes)
     write_text(page, _page(report, cards, sources))
     return report
 
@@ -256,6 +258,9 @@ def _problems(report: Inspection) -> str:
         tables.append(_table("Cannot be used", ("sample", "reason", "file"), rows, opened=True))
     if report.dropped:
         tables.append(_table("Clips dropped", ("sample", "reason"), report.dropped, opened=False))
+    if report.notes:
+        rows = ((f"{note.count:,}", note.text, note.path) for note in report.notes)
+        tables.append(_table("Notes", ("files", "what", "such as"), rows, opened=False))
     return "".join(tables) or "<p class=none>None: every file belongs to a sample, and every sample to a bucket."
 
 

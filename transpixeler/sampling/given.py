@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import Config, UserError
-from transpixeler.data.media.clip import Clip, Media
+from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
@@ -51,7 +51,7 @@ def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, siz
         if name in ("image", "last"):
             _check_frame(given, name, model)
         length = 1 if name in ("image", "last") else size[0]
-        _probe_long_enough(given.label(name), path, frame_rate(config), model.geometry, (length, *size[1:]))
+        _probe_long_enough(given.label(name), path, config, model.geometry, (length, *size[1:]))
     if given.last and shows_frames(model.fields):
         both = [_shows_alpha(given, name, config) for name in ("image", "last")]
         if both[0] != both[1]:
@@ -64,11 +64,11 @@ def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, siz
 
 def read_given(given: GivenFiles, config: Config, model: ModelFolder, size: tuple[int, int, int]) -> GivenFrames:
     """Read the frames of files that are checked, for a video of size (F, H, W)."""
-    rate, geometry = frame_rate(config), model.geometry
+    geometry = model.geometry
     clips = {0: ("rgb", given.rgb), 1: ("alpha", given.alpha)}
     return GivenFrames(
         {
-            stream: read_clip(given.label(name), path, rate, geometry, size)
+            stream: read_clip(given.label(name), path, config, geometry, size)
             for stream, (name, path) in clips.items()
             if path
         },
@@ -77,25 +77,26 @@ def read_given(given: GivenFiles, config: Config, model: ModelFolder, size: tupl
     )
 
 
-def read_clip(label: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:
+def read_clip(label: str, path: str, config: Config, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:
     """Read a clip's beginning at the rate and size that are sampled, and log what that leaves out."""
-    frames, height, width = size
-    media = _probe_long_enough(label, path, fps, geometry, size)
+    fps, (frames, height, width) = frame_rate(config), size
+    media = _probe_long_enough(label, path, config, geometry, size)
     if (media.frames, media.width, media.height) != (frames, width, height):
         taken = f"the first {frames} of {media.frames_at(fps)} frames at {float(fps):g} fps"
         fitted = f"scaled and cropped from {media.width}×{media.height} to {width}×{height}"
         logger.info("%s: %s: %s, %s (--size)", label, path, taken, fitted)
     try:
         clip = Clip(path, Fraction(0), frames, fps, height, width)
-        return read_frames(Path(path), frame_numbers(Path(path), clip), height=height, width=width)
+        numbers = frame_numbers(Path(path), clip, rate=media.fps)
+        return read_frames(Path(path), numbers, height=height, width=width)
     except BadMedia as fault:
         raise UserError(f"{label}: {path} {fault}") from None
 
 
-def _probe_long_enough(label: str, path: str, fps: Fraction, geometry: Geometry, size: tuple[int, int, int]) -> Media:
-    frames, height, width = size
+def _probe_long_enough(label: str, path: str, config: Config, geometry: Geometry, size: tuple[int, int, int]) -> Media:
+    fps, (frames, height, width) = frame_rate(config), size
     try:
-        media = probe(Path(path))
+        media = probe(Path(path)).at_rate(exact_rate(config.data.sequence_fps or 0))
         there = media.frames_at(fps)
         if there < frames:
             fits = f"{width}x{height}x{geometry.longest(there)}"
@@ -175,7 +176,7 @@ def _read_frame(
     path, label = getattr(given, name), given.label(name)
     if not path:
         return {}
-    frames = read_clip(label, path, frame_rate(config), model.geometry, (1, *size[1:]))
+    frames = read_clip(label, path, config, model.geometry, (1, *size[1:]))
     if not _shows_alpha(given, name, config):
         if len(config.streams) > 1 and not given.alpha and probe(Path(path)).alpha:
             logger.info(

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
+NTSC = Fraction(1000, 1001)
 SLACK = Fraction(1, 1000)  # Matroska rounds timestamps to milliseconds: a frame counts as shown 1 ms early
+
+
+def exact_rate(fps: float) -> Fraction:
+    """Return a rate as an exact fraction: 29.97 means 30000/1001."""
+    near = round(fps) * NTSC
+    meant = fps % 1 != 0 and abs(fps - near) < near / 5000
+    return near if meant else Fraction(str(fps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +24,19 @@ class Media:
     frames: int
     height: int
     width: int
-    fps: Fraction  # 0: has no rate of its own (a folder of images), so it is taken at the rate that is asked for
+    fps: Fraction  # 0: has no rate of its own (an image sequence), so it is taken at the rate that is asked for
     duration: Fraction  # seconds, 0 where there is no rate
     alpha: bool
 
     @property
     def image(self) -> bool:
         return self.frames == 1
+
+    def at_rate(self, fps: Fraction) -> Media:
+        """Return the same with a rate, where it has none of its own and is no still."""
+        if self.fps or self.image or not fps:
+            return self
+        return replace(self, fps=fps, duration=self.frames / fps)
 
     def frames_at(self, fps: Fraction) -> int:
         """Return how many frames a resampling to `fps` yields."""

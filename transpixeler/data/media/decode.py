@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +20,7 @@ from transpixeler.data.media import container, stills
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.container import Orientation
 from transpixeler.data.media.errors import BadMedia, as_bad_media
-from transpixeler.data.media.files import IMAGE_ENDINGS
+from transpixeler.data.media.files import IMAGE_ENDINGS, files_of, is_pattern, spans_files
 from transpixeler.data.media.fill import Fill, fill_clip, looks_premultiplied, scaled_straight
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Scaler(Protocol):
 def probe(path: Path) -> Media:
     """Return what the file shows; raise BadMedia with the reason if it cannot be used."""
     with as_bad_media():
+        if is_pattern(path):
+            return stills.probe(path)
         if not path.exists():
             raise BadMedia("is missing")
         if not path.is_dir() and not path.is_file():
@@ -49,9 +52,12 @@ def probe(path: Path) -> Media:
         return stills.probe(path) if _still(path) else container.probe(path)
 
 
-def frame_numbers(path: Path, clip: Clip) -> tuple[int, ...]:
-    """Return the source frames that a clip shows, ascending; a source of a lower rate repeats some."""
-    return stills.numbers(path, clip) if _still(path) else container.numbers(path, clip)
+def frame_numbers(path: Path, clip: Clip, *, rate: Fraction = Fraction(0)) -> tuple[int, ...]:
+    """Return the source frames that a clip shows, ascending; a source of a lower rate repeats some.
+
+    rate: of an image sequence; 0 takes it image by image.
+    """
+    return stills.numbers(path, clip, rate=rate) if _still(path) else container.numbers(path, clip)
 
 
 def read_frames(path: Path, numbers: Sequence[int], *, height: int, width: int, threads: int = 0) -> np.ndarray:
@@ -75,7 +81,7 @@ def read_rgba(
 
 def is_premultiplied(path: Path) -> bool:
     """Judge by the file's frames, since no format states it; once a file."""
-    stat = path.stat()
+    stat = files_of(path)[0].stat()
     return _looks_premultiplied(path, (stat.st_size, stat.st_mtime_ns))
 
 
@@ -94,7 +100,7 @@ def stream_rgba(path: Path, numbers: Sequence[int], media: Media, *, threads: in
 
 
 def _still(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in IMAGE_ENDINGS
+    return path.suffix.lower() in IMAGE_ENDINGS or spans_files(path)
 
 
 def _collect(fitted: Iterator[np.ndarray], numbers: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:

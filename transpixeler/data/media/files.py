@@ -1,10 +1,15 @@
-"""Find the files of one video: a path in; the file itself, or the numbered images of a sequence folder, out."""
+"""Find the files of one video: a path in; the file itself, or the numbered images that it stands for, out.
+
+Such a path is a folder of images, or a pattern: `fire.####.png` stands for fire.1001.png, fire.1002.png and so on.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,14 +19,66 @@ VIDEO_ENDINGS = frozenset(
     [".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv"]
 )
 IMAGE_ENDINGS = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
+PATTERN = re.compile(r"[^#]*#+[^#]*")
+SETTLED_SECONDS = 2.0
+
+
+def spans_files(path: Path) -> bool:
+    """Tell whether a path stands for numbered images: a folder of them, or a pattern such as fire.####.png."""
+    return path.is_dir() or is_pattern(path)
+
+
+def is_pattern(path: Path) -> bool:
+    """Tell whether a name has one run of # for the number of an image, and is no file of its own."""
+    return bool(PATTERN.fullmatch(path.name)) and path.suffix.lower() in IMAGE_ENDINGS and not path.exists()
+
+
+def pattern_of(file: Path, number: tuple[int, int]) -> Path:
+    """Return the pattern of a file's sequence. number: where in its name the number begins and ends."""
+    start, end = number
+    return file.with_name(f"{file.name[:start]}{'#' * (end - start)}{file.name[end:]}")
+
+
+def stem_of(path: Path) -> str:
+    """Return the name that a video's caption has too: without an ending, and of a pattern without its number."""
+    if path.is_dir():
+        return path.name
+    return re.sub(r"[._-]?#+", "", path.stem) if is_pattern(path) else path.stem
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """Return the path itself, or the images of a sequence folder in natural order."""
-    if not path.is_dir():
+    """Return the path itself, or the images of a sequence in natural order."""
+    if path.is_dir():
+        found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".")]
+    elif is_pattern(path):
+        found = _matching(path)
+    else:
         return (path,)
-    found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and not p.name.startswith(".")]
     return tuple(sorted(found, key=natural))
+
+
+def _matching(pattern: Path) -> list[Path]:
+    head, tail = re.split("#+", pattern.stem)
+    number = re.compile(f"{re.escape(head)}[0-9]+{re.escape(tail)}")
+    ending, folder = pattern.suffix.lower(), pattern.parent
+    return [
+        folder / name for name in _names(folder) if name.lower().endswith(ending) and number.fullmatch(Path(name).stem)
+    ]
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    """Return a folder's names, remembered: listing it anew for each of its sequences would be quadratic."""
+    try:
+        changed = folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return ()
+    settled = time.time_ns() - changed > SETTLED_SECONDS * 1e9  # else it may change again within one tick of its clock
+    return (_names_of if settled else _names_of.__wrapped__)(folder, changed)
+
+
+@functools.lru_cache(maxsize=4)
+def _names_of(folder: Path, _: int) -> tuple[str, ...]:
+    return tuple(path.name for path in folder.iterdir())
 
 
 def natural(path: Path) -> tuple[tuple[int, int | str], ...]:

@@ -1,4 +1,4 @@
-"""Images, animated images and folders of images, read through Pillow: the counterpart of `container` for stills."""
+"""Images, animated images and sequences of images, read through Pillow: the counterpart of `container` for stills."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from transpixeler.data.media.clip import SLACK, Clip, Media
 from transpixeler.data.media.errors import BadMedia, as_bad_media, check_size
-from transpixeler.data.media.files import check_gaps, files_of
+from transpixeler.data.media.files import check_gaps, files_of, spans_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +33,7 @@ def probe(path: Path) -> Media:
     """Read the first image's size and alpha, and for an animation when each frame ends."""
     files = files_of(path)
     if not files:
-        raise BadMedia("is a folder without images")
+        raise BadMedia("is a folder without images" if path.is_dir() else "is missing: no image has a name like this")
     check_gaps(files)
     with as_bad_media(), _open(files[0]) as image, _turn(image):
         width, height = image.size
@@ -41,18 +41,23 @@ def probe(path: Path) -> Media:
             width, height = height, width
         alpha = image.has_transparency_data
         image.load()
-        if len(files) > 1 or path.is_dir():
+        if spans_files(path):
+            if len(files) > 1 and image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
+                raise BadMedia(f"is a sequence of animations, not of images ({files[0].name}); give each a caption")
             return Media(len(files), height, width, Fraction(0), Fraction(0), alpha)
         ends = _read_ends(image)
     duration = ends[-1] / 1000
     return Media(len(ends), height, width, len(ends) / duration if duration else Fraction(0), duration, alpha)
 
 
-def numbers(path: Path, clip: Clip) -> tuple[int, ...]:
-    """Return the numbers of the frames that a clip shows."""
+def numbers(path: Path, clip: Clip, *, rate: Fraction = Fraction(0)) -> tuple[int, ...]:
+    """Return the numbers of the frames that a clip shows. rate: of a sequence; 0 takes it image by image."""
     first = round(clip.start * clip.fps)
-    if path.is_dir():
-        return tuple(range(first, first + clip.frames))
+    if spans_files(path):
+        if not rate:
+            return tuple(range(first, first + clip.frames))
+        last = len(files_of(path)) - 1
+        return tuple(min(last, int((clip.start + k / clip.fps + SLACK) * rate)) for k in range(clip.frames))
     ends = _ends(path)
     if not ends[-1]:  # without delays frames are counted, as in a folder
         return tuple(min(len(ends) - 1, first + k) for k in range(clip.frames))
@@ -72,8 +77,10 @@ def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
 
 def _pictures(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Open an animation once for all its frames, since each is drawn upon those before it."""
-    if path.is_dir() or list(wanted) == [0]:
+    if spans_files(path) or list(wanted) == [0]:
         files = files_of(path)
+        if wanted[-1] >= len(files):
+            raise BadMedia(f"has {len(files)} images, so there is no frame {wanted[-1]}")
         yield from (_picture(files[number]) for number in wanted)
         return
     with as_bad_media(), _open(path) as image:

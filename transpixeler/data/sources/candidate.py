@@ -22,6 +22,27 @@ class BadSample:
             object.__setattr__(self, name, printable(getattr(self, name)))
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Say what becomes of files that make no sample, or how files were understood; those of one text are counted."""
+
+    text: str
+    path: str  # one of them
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("text", "path"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
+    def __str__(self) -> str:
+        return f"{self.count:,} × {self.text} ({self.path}{', …' if self.count > 1 else ''})"
+
+
+def counted(note: Note, others: Note | None) -> Note:
+    """Add a note to those of its text; the path that comes first stands for all."""
+    return note if others is None else Note(note.text, min(note.path, others.path), note.count + others.count)
+
+
 TEXT_COLUMN = "text_fea"  # of a manifest: the file with a caption's features
 
 

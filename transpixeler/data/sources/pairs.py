@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -18,19 +19,19 @@ import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
 from transpixeler.data.features.needs import Needs
-from transpixeler.data.media.clip import Clip, Media
+from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
-from transpixeler.data.media.files import files_of, numbers_of
+from transpixeler.data.media.files import files_of, numbers_of, spans_files
 from transpixeler.data.media.fill import KEEP, Fill
 from transpixeler.data.names import is_utf8, printable
-from transpixeler.data.sources.candidate import NOT_GIVEN, BadSample, Candidate, Features, TextRow
+from transpixeler.data.sources.candidate import NOT_GIVEN, BadSample, Candidate, Features, Note, TextRow, counted
 from transpixeler.data.sources.captions import caption_of
 from transpixeler.data.sources.folder import folder_candidates
 from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates
 
 Probe = Callable[[Path], Media]
-Offer = Candidate | TextRow | BadSample
+Offer = Candidate | TextRow | BadSample | Note
 WINDOW = 4096  # candidates examined at a time: manifests are streamed
 
 
@@ -54,6 +55,7 @@ class Scan:
     samples: tuple[Sample, ...]
     bad: tuple[BadSample, ...]
     texts: tuple[TextRow, ...] = ()  # in the order of their rows
+    notes: tuple[Note, ...] = ()  # one of each text
 
 
 def scan(
@@ -68,17 +70,21 @@ def scan(
     samples: list[Sample] = []
     bad: list[BadSample] = []
     texts: list[TextRow] = []
+    notes: dict[str, Note] = {}
     names, taken = source_names(sources), {}
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         for index, source in enumerate(sources):
+            fps = exact_rate(source.sequence_fps or data.sequence_fps or 0)
             offered = _distinct(_offered(source, names[index], streams, data.columns), taken)
             while window := list(itertools.islice(offered, WINDOW)):
-                look = partial(examined, source=index, rgba=source.rgba, probe=probe, needs=needs)
+                look = partial(examined, source=index, rgba=source.rgba, probe=probe, needs=needs, fps=fps)
                 for found in pool.map(look, window):
                     if isinstance(found, Sample):
                         samples.append(found)
                     elif isinstance(found, TextRow):
                         texts.append(found)
+                    elif isinstance(found, Note):
+                        notes[found.text] = counted(found, notes.get(found.text))
                     else:
                         bad.append(found)
     samples.sort(key=lambda sample: sample.id)
@@ -89,7 +95,22 @@ def scan(
             f"{len(bad)} of {len(bad) + len(samples)} samples cannot be used, the first is {first}; "
             "mend them or set data.on_bad=skip"
         )
-    return Scan(tuple(samples), tuple(bad), tuple(texts))
+    for note in _sequence_notes(samples, data):
+        notes[note.text] = counted(note, notes.get(note.text))
+    return Scan(tuple(samples), tuple(bad), tuple(texts), tuple(notes[text] for text in sorted(notes)))
+
+
+def _sequence_notes(samples: Iterable[Sample], data: DataConfig) -> Iterator[Note]:
+    """Say of each image sequence at which rate it is taken."""
+    for sample in samples:
+        path, media = sample.paths[0][1], sample.media
+        if media.image or sample.features.latents or not spans_files(path):
+            continue
+        if media.fps:
+            yield Note(f"image sequence, taken at {float(media.fps):.5g} fps", str(path))
+        else:
+            rate = f"taken image by image as {data.fps:g} fps (data.fps)"
+            yield Note(f"image sequence without a rate, {rate}; data.sequence_fps gives one", str(path))
 
 
 def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
@@ -149,10 +170,18 @@ def _free(name: str, taken: dict[str, int]) -> str:
 
 
 def examined(
-    candidate: Offer, source: int, rgba: bool, probe: Probe = probe, needs: Needs | None = None
-) -> Sample | TextRow | BadSample:
-    """Open a candidate's files and compare them with each other and with the manifest's claims."""
-    if isinstance(candidate, BadSample):
+    candidate: Offer,
+    source: int,
+    rgba: bool,
+    probe: Probe = probe,
+    needs: Needs | None = None,
+    fps: Fraction = Fraction(0),
+) -> Sample | TextRow | BadSample | Note:
+    """Open a candidate's files and compare them with each other and with the manifest's claims.
+
+    fps: of image sequences, where the manifest gives none; 0 takes them image by image.
+    """
+    if isinstance(candidate, (BadSample, Note)):
         return candidate
     if isinstance(candidate, TextRow):
         return _examined_text(candidate, needs)
@@ -165,6 +194,7 @@ def examined(
     try:
         media = _known(needs).media(candidate.features) if given else probe(path)
         _check_claims(candidate, media)
+        media = media if given else media.at_rate(candidate.declared.get("fps", fps))
         for path in () if given else [path for _, path in candidate.paths]:
             _check_stream(candidate, path, media, probe=probe, rgba=rgba)
         path = candidate.features.text or path
@@ -226,8 +256,8 @@ def _check_twin(primary: str, media: Media, twin: Media) -> None:
 
 
 def _check_numbers(primary: str, path: Path, twin: Path) -> None:
-    """Refuse two image folders whose numbers in the names do not go together, wherever each begins to count."""
-    if not (path.is_dir() and twin.is_dir()):
+    """Refuse two image sequences whose numbers in the names do not go together, wherever each begins to count."""
+    if not (spans_files(path) and spans_files(twin)):
         return
     files, others = files_of(path), files_of(twin)
     counts = zip(numbers_of(files) or (), numbers_of(others) or ())
@@ -246,7 +276,7 @@ def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int =
     first, path = sample.paths[0]
     height, width = clip.height, clip.width
     with _blamed_on(first, path):
-        numbers = frame_numbers(path, clip)
+        numbers = frame_numbers(path, clip, rate=sample.media.fps)
         if sample.rgba:
             both = read_rgba(path, numbers, height=height, width=width, fill=fill, threads=threads)
             return dict(zip(dict(sample.paths), both))

@@ -45,7 +45,10 @@ TOP_FLOOR = {
     *("__init__", "__main__", "arguments", "cli", "commands", "files"),
     *("config", "configfaults", "configfile", "configschema", "configtypes"),
 }
-HEAVY = {"diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"}
+HEAVY = {
+    *("diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"),
+    "OpenEXR",
+}
 LIGHT = (
     "config",
     "configtypes",

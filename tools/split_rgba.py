@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,7 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.extend import Backdrop
 from transpixeler.data.media.files import files_of, is_pattern, spans_files, stem_of
 from transpixeler.data.media.fill import Fill, fill_frame, scaled_straight
+from transpixeler.data.media.light import Curve, Light
 from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.names import normal
 from transpixeler.data.sources.candidate import Note, counted
@@ -47,6 +48,7 @@ class Options:
 
     out: Path
     alpha: Literal["auto", "straight", "premultiplied"]
+    transfer: Curve
     fill: Literal["extend", "black", "color", "random", "keep"]
     color: tuple[int, int, int]
     fps: Fraction | None
@@ -75,9 +77,10 @@ class Cut:
     size: tuple[int, int]  # height and width of the pair
     premultiplied: bool
     fill: Fill
+    light: Light
 
     def raw(self) -> Iterator[np.ndarray]:
-        return stream_rgba(self.source, self.numbers, self.media)
+        return stream_rgba(self.source, self.numbers, self.media, light=self.light)
 
     def straight(self) -> Iterator[np.ndarray]:
         """Yield uint8 [H,W,4], straight and scaled; cropped by less than a pixel to a size that 4:2:0 holds."""
@@ -130,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add("sources", nargs="+", type=Path, help="files, image sequences, or folders of them")
     add("--out", type=Path, required=True, help="the folder of pairs")
     add("--alpha", choices=("auto", "straight", "premultiplied"), default="auto", help="how the file stores colour")
+    add("--transfer", choices=("srgb", "rec709"), default="srgb", help="the curve that linear light (EXR) is shown by")
     add(
         "--fill",
         choices=("extend", "black", "color", "random", "keep"),
@@ -164,7 +168,8 @@ def _options(arguments: argparse.Namespace) -> Options:
         raise UserError("--jobs must be at least 1, and --short-side 0 or at least 2")
     color = (red, green, blue)
     short, lossless, force = arguments.short_side, arguments.lossless, arguments.force
-    return Options(arguments.out, arguments.alpha, arguments.fill, color, fps, short, lossless, force)
+    stored = (arguments.alpha, arguments.transfer)
+    return Options(arguments.out, *stored, arguments.fill, color, fps, short, lossless, force)
 
 
 # --- finding sources --------------------------------------------------------------------------------------------------
@@ -259,10 +264,10 @@ def _examined(job: Job, options: Options) -> Cut:
     resampled = options.fps is not None and bool(media.fps) and not media.image
     clip = Clip(str(job.name), Fraction(0), media.frames_at(fps), fps, media.height, media.width)
     numbers = frame_numbers(job.source, clip) if resampled else tuple(range(media.frames))
-    cut = Cut(job.source, media, numbers, fps, _size(media, options), False, _fill(job, options))
+    light = Light(options.transfer, options.alpha)
+    cut = Cut(job.source, media, numbers, fps, _size(media, options), False, _fill(job, options), light)
     _check_alpha(cut)
-    premultiplied = options.alpha == "premultiplied" or (options.alpha == "auto" and is_premultiplied(job.source))
-    return Cut(job.source, media, numbers, fps, cut.size, premultiplied, cut.fill)
+    return replace(cut, premultiplied=is_premultiplied(job.source, options.alpha))
 
 
 def _size(media: Media, options: Options) -> tuple[int, int]:

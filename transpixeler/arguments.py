@@ -317,7 +317,7 @@ def _add_sample(commands: Any) -> None:
     option("--image", default="", metavar="FILE", help="the first frame: the video goes on from it, and from its alpha")
     option("--last", default="", metavar="FILE", help="the last frame, beside --image: the video ends with it")
     option("--out", default="samples", metavar="DIR", help="the folder to write (default: samples)")
-    option("--format", action="append", default=[], metavar="NAME", help="mov, webm, png, …; may be repeated")
+    option("--format", action="append", default=[], metavar="NAME", help="mov, webm, png, exr, …; may be repeated")
     for name in ("steps", "guidance", "shift", "seed", "scheduler", "alpha-mode", "background"):
         option(f"--{name}", metavar="VALUE", help=f"set sample.{name.replace('-', '_')}")
     _add_ema(parser)

@@ -64,7 +64,7 @@ Byte = Annotated[int, Range(0, 255)]
 Beta = Annotated[float, Range(0, 0.999999)]
 Resolution = int | tuple[int, int]  # the side of a square of the same area, or [width, height]
 Size = tuple[int, int, int]  # [width, height, frames]
-SampleFormat = Literal["mov", "webm", "png", "png16", "checkerboard", "composite"]
+SampleFormat = Literal["mov", "webm", "png", "png16", "exr", "checkerboard", "composite"]
 BESIDE_STREAMS = (*get_args(SampleFormat), "still", "facts")  # names that a sample's other files take
 
 
@@ -169,6 +169,7 @@ class DataConfig:
     clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] = "single_beginning"
     upscale: bool = False
     alpha: Literal["auto", "straight", "premultiplied"] = "auto"
+    transfer: Literal["srgb", "rec709"] = "srgb"
     fill: Literal["keep", "extend", "black", "color"] = "keep"
     fill_color: tuple[Byte, Byte, Byte] = (0, 0, 0)
     on_bad: Literal["skip", "error"] = "skip"

@@ -300,7 +300,7 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
         config = configfile.from_overrides([f"sample.size=[{size}]", f"data.fps={fps}"])
         with caplog.at_level("INFO"):
             width, height, frames = config.sample.size
-            given.read_clip("--rgb", str(clip), Fraction(fps), USUAL, (frames, height, width))
+            given.read_clip("--rgb", str(clip), config, USUAL, (frames, height, width))
         assert f"--rgb: {clip}: {said}" in caplog.text
 
 

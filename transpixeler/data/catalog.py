@@ -21,7 +21,7 @@ from transpixeler.data.dataset import Item, ShownKeys
 from transpixeler.data.draws import Draws
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip
-from transpixeler.data.media.files import IMAGE_ENDINGS, files_of, spans_files
+from transpixeler.data.media.files import IMAGE_ENDINGS, LINEAR_ENDINGS, ending_of, files_of, spans_files
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part
 from transpixeler.data.prompts import sampled_texts
@@ -347,11 +347,17 @@ def latent_keys(
             plane=("color" if number == 0 else "alpha") if sample.rgba else "all",
             fill=fill.parts if sample.rgba else [],
             clip=[str(clip.start), clip.frames, _rate(sample, clip), clip.height, clip.width],
+            **({"light": fill.transfer if sample.rgba or number == 0 else "data"} if _linear(path) else {}),
             **({"scale": scales[number]} if scales and scales[number] > 1 else {}),
             **({"part": "last frame"} if last else {}),
         )
         for number, (stream, path) in enumerate(sample.paths)
     }
+
+
+def _linear(path: Path) -> bool:
+    """Tell whether a file may hold linear light, so that the curve counts."""
+    return ending_of(path) in LINEAR_ENDINGS
 
 
 def keys_of_shown(

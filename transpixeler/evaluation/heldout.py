@@ -30,7 +30,7 @@ from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.requests import Maker, list_requests
 from transpixeler.sampling.sampler import Sampler, check_guidance
 from transpixeler.sampling.texts import cached_prompts
-from transpixeler.sampling.video import Video, check_background, name_part, write_video
+from transpixeler.sampling.video import Video, check_formats, name_part, write_video
 
 logger = logging.getLogger("transpixeler")
 
@@ -63,7 +63,7 @@ class Evaluator:
         if not self.makes_videos and runtime.is_main and (self.prompts or config.eval.samples):
             logger.info("evaluation: losses only, as videos need both experts; sample the run afterwards")
         if self.prompts or self._sampled_pieces():
-            check_background(config)
+            check_formats(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
         self.texts = cached_prompts(config, data, self.model)
         self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model)

@@ -25,6 +25,7 @@ from transpixeler.data.features.needs import Needs, check_features
 from transpixeler.data.media.decode import read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
+from transpixeler.data.media.light import DATA
 from transpixeler.data.sources.candidate import BadSample, Note
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.data.survey import survey
@@ -140,7 +141,7 @@ def _card(sample: Sample, data: DataConfig, needs: Needs) -> Card | BadSample:
         check_features(sample.features, needs)
         if sample.features.latents:
             return Card(sample, (), ())
-        frames = _judged_frames(sample, Fill(alpha=data.alpha))
+        frames = _judged_frames(sample, Fill(alpha=data.alpha, transfer=data.transfer))
     except BadMedia as error:
         return BadSample(sample.id, str(sample.paths[0][1]), str(error))
     names = list(frames)
@@ -162,9 +163,11 @@ def _judged_frames(sample: Sample, fill: Fill) -> dict[str, np.ndarray]:
     if sample.rgba:
         pairs = [read_rgba(sample.paths[0][1], [number], fill=fill, **size) for number in numbers]
         return dict(zip(dict(sample.paths), map(np.concatenate, zip(*pairs))))
-    return {
-        name: np.concatenate([read_frames(path, [number], **size) for number in numbers]) for name, path in sample.paths
-    }
+    found = {}
+    for name, path in sample.paths:
+        light = DATA if found else fill.light
+        found[name] = np.concatenate([read_frames(path, [number], light=light, **size) for number in numbers])
+    return found
 
 
 def flags_of(rgb: np.ndarray, alpha: np.ndarray, data: DataConfig) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.given import given_light
 from transpixeler.sampling.made import ASKED, asked_for, find_made
 from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.requests import Maker, Request, Videos, list_requests
@@ -29,7 +30,7 @@ from transpixeler.sampling.sampler import Sampler, check_guidance
 from transpixeler.sampling.saves import SavedModel
 from transpixeler.sampling.sheet import write_sheet
 from transpixeler.sampling.texts import encode_prompts
-from transpixeler.sampling.video import check_background, write_video
+from transpixeler.sampling.video import check_formats, write_video
 
 logger = logging.getLogger("transpixeler")
 
@@ -62,7 +63,7 @@ def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions)
     model = open_model(config.model)
     check_given(config, model)
     check_guidance(config.sample, model)
-    check_background(config)
+    check_formats(config)
     check_place(out, "--out")
     prompts = _prompts(config.sample, options)
     requests = list_requests(config, prompts, model, given=options.given, count=options.count)
@@ -108,7 +109,9 @@ def _begin(
 def _write(maker: Maker, request: Request, latents: Tensor, out: Path, facts: Mapping[str, object]) -> Path:
     video = maker.video(request)
     streams = maker.frames.decode(latents, video.layout, known=maker.known(request))
-    return write_video(out, video, streams, maker.config, facts)
+    frames, height, width = maker.model.geometry.pixels(video.layout.shapes[0])
+    plate = given_light(request.given, maker.config, (frames, height, width))
+    return write_video(out, video, streams, maker.config, facts, plate)
 
 
 def _facts(source: SavedModel, request: Request) -> dict[str, object]:

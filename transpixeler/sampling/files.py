@@ -19,6 +19,8 @@ from transpixeler.config import UserError
 from transpixeler.data.media import decode
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.media.exr import write_exr_sequence
+from transpixeler.data.media.light import decoded
 from transpixeler.data.media.write import (
     write_browser_mp4,
     write_png,
@@ -30,6 +32,7 @@ from transpixeler.files import whole
 
 FACTS = "sample.json"
 STILL = "still.png"
+Plate = Callable[[], Iterator[np.ndarray]]  # yields float32 [H,W,3] of linear light, a frame at a time
 CHECKER_SIDE = 8  # pixels
 CHECKER_LIGHT, CHECKER_DARK = 204, 153
 GRID_GAP = 4  # white pixels between the pictures of a grid
@@ -43,13 +46,16 @@ def write_sample(
     formats: Sequence[str],
     alpha_mode: str,
     background: str = "",
+    transfer: str = "srgb",
+    plate: Plate | None = None,
     facts: Mapping[str, Any],
 ) -> dict[str, Path]:
     """Write uint8 [F,H,W,3] streams in place of a sample that was there; returns paths by stream or format.
 
+    transfer: the curve between pictures and linear light. plate: the first stream's light, where it was given as such.
     The first stream is RGB and the second its alpha. Without a second one, formats that show alpha are left out.
     """
-    sample = _Sample(streams, fps, alpha_mode, background)
+    sample = _Sample(streams, fps, alpha_mode, background, transfer, plate)
     with whole(folder) as unfinished:
         unfinished.mkdir()
         files = {name: f"{name}.mp4" for name in streams}
@@ -102,6 +108,8 @@ class _Sample:
     fps: Fraction
     alpha_mode: str
     background: str
+    transfer: str = "srgb"
+    plate: Plate | None = None
 
     @property
     def rgb(self) -> np.ndarray:
@@ -139,6 +147,18 @@ class _Sample:
             share = alpha[..., None] / 255 if self.alpha_mode == "premultiplied" else 1.0
             color = rgb * np.asarray(share, np.float32)
             yield np.rint(np.concatenate([color, alpha[..., None]], axis=2) * (top / 255)).astype(kind)
+
+    def linear_frames(self) -> Iterator[np.ndarray]:
+        """Yield float32 frames [H,W,4] of linear light in the alpha mode."""
+        for light, aux in zip(self._light(), self.matte, strict=True):
+            alpha = aux.mean(-1, dtype=np.float32)[..., None] / 255
+            color = light * alpha if self.alpha_mode == "premultiplied" else light
+            yield np.concatenate([color, alpha], axis=2)
+
+    def _light(self) -> Iterator[np.ndarray]:
+        if self.plate is not None:
+            return self.plate()
+        return (decoded(rgb / np.float32(255), self.transfer) for rgb in self.rgb)
 
     def laid_over(self, grounds: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         return (over(rgb, alpha_of(aux), ground) for rgb, aux, ground in zip(self.rgb, self.matte, grounds))
@@ -182,6 +202,12 @@ def _write_png16(sample: _Sample, path: Path) -> None:
     write_png_sequence(path, sample.frames(deep=True), facts=sample.tags)
 
 
+def _write_exr(sample: _Sample, path: Path) -> None:
+    origin = "the given files" if sample.plate else f"pictures by the curve of {sample.transfer}"
+    facts = {"comments": f"linear light, from {origin}"}
+    write_exr_sequence(path, sample.linear_frames(), fps=sample.fps, alpha_mode=sample.alpha_mode, facts=facts)
+
+
 def _write_checkerboard(sample: _Sample, path: Path) -> None:
     count, height, width, _ = sample.rgb.shape
     grounds = iter([checkerboard(height, width)] * count)
@@ -198,6 +224,7 @@ _FORMATS: dict[str, tuple[str, Callable[[_Sample, Path], None]]] = {
     "webm": ("rgba.webm", _write_webm),
     "png": ("png", _write_png),
     "png16": ("png16", _write_png16),
+    "exr": ("exr", _write_exr),
     "checkerboard": ("checkerboard.mp4", _write_checkerboard),
     "composite": ("composite.mp4", _write_composite),
 }

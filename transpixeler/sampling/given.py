@@ -14,15 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import Config, UserError
+from transpixeler.data.media import exr
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.media.files import ending_of, files_of
 from transpixeler.data.media.fill import Fill
+from transpixeler.data.media.light import DATA, Light
 from transpixeler.data.prompts import GivenFiles
 from transpixeler.flow.objective import trained
 from transpixeler.models.conditions import shows_frames
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.geometry import Geometry
+from transpixeler.sampling.files import Plate
 from transpixeler.sampling.video import frame_rate
 
 logger = logging.getLogger("transpixeler")
@@ -68,7 +72,7 @@ def read_given(given: GivenFiles, config: Config, model: ModelFolder, size: tupl
     clips = {0: ("rgb", given.rgb), 1: ("alpha", given.alpha)}
     return GivenFrames(
         {
-            stream: read_clip(given.label(name), path, config, geometry, size)
+            stream: read_clip(given.label(name), path, config, geometry, size, mask=name == "alpha")
             for stream, (name, path) in clips.items()
             if path
         },
@@ -77,7 +81,9 @@ def read_given(given: GivenFiles, config: Config, model: ModelFolder, size: tupl
     )
 
 
-def read_clip(label: str, path: str, config: Config, geometry: Geometry, size: tuple[int, int, int]) -> np.ndarray:
+def read_clip(
+    label: str, path: str, config: Config, geometry: Geometry, size: tuple[int, int, int], *, mask: bool = False
+) -> np.ndarray:
     """Read a clip's beginning at the rate and size that are sampled, and log what that leaves out."""
     fps, (frames, height, width) = frame_rate(config), size
     media = _probe_long_enough(label, path, config, geometry, size)
@@ -88,9 +94,26 @@ def read_clip(label: str, path: str, config: Config, geometry: Geometry, size: t
     try:
         clip = Clip(path, Fraction(0), frames, fps, height, width)
         numbers = frame_numbers(Path(path), clip, rate=media.fps)
-        return read_frames(Path(path), numbers, height=height, width=width)
+        light = DATA if mask else Light(config.data.transfer)
+        return read_frames(Path(path), numbers, height=height, width=width, light=light)
     except BadMedia as fault:
         raise UserError(f"{label}: {path} {fault}") from None
+
+
+def given_light(given: GivenFiles, config: Config, size: tuple[int, int, int]) -> Plate | None:
+    """Return the light of RGB that is OpenEXR of the size (F, H, W) that is sampled: EXR files keep it as it is."""
+    path, (frames, height, width) = Path(given.rgb), size
+    if "exr" not in config.sample.formats or not given.rgb or ending_of(path) != ".exr":
+        return None
+    media = probe(path).at_rate(exact_rate(config.data.sequence_fps or 0))
+    if (media.height, media.width) != (height, width):
+        logger.info(
+            "%s: %s: has another size than --size, so EXR files hold its light in 8 bits", given.label("rgb"), path
+        )
+        return None
+    clip = Clip(given.rgb, Fraction(0), frames, frame_rate(config), height, width)
+    files, numbers = files_of(path), frame_numbers(path, clip, rate=media.fps)
+    return lambda: (exr.read(files[number]).rgb for number in numbers)
 
 
 def _probe_long_enough(label: str, path: str, config: Config, geometry: Geometry, size: tuple[int, int, int]) -> Media:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from transpixeler.config import Config, SampleConfig, Size, UserError
 from transpixeler.data.buckets import first_bucket
+from transpixeler.data.media.exr import check_library
 from transpixeler.flow.objective import Fields
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
-from transpixeler.sampling.files import read_background, write_sample
+from transpixeler.sampling.files import Plate, read_background, write_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +90,17 @@ def _given_name(video: Video, stream: int) -> str:
 
 
 def write_video(
-    folder: Path, video: Video, streams: Mapping[str, np.ndarray], config: Config, facts: Mapping[str, Any]
+    folder: Path,
+    video: Video,
+    streams: Mapping[str, np.ndarray],
+    config: Config,
+    facts: Mapping[str, Any],
+    plate: Plate | None = None,
 ) -> Path:
-    """Write FOLDER/NAME with the files of `sample.formats` and the settings that made it; returns that folder."""
+    """Write FOLDER/NAME with the files of `sample.formats` and the settings that made it; returns that folder.
+
+    plate: the light of a given first stream, which EXR files then keep.
+    """
     sample = config.sample
     write_sample(
         folder / video.name,
@@ -100,12 +109,16 @@ def write_video(
         formats=sample.formats,
         alpha_mode=sample.alpha_mode,
         background=sample.background,
+        transfer=config.data.transfer,
+        plate=plate,
         facts=settings(video, sample) | dict(facts),
     )
     return folder / video.name
 
 
-def check_background(config: Config) -> None:
-    """Refuse a background that cannot be read, before there is a video to lay over it."""
+def check_formats(config: Config) -> None:
+    """Refuse a format that cannot be written and a background that cannot be read, before there is a video."""
+    if "exr" in config.sample.formats and len(config.streams) > 1:
+        check_library("sample.formats")
     if "composite" in config.sample.formats and len(config.streams) > 1:
         read_background(config.sample.background, fps=frame_rate(config), frames=1, height=16, width=16)

@@ -20,8 +20,9 @@ from transpixeler.data.media import container, stills
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.container import Orientation
 from transpixeler.data.media.errors import BadMedia, as_bad_media
-from transpixeler.data.media.files import IMAGE_ENDINGS, files_of, is_pattern, spans_files
+from transpixeler.data.media.files import IMAGE_ENDINGS, ending_of, files_of, is_pattern, spans_files
 from transpixeler.data.media.fill import Fill, fill_clip, looks_premultiplied, scaled_straight
+from transpixeler.data.media.light import SHOWN, Light
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -60,10 +61,16 @@ def frame_numbers(path: Path, clip: Clip, *, rate: Fraction = Fraction(0)) -> tu
     return stills.numbers(path, clip, rate=rate) if _still(path) else container.numbers(path, clip)
 
 
-def read_frames(path: Path, numbers: Sequence[int], *, height: int, width: int, threads: int = 0) -> np.ndarray:
-    """Return uint8 [F,H,W,3]: the frames of these numbers, scaled to cover the size and cropped to its centre."""
+def read_frames(
+    path: Path, numbers: Sequence[int], *, height: int, width: int, threads: int = 0, light: Light = SHOWN
+) -> np.ndarray:
+    """Return uint8 [F,H,W,3]: the frames of these numbers, scaled to cover the size and cropped to its centre.
+
+    light: how linear light becomes pictures.
+    """
     shape = (len(numbers), height, width, 3)
-    return _collect(_fitted(path, numbers, height=height, width=width, channels=3, threads=threads), numbers, shape)
+    fitted = _fitted(path, numbers, height=height, width=width, channels=3, threads=threads, light=light)
+    return _collect(fitted, numbers, shape)
 
 
 def read_rgba(
@@ -71,16 +78,23 @@ def read_rgba(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return RGB, filled by the policy, and alpha as grey, both uint8 [F,H,W,3], from one decoding pass."""
     shape = (len(numbers), height, width, 4)
-    multiplied = fill.alpha == "premultiplied" or (fill.alpha == "auto" and is_premultiplied(path))
+    multiplied = is_premultiplied(path, fill.alpha)
     straight = None if fill.policy == "keep" and not multiplied else partial(scaled_straight, premultiplied=multiplied)
-    fitted = _fitted(path, numbers, height=height, width=width, channels=4, threads=threads, straight=straight)
+    fitted = _fitted(
+        path, numbers, height=height, width=width, channels=4, threads=threads, straight=straight, light=fill.light
+    )
     rgba = _collect(fitted, numbers, shape)
     fill_clip(rgba, fill)
     return np.ascontiguousarray(rgba[..., :3]), np.repeat(rgba[..., 3:], 3, axis=3)
 
 
-def is_premultiplied(path: Path) -> bool:
-    """Judge by the file's frames, since no format states it; once a file."""
+def is_premultiplied(path: Path, told: str = "auto") -> bool:
+    """Tell whether the frames that are read hold colour times alpha: as told, or judged by them, once a file.
+
+    Those of OpenEXR never do: there it is undone in linear light, as they are read.
+    """
+    if told != "auto" or ending_of(path) == ".exr":
+        return told == "premultiplied" and ending_of(path) != ".exr"
     stat = files_of(path)[0].stat()
     return _looks_premultiplied(path, (stat.st_size, stat.st_mtime_ns))
 
@@ -92,9 +106,12 @@ def _looks_premultiplied(path: Path, _: tuple[int, int]) -> bool:
     return media.alpha and looks_premultiplied(stream_rgba(path, numbers, media, threads=1))
 
 
-def stream_rgba(path: Path, numbers: Sequence[int], media: Media, *, threads: int = 0) -> Iterator[np.ndarray]:
+def stream_rgba(
+    path: Path, numbers: Sequence[int], media: Media, *, threads: int = 0, light: Light = SHOWN
+) -> Iterator[np.ndarray]:
     """Yield uint8 [H,W,4] for each of `numbers` at the file's own size, one at a time: clips may exceed memory."""
-    fitted = _fitted(path, numbers, height=media.height, width=media.width, channels=4, threads=threads)
+    size = {"height": media.height, "width": media.width}
+    fitted = _fitted(path, numbers, **size, channels=4, threads=threads, light=light)
     with as_bad_media():
         yield from _repeated(fitted, numbers)
 
@@ -127,6 +144,7 @@ def _fitted(
     width: int,
     channels: int,
     threads: int,
+    light: Light,
     straight: Scaler | None = None,
 ) -> Iterator[np.ndarray]:
     """Scale each frame in one pass, then crop in output pixels: the sampling phase is the same for all formats."""
@@ -135,7 +153,7 @@ def _fitted(
     wanted = sorted(set(numbers))
     scaler, layout = VideoReformatter(), PLANAR[channels]
     if _still(path):
-        frames = _image_frames(path, wanted)
+        frames = _image_frames(path, wanted, alpha=channels == 4, light=light)
     else:
         frames = container.frames(path, wanted, alpha=channels == 4, threads=threads)
     for frame, shown in frames:
@@ -150,10 +168,12 @@ def _fitted(
         yield np.rot90(array, shown.turns)[top : top + height, left : left + width]
 
 
-def _image_frames(path: Path, wanted: Sequence[int]) -> Iterator[tuple[VideoFrame, Orientation]]:
+def _image_frames(
+    path: Path, wanted: Sequence[int], *, alpha: bool, light: Light
+) -> Iterator[tuple[VideoFrame, Orientation]]:
     from av import VideoFrame
 
-    for array in stills.frames(path, wanted):
+    for array in stills.frames(path, wanted, alpha=alpha, light=light):
         height, width, channels = array.shape
         yield VideoFrame.from_ndarray(array, PACKED[channels]), Orientation(width, height)
 

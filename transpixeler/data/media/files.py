@@ -18,7 +18,8 @@ from transpixeler.data.media.errors import BadMedia
 VIDEO_ENDINGS = frozenset(
     [".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv"]
 )
-IMAGE_ENDINGS = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
+IMAGE_ENDINGS = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".exr", ".dpx"])
+LINEAR_ENDINGS = frozenset([".exr", ".dpx"])  # of files that hold linear light, or may
 PATTERN = re.compile(r"[^#]*#+[^#]*")
 SETTLED_SECONDS = 2.0
 
@@ -37,6 +38,12 @@ def pattern_of(file: Path, number: tuple[int, int]) -> Path:
     """Return the pattern of a file's sequence. number: where in its name the number begins and ends."""
     start, end = number
     return file.with_name(f"{file.name[:start]}{'#' * (end - start)}{file.name[end:]}")
+
+
+def ending_of(path: Path) -> str:
+    """Return the ending, in lower case, of a video's file or of its images."""
+    files = files_of(path) if path.is_dir() else ()
+    return (files[0] if files else path).suffix.lower()
 
 
 def stem_of(path: Path) -> str:

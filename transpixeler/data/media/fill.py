@@ -15,20 +15,30 @@ import torch.nn.functional as F
 
 from transpixeler.config import DataConfig
 from transpixeler.data.media.extend import Backdrop, extend
+from transpixeler.data.media.light import Curve, Light
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Say what to do with a file's hidden colour; `alpha` says how the file stores its colour."""
+    """Say what to do with a file's hidden colour; `alpha` and `transfer` say how the file stores its colour.
+
+    transfer: the curve by which linear light becomes a picture; other files have theirs.
+    """
 
     policy: Literal["keep", "extend", "black", "color"] = "keep"
     color: tuple[int, int, int] = (0, 0, 0)
     alpha: Literal["auto", "straight", "premultiplied"] = "straight"
+    transfer: Curve = "srgb"
+
+    @property
+    def light(self) -> Light:
+        """Say how colour in linear light becomes a picture."""
+        return Light(self.transfer, self.alpha)
 
     @classmethod
     def of(cls, data: DataConfig) -> Fill:
         """Read the config; a colour that the policy does not use is left out, so that it changes no cache key."""
-        return cls(data.fill, data.fill_color if data.fill == "color" else (0, 0, 0), data.alpha)
+        return cls(data.fill, data.fill_color if data.fill == "color" else (0, 0, 0), data.alpha, data.transfer)
 
     @property
     def parts(self) -> list[str | int]:

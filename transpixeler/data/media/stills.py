@@ -1,4 +1,4 @@
-"""Images, animated images and sequences of images, read through Pillow: the counterpart of `container` for stills."""
+"""Images, animated images and sequences of images, the counterpart of `container`: through Pillow, `exr` and `dpx`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from transpixeler.data.media import dpx, exr
 from transpixeler.data.media.clip import SLACK, Clip, Media
 from transpixeler.data.media.errors import BadMedia, as_bad_media, check_size
 from transpixeler.data.media.files import check_gaps, files_of, spans_files
+from transpixeler.data.media.light import Light
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +38,9 @@ def probe(path: Path) -> Media:
     if not files:
         raise BadMedia("is a folder without images" if path.is_dir() else "is missing: no image has a name like this")
     check_gaps(files)
+    if (read := _film(files[0])) is not None:
+        height, width, alpha = read.look(files[0])
+        return Media(len(files), height, width, Fraction(0), Fraction(0), alpha)
     with as_bad_media(), _open(files[0]) as image, _turn(image):
         width, height = image.size
         if image.getexif().get(ORIENTATION) in TRANSPOSED:
@@ -65,23 +71,26 @@ def numbers(path: Path, clip: Clip, *, rate: Fraction = Fraction(0)) -> tuple[in
     return tuple(min(len(ends) - 1, bisect.bisect_right(ends, moment)) for moment in moments)
 
 
-def frames(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
-    """Yield uint8 [H,W,3] or [H,W,4] for each of `wanted`, which are ascending frame numbers."""
+def frames(path: Path, wanted: Sequence[int], *, alpha: bool, light: Light) -> Iterator[np.ndarray]:
+    """Yield uint8 [H,W,3] or [H,W,4] for each of `wanted`, which are ascending frame numbers.
+
+    Linear light becomes pictures as `light` says; where alpha is asked for, with straight colour.
+    """
     size = None
-    for number, array in zip(wanted, _pictures(path, wanted)):
+    for number, array in zip(wanted, _pictures(path, wanted, alpha=alpha, light=light)):
         if array.shape[:2] != (size or array.shape[:2]):
             raise BadMedia(f"changes its size at frame {number}")
         size = array.shape[:2]
         yield array
 
 
-def _pictures(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+def _pictures(path: Path, wanted: Sequence[int], *, alpha: bool, light: Light) -> Iterator[np.ndarray]:
     """Open an animation once for all its frames, since each is drawn upon those before it."""
     if spans_files(path) or list(wanted) == [0]:
         files = files_of(path)
         if wanted[-1] >= len(files):
             raise BadMedia(f"has {len(files)} images, so there is no frame {wanted[-1]}")
-        yield from (_picture(files[number]) for number in wanted)
+        yield from (_picture(files[number], alpha=alpha, light=light) for number in wanted)
         return
     with as_bad_media(), _open(path) as image:
         for number in wanted:
@@ -90,10 +99,17 @@ def _pictures(path: Path, wanted: Sequence[int]) -> Iterator[np.ndarray]:
             yield _pixels(image)
 
 
-def _picture(path: Path) -> np.ndarray:
+def _picture(path: Path, *, alpha: bool, light: Light) -> np.ndarray:
     """Read one file; Pillow's copy of the pixels goes on return, before the caller makes one of its own."""
+    if (read := _film(path)) is not None:
+        return read.picture(path, light, alpha=alpha)
     with as_bad_media(), _open(path) as image:
         return _pixels(image)
+
+
+def _film(path: Path) -> ModuleType | None:
+    """Return the module that reads a compositor's file, or None for Pillow's."""
+    return {".exr": exr, ".dpx": dpx}.get(path.suffix.lower())
 
 
 def _open(path: Path) -> Image.Image:

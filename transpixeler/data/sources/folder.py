@@ -19,7 +19,7 @@ from transpixeler.data.sources.sequences import SEPARATORS, tell_apart
 MEDIA_ENDINGS = VIDEO_ENDINGS | IMAGE_ENDINGS
 CAPTION_ENDING = ".txt"
 KNOWN_ENDINGS = MEDIA_ENDINGS | {CAPTION_ENDING}
-MAY_HOLD_ALPHA = frozenset([".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".webp", ".tif", ".tiff"])
+MAY_HOLD_ALPHA = frozenset([".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".webp", ".tif", ".tiff", ".exr", ".dpx"])
 
 
 NOT_READ = "file of a kind that is not read: *{}"

@@ -22,8 +22,9 @@ from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
-from transpixeler.data.media.files import files_of, numbers_of, spans_files
+from transpixeler.data.media.files import ending_of, files_of, numbers_of, spans_files
 from transpixeler.data.media.fill import KEEP, Fill
+from transpixeler.data.media.light import DATA
 from transpixeler.data.names import is_utf8, printable
 from transpixeler.data.sources.candidate import NOT_GIVEN, BadSample, Candidate, Features, Note, TextRow, counted
 from transpixeler.data.sources.captions import caption_of
@@ -95,7 +96,7 @@ def scan(
             f"{len(bad)} of {len(bad) + len(samples)} samples cannot be used, the first is {first}; "
             "mend them or set data.on_bad=skip"
         )
-    for note in _sequence_notes(samples, data):
+    for note in (*_sequence_notes(samples, data), *_light_notes(samples, data)):
         notes[note.text] = counted(note, notes.get(note.text))
     return Scan(tuple(samples), tuple(bad), tuple(texts), tuple(notes[text] for text in sorted(notes)))
 
@@ -111,6 +112,21 @@ def _sequence_notes(samples: Iterable[Sample], data: DataConfig) -> Iterator[Not
         else:
             rate = f"taken image by image as {data.fps:g} fps (data.fps)"
             yield Note(f"image sequence without a rate, {rate}; data.sequence_fps gives one", str(path))
+
+
+def _light_notes(samples: Iterable[Sample], data: DataConfig) -> Iterator[Note]:
+    """Say how OpenEXR files are taken: as a picture, by which curve, and with what alpha."""
+    stored = "as each file says, else premultiplied" if data.alpha == "auto" else data.alpha
+    for sample in samples:
+        for number, (_, path) in enumerate(() if sample.features.latents else sample.paths):
+            if ending_of(path) != ".exr" or (sample.rgba and number):
+                continue
+            if number:
+                yield Note("OpenEXR file or sequence, a companion: its values from 0 to 1 as they are", str(path))
+            else:
+                alpha = f"; alpha: {stored} (data.alpha)" if sample.rgba else ""
+                curve = f"by the curve of {data.transfer} (data.transfer), cut at white"
+                yield Note(f"OpenEXR file or sequence, linear light: shown {curve}{alpha}", str(path))
 
 
 def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
@@ -270,7 +286,8 @@ def _check_numbers(primary: str, path: Path, twin: Path) -> None:
 def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int = 0) -> dict[str, np.ndarray]:
     """Return uint8 [F,H,W,3] for each stream, all at the frame numbers that the first stream's times give.
 
-    `fill` is for the RGB of rgba samples; `threads` is the number of decoder threads, 0 for all cores.
+    Linear light of the first stream becomes a picture, that of a companion is data. `fill` is for the RGB of rgba
+    samples, and says the curve; `threads` is the number of decoder threads, 0 for all cores.
     Raises BadMedia where a file breaks off inside the clip.
     """
     first, path = sample.paths[0]
@@ -283,7 +300,8 @@ def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int =
     decoded = {}
     for stream, path in sample.paths:
         with _blamed_on(stream, path):
-            decoded[stream] = read_frames(path, numbers, height=height, width=width, threads=threads)
+            light = DATA if decoded else fill.light
+            decoded[stream] = read_frames(path, numbers, height=height, width=width, threads=threads, light=light)
     return decoded
 
 

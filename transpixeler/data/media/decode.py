@@ -110,8 +110,8 @@ def stream_rgba(
     path: Path, numbers: Sequence[int], media: Media, *, threads: int = 0, light: Light = SHOWN
 ) -> Iterator[np.ndarray]:
     """Yield uint8 [H,W,4] for each of `numbers` at the file's own size, one at a time: clips may exceed memory."""
-    size = {"height": media.height, "width": media.width}
-    fitted = _fitted(path, numbers, **size, channels=4, threads=threads, light=light)
+    height, width = media.height, media.width
+    fitted = _fitted(path, numbers, height=height, width=width, channels=4, threads=threads, light=light)
     with as_bad_media():
         yield from _repeated(fitted, numbers)
 

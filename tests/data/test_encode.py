@@ -23,6 +23,7 @@ from transpixeler.data.catalog import latent_keys
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.clip import Clip, Media
+from transpixeler.data.media.exr import write_exr_sequence
 from transpixeler.data.media.fill import KEEP
 from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.sources.pairs import Sample
@@ -141,6 +142,26 @@ def test_one_file_with_alpha_gives_both_streams_and_its_fill_policy_counts(
     (pair,) = run(config(model, tmp_path / "pairs")).train.items
     (same,) = run(config(model, tmp_path / "pairs", "data.fill=black")).train.items
     assert pair == same  # where no file has alpha there is nothing to fill
+
+
+def test_the_curve_of_linear_light_and_a_sequence_s_rate_count(model: Path, tmp_path: Path, counted: Counted) -> None:
+    """A companion's values know no curve, and a picture's curve is done."""
+    for number in range(9):
+        for suffix in ("", "_seg"):
+            (frame,) = picture(number)[None] / 255.0
+            write_exr_sequence(tmp_path / "made", [frame], fps=Fraction(16), alpha_mode="straight")
+            (tmp_path / "d").mkdir(exist_ok=True)
+            (tmp_path / "made/00000.exr").rename(tmp_path / f"d/fire{suffix}.{number}.exr")
+            (tmp_path / "made").rmdir()
+    (tmp_path / "d/fire.txt").write_text("fire")
+    write_pair(tmp_path / "d", "b", 0)
+    pair, fire = run(config(model, tmp_path / "d")).train.items
+    assert counted.videos == 4 and fire.bucket == (5, 32, 32)
+    same, other = run(config(model, tmp_path / "d", "data.transfer=rec709")).train.items
+    assert pair == same and counted.videos == 5
+    assert other.latent_keys[1] == fire.latent_keys[1] and other.latent_keys[0] != fire.latent_keys[0]
+    same, faster = run(config(model, tmp_path / "d", "data.sequence_fps=24")).train.items
+    assert pair == same and counted.videos == 7 and faster.latent_keys[0] != fire.latent_keys[0]
 
 
 def test_only_animations_have_keys_of_their_own(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transpixeler.config import DataConfig, SourceConfig, UserError
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.media.exr import write_exr_sequence
 from transpixeler.data.sources.pairs import Sample, decode_pair, scan
 
 MUTATIONS = 500
@@ -41,7 +42,23 @@ def seeds(folder: Path) -> list[Path]:
     for name in ("h.png", "i.jpg", "j.webp", "k.bmp", "l.tiff"):
         (picture if name != "i.jpg" else picture.convert("RGB")).save(folder / name)
     picture.save(folder / "m.webp", save_all=True, append_images=[picture.rotate(180)] * 3, duration=60)
+    light = np.asarray(picture) / 255.0
+    write_exr_sequence(folder / "made", [light], fps=Fraction(16), alpha_mode="straight")
+    (folder / "made/00000.exr").rename(folder / "n.exr")
+    (folder / "made").rmdir()
+    write_dpx(folder / "o.dpx", np.asarray(picture))
     return sorted(folder.iterdir())
+
+
+def write_dpx(path: Path, picture: np.ndarray) -> None:
+    import av
+
+    encoder = av.CodecContext.create("dpx", "w")
+    encoder.height, encoder.width = picture.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "rgba", Fraction(1)
+    frame = av.VideoFrame.from_ndarray(picture, format="rgba")
+    frame.pts = 0
+    path.write_bytes(b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode(None))))
 
 
 def mutated(data: bytes, random: np.random.Generator) -> bytes:

@@ -107,6 +107,25 @@ def stills(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_lies_beside_the_samples_and_how_sequences_are_taken_is_told(tmp_path: Path, capsys) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    for number, (rgb, matte) in enumerate(zip(*film("fine"))):
+        Image.fromarray(rgb).save(root / f"fire.{number}.png")
+        Image.fromarray(matte).save(root / f"fire_seg.{number}.png")
+    for name in ("plate.psd", "b.psd", "comp.nk"):
+        (root / name).write_bytes(b"x")
+    (root / "fire.TXT").write_text("fire")
+    words = [f"--out={tmp_path / 'page.html'}", "data.resolutions=[64]", "data.frames=[1,9]", "data.sequence_fps=16"]
+    assert cli.main(["inspect", str(root), *words]) == 0
+    said, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    assert "18 × numbered image without a caption of its own, a frame of one clip" in said
+    assert "2 × file of a kind that is not read: *.psd" in said
+    assert "1 × file of a kind that is not read: *.nk" in said
+    assert "1 × image sequence, taken at 16 fps" in said
+    assert "file of a kind that is not read: *.psd" in page and "<summary>Notes" in page
+
+
 def test_clips_are_counted_as_the_config_s_seed_deals_them(
     stills: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -145,6 +145,7 @@ def unreadable(folder: Path) -> dict[str, str]:
     write(folder / "wide.exr", dict.fromkeys("RGB", noise), pixelAspectRatio=2.0)
     (folder / "text.exr").write_text("no picture at all")
     (folder / "cut.exr").write_bytes((folder / "wide.exr").read_bytes()[:300])
+    (folder / "torn.exr").write_bytes((folder / "wide.exr").read_bytes()[:-30])
     return {
         "whole": "whole numbers in its channel R",
         "layers": r"several layers of colour \(key, rim\)",
@@ -152,6 +153,7 @@ def unreadable(folder: Path) -> dict[str, str]:
         "wide": "pixels of 2:1",
         "text": "cannot be read as OpenEXR",
         "cut": "cannot be read as OpenEXR",
+        "torn": "is damaged: its pixels cannot be decoded",
     }
 
 

@@ -140,6 +140,8 @@ USED: dict[str, Writer] = {
     "огонь ✨ 炎": lambda path, clip: write_prores4444(path.with_name(path.name + ".mov"), clip, fps=FPS),
     unicodedata.normalize("NFD", "fumée"): each("{}.{}.png", by_pillow),
     "still": lambda path, clip: by_pillow(path.with_suffix(".png"), clip[0]),
+    "still exr": lambda path, clip: exr_file(path.with_suffix(".exr"), clip[0]),
+    "STILL DPX": lambda path, clip: by_ffmpeg("dpx", "rgba")(path.with_suffix(".DPX"), clip[0]),
 }
 CAPTIONS = {  # what artists' editors write, by what is then read
     b"\xef\xbb\xbffire\r\n": "fire",
@@ -206,7 +208,8 @@ def test_every_kind_of_footage_is_used_as_it_was_drawn_or_named(folder: Path) ->
     for number, name in enumerate(wanted):
         sample, odd = samples[name], name == "odd"
         assert sample.caption == list(CAPTIONS.values())[number % len(CAPTIONS)], name
-        assert sample.media.alpha and sample.media.frames == (1 if name == "still" else FRAMES_DRAWN), name
+        frames = 1 if name.lower().startswith("still") else FRAMES_DRAWN
+        assert sample.media.alpha and sample.media.frames == frames, name
         found, clip = seen(sample), drawn(47, 63) if odd else drawn(hard=name == "gif")
         if "vfr" not in name and name != "ffv1":
             clip = clip[: len(found["rgb"])]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from transpixeler.config import UserError
-from transpixeler.data.media.errors import BadMedia, as_bad_media, check_size
+from transpixeler.data.media.errors import MAX_PIXELS, BadMedia, as_bad_media, check_size
 from transpixeler.data.media.light import REC709, Light, encoded, straightened, to_bytes, to_rec709
 from transpixeler.files import whole
 
@@ -66,6 +66,10 @@ def look(path: Path) -> tuple[int, int, bool]:
         parts = _opened(path, header_only=True).parts
         _, alpha = _layers(parts)
         left, top, right, bottom = _window(parts[0].header["displayWindow"])
+        for part in parts:
+            x, y, x_end, y_end = _window(part.header["dataWindow"])
+            if (x_end - x) * (y_end - y) > MAX_PIXELS:  # all of it is unpacked
+                raise BadMedia(f"holds {x_end - x}×{y_end - y} pixels, more than {MAX_PIXELS >> 20} Mpixel")
     check_size(right - left, bottom - top)
     return bottom - top, right - left, alpha is not None
 
@@ -75,6 +79,8 @@ def read(path: Path) -> Linear:
     look(path)
     with as_bad_media():
         parts = _opened(path, separate_channels=True).parts
+        if len(parts) < len(_opened(path, header_only=True).parts):  # the library leaves out what it cannot decode
+            raise BadMedia("is damaged: its pixels cannot be decoded; copy or render the file again")
         color, alpha = _layers(parts)
         names = color.channels
         picked = [names[letter] for letter in ("RGB" if "R" in names else "YYY")]

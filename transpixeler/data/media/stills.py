@@ -64,6 +64,8 @@ def numbers(path: Path, clip: Clip, *, rate: Fraction = Fraction(0)) -> tuple[in
             return tuple(range(first, first + clip.frames))
         last = len(files_of(path)) - 1
         return tuple(min(last, int((clip.start + k / clip.fps + SLACK) * rate)) for k in range(clip.frames))
+    if _film(path) is not None:
+        return (0,) * clip.frames
     ends = _ends(path)
     if not ends[-1]:  # without delays frames are counted, as in a folder
         return tuple(min(len(ends) - 1, first + k) for k in range(clip.frames))

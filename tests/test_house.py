@@ -35,6 +35,7 @@ ORDER = (
         "training",
         "planning",
         "demo",
+        "api",
         "arguments",
         "commands",
         "cli",
@@ -42,7 +43,7 @@ ORDER = (
     ),
 )
 TOP_FLOOR = {
-    *("__init__", "__main__", "arguments", "cli", "commands", "files"),
+    *("__init__", "__main__", "api", "arguments", "cli", "commands", "files"),
     *("config", "configfaults", "configfile", "configschema", "configtypes"),
 }
 HEAVY = {

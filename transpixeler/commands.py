@@ -175,7 +175,6 @@ def _asks_layout(overrides: Sequence[str]) -> bool:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    import json
     from pathlib import Path
 
     from transpixeler import configfile
@@ -183,7 +182,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.dataset.endswith((".yaml", ".yml")):
         config = _on_base(configfile.load(arguments.dataset, arguments.overrides))
     else:
-        source = json.dumps(arguments.dataset, ensure_ascii=False)  # YAML reads a JSON text as it is
+        source = configfile.quoted(arguments.dataset)
         config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
     from transpixeler.publishing.dataset import inspect_dataset
 

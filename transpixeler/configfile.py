@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -237,6 +238,11 @@ def _override_value(text: str) -> Any:
     if value is None or isinstance(value, list) or (isinstance(value, dict) and text.lstrip().startswith("{")):
         return value
     return Raw(text, value)
+
+
+def quoted(text: str) -> str:
+    """Return a text as YAML reads it back, in one line."""
+    return json.dumps(text, ensure_ascii=False)  # YAML reads a JSON text as it is
 
 
 def plain(value: Any) -> Any:

@@ -79,4 +79,4 @@ def test_negative_prompts_of_lines_are_encoded_where_guidance_is_on(tmp_path: Pa
     path = lines(tmp_path, {"prompt": "a", "negative": "blurry"}, {"prompt": "b", "negative": "blurry"})
     for guidance, texts in ((5.0, ("own", "a", "b", "blurry")), (1.0, ("own", "a", "b"))):
         config = SampleConfig(prompts=("own",), prompts_file=path, guidance=guidance)
-        assert texts_of(config, read_prompts(config)) == texts
+        assert texts_of(config, [(one.text, one.negative) for one in read_prompts(config)]) == texts

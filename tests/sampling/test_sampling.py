@@ -35,7 +35,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling import command, given, sampler
+from transpixeler.sampling import command, given, sampler, session
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import load_saved
 from transpixeler.sampling.video import Video, video_layout
@@ -395,6 +395,6 @@ def test_a_mistake_is_one_clear_line(
 def test_a_missing_background_is_told_before_the_model_is_loaded(
     run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr(command, "open_engine", None)
+    monkeypatch.setattr(session, "open_engine", None)
     assert cli.main(["sample", str(run), "--prompt", "x", "--format", "composite", *words]) == 2
     assert message in capsys.readouterr().err

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,17 +96,18 @@ def negative_prompt(config: SampleConfig, family: Family) -> str | None:
     return family.sampling.negative_prompt if config.negative_prompt is None else config.negative_prompt
 
 
-def texts_of(config: SampleConfig, prompts: tuple[Prompt, ...]) -> tuple[str, ...]:
-    """Return the texts to encode for prompts: their own, and the negative ones of their lines where guidance is on."""
-    negatives = [prompt.negative for prompt in prompts if prompt.negative is not None] if is_guided(config) else []
-    return tuple(dict.fromkeys((*(prompt.text for prompt in prompts), *negatives)))
+def texts_of(config: SampleConfig, pairs: Sequence[tuple[str, str | None]]) -> tuple[str, ...]:
+    """Return the texts to encode for prompts and negative prompts of their own, which count where guidance is on."""
+    negatives = [negative for _, negative in pairs if negative is not None] if is_guided(config) else []
+    return tuple(dict.fromkeys((*(text for text, _ in pairs), *negatives)))
 
 
 def sampled_texts(config: Config, family: Family) -> tuple[str, ...]:
     """Return the texts that evaluations sample from besides the clips' own captions."""
     prompts, negative = read_prompts(config.sample), negative_prompt(config.sample, family)
     sampled = bool(prompts) or (config.eval.samples > 0 and bool(config.data.eval))
-    return (*texts_of(config.sample, prompts), *([negative] if sampled and negative is not None else []))
+    texts = texts_of(config.sample, [(prompt.text, prompt.negative) for prompt in prompts])
+    return (*texts, *([negative] if sampled and negative is not None else []))
 
 
 # --- a line of JSON --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,9 @@ def listening(run: Run, runtime: Runtime) -> Iterator[Controls]:
         controls.save = True
 
     handlers = {signal.SIGTERM: terminate, signal.SIGINT: interrupt, signal.SIGUSR1: keep}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    # a training that a program starts in another thread hears none: Python gives signals to the main one alone
+    mine = handlers if threading.current_thread() is threading.main_thread() else {}
+    before = {number: signal.signal(number, handler) for number, handler in mine.items()}
     try:
         yield controls
     finally:

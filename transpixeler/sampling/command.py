@@ -8,29 +8,21 @@ out, or one model is spread over the processes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from transpixeler.config import SampleConfig, UserError
-from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt, prompt_lines, read_prompts, texts_of
+from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt, prompt_lines, read_prompts
 from transpixeler.files import check_place, clear_unfinished, shown_path, writing_to
-from transpixeler.flow.objective import check_given
-from transpixeler.models.family import ModelFolder, open_model
-from transpixeler.parallel import mesh as meshes
+from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling.frames import Frames
-from transpixeler.sampling.given import given_light
 from transpixeler.sampling.made import ASKED, asked_for, find_made
-from transpixeler.sampling.model import fit_layout, open_engine
-from transpixeler.sampling.requests import Maker, Request, Videos, list_requests
-from transpixeler.sampling.sampler import Sampler, check_guidance
+from transpixeler.sampling.requests import Request
 from transpixeler.sampling.saves import SavedModel
+from transpixeler.sampling.session import Session
 from transpixeler.sampling.sheet import write_sheet
-from transpixeler.sampling.texts import encode_prompts
-from transpixeler.sampling.video import check_formats, write_video
+from transpixeler.sampling.video import write_video
 
 logger = logging.getLogger("transpixeler")
 
@@ -58,30 +50,19 @@ class Sampled:
 
 def sample_command(source: SavedModel, runtime: Runtime, options: SampleOptions) -> Sampled:
     """Make every prompt's videos, and a sheet of them."""
-    config, layout = fit_layout(source.config, runtime, asked=options.asked_layout)
-    source, out = replace(source, config=config), Path(options.out)
-    model = open_model(config.model)
-    check_given(config, model)
-    check_guidance(config.sample, model)
-    check_formats(config)
+    session, out = Session(source, runtime, asked_layout=options.asked_layout), Path(options.out)
+    source = session.with_sample(source.config.sample)
     check_place(out, "--out")
-    prompts = _prompts(config.sample, options)
-    requests = list_requests(config, prompts, model, given=options.given, count=options.count)
-    asked, made = runtime.broadcast(_begin(source, requests, model, options, main=runtime.is_main))
+    prompts = _prompts(source.config.sample, options)
+    requests = session.requests(source, prompts, given=options.given, count=options.count)
+    asked, made = runtime.broadcast(_begin(source, requests, session.model, options, main=runtime.is_main))
     own, left = [], [number for number in range(len(requests)) if number not in made]
-    if left:
-        texts = encode_prompts(config, texts_of(config.sample, prompts), model, runtime)
-        maker = Maker(config, model, Frames(model, runtime.device, upsample=config.sample.upsample), texts)
-        videos = Videos(maker, [requests[number] for number in left])
-        maker.known(videos.requests[0])  # the VAE's work comes before the model takes its memory
-        mesh = meshes.build(layout, runtime)
-        sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
-        for number, latents in sampler.each(videos):
-            if mesh.is_first_stage:
-                facts = {**_facts(source, videos.requests[number]), ASKED: asked[left[number]]}
-                with writing_to(out, "--out"):
-                    own.append(_write(maker, videos.requests[number], latents, out, facts))
-                logger.info("%s", shown_path(own[-1]))
+    for one in session.make(source, [requests[number] for number in left]):
+        request, digest = requests[left[one.number]], asked[left[one.number]]
+        with writing_to(out, "--out"):
+            facts = facts_of(source, request, digest)
+            own.append(write_video(out, one.video, one.streams, source.config, facts, one.plate))
+        logger.info("%s", shown_path(own[-1]))
     runtime.barrier()
     folders = [made.get(number, out / request.name) for number, request in enumerate(requests)]
     if runtime.is_main:
@@ -106,18 +87,11 @@ def _begin(
     return asked, made
 
 
-def _write(maker: Maker, request: Request, latents: Tensor, out: Path, facts: Mapping[str, object]) -> Path:
-    video = maker.video(request)
-    streams = maker.frames.decode(latents, video.layout, known=maker.known(request))
-    frames, height, width = maker.model.geometry.pixels(video.layout.shapes[0])
-    plate = given_light(request.given, maker.config, (frames, height, width))
-    return write_video(out, video, streams, maker.config, facts, plate)
-
-
-def _facts(source: SavedModel, request: Request) -> dict[str, object]:
-    given: dict[str, object] = {name: request.given.named.get(name, "") for name in ("rgb", "alpha", "image", "last")}
-    facts: dict[str, object] = {"model": source.config.model.path, "adapter": source.name, "step": source.step}
-    return facts | (given if any(given.values()) else {})
+def facts_of(source: SavedModel, request: Request, asked: str) -> dict[str, object]:
+    """Return what a video's sample.json says of its model, its files, and all that it was asked for."""
+    given = {name: request.given.named.get(name, "") for name in ("rgb", "alpha", "image", "last")}
+    facts = {"model": source.config.model.path, "adapter": source.name, "step": source.step, ASKED: asked}
+    return {**facts, **(given if any(given.values()) else {})}
 
 
 def _prompts(config: SampleConfig, options: SampleOptions) -> tuple[Prompt, ...]:

@@ -41,6 +41,7 @@ class Evaluation:
     run: Path
     telemetry: Telemetry | None  # on rank 0
     due: Callable[[int], bool]  # by the number of steps that are done
+    on_eval: Callable[[int, Mapping[str, Any]], object] = lambda *_: None  # called on rank 0 with what was found
 
     def catch_up(self, step: int) -> None:
         """Evaluate the state that training begins with, unless an earlier process of this run did."""
@@ -97,6 +98,7 @@ class Evaluation:
             report.write_report(self.run)
         except Exception as fault:  # a page that fails for any reason must not end a training
             logger.error("%s was not written: %s", self.run / report.PAGE, fault)
+        self.on_eval(step, found)
 
     def _evaluated_steps(self) -> set[int]:
         """Return the steps whose evaluation is in metrics.jsonl."""
@@ -113,7 +115,8 @@ def open_evaluation(
     telemetry: Telemetry | None,
     *,
     pause: Callable[[], object],
+    on_eval: Callable[[int, Mapping[str, Any]], object] = lambda *_: None,
 ) -> Evaluation:
-    """Build what evaluates the state on `data`. pause: as `Evaluator` takes it."""
+    """Build what evaluates the state on `data`. pause: as `Evaluator` takes it. on_eval: called with what is found."""
     evaluator = Evaluator(state.config, state.runtime, engine, data, pause=pause)
-    return Evaluation(evaluator, state, run.folder, telemetry, schedule.evaluation_due)
+    return Evaluation(evaluator, state, run.folder, telemetry, schedule.evaluation_due, on_eval)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from transpixeler.config import Fault
@@ -35,7 +36,17 @@ class TrainingFailed(Fault):
 class Keeper:
     """Saves the state of one run. Every rank has one, and calls its methods together with the others."""
 
-    def __init__(self, run: Run, engine: AnyEngine, state: TrainingState, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        run: Run,
+        engine: AnyEngine,
+        state: TrainingState,
+        schedule: Schedule,
+        *,
+        on_save: Callable[[Path], object] = lambda _: None,
+    ) -> None:
+        """on_save: called on rank 0 with the folder of each save."""
+        self.on_save = on_save
         self.run, self.state, self.schedule = run, state, schedule
         self.config, self.runtime = state.config, state.runtime
         self.saver = Saver(self.config, self.runtime, engine)
@@ -85,6 +96,7 @@ class Keeper:
         self.last_save = folder
         if self.runtime.is_main:
             logger.info("saved %s", folder)
+            self.on_save(folder)
         if self.pusher is not None:
             self.pusher.saved(folder)
         return ""

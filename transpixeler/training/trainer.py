@@ -26,6 +26,7 @@ from transpixeler.runs.manifest import write_manifest
 from transpixeler.training import overview
 from transpixeler.training.agreement import Facts, agree
 from transpixeler.training.batches import micro_batch, open_loader
+from transpixeler.training.callbacks import NO_CALLBACKS, Callbacks
 from transpixeler.training.evaluation import open_evaluation
 from transpixeler.training.keeping import Keeper, TrainingFailed
 from transpixeler.training.parts import build_parts, check
@@ -35,7 +36,14 @@ from transpixeler.training.step_record import Recorder, StepTimes
 logger = logging.getLogger("transpixeler")
 
 
-def train(config: Config, runtime: Runtime, *, resume: str | None = None, going: Going = STRAIGHT_ON) -> Path:
+def train(
+    config: Config,
+    runtime: Runtime,
+    *,
+    resume: str | None = None,
+    going: Going = STRAIGHT_ON,
+    callbacks: Callbacks = NO_CALLBACKS,
+) -> Path:
     """Encode what the cache lacks, train, and return the run's folder.
 
     resume: None for a new run, "" to go on with the config's run, or a run or checkpoint folder. going: how.
@@ -46,7 +54,7 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None, going:
     try:
         lost = naming_lost_ranks(runtime.timeout, way_on=partial(opening.resume_hint, run))
         with lost, listening(run, runtime) as controls:
-            trainer = Trainer(config, runtime, layout, run, controls)
+            trainer = Trainer(config, runtime, layout, run, controls, callbacks)
             try:
                 trainer.train()
             finally:
@@ -66,19 +74,34 @@ def train(config: Config, runtime: Runtime, *, resume: str | None = None, going:
 class Trainer:
     """One run on this rank. `train` is the loop; `__init__` builds what it moves."""
 
-    def __init__(self, config: Config, runtime: Runtime, layout: meshes.Layout, run: Run, controls: Controls) -> None:
-        self.config, self.controls = config, controls
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        layout: meshes.Layout,
+        run: Run,
+        controls: Controls,
+        callbacks: Callbacks = NO_CALLBACKS,
+    ) -> None:
+        self.config, self.controls, self.callbacks = config, controls, callbacks
         parts = build_parts(config, runtime, layout, run, encode_missing)
         model, self.data, self.schedule = parts.model, parts.data, parts.schedule
         self.mesh, self.engine, self.state = parts.mesh, parts.engine, parts.state
         if runtime.is_main:
             opening.set_aside(run, self.state.step, self.schedule.order.first_step)
             write_manifest(run.folder, **overview.manifest_facts(model, self.engine, self.data, self.schedule))
-        self.keeper = Keeper(run, self.engine, self.state, self.schedule)
+        self.keeper = Keeper(run, self.engine, self.state, self.schedule, on_save=callbacks.on_save)
         self.recorder = Recorder(config, self.engine, runtime.world_size)
         self.telemetry = telemetry.open_telemetry(run, config.log, self.state.step, self.schedule.total, runtime)
         self.evaluation = open_evaluation(
-            self.engine, self.state, self.data.eval, self.schedule, run, self.telemetry, pause=self._stop_if_asked
+            self.engine,
+            self.state,
+            self.data.eval,
+            self.schedule,
+            run,
+            self.telemetry,
+            pause=self._stop_if_asked,
+            on_eval=callbacks.on_eval,
         )
         overview.introduce(config, runtime, run, model, self.engine, self.data, self.schedule, self.state.step)
         if runtime.is_main:
@@ -131,6 +154,8 @@ class Trainer:
             what = {"lr": lr, "micro_batch": size, "expert": example.expert}
             line = self.recorder.record(batch, example.layout, facts, times, **what)
             self.telemetry.step(line)
+            if self.callbacks.on_step(line) is True:
+                self.controls.save = self.controls.quit = True
 
     def _check_finite(self, batch: Batch, facts: Facts) -> None:
         """Name the samples of a step that was not finite, and end the run after too many in a row."""

@@ -178,6 +178,22 @@ def test_pairs_that_are_there_are_not_made_again(tmp_path: Path, rgba: Path, cap
     assert (out / "002.mp4").stat().st_mtime_ns == before and not scanned(out).bad
 
 
+def test_exr_is_split_as_the_picture_that_it_is_the_light_of(tmp_path: Path) -> None:
+    from transpixeler.data.media.exr import write_exr_sequence
+    from transpixeler.data.media.light import decoded
+
+    rgba = stack(SCENES[0])
+    light, alpha = decoded(rgba[..., :3] / 255, "srgb"), rgba[..., 3:] / np.float32(255)
+    for mode, color in (("straight", light), ("premultiplied", light * alpha)):
+        write_exr_sequence(tmp_path / "in" / mode, np.concatenate([color, alpha], 3), fps=Fraction(24), alpha_mode=mode)
+    assert split_rgba(tmp_path / "in", "--out", tmp_path / "out", "--lossless", "--fill", "black") == 0
+    for mode in ("straight", "premultiplied"):
+        rgb, seg = (all_frames(tmp_path / "out" / f"{mode}{suffix}.mp4").astype(int) for suffix in ("", "_seg"))
+        seen = rgba[..., 3] > 60
+        assert np.abs(seg[..., 0] - rgba[..., 3]).max() <= 3
+        assert np.abs(rgb - rgba[..., :3])[seen].max() <= 6
+
+
 def test_numbered_images_in_a_folder_are_a_clip_unless_they_are_said_to_be_stills(tmp_path: Path, capsys) -> None:
     from PIL import Image
 

@@ -73,6 +73,16 @@ def test_acescg_becomes_bt709_by_the_published_matrix() -> None:
     assert np.abs(primaries_matrix(ACESCG) - published).max() < 1e-4
 
 
+def test_a_file_of_other_primaries_is_converted(tmp_path: Path) -> None:
+    light = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    write(tmp_path / "a.exr", planes(light, kind=np.float32), chromaticities=ACESCG)
+    found = exr.read(tmp_path / "a.exr").rgb
+    assert np.allclose(found, light @ primaries_matrix(ACESCG).T, atol=1e-5) and np.abs(found - light).max() > 0.1
+    grey = np.full((16, 16, 3), 0.5, np.float32)
+    write(tmp_path / "b.exr", planes(grey, kind=np.float32), chromaticities=ACESCG)
+    assert np.allclose(exr.read(tmp_path / "b.exr").rgb, grey, atol=1e-4), "white stays white"
+
+
 # --- OpenEXR in ------------------------------------------------------------------------------------------------------
 
 

@@ -85,12 +85,13 @@ def _add_images(listing: Listing, images: list[Path]) -> None:
     found = tell_apart(images, listing.captions)
     for sequence in found.sequences:
         listing.media.setdefault(sequence.stem, []).append(sequence.pattern)
-        listing.notes += (Note(FRAMES, str(file)) for file in sequence.files)
+        listing.notes.append(Note(FRAMES, str(sequence.files[0]), len(sequence.files)))
     for still in found.stills:
         listing.media.setdefault(normal(still.stem), []).append(still)
     for paths in listing.media.values():
         paths.sort()
-    listing.notes += (Note(STILLS, str(file)) for file in found.captioned)
+    if found.captioned:
+        listing.notes.append(Note(STILLS, str(found.captioned[0]), len(found.captioned)))
 
 
 def _entries(folder: Path) -> list[Path]:

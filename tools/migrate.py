@@ -17,6 +17,7 @@ from pathlib import Path
 import migrate_open_sora
 import migrate_toml
 import yaml
+from migrate_buckets import Rule
 from migrate_keys import Migration
 from tooling import folder_given, run
 
@@ -26,6 +27,15 @@ from transpixeler.data.names import printable
 from transpixeler.files import whole
 
 SECTIONS = [field.name for field in dataclasses.fields(Config)]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Write rules of buckets in one line each, as there may be hundreds."""
+
+
+_Dumper.add_representer(
+    Rule, lambda dumper, rule: dumper.represent_mapping("tag:yaml.org,2002:map", rule, flow_style=True)
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,7 +79,7 @@ def _write(migration: Migration, arguments: argparse.Namespace) -> None:
     ]
     head = head if migration.left_out else [f"Made from {arguments.config.name}. Every key is carried over."]
     comments = "".join(f"# {_one_line(line)}\n" for line in [*head, *(f"Note: {note}" for note in migration.notes)])
-    text = comments + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
+    text = comments + "\n" + yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     with whole(arguments.out) as draft:
         draft.write_text(text, encoding="utf-8")
         try:

@@ -1,10 +1,14 @@
-"""Convert Open-Sora's `bucket_config`: sizes → lengths → (chance, batch per GPU) in; sources' grids and rules out."""
+"""Convert Open-Sora's `bucket_config`: sizes → lengths → (chance, batch per GPU) in; a grid and data.buckets out.
+
+With data.draw: epoch both mean the same: a clip begins at its largest size with the longest length that it fills, goes
+on to shorter lengths by one chance and to smaller sizes by another, and has one bucket an epoch.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from migrate_keys import Migration, Value
@@ -17,6 +21,12 @@ NAME = re.compile(r"(\d{2,4})(px|p|)(_(?:max|ar.+))?")  # 256px, 512: the side o
 NAMED = {"2k": (2560, 1440), "4k": (3840, 2160)}
 ASPECTS = [2.39, 2.0, 1.85, 1.78, 1.6, 1.5, 1.33, 1.0, 0.75, 0.67, 0.62, 0.56, 0.54, 0.5, 0.42]  # of film and phones
 
+NEVER: dict[str, float] = {"keep": 0.0}
+
+
+class Rule(dict[str, Any]):
+    """One rule of data.buckets, which a YAML file has in one line."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -25,7 +35,8 @@ class Entry:
     name: str  # of the size, as there
     resolution: Resolution
     frames: int
-    keep: float  # chance that a clip which reaches this bucket stays
+    keep: float  # chance that a clip which comes to this bucket stays at its length
+    keep_resolution: float  # and then at its size
     batch: int | None  # per GPU; None: where nothing ever stays
 
 
@@ -44,26 +55,23 @@ def entries(config: Value, migration: Migration, *, second_skips: bool) -> list[
                 raise _fault(migration, f"{at}: the length is not a number of frames")
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise _fault(migration, f"{at} is not (chance to keep, batch size)")
-            keep = _keep(pair[0], second_skips=second_skips)
-            if keep is None:
+            chances = _chances(pair[0], second_skips=second_skips)
+            if chances is None:
                 raise _fault(migration, f"{at}: the chance is not a number from 0 to 1, or two of them")
-            if not _is_count(pair[1]) and (pair[1] is not None or keep):
+            if not _is_count(pair[1]) and (pair[1] is not None or all(chances)):
                 raise _fault(migration, f"{at}: the batch size is not a number above 0")
-            found.append(Entry(name, resolution, frames, keep, pair[1]))
+            found.append(Entry(name, resolution, frames, *chances, pair[1]))
     return found
 
 
-def bucket_batches(
-    lines: Sequence[Entry], *, groups: int, accumulation: int
-) -> tuple[list[dict[str, int]], dict[str, int]]:
-    """Return what each bucket's rule says of its batch, and what `train` says for all.
+def bucket_batches(line: Entry, *, groups: int, accumulation: int) -> dict[str, int]:
+    """Return what a bucket's rule says of its batch.
 
-    Batches there are per GPU, or group of GPUs that share one sample, and before accumulation. A rule here has the
-    samples of a forward pass alone; the samples of a step are one number for all buckets, so the largest are taken.
+    Batches there are of one GPU, or one group of GPUs that share a sample, and before accumulation.
     """
-    each = [{} if line.batch is None else {"micro_batch": line.batch} for line in lines]
-    largest = max((line.batch or 1 for line in lines), default=1)
-    return each, {"micro_batch": 1, "global_batch": largest * groups * accumulation}
+    if line.batch is None:
+        return {}
+    return {"micro_batch": line.batch, "global_batch": line.batch * groups * accumulation}
 
 
 def fitted(lines: Sequence[Entry], migration: Migration, geometry: Geometry) -> list[Entry]:
@@ -76,38 +84,42 @@ def fitted(lines: Sequence[Entry], migration: Migration, geometry: Geometry) -> 
         if (frames == 1) != (line.frames == 1) or key in found:
             why = "is a still" if frames == 1 else "another line has"
             why = f"with this model {line.frames} frames come to {frames}, which {why}"
-            migration.leave(f"bucket_config: {line.name}: {line.frames}", (line.keep, line.batch), why)
+            shown = ((line.keep_resolution, line.keep), line.batch)
+            migration.leave(f"bucket_config: {line.name}: {line.frames}", shown, why)
             continue
         rounded |= {line.frames: frames} if frames != line.frames else {}
-        found[key] = Entry(line.name, line.resolution, frames, line.keep, line.batch)
+        found[key] = replace(line, frames=frames)
     if rounded:
         told = ", ".join(f"{old} → {new}" for old, new in rounded.items())
         migration.notes.append(f"lengths are rounded down to what the model takes: {told}")
-    return sorted(found.values(), key=lambda line: list(dict.fromkeys(one.name for one in lines)).index(line.name))
+    return list(found.values())
 
 
-def grids(lines: Sequence[Entry]) -> list[dict[str, Value]]:
-    """Return `resolutions` and `frames` of as many sources as there are different lists of lengths."""
-    lengths: dict[Resolution, list[int]] = {}
-    for line in lines:
-        lengths.setdefault(line.resolution, []).append(line.frames)
-    sources: dict[tuple[int, ...], list[Value]] = {}
-    for resolution, frames in lengths.items():
-        sources.setdefault(tuple(sorted(frames)), []).append(_plain(resolution))
-    return [{"resolutions": sizes, "frames": list(frames)} for frames, sizes in sources.items()]
+def grid(lines: Sequence[Entry]) -> dict[str, Value]:
+    """Return the sizes and lengths of `data`: each of the one with each of the other."""
+    sizes = dict.fromkeys(line.resolution for line in lines)
+    return {
+        "resolutions": [size if isinstance(size, int) else list(size) for size in sizes],
+        "frames": sorted({line.frames for line in lines}),
+    }
 
 
-def rules(lines: Sequence[Entry], batches: Sequence[Mapping[str, int]], geometry: Geometry) -> list[dict[str, Value]]:
+def rules(lines: Sequence[Entry], geometry: Geometry, *, groups: int, accumulation: int) -> list[Rule]:
     """Return data.buckets: for each length a rule for any size, and before it one for each shape that differs."""
-    made = []
+    made: list[Rule] = []
+    sizes = list(dict.fromkeys(line.resolution for line in lines))
     for frames in sorted({line.frames for line in lines}):
-        there = [(line, settings) for line, settings in zip(lines, batches, strict=True) if line.frames == frames]
-        told = [dict(settings) | ({"keep": line.keep} if line.keep < 1 else {}) for line, settings in there]
-        *others, usual = zip((line.resolution for line, _ in there), told)
-        for resolution, settings in others:
-            if settings != usual[1]:
-                made += [{"size": size, **settings} for size in _shapes(resolution, frames, geometry)]
-        made += [{"size": [0, 0, frames], **usual[1]}] if usual[1] or len(made) else []
+        told = dict.fromkeys(sizes, NEVER)  # a length that a size does not have is passed over there
+        for line in lines:
+            if line.frames == frames:
+                chances = {"keep": line.keep, "keep_resolution": line.keep_resolution}
+                batches = bucket_batches(line, groups=groups, accumulation=accumulation)
+                told[line.resolution] = batches | {name: chance for name, chance in chances.items() if chance < 1}
+        usual = max(told.values(), key=list(told.values()).count)
+        for size, settings in told.items():
+            if settings != usual:
+                made += [Rule(size=shape, **settings) for shape in _shapes(size, frames, geometry)]
+        made.append(Rule(size=[0, 0, frames], **usual))
     return made
 
 
@@ -130,20 +142,19 @@ def _resolution(name: Value, migration: Migration) -> Resolution:
     return (round(side * 16 / 9), side) if found[2] == "p" else side
 
 
-def _keep(chance: Any, *, second_skips: bool) -> float | None:
-    """Return the chance that a clip stays, or nothing if it is none.
+def _chances(chance: Any, *, second_skips: bool) -> tuple[float, float] | None:
+    """Return the chances to stay at the length and then at the size, or nothing if they are none.
 
-    Of two numbers, the first is that. The second says for a length, before that, how likely the next shorter one is
-    tried in its place (second_skips, in 2.0), or how likely not (before 2.0).
+    One number is of the size. A second is of the length: how likely the next shorter is tried in its place
+    (second_skips, in 2.0), or how likely not (before 2.0).
     """
-    first: Any = chance
-    second: Any = None
+    size: Any = chance
+    length: Any = 0.0 if second_skips else 1.0
     if isinstance(chance, tuple | list) and len(chance) == 2:
-        first, second = chance
-    second = (0.0 if second_skips else 1.0) if second is None else second
-    if not _is_share(first) or not _is_share(second):
+        size, length = chance
+    if not _is_share(size) or not _is_share(length):
         return None
-    return round(first * (1 - second if second_skips else second), 6)
+    return round(1.0 - length if second_skips else float(length), 6), float(size)
 
 
 def _is_share(value: Value) -> bool:
@@ -152,10 +163,6 @@ def _is_share(value: Value) -> bool:
 
 def _is_count(value: Value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _plain(resolution: Resolution) -> Value:
-    return resolution if isinstance(resolution, int) else list(resolution)
 
 
 def _fault(migration: Migration, what: str) -> UserError:

@@ -7,7 +7,7 @@ import itertools
 from pathlib import Path
 
 from manifests import ENDINGS, moved, rows_into
-from migrate_buckets import ASPECTS, bucket_batches, entries, fitted, grids, rules
+from migrate_buckets import ASPECTS, entries, fitted, grid, rules
 from migrate_keys import Migration, Table, Value
 from migrate_open_sora_keys import ABSENT, PARTS, SAME, TASKS, UNSAID
 from migrate_python import read
@@ -125,21 +125,18 @@ def _buckets(table: Table, groups: int, migration: Migration) -> None:
     accumulated = table.take("accumulation_steps", 1)
     if not isinstance(accumulated, int) or accumulated < 1:
         raise table.fault("accumulation_steps", accumulated)
-    each, step = bucket_batches(lines, groups=groups, accumulation=accumulated)
-    for key, value in step.items():
-        migration.set(f"train.{key}", value)
-    (source,) = migration.get("data.train")
-    shared, *more = grids(lines)
-    if more:
-        migration.set("data.train", [source | grid for grid in (shared, *more)])
-    for key, value in shared.items():
-        migration.set(f"data.{key}", list(value))
+    made = rules(lines, geometry, groups=groups, accumulation=accumulated)
+    for key, value in grid(lines).items():
+        migration.set(f"data.{key}", value)
     migration.set("data.aspect_ratios", list(ASPECTS))
-    migration.set("data.buckets", rules(lines, each, geometry))
+    migration.set("data.buckets", made)
+    migration.set("data.draw", "epoch")
+    migration.set(
+        "train.global_batch", min((rule["global_batch"] for rule in made if "global_batch" in rule), default=1)
+    )
     migration.notes += [
-        "there a clip is used at one size, the largest that it fills and is kept at; here it is used at each",
-        "a clip that is not kept goes to the next shorter bucket of its size here, and to the next smaller size there",
-        f"train.global_batch is one number for all buckets, that of the largest there: {step['global_batch']}",
+        "train.global_batch is the smallest of the buckets' own, which stand in data.buckets",
+        "there a bucket is drawn once for each clip; here each epoch draws anew, with the same chances",
         "a size took clips of 0.8 of its pixels there; here smaller clips are left out, unless data.upscale is true",
         "a longer video gave a random part there; here data.clip_mode says which",
     ]

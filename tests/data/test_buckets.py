@@ -184,6 +184,19 @@ def test_a_failed_draw_falls_to_the_next_smaller_bucket() -> None:
     assert result != assigned(*many, frames=(1, 33, 81), buckets=rules, seed=1)
 
 
+def test_long_videos_can_be_kept_from_a_resolution() -> None:
+    """A bucket where none stays sends its videos to smaller ones, not to shorter ones of its own."""
+    rules = (BucketRule(size=(64, 64, 33), keep_resolution=0.0),)
+    grid = {"resolutions": (64, 32), "frames": (17, 33), "aspect_ratios": (1.0,), "buckets": rules, "draw": "epoch"}
+    long, short = sample(40, 64, 64), sample(20, 64, 64)
+    assert buckets(assigned(long, **grid)) == ["32×32×33", "32×32×17"]
+    assert buckets(assigned(short, **grid)) == ["64×64×17", "32×32×17"]
+    sizes = {"sizes": ((64, 64, 17), (64, 64, 33), (32, 32, 17)), "buckets": rules, "draw": "epoch"}
+    assert buckets(assigned(long, **sizes)) == ["32×32×17"]
+    passed_over = (BucketRule(size=(64, 64, 33), keep=0.0),)  # the broken twin: these are shortened
+    assert "64×64×17" in buckets(assigned(long, **{**grid, "buckets": passed_over}))
+
+
 def test_rates_are_exact() -> None:
     rates = {5.0: 5, 16.0: 16, 12.5: Fraction(25, 2), 23.976: Fraction(24000, 1001), 29.97: Fraction(30000, 1001)}
     assert {fps: rate(DataConfig(fps=fps)) for fps in rates} == rates

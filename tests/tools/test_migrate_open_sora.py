@@ -6,6 +6,7 @@ import csv
 import re
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 
 from tests.tools.test_migrate import TOOLS, migrate
 from transpixeler import cli, configfile
-from transpixeler.config import BucketRule, Config, SourceConfig
-from transpixeler.data.buckets import Bucket, rule_for
-from transpixeler.data.sources.pairs import scan
+from transpixeler.config import Config, DataConfig, SourceConfig
+from transpixeler.data.buckets import Bucket, assign, rule_for
+from transpixeler.data.draws import Draws
+from transpixeler.data.media.clip import Media
+from transpixeler.data.sources.pairs import Sample, scan
+from transpixeler.models.geometry import USUAL
 
 HEADER = ["path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"]
 # keys of Open-Sora 2.0's guides, with values of our own
@@ -126,40 +130,47 @@ def test_a_config_over_its_base_is_one_of_ours(tmp_path: Path, demo: Path) -> No
 
 def test_buckets_keep_and_batch_as_there(tmp_path: Path, demo: Path, capsys) -> None:
     data = (config := migrated(lay(tmp_path, demo), demo)).data
-    csv_file = str(tmp_path / "clips.csv")
-    assert data.train == (
-        SourceConfig(path=csv_file, resolutions=(32,), frames=(1, 5, 9)),
-        SourceConfig(path=csv_file, resolutions=(64,), frames=(1, 9)),
-        SourceConfig(path=csv_file, resolutions=(96,), frames=(1,)),
-    )
-    wanted = {
-        (1, 32, 32): (9, 1.0),
-        (5, 32, 32): (4, 0.75),
-        (9, 32, 32): (2, 0.6),  # a quarter goes to the next shorter length first
-        (9, 48, 32): (2, 0.6),
-        (1, 64, 64): (3, 0.5),
-        (9, 64, 64): (1, 0.25),
-        (1, 96, 96): (2, 1.0),
-        (1, 144, 64): (2, 1.0),
+    assert data.train == (SourceConfig(path=str(tmp_path / "clips.csv")),) and data.draw == "epoch"
+    assert data.resolutions == (32, 64, 96) and data.frames == (1, 5, 9)
+    wanted = {  # micro_batch, global_batch over 4 GPUs and 2 accumulated, keep, keep_resolution
+        (1, 32, 32): (9, 72, 1.0, 1.0),
+        (5, 32, 32): (4, 32, 1.0, 0.75),
+        (9, 32, 32): (2, 16, 0.75, 0.8),  # a quarter goes to the next shorter length first
+        (9, 48, 32): (2, 16, 0.75, 0.8),
+        (1, 64, 64): (3, 24, 1.0, 0.5),
+        (5, 64, 64): (None, None, 0.0, 1.0),  # no such length at this size
+        (9, 64, 64): (1, 8, 1.0, 0.25),
+        (1, 96, 96): (2, 16, 1.0, 1.0),
+        (1, 144, 64): (2, 16, 1.0, 1.0),
+        (9, 96, 96): (None, None, 0.0, 1.0),
     }
     found = {shape: rule_for(Bucket(*shape), data.buckets) for shape in wanted}
-    assert {shape: (rule.micro_batch, rule.keep) for shape, rule in found.items()} == wanted
-    assert config.train.global_batch == 9 * 4 * 2 and config.train.micro_batch == 1
-    assert (
-        "bucket_config: 64px: 12 = (0.0, None): with this model 12 frames come to 9, which another line has"
-        in capsys.readouterr().out
-    )
+    told = {s: (r.micro_batch, r.global_batch, r.keep, r.keep_resolution) for s, r in found.items()}
+    assert told == wanted and config.train.global_batch == 8
+    said = capsys.readouterr().out
+    assert "bucket_config: 64px: 12 = ((0.0, 1.0), None): with this model 12 frames come to 9, which another" in said
+    assert "\n  - {size: [96, 96, 9], keep: 0.0}\n" in (tmp_path / "ours.yaml").read_text()
 
 
-def test_a_rule_for_any_size_stands_where_all_sizes_agree(tmp_path: Path, demo: Path) -> None:
-    stage = STAGE.replace('"64px": {1: (0.5, 3), 9: (0.25, 1), 12: (0.0, None)},', '"64px": {9: (0.0, None)},')
-    stage = stage.replace('    "96px": {1: (1.0, 2)},\n', "").replace("9: ((0.8, 0.25), 2)", "9: (0.0, None)")
-    data = migrated(lay(tmp_path, demo, stage), demo).data
-    assert data.buckets == (
-        BucketRule(size=(0, 0, 1), micro_batch=9),
-        BucketRule(size=(0, 0, 5), micro_batch=4, keep=0.75),
-        BucketRule(size=(0, 0, 9), keep=0.0),
-    )
+def test_each_clip_has_the_chances_that_it_had_there(tmp_path: Path, demo: Path) -> None:
+    """Of a video of 64×64 and 9 frames, written out by hand; and none is kept at a size that sends it on."""
+    data = migrated(lay(tmp_path, demo), demo).data
+    found = offered(data, 9, 64)
+    draws = Draws(["a"] * len(found), found, rules=data.buckets, seed=0)
+    wanted = {(9, 64): 0.25, (9, 32): 0.75 * 0.75 * 0.8, (5, 32): 0.75 * 0.25 * 0.75}
+    assert {bucket[:2]: chance for bucket, chance in zip(found, draws.chances())} == pytest.approx(wanted)
+    shutil.rmtree(tmp_path / "clips")
+    sent_on = STAGE.replace("9: (0.25, 1), 12: (0.0, None)", "5: (1.0, 1), 9: (0.0, None)")
+    data = migrated(lay(tmp_path, demo, sent_on), demo, "--force").data
+    assert [bucket[:2] for bucket in offered(data, 9, 64)] == [(9, 32), (5, 32)]
+    assert [bucket[:2] for bucket in offered(data, 5, 64)] == [(5, 32), (5, 64)]
+
+
+def offered(data: DataConfig, frames: int, side: int) -> list[Bucket]:
+    """Return the buckets that a square video may be drawn for."""
+    media = Media(frames, side, side, Fraction(12), Fraction(frames, 12), False)
+    sample = Sample("a", (("rgb", Path("a.mp4")),), "", 0, False, media)
+    return [bucket for bucket, _ in assign([sample], data.train, data, geometry=USUAL, seed=0).clips]
 
 
 def test_no_key_vanishes_and_the_budget_of_host_memory_says_why(tmp_path: Path, demo: Path, capsys) -> None:
@@ -212,7 +223,7 @@ def test_a_csv_whose_paths_begin_elsewhere_becomes_a_manifest(tmp_path: Path, de
 def test_earlier_files_name_sizes_and_chances_otherwise(tmp_path: Path, demo: Path, capsys) -> None:
     stage = """
 dataset = dict(type="VariableVideoTextDataset", frame_interval=3, image_size=(None, None), num_frames=None)
-bucket_config = {"64": {1: (0.4, 8), 16: ((0.5, 0.5), 2)}, "144p": {32: (1.0, 1)}}
+bucket_config = {"64": {1: (0.4, 8), 16: ((0.5, 0.3), 2)}, "144p": {32: (1.0, 1)}}
 mask_ratios = {"identity": 0.75}
 vae = dict(type="VideoAutoencoderKL", micro_batch_size=4)
 text_encoder = dict(type="t5", shardformer=True)
@@ -226,9 +237,10 @@ wandb = False
 sp_size = 1
 """
     config = migrated(lay(tmp_path, demo, stage), demo, "--dataset", tmp_path / "clips.csv")
-    first, second = config.data.train
-    assert (first.resolutions, first.frames) == ((64,), (1, 13)) and second.resolutions == ((256, 144),)
-    assert rule_for(Bucket(13, 64, 64), config.data.buckets).keep == 0.25  # the second chance is to be tried at all
+    data = config.data
+    assert data.resolutions == (64, (256, 144)) and data.frames == (1, 13, 29)
+    rule = rule_for(Bucket(13, 64, 64), data.buckets)
+    assert (rule.keep, rule.keep_resolution) == (0.3, 0.5)  # the second chance is to stay at the length
     assert config.optim.lr == 2e-5 and config.optim.eps == 1e-15 and config.objective.density == "uniform"
     told = capsys.readouterr().out
     assert "16 → 13, 32 → 29" in told and "unknown key" not in told
@@ -241,7 +253,8 @@ def test_groups_of_gpus_share_a_sample(tmp_path: Path, demo: Path) -> None:
         + 'plugin = "hybrid"\nplugin_config = dict(_delete_=True, pp_size=2, tp_size=1, sp_size=1, zero_stage=2)\n'
     )
     config = migrated(lay(tmp_path, demo, stage), demo)
-    assert config.parallel.pipeline == 2 and config.parallel.shard == 0 and config.train.global_batch == 9 * 2 * 2
+    assert config.parallel.pipeline == 2 and config.parallel.shard == 0
+    assert rule_for(Bucket(1, 32, 32), config.data.buckets).global_batch == 9 * 2 * 2
 
 
 def test_an_adapter_there_is_one_here(tmp_path: Path, demo: Path, capsys) -> None:

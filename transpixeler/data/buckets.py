@@ -146,10 +146,24 @@ def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: i
         return f"{media.width}×{media.height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
     best = min(_distance(media, bucket) for bucket in fitting)
     nearest = sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
-    kept = [bucket for bucket in nearest if drawn(sample, bucket, data, seed=seed)]
+    kept = [bucket for bucket in _reached(nearest, data) if drawn(sample, bucket, data, seed=seed)]
     if not kept:
         return not_drawn(nearest)
     return kept if data.draw == "epoch" else kept[:1]
+
+
+def _reached(buckets: Sequence[Bucket], data: DataConfig) -> list[Bucket]:
+    """Leave out what is shorter than a bucket that sends every sample on to a smaller resolution."""
+    found: list[Bucket] = []
+    left: set[tuple[int, int]] = set()
+    for bucket in buckets:
+        if (bucket.height, bucket.width) in left:
+            continue
+        rule = rule_for(bucket, data.buckets)
+        if data.draw == "epoch" and rule.keep == 1 and rule.keep_resolution == 0:
+            left.add((bucket.height, bucket.width))
+        found.append(bucket)
+    return found
 
 
 def drawn(sample: Sample, bucket: Bucket, data: DataConfig, *, seed: int) -> bool:

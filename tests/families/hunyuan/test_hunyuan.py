@@ -236,16 +236,21 @@ def test_an_original_file_is_the_same_model_bit_for_bit(folder: Path, tmp_path: 
 
 
 def test_diffusers_converts_what_we_call_the_original_names() -> None:
-    """On meta, because it takes the published width for granted."""
+    """It takes the published width for granted, so weights are on meta; biases are not, and show the order of rows."""
     from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
     from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 
     with torch.device("meta"):
-        model = HunyuanModel(HunyuanConfig(), streams=("rgb",))
-        theirs = HunyuanVideoTransformer3DModel().state_dict()
-    file = {NAMES.parameter(n, source="internal", to="original"): value for n, value in model.state_dict().items()}
+        model = HunyuanModel(HunyuanConfig(num_layers=2, num_single_layers=2), streams=("rgb",))
+        theirs = HunyuanVideoTransformer3DModel(num_layers=2, num_single_layers=2).state_dict()
+    state = {n: torch.randn(v.shape) if n.endswith(".bias") else v for n, v in model.state_dict().items()}
+    file = {NAMES.parameter(n, source="internal", to="original"): value for n, value in state.items()}
     made = convert_hunyuan_video_transformer_to_diffusers(file)
     assert {n: value.shape for n, value in made.items()} == {n: value.shape for n, value in theirs.items()}
+    spelled = {n: NAMES.parameter(n, source="internal", to="diffusers") for n in state}
+    ours = {stored: value for n in state for stored, value in split_rows(state[n], spelled[n]).items()}
+    biases = [n for n in ours if n.endswith(".bias")]
+    assert len(biases) > 40 and all(torch.equal(ours[n], made[n]) for n in biases)
 
 
 def test_a_part_that_is_missing_is_told(folder: Path, tmp_path: Path) -> None:

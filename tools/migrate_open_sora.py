@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from functools import partial
 from pathlib import Path
 
 from manifests import ENDINGS, moved, rows_into
@@ -235,6 +236,7 @@ def _layout(table: Table, gpus: int, migration: Migration) -> int:
 def _run(table: Table, migration: Migration) -> None:
     table.apply("outputs", lambda value: migration.set("output_dir", migration.local(value)))
     table.apply("grad_checkpoint", lambda on: migration.set("parallel.recompute", "full" if on else "none"))
+    table.apply("grad_ckpt_buffer_size", partial(_host_memory, migration))
     if table.values.get("wandb") is True:
         table.take("wandb")
         table.apply("wandb_project", lambda value: migration.set("log.wandb", str(value)))
@@ -248,3 +250,10 @@ def _run(table: Table, migration: Migration) -> None:
     for name in ("batch_size", "load", "start_epoch", "start_step", "lora_checkpoint"):
         if table.values.get(name, 0) is None:
             table.take(name)
+
+
+def _host_memory(migration: Migration, size: Value) -> None:
+    """Let the inputs of recomputed blocks wait in as much host memory."""
+    if size and migration.get("parallel.recompute") == "full":
+        migration.set("parallel.recompute", "offload")
+        migration.set("parallel.host_gb", size / 2**30)

@@ -61,10 +61,6 @@ ABSENT = {
     "is_causal_vae": _MODEL,
     "ae_spatial_compression": _MODEL,
     "patch_size": _MODEL,
-    "grad_ckpt_buffer_size": (
-        "activations are not moved to host memory within a budget: parallel.recompute: offload moves the inputs of all "
-        "blocks there, and parallel.keep_gb is a budget of the GPU's own memory"
-    ),
     "grad_ckpt_settings": _RECOMPUTE,
     "model.grad_ckpt_settings": _RECOMPUTE,
     "pin_memory_cache_pre_alloc_numels": "pinned memory is taken as it is needed",

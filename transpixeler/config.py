@@ -243,6 +243,7 @@ class ParallelConfig:
     split: tuple[int, ...] = ()
     recompute: Literal["auto", "none", "full", "attention", "offload"] | Count = "auto"
     keep_gb: NonNegative = 0.0
+    host_gb: NonNegative = 0.0
     compile: Literal["auto", "on", "off"] = "auto"
     offload: bool | Count = False
     idle_expert: Literal["auto", "device", "host", "disk"] = "auto"

@@ -221,6 +221,20 @@ def test_a_budget_is_used_by_whole_blocks_and_never_exceeded(large: Config) -> N
     assert seconds == sorted(set(seconds), reverse=True), "and the less is computed anew"
 
 
+def test_inputs_without_room_in_host_memory_stay_on_the_gpu(large: Config) -> None:
+    kept, seconds = [], []
+    for budget in (0, 20, 5, 0.001):
+        config = replace(large, parallel=replace(large.parallel, recompute="offload", host_gb=budget))
+        made = planned(config, device="h100")
+        kept.append(made.memory["offload"].activations)
+        seconds.append(made.seconds_step)
+    inputs = kept[3] - kept[0]
+    assert kept[0] <= kept[1] < kept[2] < kept[3], "0 is no limit"
+    assert kept[3] - kept[2] == pytest.approx(4.999 * plan.GIB, rel=1e-3), "the budget is what leaves"
+    assert kept[3] == pytest.approx(made.memory["full"].activations, rel=0.1), "all stay, as with full recompute"
+    assert seconds == sorted(seconds, reverse=True) and inputs > 5 * plan.GIB
+
+
 def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:
     whole, cut, staged = (
         planned(_with(large, s), device="h100", gpus=4).memory["full"]

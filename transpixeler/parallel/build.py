@@ -49,14 +49,14 @@ def build_engine(
     costs = Costs.of(whole, kept=config.parallel.keep_gb > 0)
     ranges = pipeline.split_blocks(config.parallel, costs)
     away = shard.waiting_places(config.parallel, len(costs.blocks))
-    stages, waiting = [], []
+    stages, waiting, host = [], [], shard.host_inputs(config.parallel)
     for index in pipeline.local_stages(config.parallel, mesh):
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         stage = pipeline.Stage(model)
         blocks = dict(zip(ranges[index], model.block_list(), strict=True))
         own = [block for place, block in blocks.items() if place in away]
-        shard.wrap(stage, model.block_list(), config.parallel, mesh, waiting=own)
+        shard.wrap(stage, model.block_list(), config.parallel, mesh, waiting=own, host=host)
         _make_room(stage, own, config.parallel, mesh.device)
         fill(model, config, source, mesh.device)
         stages.append(stage)

@@ -5,7 +5,8 @@ In: a stage on meta. Out: the same stage under the same names, whose blocks keep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,20 +20,28 @@ from transpixeler.config import ParallelConfig, UserError
 from transpixeler.models.attention import SAVED_OPS
 from transpixeler.models.backbone import Block, Flow
 from transpixeler.models.streams import Tokens
+from transpixeler.parallel.hosted import Compute, HostInputs, flat
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.swap import spread
-
-Compute = Callable[[Flow, Tokens], Flow]  # a block's
 
 REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB
 GRAPHS = 512  # that a compiled block may have: one a bucket and microbatch, for training and for evaluation
 
 
 def wrap(
-    stage: nn.Module, blocks: Sequence[Block], config: ParallelConfig, mesh: Mesh, *, waiting: Collection[Block] = ()
+    stage: nn.Module,
+    blocks: Sequence[Block],
+    config: ParallelConfig,
+    mesh: Mesh,
+    *,
+    waiting: Collection[Block] = (),
+    host: HostInputs | None = None,
 ) -> None:
-    """Apply what the config says to a stage. waiting: the blocks whose weights are in host memory until used."""
-    set_recompute(blocks, recompute_mode(config, mesh.device))
+    """Apply what the config says to a stage.
+
+    waiting: the blocks whose weights are in host memory until used. host: the rank's memory for blocks' inputs.
+    """
+    set_recompute(blocks, recompute_mode(config, mesh.device), host)
     if wants_compile(config, mesh.device):
         compiler = torch.compiler.config  # beyond its limits, of 8 graphs, a block would run uncompiled without a word
         compiler.recompile_limit = max(compiler.recompile_limit, GRAPHS)
@@ -60,6 +69,11 @@ def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
             f"parallel.recompute={config.recompute}; set keep_gb=0, or recompute to what the other blocks "
             "do: attention, full or offload"
         )
+    if config.host_gb and config.recompute != "offload":
+        raise UserError(
+            f"parallel.host_gb: {config.host_gb:g} is for the inputs that parallel.recompute=offload moves, and it is "
+            f"{config.recompute}; set recompute=offload, or host_gb=0"
+        )
     if config.recompute != "auto":
         return config.recompute
     if device.type != "cuda":
@@ -72,28 +86,24 @@ def splits_backward(config: ParallelConfig) -> bool:
     return config.pipeline > 1 and config.schedule == "interleaved-zero-bubble"
 
 
-def set_recompute(blocks: Sequence[Block], mode: str | int) -> None:
-    """Decide for each block what its forward keeps for the backward pass."""
+def host_inputs(config: ParallelConfig) -> HostInputs:
+    """Return the host memory that `parallel.recompute: offload` may use on a rank."""
+    return HostInputs(config.host_gb * 2**30 if config.host_gb else math.inf)
+
+
+def set_recompute(blocks: Sequence[Block], mode: str | int, host: HostInputs | None = None) -> None:
+    """Decide for each block what its forward keeps for the backward pass. host: for `offload`, if it is shared."""
     if isinstance(mode, int):
         for block in blocks[::mode]:
             block.recompute = _full
         return
-    how = {"none": None, "full": _full, "attention": _keep_attention}
+    how, host = {"none": None, "full": _full, "attention": _keep_attention}, host or HostInputs()
     for block in blocks:
-        block.recompute = partial(_offload, carried=block.carried) if mode == "offload" else how[mode]
+        block.recompute = partial(host.run, carried=block.carried) if mode == "offload" else how[mode]
 
 
 def _full(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
-    return checkpoint(_flat(compute, tokens), *flow, use_reentrant=False)
-
-
-def _flat(compute: Compute, tokens: Tokens) -> Callable[..., Flow]:
-    """Take the flow's tensors one by one: a checkpoint sees no tensors inside of a tuple."""
-
-    def run(*flow: Tensor) -> Flow:
-        return compute(flow, tokens)
-
-    return run
+    return checkpoint(flat(compute, tokens), *flow, use_reentrant=False)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -103,26 +113,7 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 def _keep_attention(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
     """Attention is most of a long sequence's forward and little of its memory, so its outputs stay."""
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(_flat(compute, tokens), *flow, use_reentrant=False, context_fn=contexts)
-
-
-def _offload(compute: Compute, flow: Flow, tokens: Tokens, *, carried: int) -> Flow:
-    """Recompute all, and keep each block's carried inputs in host memory."""
-    # the others are shared by all blocks: moving them would multiply them; not the tensors, which `pack` would hold
-    moved = {(x.data_ptr(), x.shape) for x in flow[: carried + tokens.rgb_forward_only]}
-
-    def pack(saved: Tensor) -> tuple[Tensor, torch.device | None]:
-        if (saved.data_ptr(), saved.shape) not in moved:
-            return saved, None
-        host = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.is_cuda)
-        return host.copy_(saved, non_blocking=saved.is_cuda), saved.device
-
-    def unpack(packed: tuple[Tensor, torch.device | None]) -> Tensor:
-        kept, device = packed
-        return kept if device is None else kept.to(device, non_blocking=True)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return checkpoint(_flat(compute, tokens), *flow, use_reentrant=False)
+    return checkpoint(flat(compute, tokens), *flow, use_reentrant=False, context_fn=contexts)
 
 
 # --- compile ---------------------------------------------------------------------------------------------------------

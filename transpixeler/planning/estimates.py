@@ -248,7 +248,20 @@ class Estimate:
         outer = 3 * FP32_BYTES * load.layout.elements  # the noisy input, the target and their difference
         hidden = load.layout.tokens * self.costs.width * self.size
         received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden
-        return int(micro * (max(work, head) + held * kept + outer) + received + share * self._example(load.layout))
+        stay = micro * held * blocks * hidden * self._share_that_stays(load, layout) if recompute == "offload" else 0
+        each = max(work, head) + held * kept + outer
+        return int(micro * each + received + share * self._example(load.layout) + stay)
+
+    def _share_that_stays(self, load: Load, layout: Layout) -> float:
+        """Return the share of blocks' inputs that `parallel.host_gb` has no room for."""
+        budget = self.config.parallel.host_gb * 2**30
+        if not budget:
+            return 0.0
+        micro = self.micro_batch(load, layout)
+        blocks = max(sum(map(len, self._ranges(layout)[rank :: layout.pipeline])) for rank in range(layout.pipeline))
+        held = in_flight(self.config.parallel, layout.pipeline, 0, load.batch // layout.data // micro)
+        inputs = micro * held * blocks * load.layout.tokens * self.costs.width * self.size
+        return max(0.0, 1 - budget / inputs)
 
     def kept_whole(self, load: Load, layout: Layout, rank: int, recompute: costs.Recompute) -> KeptWhole:
         """Return the blocks of a pipeline rank that recompute nothing, and what that takes more than without."""
@@ -310,7 +323,7 @@ class Estimate:
         waiting = (passes + layout.pipeline - 1) / passes
         work = self.flops(loads, layout, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
         if recompute == "offload":
-            work += self._offloaded_inputs(loads) / layout.data / HOST_LINK
+            work += self._offloaded_inputs(loads, layout) / layout.data / HOST_LINK
         whole = self._whole()
         gathered = 0.0
         if self.config.parallel.offload:
@@ -322,10 +335,11 @@ class Estimate:
         reduced = 2 * whole.trainable_bytes / layout.pipeline / GPU_LINK if layout.data > 1 else 0.0
         return max(work, gathered) + UNHIDDEN_GATHER * gathered + reduced
 
-    def _offloaded_inputs(self, loads: Sequence[Load]) -> float:
+    def _offloaded_inputs(self, loads: Sequence[Load], layout: Layout) -> float:
         """Return bytes of block inputs that a mean step moves to host memory and back."""
         steps = sum(load.steps for load in loads)
-        tokens = sum(load.steps * load.batch * load.layout.tokens for load in loads) / steps
+        moved = [load.steps * load.batch * (1 - self._share_that_stays(load, layout)) for load in loads]
+        tokens = sum(share * load.layout.tokens for share, load in zip(moved, loads, strict=True)) / steps
         d = self.costs
         return 2 * tokens * d.width * len(d.blocks) * self.size
 

@@ -75,6 +75,8 @@ def memory_lines(config: Config, engine: AnyEngine) -> dict[str, str]:
         lines["offload"] = f"the weights of {count} of {blocks} blocks wait in host memory"
         if held := sum(one.swap.bytes for one in engine.by_expert.values() if one.swap is not None):
             lines["offload"] += f", {held / 2**30:.3g} GiB on this rank"
+    if parallel.host_gb:
+        lines["inputs"] = f"those of blocks wait in host memory, up to {parallel.host_gb:g} GB of it on each rank"
     if parallel.keep_gb:
         lines["keeps"] = f"as many blocks as fit {parallel.keep_gb:g} GB recompute nothing, in each bucket"
     return lines

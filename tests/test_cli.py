@@ -186,6 +186,18 @@ def test_bash_completes_commands_options_and_files(tmp_path: Path, capsys: pytes
     assert "comfyui" in completed("transpixeler", "export", "--format", "c")
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_sampling_that_is_stopped_says_how_to_go_on(
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stop(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "sample", stop)
+    assert cli.main(["sample", "run", "--prompt", "a b", *more]) == 130
+    assert capsys.readouterr().err.endswith("to go on: transpixeler sample run --prompt 'a b' --resume\n")
+
+
 # --- make ------------------------------------------------------------------------------------------------------------
 
 

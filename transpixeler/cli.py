@@ -22,7 +22,7 @@ from transpixeler import configfile
 from transpixeler.arguments import OTHERS_OPTIONS, commands_of, make_parser
 from transpixeler.commands import COMMANDS
 from transpixeler.config import Fault, UserError
-from transpixeler.files import near, printable
+from transpixeler.files import near, printable, shown_path
 
 SECONDS_FOR_MAIN = 5.0  # that other ranks leave rank 0 to tell an error
 # What a user can do about a file; the rest, such as a full disk, is no mistake in the input.
@@ -34,7 +34,8 @@ MENDABLE = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that argv names and return its exit code."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parse(argv)
     threading.excepthook = _tell_thread_error
     atexit.register(gc.freeze)  # or the interpreter's end searches all of torch for cycles: about a second a process
     try:
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(fault))
         return 1
     except KeyboardInterrupt as stop:
-        _say_stopped(stop, arguments)
+        _say_stopped(stop, arguments, argv)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,13 +136,16 @@ def _say(message: str) -> None:
     )
 
 
-def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace) -> None:
-    """Print that Ctrl-C ended the command and, for a training that was saved, the command that goes on with it."""
+def _say_stopped(stop: KeyboardInterrupt, arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Print that Ctrl-C ended the command and, where something was kept, the command that goes on with it."""
     if os.environ.get("RANK", "0") != "0":
         return
     print(f"transpixeler: {str(stop) or 'stopped'}", file=sys.stderr)
     if run := getattr(stop, "run", None):
-        words = ["train", arguments.config, *arguments.overrides, "--resume", str(run)]
+        words = ["train", arguments.config, *arguments.overrides, "--resume", shown_path(run)]
+        print(f"transpixeler: to go on: transpixeler {shlex.join(words)}", file=sys.stderr)
+    elif arguments.command == "sample":
+        words = [*argv, *(() if arguments.resume else ("--resume",))]
         print(f"transpixeler: to go on: transpixeler {shlex.join(words)}", file=sys.stderr)
 
 

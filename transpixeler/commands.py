@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from transpixeler.config import Config, UserError
+from transpixeler.config import Config, UserError, parse_size
 from transpixeler.files import near, printable, shown_path
 
 if TYPE_CHECKING:
@@ -162,8 +162,6 @@ def _sample_overrides(arguments: argparse.Namespace) -> list[str]:
     if arguments.format:
         found.append(f"sample.formats=[{', '.join(arguments.format)}]")
     if arguments.size:
-        from transpixeler.data.prompts import parse_size
-
         if (size := parse_size(arguments.size)) is None:
             raise UserError(f"--size: {arguments.size} is not WIDTHxHEIGHTxFRAMES, for example 832x480x33")
         found.append(f"sample.size={list(size)}")

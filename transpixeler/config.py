@@ -354,6 +354,12 @@ def family_names() -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for place in places or () for file in Path(place).glob("*/family.py")))
 
 
+def parse_size(text: str) -> Size | None:
+    """Return width, height and frames of a text such as 832x480x33, or None."""
+    found = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})[xX]([1-9]\d{0,5})", text)
+    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
+
+
 def is_path(text: str) -> bool:
     """Return whether the file system can hold a text in a path: no NUL, and nothing that it cannot encode."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.support.ranks import run_ranks
 from transpixeler import cli, configfile
 from transpixeler.config import UserError
 from transpixeler.data.media import decode
@@ -24,9 +27,11 @@ from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.prompts import GivenFiles
 from transpixeler.files import clear_unfinished
 from transpixeler.models.family import open_model
-from transpixeler.sampling import given, made
+from transpixeler.parallel.runtime import Runtime
+from transpixeler.sampling import command, given, made
 from transpixeler.sampling.files import write_sample
 from transpixeler.sampling.requests import Request
+from transpixeler.sampling.saves import load_saved
 from transpixeler.sampling.sheet import write_sheet
 
 SAMPLE = ("sample.steps=1", "sample.guidance=2", "sample.size=[64,64,5]", "sample.formats=[png]")
@@ -195,6 +200,20 @@ def test_another_file_under_the_same_name_is_another_request(run: Path, tmp_path
 
     black = made_from(0)
     assert made_from(0, "--resume") == black != made_from(255, "--resume")
+
+
+def _resume_on_ranks(rank: int, world_size: int, run: Path, out: Path) -> list[str]:
+    runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
+    options = command.SampleOptions(prompts=("a red ball", "a blue cube"), out=str(out), resume=True)
+    return [path.name for path in command.sample_command(load_saved(str(run), SAMPLE), runtime, options).own]
+
+
+def test_ranks_make_only_what_is_left_of_a_list(run: Path, tmp_path: Path) -> None:
+    _, lost = sample(run, tmp_path, "--prompt", "a red ball", "--prompt", "a blue cube")
+    shutil.rmtree(lost)
+    assert run_ranks(_resume_on_ranks, 2, run, tmp_path) == [[lost.name], []]
+    assert facts(lost)["prompt"] == "a blue cube"
+    assert run_ranks(_resume_on_ranks, 2, run, tmp_path) == [[], []]
 
 
 def answer(folder: Path, name: str, digest: str) -> None:

@@ -150,6 +150,7 @@ def test_the_still_shows_first_middle_and_last_of_all_streams(tmp_path: Path, st
 def test_a_sample_says_what_it_was_made_with(tmp_path: Path, streams) -> None:
     files = sample(tmp_path / "s", streams, "webm", "png", mode="premultiplied")
     facts = json.loads(files["facts"].read_text(encoding="utf-8"))
+    there = [(path.name, path) for key, path in files.items() if key != "facts"]
     assert facts == {
         "prompt": "a “glass” star",
         "seed": 7,
@@ -160,6 +161,7 @@ def test_a_sample_says_what_it_was_made_with(tmp_path: Path, streams) -> None:
         "fps": "16",
         "alpha_mode": "premultiplied",
         "files": {"rgb": "rgb.mp4", "seg": "seg.mp4", "webm": "rgba.webm", "png": "png", "still": "still.png"},
+        "bytes": {name: sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file()) for name, path in there},
     }
     assert all(path.exists() and path.parent == tmp_path / "s" for path in files.values())
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import Config, SampleConfig, Size, UserError, is_path
+from transpixeler.config import Config, SampleConfig, Size, UserError, is_path, parse_size
 from transpixeler.data.names import is_utf8
 from transpixeler.models.family import Family
 
@@ -70,12 +69,6 @@ def prompt_lines(path: str, *, key: str) -> list[Prompt]:
     # split at newlines alone: a JSON text may hold other separators, such as U+2028
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     return [_read_line(line, Path(path), number) for number, line in lines if line]
-
-
-def parse_size(text: str) -> Size | None:
-    """Return width, height and frames of a text such as 832x480x33, or None."""
-    found = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})[xX]([1-9]\d{0,5})", text)
-    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
 
 
 def read_prompts(config: SampleConfig) -> tuple[Prompt, ...]:

@@ -134,6 +134,15 @@ def test_callbacks_hear_of_steps_evaluations_and_saves_and_may_end_a_training(de
     assert not (Path(folder) / "step4").exists()
 
 
+def test_an_optimizer_that_only_a_runs_config_names_is_not_imported(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "step2", tmp_path / "theirs")
+    config = tmp_path / "theirs/config.yaml"
+    config.write_text(config.read_text().replace("name: adamw", "name: theirs.Optimizer"))
+    with pytest.raises(tp.UserError, match="importing it would execute it"):
+        tp.read_config(config)
+    assert tp.read_config(config, "optim.name=theirs.Optimizer").optim.name == "theirs.Optimizer"
+
+
 def test_a_folder_of_pairs_is_encoded(demo: Path, tmp_path: Path, alone: None) -> None:
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     sets = tp.encode(

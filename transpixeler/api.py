@@ -33,6 +33,7 @@ from transpixeler.sampling.session import Session
 from transpixeler.sampling.video import frame_rate, write_video
 from transpixeler.training import trainer
 from transpixeler.training.callbacks import Callbacks
+from transpixeler.training.preflight import check_import
 
 logger = logging.getLogger("transpixeler")
 Source = Config | str | Path
@@ -40,7 +41,11 @@ Source = Config | str | Path
 
 def read_config(path: str | Path = "", *overrides: str) -> Config:
     """Return the config of a YAML file, or the defaults, with overrides such as "optim.lr=5e-5"."""
-    return configfile.load(path, overrides) if path else configfile.from_overrides(overrides)
+    if not path:
+        return configfile.from_overrides(overrides)
+    found = configfile.load(path, overrides)
+    check_import(found, str(path), overrides)
+    return found
 
 
 def encode(source: Source, *overrides: str) -> Datasets:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transpixeler.config import UserError
-from transpixeler.files import printable, read_json, whole
+from transpixeler.files import read_json, whole
 from transpixeler.sampling.files import FACTS, GRID_GAP, STILL, picked_frames
 
 if TYPE_CHECKING:
@@ -62,10 +63,16 @@ def _picture(sample: Path) -> Image.Image | None:
         raise UserError(f"{sample}: damaged, its {STILL} cannot be read: {fault}; remove the folder") from None
 
 
+def _plain(name: str) -> str:
+    """Return a name in the letters that Pillow's own font has: those of ASCII."""
+    letters = (c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    return "".join(c if c.isascii() and c.isprintable() else "." for c in letters)
+
+
 def _label(name: str, width: int) -> Image.Image:
-    """Draw a sample's name; what is too long ends at the picture's edge."""
+    """Draw a sample's name; what is too long ends at the picture's edge, and letters that the font lacks are dots."""
     from PIL import Image, ImageDraw, ImageFont
 
     label = Image.new("RGB", (max(width, 1), LABEL), "white")
-    ImageDraw.Draw(label).text((0, 1), printable(name), fill="black", font=ImageFont.load_default(size=LABEL * 0.7))
+    ImageDraw.Draw(label).text((0, 1), _plain(name), fill="black", font=ImageFont.load_default(size=LABEL * 0.7))
     return label

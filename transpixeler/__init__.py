@@ -2,12 +2,12 @@
 
     import transpixeler as tp
 
-    config = tp.read_config("my.yaml", "optim.lr=5e-5")    # a file, and keys to set
-    data = tp.encode(config)                          # or a folder: tp.encode("clips", "model.path=base")
+    config = tp.read_config("my.yaml", "optim.lr=5e-5")   # a file, and keys to set
+    data = tp.encode(config)                              # or a folder: tp.encode("clips", "model.path=base")
     run = tp.train(config, callbacks=tp.Callbacks(on_step=print))
-    loaded = tp.load(run)                              # a run, a save, an adapter file or a Hub id
-    [video] = loaded.sample("a red circle", seed=7)    # video.rgb, video.alpha, video.rgba: arrays
-    loaded.sample(["one", "two"], out="samples")       # files too
+    loaded = tp.load(run)                                 # a run, a save, an adapter file or a Hub id
+    [video] = loaded.sample("a red circle", seed=7)       # video.rgb, video.alpha, video.rgba: arrays
+    loaded.sample(["one", "two"], out="samples")          # files too
 
 tp.Prompt holds a prompt with a seed, a negative prompt, a size and files of its own. What a user can mend is raised as
 tp.UserError, other faults as tp.Fault. help(tp.load) and so on say more; `transpixeler --help` lists the commands.

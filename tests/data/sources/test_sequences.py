@@ -83,6 +83,14 @@ def test_a_clip_without_a_caption_is_one_line_that_says_how_it_was_understood(tm
     }
 
 
+def test_images_named_by_numbers_alone_are_one_line_too(tmp_path: Path) -> None:
+    """They lack a name, which a folder of their own would give them."""
+    add_images(tmp_path / "s", *numbered("{:04}.png"), *numbered("{:04}_seg.png"))
+    result = found(tmp_path / "s")
+    (reason,) = reasons(result).values()
+    assert reason.startswith("no caption ####.txt; its numbered images are one clip") and notes(result) == {FRAMES: 16}
+
+
 def test_a_gap_in_a_clip_is_named(tmp_path: Path) -> None:
     add_images(tmp_path / "s", *numbered("fire.{}.png"), *numbered("fire_seg.{}.png"), caption="fire.txt")
     (tmp_path / "s" / "fire.1004.png").unlink()

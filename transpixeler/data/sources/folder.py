@@ -20,10 +20,8 @@ MEDIA_ENDINGS = VIDEO_ENDINGS | IMAGE_ENDINGS
 CAPTION_ENDING = ".txt"
 KNOWN_ENDINGS = MEDIA_ENDINGS | {CAPTION_ENDING}
 MAY_HOLD_ALPHA = frozenset([".mov", ".mkv", ".webm", ".avi", ".gif", ".png", ".webp", ".tif", ".tiff", ".exr", ".dpx"])
-
-
 NOT_READ = "file of a kind that is not read: *{}"
-HIDDEN = "file whose name begins with a dot"
+HIDDEN = "file or folder whose name begins with a dot"
 UNTAKEN = "file NAME{} beside NAME has no caption and is no stream of this config"
 FRAMES = "numbered image without a caption of its own, a frame of one clip"
 STILLS = "numbered image that is a still, as those of its name have captions of their own"

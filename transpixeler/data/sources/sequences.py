@@ -54,7 +54,7 @@ def tell_apart(images: Iterable[Path], captions: Container[str]) -> Sorted:
     sequences, captioned = [], []
     for (head, tail, _), found in groups.items():
         files = [image for image, _ in found]
-        stem = normal((head[:-1] if head[-1] in SEPARATORS else head) + tail)
+        stem = normal((head[:-1] if head.endswith(tuple(SEPARATORS)) else head or _hashes(found)) + tail)
         if len(files) > 1 and head not in own and stem not in stems:
             sequences.append(_sequence(stem, found))
         else:
@@ -63,9 +63,16 @@ def tell_apart(images: Iterable[Path], captions: Container[str]) -> Sorted:
     return Sorted(tuple(sequences), tuple(alone), tuple(captioned))
 
 
+def _hashes(found: Iterable[tuple[Path, re.Match[str]]]) -> str:
+    """Return the name of images that have none but their numbers."""
+    return "#" * min(len(match["number"]) for _, match in found)
+
+
 def _counts(match: re.Match[str]) -> bool:
-    """Tell whether a number may count frames: behind a name with letters, with a separator or of some digits."""
+    """Tell whether a number may count frames: all there is, or behind a name of letters and a separator or long."""
     head, number = match["head"], match["number"]
+    if not head:
+        return True
     return any(map(str.isalpha, head)) and (head[-1] in SEPARATORS or len(number) >= DIGITS)
 
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transpixeler.data.media.errors import BadMedia
@@ -66,26 +66,32 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 def _matching(pattern: Path) -> list[Path]:
     head, tail = re.split("#+", pattern.stem)
-    number = re.compile(f"{re.escape(head)}[0-9]+{re.escape(tail)}")
-    ending, folder = pattern.suffix.lower(), pattern.parent
-    return [
-        folder / name for name in _names(folder) if name.lower().endswith(ending) and number.fullmatch(Path(name).stem)
-    ]
-
-
-def _names(folder: Path) -> tuple[str, ...]:
-    """Return a folder's names, remembered: listing it anew for each of its sequences would be quadratic."""
+    folder, key = pattern.parent, (head, tail + pattern.suffix.lower())
     try:
         changed = folder.stat().st_mtime_ns
     except FileNotFoundError:
-        return ()
-    settled = time.time_ns() - changed > SETTLED_SECONDS * 1e9  # else it may change again within one tick of its clock
-    return (_names_of if settled else _names_of.__wrapped__)(folder, changed)
+        return []
+    if time.time_ns() - changed > SETTLED_SECONDS * 1e9:  # else it may change again within one tick of its clock
+        return [folder / name for name in _numbered(folder, changed).get(key, ())]
+    names = (path.name for path in folder.iterdir() if path.name.startswith(head))
+    return [folder / name for name in names if key in _keys(name)]
 
 
 @functools.lru_cache(maxsize=4)
-def _names_of(folder: Path, _: int) -> tuple[str, ...]:
-    return tuple(path.name for path in folder.iterdir())
+def _numbered(folder: Path, _: int) -> dict[tuple[str, str], list[str]]:
+    """Return a folder's names by what they are without a number: listing it for each sequence would be quadratic."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in folder.iterdir():
+        for key in _keys(path.name):
+            found.setdefault(key, []).append(path.name)
+    return found
+
+
+def _keys(name: str) -> Iterator[tuple[str, str]]:
+    """Yield, for each number in a name, what stands before it and behind it; the ending is in lower case."""
+    stem, dot, ending = name.rpartition(".")
+    for number in re.finditer("[0-9]+", stem):
+        yield stem[: number.start()], stem[number.end() :] + dot + ending.lower()
 
 
 def natural(path: Path) -> tuple[tuple[int, int | str], ...]:

@@ -163,7 +163,7 @@ def unreadable(folder: Path) -> dict[str, str]:
         "wide": "pixels of 2:1",
         "text": "cannot be read as OpenEXR",
         "cut": "cannot be read as OpenEXR",
-        "torn": "is damaged: its pixels cannot be decoded",
+        "torn": "is damaged: its pixels cannot be decoded|cannot be read as OpenEXR: Unable to query scanline",
     }
 
 

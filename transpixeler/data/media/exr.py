@@ -101,7 +101,7 @@ def _opened(path: Path, **how: bool) -> Any:
     if exr is None:
         raise BadMedia(f"is OpenEXR, which {INSTALL}")
     try:
-        return exr.File(str(path), num_threads=0, **how)
+        return exr.File(str(path), **how)
     except RuntimeError as error:
         raise BadMedia(f"cannot be read as OpenEXR: {' '.join(str(error).split())[-120:]}") from error
 

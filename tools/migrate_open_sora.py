@@ -137,7 +137,6 @@ def _buckets(table: Table, groups: int, migration: Migration) -> None:
     )
     migration.notes += [
         "train.global_batch is the smallest of the buckets' own, which stand in data.buckets",
-        "there a bucket is drawn once for each clip; here each epoch draws anew, with the same chances",
         "a size took clips of 0.8 of its pixels there; here smaller clips are left out, unless data.upscale is true",
         "a longer video gave a random part there; here data.clip_mode says which",
     ]
@@ -183,7 +182,7 @@ def _learning(table: Table, migration: Migration) -> None:
         migration.set("objective.density", density)
     scheduler.finish()
     migration.notes.append(
-        "noise levels were shifted by a clip's size and length there; objective.shift: 3 is near that"
+        "noise levels were shifted by a clip's size and length; objective.shift is one number, or auto"
     )
 
 

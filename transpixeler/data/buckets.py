@@ -52,18 +52,21 @@ def assign(
     With `data.draw: epoch` these are the clips of every bucket that some epoch may draw.
     """
     check_draws(data)
-    groups = [bucket_groups(source, data, geometry=geometry) for source in sources]
+    groups = [
+        [_Group(group, data, seed) for group in bucket_groups(source, data, geometry=geometry)] for source in sources
+    ]
     clips: list[tuple[Bucket, Clip]] = []
     dropped: list[tuple[str, str]] = []
+    fps = rate(data)
     for sample in samples:
         mode = sources[sample.source].clip_mode or data.clip_mode
         for group in groups[sample.source]:
-            chosen = choose(sample, group, data, seed=seed)
+            chosen = group.choose(sample)
             if isinstance(chosen, str):
                 dropped.append((sample.id, chosen))
                 continue
             for bucket in chosen:
-                clips += [(bucket, clip) for clip in clips_of(sample, bucket, mode=mode, fps=rate(data))]
+                clips += [(bucket, clip) for clip in clips_of(sample, bucket, mode=mode, fps=fps)]
     return Assignment(tuple(clips), tuple(dropped))
 
 
@@ -134,41 +137,59 @@ def _shapes(resolution: Resolution, data: DataConfig, unit: tuple[int, int]) -> 
         yield max(1, round(tall / unit[0])) * unit[0], max(1, round(wide / unit[1])) * unit[1]
 
 
-def choose(sample: Sample, group: Sequence[Bucket], data: DataConfig, *, seed: int) -> Sequence[Bucket] | str:
-    """Return the bucket of a group that a sample goes to, or all that it may be drawn for; or why there is none."""
-    media = sample.media
-    lasting = [bucket for bucket in group if _lasts(media, bucket, rate(data))]
-    if not lasting:
-        return _too_short(media, group, rate(data))
-    fitting = [bucket for bucket in lasting if data.upscale or _covers(media, bucket)]
-    if not fitting:
-        near = min(lasting, key=lambda bucket: (_distance(media, bucket), bucket))
-        return f"{media.width}×{media.height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
-    best = min(_distance(media, bucket) for bucket in fitting)
-    nearest = sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
-    kept = [bucket for bucket in _reached(nearest, data) if drawn(sample, bucket, data, seed=seed)]
-    if not kept:
-        return not_drawn(nearest)
-    return kept if data.draw == "epoch" else kept[:1]
+class _Group:
+    """Choose among the buckets of one resolution. Samples of one length and size are looked through once."""
+
+    def __init__(self, buckets: Sequence[Bucket], data: DataConfig, seed: int) -> None:
+        self.buckets, self.data, self.seed, self.fps = buckets, data, seed, rate(data)
+        self.rules = {bucket: rule_for(bucket, data.buckets) for bucket in buckets}
+        self._nearest: dict[tuple[int, int, int, bool], Sequence[Bucket] | str] = {}
+
+    def choose(self, sample: Sample) -> Sequence[Bucket] | str:
+        """Return the bucket that a sample goes to, or all that it may be drawn for; or why there is none."""
+        media = sample.media
+        shape = media.frames_at(self.fps), media.height, media.width, media.image
+        if shape not in self._nearest:
+            self._nearest[shape] = self._find(media)
+        nearest = self._nearest[shape]
+        if isinstance(nearest, str):
+            return nearest
+        kept = [
+            bucket
+            for bucket in self._reached(nearest)
+            if drawn(sample, bucket, self.rules[bucket], self.data, seed=self.seed)
+        ]
+        if not kept:
+            return not_drawn(nearest)
+        return kept if self.data.draw == "epoch" else kept[:1]
+
+    def _find(self, media: Media) -> Sequence[Bucket] | str:
+        """Return the buckets of the nearest shape, longest first, or why there is none."""
+        lasting = [bucket for bucket in self.buckets if _lasts(media, bucket, self.fps)]
+        if not lasting:
+            return _too_short(media, self.buckets, self.fps)
+        fitting = [bucket for bucket in lasting if self.data.upscale or _covers(media, bucket)]
+        if not fitting:
+            near = min(lasting, key=lambda bucket: (_distance(media, bucket), bucket))
+            return (
+                f"{media.width}×{media.height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
+            )
+        best = min(_distance(media, bucket) for bucket in fitting)
+        return sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
+
+    def _reached(self, buckets: Sequence[Bucket]) -> Iterator[Bucket]:
+        """Leave out what is shorter than a bucket that sends every sample on to a smaller resolution."""
+        left: set[tuple[int, int]] = set()
+        for bucket in buckets:
+            if (bucket.height, bucket.width) not in left:
+                yield bucket
+            rule = self.rules[bucket]
+            if self.data.draw == "epoch" and rule.keep == 1 and rule.keep_resolution == 0:
+                left.add((bucket.height, bucket.width))
 
 
-def _reached(buckets: Sequence[Bucket], data: DataConfig) -> list[Bucket]:
-    """Leave out what is shorter than a bucket that sends every sample on to a smaller resolution."""
-    found: list[Bucket] = []
-    left: set[tuple[int, int]] = set()
-    for bucket in buckets:
-        if (bucket.height, bucket.width) in left:
-            continue
-        rule = rule_for(bucket, data.buckets)
-        if data.draw == "epoch" and rule.keep == 1 and rule.keep_resolution == 0:
-            left.add((bucket.height, bucket.width))
-        found.append(bucket)
-    return found
-
-
-def drawn(sample: Sample, bucket: Bucket, data: DataConfig, *, seed: int) -> bool:
+def drawn(sample: Sample, bucket: Bucket, rule: BucketRule, data: DataConfig, *, seed: int) -> bool:
     """Tell whether a sample may be in a bucket: by one draw for all epochs, or by whether any epoch may draw it."""
-    rule = rule_for(bucket, data.buckets)
     if data.draw == "epoch":
         return rule.keep > 0 and rule.keep_resolution > 0
     return draw(seed, sample.id, bucket) < rule.keep
@@ -202,9 +223,9 @@ def _distance(media: Media, bucket: Bucket) -> float:
 
 def rule_for(bucket: Bucket, rules: Sequence[BucketRule]) -> BucketRule:
     """Return the first rule whose [width, height, frames] matches, where 0 stands for any."""
-    shape = (bucket.width, bucket.height, bucket.frames)
     for rule in rules:
-        if all(wanted in (0, found) for wanted, found in zip(rule.size, shape)):
+        width, height, frames = rule.size
+        if width in (0, bucket.width) and height in (0, bucket.height) and frames in (0, bucket.frames):
             return rule
     return BucketRule(size=(0, 0, 0))
 

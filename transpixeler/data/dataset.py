@@ -67,10 +67,11 @@ class Dataset:
         if not self.items:
             raise UserError(f"data.{self.key} holds no usable clip{_first_reason(self.skipped)}")
         buckets = [Bucket(*item.bucket) for item in self.items]
+        batches = {bucket: batch_for(bucket, global_batch, data.buckets) for bucket in dict.fromkeys(buckets)}
         return make_order(
             buckets=buckets,
             repeats=[item.repeats for item in self.items],
-            batches=[batch_for(bucket, global_batch, data.buckets) for bucket in buckets],
+            batches=[batches[bucket] for bucket in buckets],
             seed=seed,
             draws=self._draws(data.buckets, seed) if data.draw == "epoch" else None,
             key=self.key,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
-from transpixeler.data.buckets import Assignment, Bucket, bucket_groups, drawn, not_drawn, rate
+from transpixeler.data.buckets import Assignment, Bucket, bucket_groups, drawn, not_drawn, rate, rule_for
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.geometry import Geometry
@@ -39,7 +39,7 @@ def place(
         bucket = Bucket(media.frames, media.height, media.width)
         if bucket not in offered[sample.source]:
             dropped.append((sample.id, _misfit(sample, bucket, list(offered[sample.source]))))
-        elif not drawn(sample, bucket, data, seed=seed):
+        elif not drawn(sample, bucket, rule_for(bucket, data.buckets), data, seed=seed):
             dropped.append((sample.id, not_drawn([bucket])))
         else:
             clips.append((bucket, Clip(sample.id, Fraction(0), *bucket[:1], rate(data), *bucket[1:])))

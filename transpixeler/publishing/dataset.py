@@ -21,6 +21,7 @@ import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket
+from transpixeler.data.features.files import old_formats
 from transpixeler.data.features.needs import Needs, check_features
 from transpixeler.data.media.decode import read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
@@ -102,7 +103,7 @@ def inspect_dataset(
     """Open and judge every sample, and write the page, into `out` if it is a folder; no bad sample stops it."""
     page = _page_at(out)
     found = survey(sources, streams, replace(data, on_bad="skip"), geometry=needs.geometry, seed=seed, needs=needs)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with old_formats(), ThreadPoolExecutor(os.cpu_count()) as pool:
         judged = list(pool.map(lambda sample: _card(sample, data, needs), found.samples))
     cards = [card for card in judged if isinstance(card, Card)]
     bad = (*found.bad, *(card for card in judged if isinstance(card, BadSample)))

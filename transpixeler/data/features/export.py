@@ -5,6 +5,8 @@ A cache made from them holds the same latents and texts, bit for bit, and needs 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,7 @@ from transpixeler.models.conditions import shown_fields
 from transpixeler.models.family import ModelFolder, caption_fields
 
 OPTION = "--export"
+EXPORTED = re.compile(r"\d{6,}-([A-Za-z0-9@+_-]{1,80})@0\+\d+:\d+x\d+")  # the end of the id of a clip from our files
 
 
 class Exported(NamedTuple):
@@ -56,9 +59,9 @@ def export(datasets: Datasets, model: ModelFolder, folder: Path) -> list[Exporte
     writer, made = _Writer(folder, model), []
     with writing_to(folder, OPTION):
         for dataset in (datasets.train, datasets.eval):
-            for group, items in _by_source(dataset.items).items():
-                several = len(_by_source(dataset.items)) > 1
-                path = folder / f"{dataset.key}{f'-{_plain(group)}' * several}.jsonl"
+            groups = _by_source(dataset.items)
+            for stem, items in zip(_stems(dataset.key, list(groups)), groups.values()):
+                path = folder / f"{stem}.jsonl"
                 with _rows(path) as file:
                     for number, item in enumerate(items):
                         file.write(row_of(**writer.clip(dataset, item, f"{path.stem}/{number:06}-{_name(item)}")))
@@ -81,6 +84,7 @@ class _Writer:
     def __init__(self, folder: Path, model: ModelFolder) -> None:
         self.folder, self.facts = folder, header(model.family.name)
         self.fields = [field.name for field in caption_fields(model.fields)]
+        self._texts: dict[tuple[bytes, ...], str] = {}  # files by the keys of what they hold
 
     def clip(self, dataset: Dataset, item: Item, name: str) -> dict[str, str]:
         """Write a clip's latents and caption; return its row."""
@@ -88,7 +92,7 @@ class _Writer:
         lasts = dataset.lasts if item.bucket[0] > 1 else ()
         names = [name for number, one in enumerate(columns) for name in [one] + [one + LAST] * (number in lasts)]
         tensors = {name: _value(dataset, key) for name, key in zip(names, item.latent_keys, strict=True)}
-        path = self._write(f"{name}.safetensors", tensors)
+        path = self._write(f"{name}.safetensors", self._bytes(tensors))
         return dict.fromkeys(columns, path) | self._text(dataset, item.caption, item.text_keys)
 
     def texts_alone(self, dataset: Dataset) -> list[str]:
@@ -96,17 +100,25 @@ class _Writer:
         texts = {"": dataset.empty_text_keys} | dict(dataset.prompts)
         return [row_of(**self._text(dataset, text, keys)) for text, keys in texts.items()]
 
-    def _text(self, dataset: Dataset, text: str, keys: Sequence[bytes]) -> dict[str, str]:
-        name = f"texts/{keys[0].hex()}.safetensors"
-        if not (self.folder / name).exists():
-            self._write(name, {field: _value(dataset, key) for field, key in zip(self.fields, keys, strict=True)})
-        return {"text": text, TEXT_COLUMN: name}
+    def _text(self, dataset: Dataset, text: str, keys: tuple[bytes, ...]) -> dict[str, str]:
+        if keys not in self._texts:
+            data = self._bytes({name: _value(dataset, key) for name, key in zip(self.fields, keys, strict=True)})
+            name = f"texts/{hashlib.blake2b(data, digest_size=16).hexdigest()}.safetensors"
+            self._texts[keys] = self._write(name, data)
+        return {"text": text, TEXT_COLUMN: self._texts[keys]}
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        from safetensors.torch import save_file
+    def _bytes(self, tensors: Mapping[str, Tensor]) -> bytes:
+        """Return a file's content: the same for the same tensors, as its hash is their key in a cache."""
+        from safetensors.torch import save
 
+        data = save(dict(tensors), metadata=self.facts)
+        size = int.from_bytes(data[:8], "little")
+        header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+        return data[:8] + header.ljust(size) + data[8 + size :]  # facts come in any order
+
+    def _write(self, name: str, data: bytes) -> str:
         with whole(self.folder / name) as unfinished:
-            save_file(dict(tensors), unfinished, metadata=self.facts)
+            unfinished.write_bytes(data)
         return name
 
 
@@ -123,9 +135,20 @@ def _by_source(items: Sequence[Item]) -> dict[str, list[Item]]:
     return found
 
 
+def _stems(key: str, groups: Sequence[str]) -> list[str]:
+    """Name a manifest for each source; of manifests that were exported once, as they are named."""
+    if len(groups) == 1:
+        return [key]
+    plain = [_plain(group) for group in groups]
+    short = [name if name.startswith(f"{key}-") else f"{key}-{name}" for name in plain]
+    return short if len(set(short)) == len(short) else [f"{key}-{name}" for name in plain]
+
+
 def _name(item: Item) -> str:
-    """Return the end of a clip's id, as any file system takes it."""
-    return _plain(item.id.rpartition("/")[2])[-80:]
+    """Return the end of a clip's id, as any file system takes it; of a clip that was exported once, the same again."""
+    last = item.id.rpartition("/")[2]
+    before = EXPORTED.fullmatch(last)
+    return before[1] if before else _plain(last)[-80:]
 
 
 def _plain(name: str) -> str:

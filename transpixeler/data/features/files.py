@@ -10,7 +10,8 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,17 @@ class Opened:
         return None if tensor is None else tensor.reshape(-1).bool()
 
 
+@contextmanager
+def old_formats() -> Iterator[None]:
+    """Keep torch from warning of old formats, which are read all the same.
+
+    What Python warns of is set for all threads at once: enter this where threads are started, never in one of them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+        yield
+
+
 def open_features(path: Path) -> Opened:
     """Open a file; raise `BadMedia` with the reason where it holds no plain tensors."""
     if not path.is_file():
@@ -95,9 +107,7 @@ def _array(path: Path) -> dict[str, Tensor]:
 
 def _pickled(path: Path) -> dict[str, Tensor]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old formats, which are read all the same
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise BadMedia(
             "holds more than plain tensors, or is damaged; unpickling it could run code, so it is not read: save the "

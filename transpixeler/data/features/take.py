@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transpixeler.data.cache.records import DTYPE, Record
 from transpixeler.data.catalog import ClipJob, TextJob
-from transpixeler.data.features.files import open_features
+from transpixeler.data.features.files import old_formats, open_features
 from transpixeler.data.features.needs import Needs, blamed
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column
@@ -22,13 +22,14 @@ Refuse = Callable[[ClipJob | TextJob, BadMedia], None]
 
 def take(jobs: Iterable[ClipJob | TextJob], needs: Needs, put: Put, refuse: Refuse) -> None:
     """Write the records of each job, or say why its files cannot be used."""
-    for job in jobs:
-        try:
-            records = clip_records(job, needs) if isinstance(job, ClipJob) else text_records(job, needs)
-        except BadMedia as reason:
-            refuse(job, reason)
-        else:
-            put(job.folder, records)
+    with old_formats():
+        for job in jobs:
+            try:
+                records = clip_records(job, needs) if isinstance(job, ClipJob) else text_records(job, needs)
+            except BadMedia as reason:
+                refuse(job, reason)
+            else:
+                put(job.folder, records)
 
 
 def clip_records(job: ClipJob, needs: Needs) -> list[Record]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.data.features.files import old_formats
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
@@ -73,7 +74,7 @@ def scan(
     texts: list[TextRow] = []
     notes: dict[str, Note] = {}
     names, taken = source_names(sources), {}
-    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+    with old_formats(), ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         for index, source in enumerate(sources):
             fps = exact_rate(source.sequence_fps or data.sequence_fps or 0)
             offered = _distinct(_offered(source, names[index], streams, data.columns), taken)

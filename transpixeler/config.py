@@ -187,7 +187,7 @@ class ObjectiveConfig:
     stratified: bool = True
     tasks: dict[str, NonNegative] = field(default_factory=lambda: {"joint": 1.0})
     stream_weights: dict[str, NonNegative] = field(default_factory=dict)
-    caption_dropout: Fraction = 0.1
+    caption_dropout: Fraction | dict[str, Fraction] = 0.1
     first_frame_noise: Fraction = 0.0
 
 
@@ -293,6 +293,9 @@ class SampleConfig:
     size: Size | None = None
     steps: Count = 30
     guidance: NonNegative | dict[str, NonNegative] = 5.0
+    image_guidance: NonNegative = 1.0
+    image_falloff: bool = False
+    oscillate: Natural = 0
     shift: Positive | Literal["auto"] = 5.0
     scheduler: Literal["unipc", "euler", "dpm++"] = "unipc"
     seed: Natural = 0

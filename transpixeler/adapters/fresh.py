@@ -60,6 +60,9 @@ def random_weights(model: ModelFolder, seed: int) -> Iterator[tuple[str, Tensor]
     for place, module in backbone.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             path = f"{place}.{name}" if place else name
+            if path in backbone.zero_start:
+                yield path, torch.zeros(parameter.shape)
+                continue
             yield path, _draw(module, name, tuple(parameter.shape), generator("init", seed, path))
 
 

@@ -268,10 +268,11 @@ def _clip_jobs(
     digests, fill = _digests(used, folders, hashes), Fill.of(config.data)
     jobs = []
     for sample, clip, bucket in found.clips:
+        lasts = all_lasts(config.objective, tuple(config.streams), model.fields) if clip.frames > 1 else ()
         if sample.features.latents:
-            keys = given_part_keys(config, sample, clip, digests=digests)
+            keys = given_part_keys(sample, clip, digests=digests, lasts=lasts)
         else:
-            keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=encoders["clip"])
+            keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=encoders["clip"], lasts=lasts)
         job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys)
         if fields := shown_fields(model.fields):
             content = latent_keys(sample, clip, digests=digests, fill=fill, vae="")
@@ -299,10 +300,16 @@ def _digests(samples: Sequence[Sample], folders: Sequence[Path], hashes: Mapping
 
 
 def part_keys(
-    config: Config, sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill, vae: str
+    config: Config,
+    sample: Sample,
+    clip: Clip,
+    *,
+    digests: Mapping[Path, str],
+    fill: Fill,
+    vae: str,
+    lasts: Sequence[int],
 ) -> dict[Part, bytes]:
     """Return a key for each stream's clip, and for the last frames that some trained task gives."""
-    lasts = all_lasts(config.objective, tuple(config.streams)) if clip.frames > 1 else ()
     made = partial(latent_keys, sample, clip, digests=digests, fill=fill, vae=vae, scales=config.scales)
     whole, alone = made(), made(last=True) if lasts else {}
     found = {}
@@ -313,9 +320,10 @@ def part_keys(
     return found
 
 
-def given_part_keys(config: Config, sample: Sample, clip: Clip, *, digests: Mapping[Path, str]) -> dict[Part, bytes]:
+def given_part_keys(
+    sample: Sample, clip: Clip, *, digests: Mapping[Path, str], lasts: Sequence[int]
+) -> dict[Part, bytes]:
     """Return the same for latents that are given: of each file's content, and which tensor of it is meant."""
-    lasts = all_lasts(config.objective, tuple(config.streams)) if clip.frames > 1 else ()
     first, found = sample.paths[0][0], {}
     for number, (stream, path) in enumerate(sample.paths):
         for part in [Part(stream)] + [Part(stream, last=True)] * (number in lasts):
@@ -367,10 +375,11 @@ def keys_of_shown(
     own, blank = {}, {}
     for one in fields:
         parts: dict[str, Any] = {"what": one.name, "encoder": ENCODER_VERSION, "weights": encoders[one.source]}
-        parts |= {"dtype": "bfloat16", "last": one.last}
+        parts |= {"dtype": "bfloat16", "last": one.last, **({"stills": True} if one.stills else {})}
         streams = content if one.source == "clip" else content[:1]
         own[one.name] = tuple(_hash(pictures=pictures.hex(), **parts) for pictures in streams)
-        blank[one.name] = _hash(blank=list(bucket) if one.source == "clip" else [], **parts)
+        if not one.stills:
+            blank[one.name] = _hash(blank=list(bucket) if one.source == "clip" else [], **parts)
     return ShownKeys(own, blank)
 
 

@@ -65,14 +65,14 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
         found = ranks.from_main(partial(catalog, config, model))
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
-        while work := ranks.from_main(partial(_find_work, config, found, bad)):
+        while work := ranks.from_main(partial(_find_work, config, model, found, bad)):
             done = _encode_on_all(config, model, ranks, work)
             outcomes += done
             fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
             if not fresh:
                 break
             bad |= fresh  # others may share a record with these, or be drawn in their place, so look again
-    datasets = _datasets(config, found, bad)
+    datasets = _datasets(config, model, found, bad)
     if runtime.is_main:
         _summarise(datasets, outcomes)
     return datasets
@@ -82,16 +82,16 @@ def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[
     """Return the train and eval sets of a config, and what `encode_missing` would encode of them."""
     with connected(runtime) as ranks:
         found = ranks.from_main(partial(catalog, config, model))
-        work = ranks.from_main(partial(_find_work, config, found, {}))
-    datasets = _datasets(config, found, {}, whole=False)
+        work = ranks.from_main(partial(_find_work, config, model, found, {}))
+    datasets = _datasets(config, model, found, {}, whole=False)
     if runtime.is_main:
         _summarise(datasets, [])
     return datasets, work
 
 
-def _find_work(config: Config, found: Catalog, bad: Mapping[Keys, str]) -> Work:
+def _find_work(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str]) -> Work:
     if config.data.draw == "epoch":
-        data = _datasets(config, found, bad, whole=False)
+        data = _datasets(config, model, found, bad, whole=False)
         found = only(found, [*clips_used(config, data.train), *data.eval.items])
     return missing_work(found, without=bad)
 
@@ -282,10 +282,12 @@ def _free(device: torch.device) -> None:
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def _datasets(config: Config, found: Catalog, bad: Mapping[Keys, str], *, whole: bool = True) -> Datasets:
+def _datasets(
+    config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str], *, whole: bool = True
+) -> Datasets:
     """Return both sets without clips that are bad. whole: every record must be in the cache."""
     cache, streams, empty = Cache(*found.folders), tuple(config.streams), found.empty_text_keys
-    lasts = all_lasts(config.objective, streams)
+    lasts = all_lasts(config.objective, streams, model.fields)
     sets: dict[str, Dataset] = {}
     for name, items in found.items.items():
         faults = {item.id: bad.get(item.latent_keys, bad.get(item.text_keys)) for item in items}

@@ -22,8 +22,8 @@ from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order
 from transpixeler.flow.objective import Fields
-from transpixeler.models.conditions import Shown, shown_fields, with_channels
-from transpixeler.models.family import Field, caption_fields
+from transpixeler.models.conditions import Shown, kept_layout, shown_fields
+from transpixeler.models.family import Field, caption_fields, length_of
 from transpixeler.models.streams import Grid, StreamLayout
 
 CPU = torch.device("cpu")
@@ -89,10 +89,10 @@ class Assembler:
         own, blank = {}, {}
         for field in self.shown:
             clip = field.source == "clip"
-            inside = with_channels(layout, field.width - field.mask)
+            inside = kept_layout(field, layout)
             shape = (inside.elements,) if clip else (field.length or 1, field.width)
             own[field.name] = torch.empty(len(items), *shape, pin_memory=self.pin)
-            blank[field.name] = torch.empty(1, *shape)
+            blank[field.name] = torch.zeros(1, *shape)
             streams, empty = inside.unpack(own[field.name]) if clip else (), blank[field.name]
             for place, item in enumerate(items):
                 assert item.shown is not None, item.id
@@ -100,6 +100,8 @@ class Assembler:
                 outs = [stream[place] for stream in streams] if clip else [own[field.name][place]]
                 for key, out in zip(keys, outs, strict=True):
                     self._read(key, out, f"{item.id}, {field.name}")
+            if field.stills:
+                continue
             assert items[0].shown is not None, items[0].id
             for out in inside.unpack(empty) if clip else (empty,):
                 self._read(items[0].shown.blank[field.name], out[0], f"{field.name} of no frame")
@@ -118,7 +120,7 @@ class Assembler:
                     keys[number], value[place, : int(lengths[place])] if field.length else value[place], "a caption"
                 )
             if field.masked:
-                found[f"{field.name}_length"] = lengths
+                found[length_of(field.name)] = lengths
         return found
 
     def _length(self, key: bytes, field: Field) -> int:
@@ -142,7 +144,7 @@ def padded_fields(values: Mapping[str, Tensor], fields: Sequence[Field]) -> dict
         pad = (0, 0, 0, field.length - len(value)) if field.length else (0, 0)
         found[field.name] = torch.nn.functional.pad(value, pad)
         if field.masked:
-            found[f"{field.name}_length"] = torch.tensor(len(value))
+            found[length_of(field.name)] = torch.tensor(len(value))
     return found
 
 

@@ -77,9 +77,9 @@ def read_prompts(config: SampleConfig) -> tuple[Prompt, ...]:
 
 
 def is_guided(config: SampleConfig) -> bool:
-    """Return whether samples are led away from a negative prompt."""
+    """Return whether samples are led away from a negative prompt, or from a video that is shown nothing."""
     given = config.guidance.values() if isinstance(config.guidance, dict) else (config.guidance,)
-    return any(guidance != 1 for guidance in given)
+    return any(guidance != 1 for guidance in (*given, config.image_guidance))
 
 
 def negative_prompt(config: SampleConfig, family: Family) -> str | None:

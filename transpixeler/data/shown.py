@@ -52,9 +52,18 @@ class Encoders:
 def encode_shown(field: Field, frames: np.ndarray, encoders: Encoders) -> Tensor:
     """Return the record of a stream's given frames, of its frames uint8 [F, H, W, 3]."""
     pictures = torch.from_numpy(frames[[0, -1]])
+    if field.stills:
+        return _stills(pictures, len(frames), encoders)
     if field.source == "image":
         return encoders.images.encode(pictures if field.last else pictures[:1])
     return encoders.vae.encode(shown_video(pictures, len(frames), last=field.last))[0]
+
+
+def _stills(pictures: Tensor, frames: int, encoders: Encoders) -> Tensor:
+    """Return the latents [C, 2, h, w] of both ends, each encoded by itself; an image is never shown to itself."""
+    if frames == 1:
+        return torch.zeros(encoders.model.geometry.latent(1, *pictures.shape[1:3]))
+    return torch.cat([encoders.vae.encode(picture[None, None])[0] for picture in pictures], dim=1)
 
 
 def encode_blank(job: BlankJob, encoders: Encoders) -> Tensor:

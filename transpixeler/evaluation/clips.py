@@ -19,9 +19,9 @@ from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import objective
 from transpixeler.flow.draws import draw_noise
 from transpixeler.flow.objective import Example, Fields, Task
-from transpixeler.models.conditions import shows_frames
+from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.experts import ONLY, Expert, chosen_experts
-from transpixeler.models.family import ModelFolder
+from transpixeler.models.family import Field, ModelFolder
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class HeldOut:
         self.config, self.data = config, data
         self.assembler = Assembler(data, patch=model.geometry.patch, fields=model.fields) if data.items else None
         self.experts = chosen_experts(config.model, model.experts)
-        self.pieces = pieces(data, config, self.experts, shows=shows_frames(model.fields))
+        self.pieces = pieces(data, config, self.experts, fields=model.fields)
 
     def item(self, piece: Piece) -> Item:
         return self.data.items[piece.item]
@@ -68,13 +68,13 @@ class HeldOut:
 
 
 def pieces(
-    data: Dataset, config: Config, experts: Sequence[Expert] = (ONLY,), *, shows: bool = False
+    data: Dataset, config: Config, experts: Sequence[Expert] = (ONLY,), *, fields: Sequence[Field] = ()
 ) -> tuple[Piece, ...]:
     """Return every evaluated clip under every trained task for each expert, in the order of sets, tasks and ids.
 
-    shows: as `objective.tasks` takes it.
+    fields: of the model.
     """
-    known = objective.tasks(data.streams, shows=shows)
+    known = objective.tasks(data.streams, shows=shows_frames(fields), stills=shows_stills(fields))
     trained_tasks = [name for name in known if config.objective.tasks.get(name, 0) > 0]
     by_set: dict[str, list[int]] = {}
     for number in sorted(range(len(data.items)), key=lambda n: data.items[n].id):
@@ -118,4 +118,5 @@ def all_fields(batch: Batch, task: Task) -> Fields:
     """Return the fields of a batch's clips under a task: those of captions, and what is shown of given frames."""
     if batch.shown is None:
         return batch.fields
-    return {**batch.fields, **batch.shown.values(batch.layout, [task.shown] * len(batch.latents))}
+    ends = ([streams] * len(batch.latents) for streams in (task.shown, task.shown_last))
+    return {**batch.fields, **batch.shown.values(batch.layout, *ends)}

@@ -22,13 +22,14 @@ from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, all_fields, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
-from transpixeler.flow.objective import Task, check_given
+from transpixeler.flow.objective import Fields, Task, check_given
 from transpixeler.models.family import open_model
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.guidance import check_guidance
 from transpixeler.sampling.requests import Maker, list_requests
-from transpixeler.sampling.sampler import Sampler, check_guidance
+from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.texts import cached_prompts
 from transpixeler.sampling.video import Video, check_formats, name_part, write_video
 
@@ -114,12 +115,19 @@ class Evaluator:
             given = given_latents(piece.task, batch.layout.videos(batch.latents))
             name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task.name}" if piece.task.gives else "")
             layout, lasts = piece.task.cut(batch.layout), last_latents(piece.task, batch)
-            video = Video(name, item.caption, fields, seed + len(plan), layout, given, lasts, piece.task.shown)
+            ways = piece.task.shown, piece.task.shown_last, self._unshown(batch, piece.task)
+            video = Video(name, item.caption, fields, seed + len(plan), layout, given, lasts, *ways)
             plan.append((video, piece))
         for prompt in self.prompts:
             named = replace(prompt, name=f"{len(plan)}-{name_part(prompt.prompt)}")
             plan.append((self.maker.video(named), None))
         return plan
+
+    def _unshown(self, batch: Batch, task: Task) -> Fields:
+        """Return what a clip is shown of nothing, for guidance to what it is shown; {} where that is off."""
+        if batch.shown is None or self.config.sample.image_guidance == 1 or not (task.shown or task.shown_last):
+            return {}
+        return {name: value[0] for name, value in batch.shown.values(batch.layout, [()]).items()}
 
     def _write(
         self, folder: Path, request: Video, streams: Mapping[str, np.ndarray], facts: Mapping[str, object]
@@ -146,7 +154,7 @@ def _task(piece: Piece | None, request: Video) -> str:
     """Return what a video's facts call its task; that of a prompt with files has no name."""
     if piece is not None:
         return piece.task.name
-    return "given" if request.given or request.shown else "joint"
+    return "given" if request.given or request.lasts or request.shown or request.shown_last else "joint"
 
 
 def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -15,14 +15,15 @@ from transpixeler.config import Config, ObjectiveConfig, UserError
 from transpixeler.flow.draws import distribution, generator
 from transpixeler.models.experts import Expert, chosen_experts
 from transpixeler.models.family import ModelFolder
+from transpixeler.models.streams import Grid
 
 FEW = 0.05  # share of the steps below which an expert hardly learns
 GOLDEN = 0.6180339887498949  # multiples of it, without their whole parts, fill [0, 1) as evenly as any can
 
 
-def training_shift(config: ObjectiveConfig, model: ModelFolder, tokens: int) -> float:
-    """Return how far the noise levels of a video of so many tokens are shifted while training."""
-    return model.shift(tokens) if config.shift == "auto" else config.shift
+def training_shift(config: ObjectiveConfig, model: ModelFolder, grid: Grid) -> float:
+    """Return how far the noise levels of a video of a grid of tokens are shifted while training."""
+    return model.shift_of(grid) if config.shift == "auto" else config.shift
 
 
 def shares(config: ObjectiveConfig, experts: Sequence[Expert], *, shift: float) -> list[float]:
@@ -73,11 +74,11 @@ class Split:
     usual: float  # the shift that `auto` stands for
 
     @classmethod
-    def of(cls, config: Config, model: ModelFolder, tokens: int) -> Split:
-        """Split the steps of videos of so many tokens."""
+    def of(cls, config: Config, model: ModelFolder, grid: Grid) -> Split:
+        """Split the steps of videos of a grid of tokens."""
         experts = chosen_experts(config.model, model.experts)
-        shift = training_shift(config.objective, model, tokens)
-        usual = training_shift(replace(config.objective, shift="auto"), model, tokens)
+        shift = training_shift(config.objective, model, grid)
+        usual = training_shift(replace(config.objective, shift="auto"), model, grid)
         return cls(experts, tuple(shares(config.objective, experts, shift=shift)), shift, usual)
 
     @property

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from transpixeler.config import Config, ObjectiveConfig, UserError
 from transpixeler.flow.draws import draw_noise, draw_times, generator
-from transpixeler.models.conditions import Shown, shows_frames
-from transpixeler.models.family import ModelFolder
+from transpixeler.models.conditions import Shown, shows_frames, shows_stills
+from transpixeler.models.family import Field, ModelFolder, caption_fields, length_of
 from transpixeler.models.streams import StreamLayout
 
 Fields = Mapping[str, Tensor]  # by name, in the order in which the model takes them
@@ -100,10 +100,11 @@ class Task:
     first: frozenset[int] = frozenset()  # streams whose first latent frame is given
     last: frozenset[int] = frozenset()  # streams whose last frame is given beside the video, encoded alone
     shown: frozenset[int] = frozenset()  # streams whose given frames are shown beside the latents, in no time group
+    shown_last: frozenset[int] = frozenset()  # the same of last frames, where each end is shown by itself
 
     @property
     def gives(self) -> bool:
-        return bool(self.given or self.first or self.last or self.shown)
+        return bool(self.given or self.first or self.last or self.shown or self.shown_last)
 
     def cut(self, layout: StreamLayout) -> StreamLayout:
         """Return the layout whose given frames have times of their own, where others are left to make."""
@@ -136,21 +137,32 @@ def with_lasts(layout: StreamLayout, streams: Collection[int]) -> StreamLayout:
     return layout.with_lasts(stream for stream in streams if layout.shapes[stream][1] > 1)
 
 
-def tasks(streams: Sequence[str], *, shows: bool = False) -> dict[str, Task]:
-    """Return every task of these streams by name. shows: the model is shown given frames beside the latents."""
+def tasks(streams: Sequence[str], *, shows: bool = False, stills: bool = False) -> dict[str, Task]:
+    """Return every task of these streams by name.
+
+    shows: the model is shown given frames beside the latents. stills: and each end by itself.
+    """
     everyone, rgb = frozenset(range(len(streams))), frozenset({0})
     known = [Task("joint")]
     if len(streams) > 1:
         known += [Task(f"{streams[0]}_to_aux", frozenset({0})), Task(f"aux_to_{streams[0]}", everyone - {0})]
     if len(streams) > 2:
         known += [Task(f"{name}_to_rest", frozenset({i})) for i, name in enumerate(streams)]
-    known += [Task("image_to_video", first=rgb), Task("ends_to_video", first=rgb, last=rgb)]
+    known += [
+        Task("image_to_video", first=rgb),
+        Task("last_to_video", last=rgb),
+        Task("ends_to_video", first=rgb, last=rgb),
+    ]
     if len(streams) > 1:
         known += [
             Task("images_to_videos", first=everyone),
             Task("ends_to_videos", first=everyone, last=everyone),
         ]
-    if shows:  # such a model takes its last frame, if any, together with the first
+    if stills:
+        known = [
+            replace(task, first=frozenset(), last=frozenset(), shown=task.first, shown_last=task.last) for task in known
+        ]
+    elif shows:  # such a model takes its last frame, if any, together with the first
         known = [replace(task, first=frozenset(), shown=task.first) for task in known if not task.last]
     return {task.name: task for task in known}
 
@@ -160,8 +172,10 @@ def trained(config: ObjectiveConfig, streams: Sequence[str]) -> list[Task]:
     return [task for name, task in tasks(streams).items() if config.tasks.get(name, 0) > 0]
 
 
-def all_lasts(config: ObjectiveConfig, streams: Sequence[str]) -> tuple[int, ...]:
-    """Return the streams whose last frame some trained task gives."""
+def all_lasts(config: ObjectiveConfig, streams: Sequence[str], fields: Sequence[Field] = ()) -> tuple[int, ...]:
+    """Return the streams whose last frame some trained task gives beside the video. fields: of the model."""
+    if shows_frames(fields):
+        return ()
     return tuple(sorted(frozenset().union(*(task.last for task in trained(config, streams)))))
 
 
@@ -210,16 +224,23 @@ def check_given(config: Config, model: ModelFolder) -> None:
                 f"objective.tasks.{task.name}: {model.family.title} makes images, which do not go on from a frame; "
                 "leave it out"
             )
-        if task.first and not model.geometry.first_alone:
+        if (task.first or task.last) and not model.geometry.first_alone:
             frames = model.geometry.stride[0]
             raise UserError(
                 f"objective.tasks.{task.name}: {model.family.title} encodes {frames} frames at a time, so that none "
                 "can be given alone; leave it out"
             )
-        if shows and task.last:
+        if shows and task.last and not shows_stills(model.fields):
             raise UserError(
                 f"objective.tasks.{task.name}: this model takes given frames in channels; say image_to_video, which "
                 "gives it all that it takes"
+            )
+    droppable = [field.name for field in caption_fields(model.fields)]
+    for name in config.objective.caption_dropout if isinstance(config.objective.caption_dropout, dict) else ():
+        if name not in droppable:
+            raise UserError(
+                f"objective.caption_dropout.{name}: {model.family.title} makes no such field of a caption; there are "
+                f"{', '.join(droppable)}"
             )
     for name, scale in zip(config.streams, config.scales, strict=True):
         if shows and scale > 1:
@@ -275,7 +296,7 @@ def prepare(
     trains; the config's limits are its own.
     """
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
-    known = tasks(layout.names, shows=shown is not None)
+    known = tasks(layout.names, shows=shown is not None, stills=shown is not None and shows_stills(shown.fields))
     weights = tasks_of_step(config, layout.names, seed=seed, step=step)
     read, layout = layout, layout_for([known[name] for name in weights], layout)
     latents = narrowed(latents, read, layout)
@@ -290,7 +311,8 @@ def prepare(
         times[row, places] = free[row, places] = 0
     fields = with_dropped_captions(config, fields, empty, keys)
     if shown is not None:
-        fields = {**fields, **shown.values(layout, [task.shown for task in drawn])}
+        ends = [task.shown for task in drawn], [task.shown_last for task in drawn]
+        fields = {**fields, **shown.values(layout, *ends)}
     return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch), expert)
 
 
@@ -317,15 +339,27 @@ def with_noisy_firsts(
 
 
 def with_dropped_captions(config: ObjectiveConfig, fields: Fields, empty: Fields, keys: Keys) -> Fields:
-    """Return the fields with those of an empty caption in a share of the samples, for guidance."""
-    dropped = [float(torch.rand((), generator=generator("caption", *key))) < config.caption_dropout for key in keys]
-    if not any(dropped):
-        return fields
-    rows = torch.tensor(dropped)
-    return {name: _replaced(value, rows, empty[name]) for name, value in fields.items()}
+    """Return the fields with those of an empty caption in a share of the samples, for guidance.
+
+    Where shares are given by field, each field is dropped by itself, a masked one with its lengths.
+    """
+    shares = config.caption_dropout
+    if isinstance(shares, dict):
+        rows = {name: _dropped(share, keys, name) for name, share in shares.items()}
+        rows |= {length_of(name): dropped for name, dropped in rows.items() if length_of(name) in fields}
+    else:
+        rows = dict.fromkeys(fields, _dropped(shares, keys))
+    return {name: _replaced(value, rows.get(name), empty.get(name)) for name, value in fields.items()}
 
 
-def _replaced(value: Tensor, rows: Tensor, by: Tensor) -> Tensor:
+def _dropped(share: float, keys: Keys, *field: str) -> Tensor:
+    """[b]: the samples whose caption, or one field of it, is dropped."""
+    return torch.tensor([float(torch.rand((), generator=generator("caption", *field, *key))) < share for key in keys])
+
+
+def _replaced(value: Tensor, rows: Tensor | None, by: Tensor | None) -> Tensor:
+    if rows is None or by is None or not rows.any():
+        return value
     value = value.clone()
     value[rows] = by.to(value.dtype)
     return value

@@ -189,6 +189,7 @@ class Backbone(nn.Module, ABC):
     rgb_attends_aux: bool = True
     rgb_forward_only: bool = False  # RGB sees itself alone and nothing trained acts on it: it has no backward pass
     rgb_memory: RgbMemory | None = None  # where RGB is the same in several forward passes: its keys and values
+    zero_start: ClassVar[tuple[str, ...]] = ()  # parameters that are zero in a new model
     matmul_dtype: torch.dtype = torch.float32
     run_block: RunBlock | None = None  # runs each block, where something is to be done before and after
 

@@ -1,7 +1,8 @@
 """Tell image-to-video models of given frames: masks and latents in channels beside the noisy ones, of each stream.
 
 In: fields of the sources "clip" and "image", encoded, and which streams a task shows. Out: the tensors that a family's
-`embed` takes. Streams that are not shown have a mask of zeros and the encoding of a grey video.
+`embed` takes. Streams that are not shown have a mask of zeros and the encoding of a grey video, or zeros where frames
+are given one by one.
 """
 
 from __future__ import annotations
@@ -26,16 +27,22 @@ class Shown:
     own: Mapping[str, Tensor]  # [b, …]
     blank: Mapping[str, Tensor]  # [1, …]
 
-    def values(self, layout: StreamLayout, rows: Sequence[Collection[int]]) -> dict[str, Tensor]:
+    def values(
+        self, layout: StreamLayout, rows: Sequence[Collection[int]], lasts: Sequence[Collection[int]] = ()
+    ) -> dict[str, Tensor]:
         """Return the fields of samples, for each of which `rows` holds the streams whose given frames are shown.
 
-        A stream of one frame is never shown it: nothing would be left to make.
+        Of a field of stills those are the first frames, and `lasts` holds the streams whose last ones are. A stream of
+        one frame is never shown it: nothing would be left to make.
         """
         longer = {stream for stream, shape in enumerate(layout.shapes) if shape[1] > layout.patch[0]}
         rows, found = [longer.intersection(streams) for streams in rows], {}
+        lasts = [longer.intersection(streams) for streams in lasts] or [set() for _ in rows]
         for field in self.fields:
             own, blank = self.own[field.name], self.blank[field.name]
-            if field.source == "image":
+            if field.stills:
+                found[field.name] = _with_stills(field, layout, own, (rows, lasts))
+            elif field.source == "image":
                 given = torch.tensor([0 in streams for streams in rows])
                 found[field.name] = torch.where(given[:, None, None], own, blank)
             else:
@@ -54,6 +61,41 @@ def _with_masks(
         mask = given * given_frames(field, layout.shapes[number][1:])
         streams.append(torch.cat([mask.to(own.dtype), torch.where(given, *pair)], dim=1))
     return with_channels(layout, field.width).pack(streams)
+
+
+def _with_stills(
+    field: Field, layout: StreamLayout, own: Tensor, ends: tuple[Sequence[Collection[int]], ...]
+) -> Tensor:
+    """Return [b, N'] of masks and latents: zeros, but at the first and last latent frames that are shown."""
+    streams, whole = [], with_channels(layout, field.width)
+    for number, stills in enumerate(kept_layout(field, layout).unpack(own)):
+        made = own.new_zeros(len(own), *whole.shapes[number])
+        for place, rows in zip((0, -1), ends, strict=True):
+            given = torch.tensor([number in shown for shown in rows], device=own.device)
+            made[given, : field.mask, place] = 1
+            made[given, field.mask :, place] = stills[given, :, place]
+        streams.append(made)
+    return whole.pack(streams)
+
+
+def with_stills(fields: Sequence[Field], layout: StreamLayout, made: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Return latents [N] with the stills that were shown in their places, which are not made anew."""
+    for field in fields:
+        if not field.stills:
+            continue
+        shown = with_channels(layout, field.width).unpack(values[field.name][None])
+        pairs = zip(layout.unpack(made[None]), shown, strict=True)
+        parts = [torch.where(one[:, :1] > 0, one[:, field.mask :], video) for video, one in pairs]
+        made = layout.pack(parts)[0]
+    return made
+
+
+def kept_layout(field: Field, layout: StreamLayout) -> StreamLayout:
+    """Return the layout of what is encoded of a field "clip": latents without masks; of stills, the two ends."""
+    layout = with_channels(layout, field.width - field.mask)
+    if not field.stills:
+        return layout
+    return replace(layout, shapes=tuple((c, min(2, frames), *sides) for c, frames, *sides in layout.shapes))
 
 
 def given_frames(field: Field, cells: Sequence[int]) -> Tensor:
@@ -78,6 +120,11 @@ def with_channels(layout: StreamLayout, channels: int) -> StreamLayout:
 def shows_frames(fields: Sequence[Field]) -> bool:
     """Tell whether given frames are shown in channels beside the latents, and not by a time of their own."""
     return any(field.source == "clip" for field in fields)
+
+
+def shows_stills(fields: Sequence[Field]) -> bool:
+    """Tell whether first and last frames are shown one by one."""
+    return any(field.stills for field in fields)
 
 
 def grey_frames(frames: int, height: int, width: int) -> Tensor:

@@ -167,3 +167,50 @@ class T5TextEncoder(Encoder):
             text, truncation=True, max_length=self.length, add_special_tokens=True, return_tensors="pt"
         )
         return self.network(input_ids=tokens.input_ids.to(self.device)).last_hidden_state[0]
+
+
+class T5AndClipTextEncoder(Encoder):
+    """T5's rows of a text padded to its whole length, padding attended as any token, and CLIP's one vector."""
+
+    clip_length = 77
+
+    def __init__(
+        self, t5: Network, clip: Network, tokenizers: tuple[Any, Any], length: int, hashed: Callable[[], str],
+        *, device: torch.device,
+    ) -> None:  # fmt: skip
+        """tokenizers: of CLIP and of T5. length: tokens of T5's text."""
+        self.clip, self.tokenizers, self.length = clip.eval().requires_grad_(False), tokenizers, length
+        super().__init__(t5, hashed, device=device)
+
+    def to(self, device: torch.device) -> T5AndClipTextEncoder:
+        self.clip.to(device)
+        return super().to(device)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return each text's rows [length, width] and its vector [width]."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> dict[str, Tensor]:
+        clip, t5 = self.tokenizers
+        rows = self.network(input_ids=self._ids(t5, text, self.length)).last_hidden_state[0]
+        pooled = self.clip(input_ids=self._ids(clip, text, self.clip_length)).pooler_output[0]
+        return {"text": rows, "pooled": pooled}
+
+    def _ids(self, tokenize: Any, text: str, length: int) -> Tensor:
+        padded = {"padding": "max_length", "truncation": True, "max_length": length}
+        return tokenize(text, return_tensors="pt", **padded).input_ids.to(self.device)
+
+
+def load_t5_and_clip(
+    *, t5: tuple[Path, Path], clip: tuple[Path, Path], length: int, hashed: Callable[[], str], device: torch.device,
+    dtype: torch.dtype,
+) -> T5AndClipTextEncoder:  # fmt: skip
+    """Load both encoders. t5, clip: the folders of a network and of its tokenizer, which may be the same."""
+    from transformers import CLIPTextModel, T5EncoderModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it would break the caller's own
+    networks = load_network(T5EncoderModel, t5[0], dtype=dtype), load_network(CLIPTextModel, clip[0], dtype=dtype)
+    tokenizers = load_tokenizer(clip[1]), load_tokenizer(t5[1])
+    return T5AndClipTextEncoder(*networks, tokenizers, length, hashed, device=device)

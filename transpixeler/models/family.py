@@ -7,6 +7,7 @@ builds the backbone and opens the encoders. A family is one folder `families/NAM
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.names import Names
 from transpixeler.models.resolve import resolve
+from transpixeler.models.streams import Grid
 
 MODEL_CONFIGS = ("model_index.json", "config.json", "*/config.json")  # of a model, which say its family
 Digest = Callable[[Path], str]
@@ -47,7 +49,8 @@ class Field:
     Two sources tell a model of given frames. "clip": latents of each stream's first frame followed by grey ones, with
     `mask` channels before them that tell which frames are given, packed as the streams are: `width` channels in all.
     "image": an image encoder's tokens of stream 0's first frame. A model with a field of either is shown given frames
-    so, and not by a time of their own. `last`: the last frame is given with the first.
+    so, and not by a time of their own. `last`: the last frame is given with the first. `stills`: either or both may be
+    given, each encoded by itself, in its place among zeros.
     """
 
     name: str  # also the kind of its cache records
@@ -57,6 +60,7 @@ class Field:
     source: Literal["caption", "clip", "image"] = "caption"
     mask: int = 0
     last: bool = False
+    stills: bool = False
     droppable: bool = True  # caption dropout replaces it by that of an empty caption
 
     @property
@@ -169,6 +173,14 @@ class ModelFolder(ABC):
 
     # -- noise levels of a video of so many tokens, those of companions not counted
 
+    def shift_of(self, grid: Grid) -> float:
+        """Return `shift` for tokens of a grid, which some models' depends on."""
+        return self.shift(math.prod(grid))
+
+    def sampling_shift_of(self, grid: Grid) -> float:
+        """Return `sampling_shift` likewise."""
+        return self.sampling_shift(math.prod(grid))
+
     def shift(self, tokens: int) -> float:
         """Return what `objective.shift: auto` stands for: how far training shifts its noise levels."""
         return 1.0
@@ -228,6 +240,11 @@ class Family:
 
     def internal_names(self, stored: Iterable[str]) -> dict[str, str]:
         return self.names.internal_names(stored)
+
+
+def length_of(name: str) -> str:
+    """Return the name of the true lengths of a masked field."""
+    return f"{name}_length"
 
 
 def caption_fields(fields: Sequence[Field]) -> tuple[Field, ...]:

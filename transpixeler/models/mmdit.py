@@ -42,6 +42,7 @@ class Sizes:
     time_frequencies: int  # channels of the sinusoids of timestep and guidance
     guidance: float | None = None  # what a distilled model is told; None where it has no place for it
     theta: float = THETA  # slowness of the slowest turn of the positions
+    halves: bool = False  # a head's first half turns with its second, in place of neighbouring channels
 
     @property
     def head_dim(self) -> int:
@@ -71,7 +72,7 @@ class Heads(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.heads = sizes.heads
+        self.heads, self.halves = sizes.heads, sizes.halves
         self.q_norm = nn.Parameter(torch.ones(sizes.head_dim))
         self.k_norm = nn.Parameter(torch.ones(sizes.head_dim))
 
@@ -80,9 +81,10 @@ class Heads(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.chunk(3, dim=-1))
         return self._turned(q, self.q_norm, rope).to(v.dtype), self._turned(k, self.k_norm, rope).to(v.dtype), v
 
-    @staticmethod
-    def _turned(x: Tensor, norm: Tensor, rope: Tensor | None) -> Tensor:
+    def _turned(self, x: Tensor, norm: Tensor, rope: Tensor | None) -> Tensor:
         x = F.rms_norm(x.float(), norm.shape, norm, EPS)
+        if self.halves:  # queries and keys in another order alike: their products do not change
+            x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         if rope is None:
             return x
         if len(rope) == x.shape[1]:
@@ -206,7 +208,7 @@ class Embed(nn.Module):
 
     def __init__(self, sizes: Sizes, patch: Grid, fields: Sequence[Field], streams: Sequence[str]) -> None:
         super().__init__()
-        text, pooled = fields
+        text, pooled, *_ = fields
         self.sizes, self.patch = sizes, patch
         self.img_in = nn.Linear(sizes.channels * math.prod(patch), sizes.width)
         self.txt_in = Linear(text.width, sizes.width)
@@ -225,12 +227,16 @@ class Embed(nn.Module):
         dtype: torch.dtype,
     ) -> Flow:
         *lengths, pooled = lengths_and_pooled
-        vectors = self.time_in(self._sinusoid(timesteps))  # [B, G, D]
-        if self.guidance_in is not None:
-            vectors = vectors + self.guidance_in(self._sinusoid(torch.tensor(self.sizes.guidance, device=x.device)))
-        vectors = vectors + self.vector_in(pooled.float())[:, None]
         words = self.read_text(text.to(dtype), lengths, timesteps[:, layout.text_group])
-        return self.embed(x, layout).to(dtype), words, vectors, *lengths
+        return self.embed(x, layout).to(dtype), words, self.vectors(timesteps, pooled), *lengths
+
+    def vectors(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
+        """[B, G] and [B, width] → [B, G, D]."""
+        vectors = self.time_in(self._sinusoid(timesteps))
+        if self.guidance_in is not None:
+            guidance = torch.tensor(self.sizes.guidance, device=timesteps.device)
+            vectors = vectors + self.guidance_in(self._sinusoid(guidance))
+        return vectors + self.vector_in(pooled.float())[:, None]
 
     def read_text(self, text: Tensor, lengths: Sequence[Tensor], times: Tensor) -> Tensor:
         """[B, L, width of text] → [B, L, D]. lengths: of masked text, [B]. times: [B], of the text."""
@@ -264,7 +270,7 @@ class Head(nn.Module):
 
 
 class MMDiT(Backbone):
-    """Double blocks `0, 1, …`, then single blocks `s0, s1, …`. A family gives `patch`, its sizes and its two fields."""
+    """Double blocks `0, 1, …`, then single blocks `s0, s1, …`. A family gives `patch`, its sizes and fields."""
 
     lora_targets = ("img.qkv", "img.proj", "img.mlp.0", "img.mlp.2", "linear1", "linear2")
     embed_class: ClassVar[type[Embed]] = Embed
@@ -272,9 +278,9 @@ class MMDiT(Backbone):
     grouped = TextFlows.grouped
 
     def __init__(
-        self, sizes: Sizes, fields: tuple[Field, Field], *, streams: Sequence[str], rgb_attends_aux: bool, kernel: str
+        self, sizes: Sizes, fields: tuple[Field, ...], *, streams: Sequence[str], rgb_attends_aux: bool, kernel: str
     ) -> None:
-        """fields: text, and pooled text."""
+        """fields: text, pooled text, and those that a family's own `embed_class` takes."""
         super().__init__()
         self.sizes, self.fields, self.streams, self.kernel = sizes, fields, tuple(streams), kernel
         self.width, self.heads = sizes.width, sizes.heads
@@ -292,7 +298,7 @@ class MMDiT(Backbone):
         return Tokens.of(layout, rope, kernel=kernel, rgb_attends_aux=self.rgb_attends_aux)
 
     def flow_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> Flow:
-        text, _ = self.fields
+        text = self.fields[0]
         with torch.device("meta"):
             lengths = (torch.empty(batch, dtype=torch.int64),) if text.masked else ()
             return (

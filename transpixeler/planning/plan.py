@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from transpixeler.data.work import clips_used
 from transpixeler.flow import objective
 from transpixeler.flow.experts import Split
 from transpixeler.models.backbone import Backbone
+from transpixeler.models.conditions import kept_layout
 from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model
 from transpixeler.models.geometry import Geometry
@@ -100,10 +102,9 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     train, evaluation, scan_seconds = _datasets(config, folder)
     order = train.order(seed=config.seed, global_batch=config.train.global_batch, data=config.data)
     used = replace(train, items=clips_used(config, train))
-    loads = _loads(config, geometry, order, train)
+    loads = _loads(config, folder, geometry, order, train)
     estimate = _estimate(config, folder, model, machine)
-    tokens = max((load.layout.segment_lengths[0] for load in loads), default=0)
-    split = Split.of(config, folder, tokens)
+    split = Split.of(config, folder, max((load.layout.grids[0] for load in loads), key=prod, default=(0, 0, 0)))
     mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
     whole = sum(estimate.parts.values(), Part())
     return Plan(
@@ -179,12 +180,12 @@ def _dataset(config: Config, model: ModelFolder, key: str) -> Dataset:
     return Dataset(items, tuple(config.streams), (), Cache(), key, found.skipped, notes=found.told)
 
 
-def _loads(config: Config, geometry: Geometry, order: Order, train: Dataset) -> list[Load]:
+def _loads(config: Config, folder: ModelFolder, geometry: Geometry, order: Order, train: Dataset) -> list[Load]:
     """Return the buckets in training's order, each with its share of the steps."""
     loads = []
     for row in order.rows:
         bucket = Bucket(*train.items[row.items[0]].bucket)
-        loads.append(Load(bucket, _layout(config, geometry, bucket), row.steps, row.batch))
+        loads.append(Load(bucket, _layout(config, geometry, bucket, folder.fields), row.steps, row.batch))
     return loads
 
 
@@ -196,18 +197,21 @@ def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, 
 
 
 def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Sequence[Field]) -> int:
-    layouts = {bucket: _layout(config, geometry, Bucket(*bucket)) for bucket in data.buckets()}
-    latents = sum(layouts[bucket].elements * count for bucket, count in data.buckets().items())
-    shown = sum(field.source == "clip" for field in fields)  # as large as what is shown of
+    layouts = {bucket: _layout(config, geometry, Bucket(*bucket), fields) for bucket in data.buckets()}
+    shown = [field for field in fields if field.source == "clip"]
+    latents = sum(
+        count * sum(layout.elements for layout in (one, *(kept_layout(field, one) for field in shown)))
+        for one, count in ((layouts[bucket], count) for bucket, count in data.buckets().items())
+    )
     tokens = sum((field.length or 1) * field.width for field in fields if field.source == "image")
-    return BF16_BYTES * (latents * (1 + shown) + tokens * len(data.items))
+    return BF16_BYTES * (latents + tokens * len(data.items))
 
 
-def _layout(config: Config, geometry: Geometry, bucket: Bucket) -> StreamLayout:
+def _layout(config: Config, geometry: Geometry, bucket: Bucket, fields: Sequence[Field]) -> StreamLayout:
     """Return the largest layout that a step of this bucket may have."""
     streams = tuple(config.streams)
     return objective.with_lasts(
-        geometry.layout(streams, config.scales, bucket), objective.all_lasts(config.objective, streams)
+        geometry.layout(streams, config.scales, bucket), objective.all_lasts(config.objective, streams, fields)
     )
 
 

@@ -23,7 +23,7 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.light import DATA, Light
 from transpixeler.data.prompts import GivenFiles
 from transpixeler.flow.objective import trained
-from transpixeler.models.conditions import shows_frames
+from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.geometry import Geometry
 from transpixeler.sampling.files import Plate
@@ -56,7 +56,7 @@ def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, siz
             _check_frame(given, name, model)
         length = 1 if name in ("image", "last") else size[0]
         _probe_long_enough(given.label(name), path, config, model.geometry, (length, *size[1:]))
-    if given.last and shows_frames(model.fields):
+    if given.last and shows_frames(model.fields) and not shows_stills(model.fields):
         both = [_shows_alpha(given, name, config) for name in ("image", "last")]
         if both[0] != both[1]:
             raise UserError(
@@ -167,11 +167,11 @@ def _check_ends(given: GivenFiles, model: ModelFolder, *, frames: int) -> None:
         raise UserError(f"{image}: this model goes from a first frame to a last one; give {last} too")
     if not given.last:
         return
-    if not given.image:
+    if not given.image and not shows_stills(model.fields):
         raise UserError(f"{last}: needs the first frame too; give it with {image}")
     if frames == 1:
         raise UserError(f"{last}: a video of one frame ends with its first; leave it out, or make --size longer")
-    if shows_frames(model.fields) and not to_last:
+    if shows_frames(model.fields) and not to_last and not shows_stills(model.fields):
         raise UserError(f"{last}: this model is shown a first frame alone; leave it out")
 
 

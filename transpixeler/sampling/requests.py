@@ -16,6 +16,7 @@ from torch import Tensor
 from transpixeler.config import Config, Size
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt
 from transpixeler.flow.objective import Fields, Task
+from transpixeler.models.conditions import shows_stills
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
 from transpixeler.sampling.frames import Frames
@@ -76,6 +77,8 @@ class _Setting:
     lasts: Mapping[int, Tensor] = field(default_factory=dict)
     fields: Fields = field(default_factory=dict)  # that show the given frames
     shown: frozenset[int] = frozenset()
+    shown_last: frozenset[int] = frozenset()
+    unshown: Fields = field(default_factory=dict)
 
 
 class Maker:
@@ -99,6 +102,8 @@ class Maker:
             setting.given,
             setting.lasts,
             setting.shown,
+            setting.shown_last,
+            setting.unshown,
             request.negative,
             negative,
         )
@@ -120,11 +125,15 @@ class Maker:
     def _make(self, request: Request) -> _Setting:
         shape = video_layout(self.config, self.model, request.size)
         found = read_given(request.given, self.config, self.model, self.model.geometry.pixels(shape.shapes[0]))
-        shown = show(self.model, self.frames, shape, found.pictures)
+        shown = show(self.model, self.frames, shape, found.pictures, found.last)
+        stills = shows_stills(self.model.fields)
+        ends = frozenset(found.first if shown else ()), frozenset(found.last if stills else ())
+        guided = self.config.sample.image_guidance != 1 and any(ends)
+        unshown = show(self.model, self.frames, shape, {}) if guided else {}
         parts = (found.clips, {}, {}) if shown else (found.clips, found.first, found.last)
         whole, first, last = (self._encoded(part) for part in parts)
         layout = Task("", given=frozenset(whole), first=frozenset(first), last=frozenset(last)).cut(shape)
-        return _Setting(layout, found.clips, first | whole, last, shown, frozenset(found.first if shown else ()))
+        return _Setting(layout, found.clips, first | whole, last, shown, *ends, unshown)
 
     def _encoded(self, part: Mapping[int, np.ndarray]) -> dict[int, Tensor]:
         return {stream: self.frames.encode(one, scale=self.config.scales[stream]) for stream, one in part.items()}

@@ -6,6 +6,7 @@ pipeline's ranks work on one video together.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transpixeler.config import SampleConfig, UserError
+from transpixeler.config import SampleConfig
 from transpixeler.data.progress import Progress
 from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
-from transpixeler.models.experts import experts_at
+from transpixeler.models.conditions import with_stills
 from transpixeler.models.family import ModelFolder
-from transpixeler.models.streams import StreamLayout
+from transpixeler.models.streams import Grid, StreamLayout
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.sampling.guidance import Guidance
 from transpixeler.sampling.video import Video
 
 # Up to so many tokens both halves of guidance run in one batch; a longer sequence fills a device by itself.
@@ -61,45 +63,32 @@ class Sampler:
                     yield number, latents
 
     def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
-        solver = self._solver(video.layout.segment_lengths[0])
+        solver = self._solver(video.layout.grids[0])
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
-        guidance = guidance_by_time(self.config, self.model)
+        guidance = Guidance.of(self.config, self.model)
         negative = self.negative if self.negative is None or video.negative is None else video.negative
-        velocity = guided(self.engine, video.layout, video.fields, negative, guidance=guidance)
+        texts = video.fields, negative
+        velocity = guided(self.engine, video.layout, *texts, guidance=guidance, unshown=video.unshown)
         held = {"given": video.given, "lasts": video.lasts}
         with self._remembering(video):
-            return denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
+            made = denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
+        shown = video.shown or video.shown_last
+        return with_stills(self.model.fields, video.layout, made, video.fields) if shown else made
 
     def _remembering(self, video: Video) -> AbstractContextManager[None]:
         """Compute a video's RGB in the first step alone, where it is given whole and so the same in all of them."""
         frames = video.layout.shapes[0][1]
         whole = 0 in video.given and video.given[0].shape[1] == frames
-        rows = 1 if self.negative is None else 2
+        rows = 1 if self.negative is None else 3 if video.unshown else 2
         where = self.config.rgb_memory if whole else "off"
         return self.engine.remembering_rgb(video.layout, rows=rows, where=where)
 
-    def _solver(self, tokens: int) -> Any:
+    def _solver(self, grid: Grid) -> Any:
         name, steps, shift = self.config.scheduler, self.config.steps, self.config.shift
         if shift != "auto":
             return make_solver(name, steps=steps, shift=shift)
-        levels = self.model.noise_levels(steps, tokens)
-        return make_solver(name, steps=steps, shift=self.model.sampling_shift(tokens), levels=levels)
-
-
-def guidance_by_time(config: SampleConfig, model: ModelFolder) -> Callable[[Tensor], float]:
-    """Return the guidance of a step by its times [B, G]: one for all, or that of the expert that the step is for."""
-    given = config.guidance
-    if isinstance(given, dict):
-        return lambda times: given[experts_at(model.experts, times.max()[None])[0].name]
-    return lambda _: given
-
-
-def check_guidance(config: SampleConfig, model: ModelFolder) -> None:
-    """Refuse a guidance by expert that does not name the model's experts."""
-    names = {expert.name for expert in model.experts if expert.name}
-    if isinstance(config.guidance, dict) and config.guidance.keys() != names:
-        known = f"the model's experts are {', '.join(sorted(names))}" if names else "the model is one: give a number"
-        raise UserError(f"sample.guidance: is given for {', '.join(config.guidance)}, and {known}")
+        levels = self.model.noise_levels(steps, math.prod(grid))
+        return make_solver(name, steps=steps, shift=self.model.sampling_shift_of(grid), levels=levels)
 
 
 def guided(
@@ -108,16 +97,21 @@ def guided(
     text: Fields,
     negative: Fields | None,
     *,
-    guidance: Callable[[Tensor], float],
+    guidance: Guidance | Callable[[Tensor], float],
+    unshown: Fields | None = None,
 ) -> Velocity:
     """Return a velocity that leads away from the negative prompt's fields, as far as `guidance` says for the times.
 
-    Without them it is the model's own velocity, at half the cost.
+    Without them it is the model's own velocity, at half the cost. unshown: the fields of nothing shown, which the
+    negative prompt is also run beside, for guidance to given frames.
     """
-    both = [text] if negative is None else [text, negative]
+    scales = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    texts = [text] if negative is None else [text, negative]
+    if negative is not None and unshown:
+        texts.append({**negative, **unshown})
     # what is shown of given frames stands beside either text
-    fields = [torch.stack([found.get(name, text[name]) for found in both]).to(engine.mesh.device) for name in text]
-    rows = len(both)
+    fields = [torch.stack([found.get(name, text[name]) for found in texts]).to(engine.mesh.device) for name in text]
+    rows, steps = len(texts), itertools.count()
     # Two microbatches fill a pipeline; on one stage a short sequence fills the device only when both run together.
     batch = rows if engine.config.pipeline == 1 and layout.tokens <= GUIDANCE_BATCH_TOKENS else 1
 
@@ -125,8 +119,10 @@ def guided(
         predicted = engine.forward(x.repeat(rows, 1), (times.repeat(rows, 1), *fields), layout, batch)
         if negative is None:
             return predicted
-        wanted, unwanted = predicted.chunk(2)
-        return unwanted + guidance(times) * (wanted - unwanted)
+        scale, shown_scale = scales.at(next(steps), times, layout)
+        wanted, unwanted, *unseen = predicted.chunk(rows)
+        start = unseen[0] + shown_scale * (unwanted - unseen[0]) if unseen else unwanted
+        return start + scale * (wanted - unwanted)
 
     return velocity
 

@@ -20,9 +20,10 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.files import Plate
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.given import given_light
+from transpixeler.sampling.guidance import check_guidance
 from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.requests import Maker, Request, Videos, list_requests
-from transpixeler.sampling.sampler import Sampler, check_guidance
+from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel
 from transpixeler.sampling.texts import encode_prompts
 from transpixeler.sampling.video import Video, check_formats

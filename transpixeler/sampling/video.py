@@ -38,6 +38,8 @@ class Video:
     )  # clean latents [C, F, H, W] by stream; F may be the first frame alone
     lasts: Mapping[int, Tensor] = field(default_factory=dict)  # [C, 1, H, W] by stream, of last frames encoded alone
     shown: frozenset[int] = frozenset()  # streams whose given frames are in the fields
+    shown_last: frozenset[int] = frozenset()  # the same of last frames, where each end is shown by itself
+    unshown: Fields = field(default_factory=dict)  # of nothing shown, for guidance to what is
     negative_prompt: str | None = None  # its own; None: the config's
     negative: Fields | None = None  # the fields of its own negative prompt
 
@@ -76,11 +78,13 @@ def settings(video: Video, sample: SampleConfig) -> dict[str, Any]:
         "seed": video.seed,
         "steps": sample.steps,
         "guidance": sample.guidance,
+        **({"image_guidance": sample.image_guidance, "image_falloff": sample.image_falloff} if video.unshown else {}),
+        **({"oscillate": sample.oscillate} if sample.oscillate else {}),
         "shift": sample.shift,
         "scheduler": sample.scheduler,
         "negative_prompt": sample.negative_prompt if video.negative_prompt is None else video.negative_prompt,
         "given": [_given_name(video, stream) for stream in sorted({*video.given, *video.shown})]
-        + [f"last frame of {video.layout.names[stream]}" for stream in sorted(video.lasts)],
+        + [f"last frame of {video.layout.names[stream]}" for stream in sorted({*video.lasts, *video.shown_last})],
     }
 
 

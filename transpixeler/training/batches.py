@@ -39,7 +39,7 @@ def open_loader(config: Config, data: Dataset, model: ModelFolder, mesh: Mesh, s
 
 def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tuple[Batch, Example]:
     """Draw the noise and timesteps of a batch, in the loader's thread."""
-    shift = training_shift(config.objective, model, batch.layout.segment_lengths[0])
+    shift = training_shift(config.objective, model, batch.layout.grids[0])
     known, run = chosen_experts(config.model, model.experts), config.train.expert_steps
     expert = draw_expert(config.objective, known, seed=config.seed, step=batch.step, run=run, shift=shift)
     example = objective.prepare(

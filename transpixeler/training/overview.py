@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from math import prod
 from typing import Any
 
 from transpixeler.config import Config, UserError
@@ -52,8 +53,8 @@ def introduce(
     }
     lines |= memory_lines(config, engine)
     layouts = [model.geometry.layout(("rgb",), (1,), bucket) for bucket in data.train.buckets()]
-    tokens = max(layout.tokens for layout in layouts)
-    if said := Split.of(config, model, tokens).lines(run=config.train.expert_steps):
+    grid = max((layout.grids[0] for layout in layouts), key=prod)
+    if said := Split.of(config, model, grid).lines(run=config.train.expert_steps):
         lines["experts"] = "; ".join(said)
     logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
 

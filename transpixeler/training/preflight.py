@@ -109,7 +109,7 @@ def check_experts(config: Config, model: ModelFolder) -> None:
         if not isinstance(one, str) and one.expert and one.expert not in known:
             has = f"has {', '.join(known)}" if any(known) else "is one: leave expert out"
             raise UserError(f"model.fuse: {one.path} is for the expert {one.expert}, and the model {has}")
-    shares(config.objective, chosen, shift=training_shift(config.objective, model, NOMINAL_TOKENS))
+    shares(config.objective, chosen, shift=training_shift(config.objective, model, (1, 1, NOMINAL_TOKENS)))
 
 
 WRITTEN_BY_TRAINING = (METRICS, MANIFEST, ADAPTER_FILE, CONFIG_FILE)  # beside the config.yaml of a run or an adapter

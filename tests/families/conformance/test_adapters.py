@@ -154,6 +154,6 @@ def test_a_plain_file_says_by_its_names_whose_it_is(case: Case, tmp_path: Path) 
     from safetensors.torch import load_file, save_file
 
     adapter = adapter_of(adapted(case, scope="all"), {"family": case.name})
-    file = write_adapter(replace(adapter, stream_embeddings={}), tmp_path / "ours.safetensors", format="comfyui")
+    file = write_adapter(replace(adapter, stream_embeddings={}), tmp_path / "ours.safetensors", format=case.own_format)
     save_file(load_file(file), tmp_path / "theirs.safetensors")
     assert read_adapter(tmp_path / "theirs.safetensors").family is case.family

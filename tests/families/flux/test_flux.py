@@ -254,7 +254,7 @@ def made(folder: Path, size: tuple[int, int]) -> Tensor:
     layout = StreamLayout.equal(("rgb",), opened.geometry.latent(1, *size), (1, 2, 2))
     velocity = sampler.guided(engine, layout, fields, None, guidance=lambda _: 1.0)
     config = SampleConfig(steps=STEPS, shift="auto", scheduler="euler")
-    solver = Sampler(engine, None, config, None, opened)._solver(layout.lengths[0])  # type: ignore[arg-type]
+    solver = Sampler(engine, None, config, None, opened)._solver(layout.grids[0])  # type: ignore[arg-type]
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver))[0]
 
 

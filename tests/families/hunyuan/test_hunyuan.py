@@ -313,7 +313,7 @@ def made(folder: Path, *, shift: float | str = "auto") -> Tensor:
     layout = layout_of(folder)
     velocity = sampler.guided(engine, layout, fields, None, guidance=lambda _: 1.0)  # type: ignore[arg-type]
     config = SampleConfig(steps=STEPS, shift=shift, scheduler="euler")
-    solver = Sampler(engine, None, config, None, opened)._solver(layout.lengths[0])  # type: ignore[arg-type]
+    solver = Sampler(engine, None, config, None, opened)._solver(layout.grids[0])  # type: ignore[arg-type]
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver))[0]
 
 

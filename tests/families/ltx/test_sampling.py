@@ -72,7 +72,7 @@ def made(
     fields = [{"text": one["text"], "lengths": torch.tensor(len(one["text"]))} for one in (text, negative)]
     velocity = sampler.guided(engine, layout, *fields, guidance=lambda _: SCALE)
     config = SampleConfig(steps=STEPS, shift=shift, scheduler="euler")
-    solver = Sampler(engine, None, config, None, opened)._solver(layout.lengths[0])
+    solver = Sampler(engine, None, config, None, opened)._solver(layout.grids[0])
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver, given=given))[0]
 
 

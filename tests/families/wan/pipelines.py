@@ -191,7 +191,7 @@ def made(
     )
     velocity = sampler.guided(engine, layout, *fields, guidance=lambda _: SCALE)
     mesh: Any = None
-    solver = Sampler(engine, mesh, SampleConfig(steps=STEPS), None, opened)._solver(layout.lengths[0])
+    solver = Sampler(engine, mesh, SampleConfig(steps=STEPS), None, opened)._solver(layout.grids[0])
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver, given=given))[0]
 
 

@@ -46,6 +46,7 @@ class Case:
     write: Callable[[Path], None]  # a model folder whose weights are random, with encoders
     frames: tuple[int, int]  # lengths of clips of 64×64 that it can take
     in_comfyui: Callable[[str], str] = str  # ComfyUI's own name of a module, by its original one
+    own_format: str = "comfyui"  # a format of adapters in names that no other family has
 
     @property
     def family(self) -> Family:
@@ -177,6 +178,14 @@ def _hunyuan(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     return HunyuanModel(HunyuanConfig.read(TINY), streams=streams, rgb_attends_aux=rgb_attends_aux)
 
 
+def _opensora(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from tests.families.opensora.folder import TINY
+    from transpixeler.families.opensora.config import OpenSoraConfig
+    from transpixeler.families.opensora.model import OpenSoraModel
+
+    return OpenSoraModel(OpenSoraConfig.read(TINY), streams=streams, rgb_attends_aux=rgb_attends_aux)
+
+
 def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.model import ToyModel
@@ -292,6 +301,20 @@ def _hunyuan_reference(model: Backbone) -> Reference:
     return Reference(run, weights, published)
 
 
+def _opensora_reference(model: Backbone) -> Reference:
+    from tests.families.opensora.folder import TINY
+    from tests.families.opensora.reference import Formulas
+
+    weights = {name: value.detach().clone().requires_grad_(True) for name, value in model.named_parameters()}
+    formulas = Formulas(weights, TINY)
+
+    def run(x: Tensor, times: Tensor, *fields: Tensor, layout: StreamLayout) -> Tensor:
+        (latents,) = layout.unpack(x)
+        return formulas(latents, times[:, 0], *fields).flatten(1)
+
+    return Reference(run, weights)
+
+
 def _toy_reference(model: Backbone) -> Reference:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.reference import Reference as Formulas
@@ -328,6 +351,12 @@ def _write_hunyuan(folder: Path) -> None:
     from tests.families.hunyuan.pipeline import write_pipeline
 
     write_pipeline(folder)
+
+
+def _write_opensora(folder: Path) -> None:
+    from tests.families.opensora.folder import write_folder
+
+    write_folder(folder)
 
 
 def _write_toy(folder: Path) -> None:
@@ -375,6 +404,17 @@ CASES = {
             in_comfyui=lambda module: (
                 module.replace("fc1", "0").replace("fc2", "2").replace("modulation.linear", "lin")
             ),
+        ),
+        Case(
+            "opensora",
+            _opensora,
+            SMALL,
+            (4, 4, 16, 16),
+            _opensora_reference,
+            "txt.qkv",
+            _write_opensora,
+            (1, 9),
+            own_format="diffusers",  # the other's names, of projections together, are FLUX.1's
         ),
         Case("toy", _toy, SMALL, (4, 4, 16, 16), _toy_reference, "txt.qkv", _write_toy, (2, 8)),
     )

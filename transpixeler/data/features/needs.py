@@ -45,7 +45,8 @@ class Needs:
     def of(cls, config: Config, model: ModelFolder | None) -> Needs:
         """Return what a config's features must be like; where no model is named, of a usual one's geometry."""
         streams = tuple(config.streams)
-        lasts = tuple(streams[number] for number in all_lasts(config.objective, streams))
+        fields = () if model is None else model.fields
+        lasts = tuple(streams[number] for number in all_lasts(config.objective, streams, fields))
         scales = dict(zip(streams, config.scales))
         if model is None:
             return cls(USUAL.over(config.scales), scales, lasts)

@@ -18,12 +18,11 @@ from transpixeler.config import UserError
 from transpixeler.families.flux.config import FluxConfig
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
-    Encoder,
     LatentVae,
-    Network,
+    T5AndClipTextEncoder,
     fingerprint,
     load_network,
-    load_tokenizer,
+    load_t5_and_clip,
     same_bits_every_time,
 )
 from transpixeler.models.family import Digest, file_digest
@@ -33,7 +32,6 @@ VAE_CONFIG = "vae/config.json"
 _VAE_FILES = ("vae/*",)
 _TEXT_FILES = ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*")
 _TEXT_CONFIGS = ("text_encoder/config.json", "text_encoder_2/config.json")
-_CLIP_LEN = 77
 
 
 class FluxVae(LatentVae):
@@ -56,36 +54,6 @@ class FluxVae(LatentVae):
         return image.float()[:, :, None]
 
 
-class FluxTextEncoder(Encoder):
-    """T5's rows for the text and CLIP's one vector."""
-
-    def __init__(
-        self, t5: Network, clip: Network, tokenizers: tuple[Network, Network], length: int, path: str | Path,
-        *, device: torch.device,
-    ) -> None:  # fmt: skip
-        """tokenizers: of CLIP and of T5. length: tokens of T5's text."""
-        self.clip, self.tokenizers, self.length = clip.eval().requires_grad_(False), tokenizers, length
-        super().__init__(t5, partial(text_fingerprint, path), device=device)
-
-    def to(self, device: torch.device) -> FluxTextEncoder:
-        self.clip.to(device)
-        return super().to(device)
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return each text's rows [length, width] and its vector [width]."""
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> dict[str, Tensor]:
-        clip, t5 = self.tokenizers
-        rows = self.network(input_ids=self._ids(t5, text, self.length)).last_hidden_state[0]
-        return {"text": rows, "pooled": self.clip(input_ids=self._ids(clip, text, _CLIP_LEN)).pooler_output[0]}
-
-    def _ids(self, tokenize: Network, text: str, length: int) -> Tensor:
-        padded = {"padding": "max_length", "truncation": True, "max_length": length}
-        return tokenize(text, return_tensors="pt", **padded).input_ids.to(self.device)
-
-
 def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> FluxVae:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -98,16 +66,16 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> F
 
 def load_text_encoder(
     path: str | Path, config: FluxConfig, *, device: torch.device, dtype: torch.dtype
-) -> FluxTextEncoder:
-    from transformers import CLIPTextModel, T5EncoderModel
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # it would break the caller's own
+) -> T5AndClipTextEncoder:
     folder = _text_folder(path)
-    clip = load_network(CLIPTextModel, folder / "text_encoder", dtype=dtype)
-    t5 = load_network(T5EncoderModel, folder / "text_encoder_2", dtype=dtype)
-    tokenizers = load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2")
-    return FluxTextEncoder(t5, clip, tokenizers, config.text_length, path, device=device)
+    return load_t5_and_clip(
+        t5=(folder / "text_encoder_2", folder / "tokenizer_2"),
+        clip=(folder / "text_encoder", folder / "tokenizer"),
+        length=config.text_length,
+        hashed=partial(text_fingerprint, path),
+        device=device,
+        dtype=dtype,
+    )
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:

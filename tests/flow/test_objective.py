@@ -195,3 +195,32 @@ def test_tasks_of_three_streams() -> None:
     assert known["image_to_video"].first == {0} and known["images_to_videos"].first == {0, 1, 2}
     with pytest.raises(UserError, match=r"objective.tasks.rgb_to_alpha.*rgb_to_aux"):
         objective.check_tasks(ObjectiveConfig(tasks={"rgb_to_alpha": 1.0}), ("rgb", "seg"))
+
+
+def test_a_last_frame_is_given_without_a_first() -> None:
+    it = example(ObjectiveConfig(tasks={"last_to_video": 1.0}), [0, 1], layout=LAYOUT.with_lasts([0]))
+    assert it.layout.lasts == (0,) and not it.layout.cuts
+    alone = [group.alone for group in it.layout.groups]
+    given = (it.timesteps == 0).all(0).tolist()
+    assert given == alone == [False, True, False] and not it.weights[:, 1].any() and (it.weights[:, [0, 2]] > 0).all()
+
+
+@pytest.mark.parametrize("shares", [{"text": 0.5, "pooled": 0.5}, {"text": 0.5}, 0.5])
+def test_either_text_is_dropped_by_itself_where_shares_are_given_by_field(shares: dict[str, float] | float) -> None:
+    keys = [(0, 0, f"sample{n}", n) for n in range(400)]
+    fields = {"text": torch.ones(400, 4, 5), "text_length": torch.full((400,), 4), "pooled": torch.ones(400, 3)}
+    empty = {"text": torch.zeros(4, 5), "text_length": torch.tensor(1), "pooled": torch.zeros(3)}
+    made = objective.with_dropped_captions(ObjectiveConfig(caption_dropout=shares), fields, empty, keys)
+    text, pooled = (~made[name].flatten(1).any(1) for name in ("text", "pooled"))
+    assert torch.equal(text, made["text_length"] == 1) and 0.4 < float(text.float().mean()) < 0.6
+    both = float((text & pooled).float().mean())
+    if shares == 0.5:
+        assert torch.equal(text, pooled), "a caption goes as a whole"
+    elif "pooled" in shares:
+        assert 0.18 < both < 0.32, "as often as chance has it"
+    else:
+        assert not pooled.any()
+    again = objective.with_dropped_captions(
+        ObjectiveConfig(caption_dropout=shares), {name: value[7:9] for name, value in fields.items()}, empty, keys[7:9]
+    )
+    assert all(torch.equal(again[name], made[name][7:9]) for name in fields)

@@ -7,7 +7,7 @@ import torch
 
 from transpixeler.config import ObjectiveConfig
 from transpixeler.flow import objective
-from transpixeler.models.conditions import Shown, given_frames, shown_video, with_channels
+from transpixeler.models.conditions import Shown, given_frames, kept_layout, shown_video, with_channels, with_stills
 from transpixeler.models.family import Field
 from transpixeler.models.streams import StreamLayout
 
@@ -91,3 +91,37 @@ def test_between_the_given_frames_all_is_grey(last: bool) -> None:
     video = shown_video(pictures, 5, last=last)
     assert video.shape == (1, 3, 5, 4, 6)
     assert video[0, 0, :, 0, 0].tolist() == [-1, 0, 0, 0, 1 if last else 0]
+
+
+def test_stills_stand_in_their_places_among_zeros() -> None:
+    field = Field("shown", width=3, source="clip", mask=1, stills=True)
+    inside = kept_layout(field, LAYOUT)
+    assert [shape[:2] for shape in inside.shapes] == [(2, 2), (2, 2)]
+    own = torch.rand(4, inside.elements) + 1
+    given = Shown((field,), {"shown": own}, {"shown": torch.zeros(1, inside.elements)})
+    firsts, lasts = [{0}, set(), {0, 1}, set()], [set(), {0}, {1}, set()]
+    found = given.values(LAYOUT, firsts, lasts)["shown"]
+    for number, (stream, stills) in enumerate(zip(with_channels(LAYOUT, 3).unpack(found), inside.unpack(own))):
+        for row in range(4):
+            for place, ends in ((0, firsts), (2, lasts)):
+                there = number in ends[row]
+                assert (stream[row, 0, place] == float(there)).all()
+                assert torch.equal(stream[row, 1:, place], stills[row, :, -1 if place else 0] * there)
+            assert not stream[row, :, 1].any()
+    video = torch.zeros(LAYOUT.elements)
+    put = LAYOUT.unpack(with_stills((field,), LAYOUT, video, {"shown": found[0]})[None])
+    assert torch.equal(put[0][0, :, 0], inside.unpack(own)[0][0, :, 0]) and not put[0][0, :, 1:].any()
+    assert not put[1].any()
+
+
+def test_tasks_of_either_end_are_mixed_in_one_step() -> None:
+    field = Field("shown", width=3, source="clip", mask=1, stills=True)
+    given = Shown(
+        (field,), {"shown": torch.rand(8, kept_layout(field, LAYOUT).elements) + 1}, {"shown": torch.zeros(1)}
+    )
+    tasks = {"joint": 1.0, "image_to_video": 1.0, "last_to_video": 1.0, "ends_to_videos": 1.0}
+    made = example(ObjectiveConfig(tasks=tasks), given, list(range(8)))
+    assert not made.layout.lasts and not made.layout.cuts and (made.weights > 0).all(), "all frames are learned"
+    masks = [part[:, 0].flatten(2)[:, :, 0] for part in with_channels(LAYOUT, 3).unpack(made.fields["shown"])]
+    seen = {tuple(masks[0][row].tolist()) for row in range(8)}
+    assert len(seen) >= 3 and all(mask[:, 1].eq(0).all() for mask in masks)

@@ -179,12 +179,17 @@ def all_lasts(config: ObjectiveConfig, streams: Sequence[str], fields: Sequence[
     return tuple(sorted(frozenset().union(*(task.last for task in trained(config, streams)))))
 
 
-def tasks_of_step(config: ObjectiveConfig, streams: Sequence[str], *, seed: int, step: int) -> dict[str, float]:
+def tasks_of_step(
+    config: ObjectiveConfig, streams: Sequence[str], *, seed: int, step: int, shows: bool = False
+) -> dict[str, float]:
     """Return the tasks that a step's samples are drawn from, with their weights.
 
     All samples of a step have one layout, so those tasks alone that give the last frames of the same streams: which, is
-    drawn by step, so that every task still comes up as often as its weight says.
+    drawn by step, so that every task still comes up as often as its weight says. shows: given frames stand beside the
+    latents, in the layout that all tasks share.
     """
+    if shows:
+        return {task.name: config.tasks[task.name] for task in trained(config, streams)}
     kinds: dict[frozenset[int], dict[str, float]] = {}
     for task in trained(config, streams):
         kinds.setdefault(task.last, {})[task.name] = config.tasks[task.name]
@@ -297,7 +302,7 @@ def prepare(
     """
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
     known = tasks(layout.names, shows=shown is not None, stills=shown is not None and shows_stills(shown.fields))
-    weights = tasks_of_step(config, layout.names, seed=seed, step=step)
+    weights = tasks_of_step(config, layout.names, seed=seed, step=step, shows=shown is not None)
     read, layout = layout, layout_for([known[name] for name in weights], layout)
     latents = narrowed(latents, read, layout)
     drawn = [known[draw_task(weights, *key)] for key in keys]

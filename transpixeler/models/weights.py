@@ -110,11 +110,11 @@ def _weight_files(path: Path) -> list[Path]:
 class WeightSource:
     """Tensors by internal name, read when asked for and counted in `bytes_read`.
 
-    part: the folder in `path` that holds them, where that is not a pipeline's one transformer.
+    part: the folder or file in `path` that holds them, where that is not a pipeline's one transformer.
     """
 
     def __init__(self, path: str | Path, names: Names, *, part: str = "") -> None:
-        parts = (f"{part}/*",) if part else ("config.json", "transformer/*", _INDEX, _SHARDS, _PICKLED)
+        parts = (part, f"{part}/*") if part else ("config.json", "transformer/*", _INDEX, _SHARDS, _PICKLED)
         self.path = resolve(path, only=parts) / part
         self.bytes_read = 0
         self._file_of: dict[str, _File] = {}

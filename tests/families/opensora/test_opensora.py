@@ -15,7 +15,10 @@ from torch import Tensor
 
 from tests.families.opensora.folder import SHOWN, TINY, make, stored, write_folder
 from tests.families.opensora.reference import Formulas
+from tests.publishing import test_hub
+from tests.support.hub_server import Hub
 from tests.support.models import move
+from transpixeler import configfile
 from transpixeler.adapters.fresh import random_weights
 from transpixeler.config import ModelConfig, UserError
 from transpixeler.families.opensora.config import OpenSoraConfig
@@ -26,7 +29,9 @@ from transpixeler.models.conditions import with_channels
 from transpixeler.models.family import open_model
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource, load_weights
+from transpixeler.sampling.model import base_weights
 
+server = test_hub.server  # a fixture
 HOW: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 SHAPE = (4, 3, 4, 6)
 
@@ -190,6 +195,38 @@ def test_the_autoencoder_is_diffusers_without_tiles_in_time(folder: Path) -> Non
     torch.testing.assert_close(ours.decode(expected), decoded, atol=1e-4, rtol=1e-4)
     theirs.use_framewise_encoding = True
     assert (theirs.encode(video).latent_dist.mode() * 0.476986 - expected).abs().max() > 1e-3
+
+
+def test_the_published_folder_is_a_model(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, there := tmp_path / "ckpts", ignore=shutil.ignore_patterns("transformer"))
+    save_file(stored(make(SHOWN, seed=3)), there / "Open_Sora_v2.safetensors")
+    config = configfile.from_overrides([f"model.path={there}", "streams.seg=null", "lora.enabled=false"])
+    opened = open_model(config.model)
+    assert opened.family is FAMILY and OpenSoraConfig.read(opened.config) == OpenSoraConfig.read(SHOWN)
+    load_weights(model := opened.build(streams=("rgb",)), base_weights(config, *opened.experts))
+    expected = model_of(str(folder)).state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in model.state_dict().items())
+    (there / "Open_Sora_v2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.path: .* does not say which model it is"):
+        open_model(config.model)
+
+
+def test_on_the_hub_the_weights_are_fetched_last(folder: Path, tmp_path: Path, server: Hub) -> None:
+    save_file(stored(make(SHOWN, seed=3)), tmp_path / "weights")
+    vae = (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    files = {"Open_Sora_v2.safetensors": (tmp_path / "weights").read_bytes(), VAE_FILE: vae}
+    server.repos["hpcai-tech/Open-Sora-v2"] = files | {f"{T5_FOLDER}/config.json": b"{}", "README.md": b"-"}
+    config = configfile.from_overrides(
+        ["model.path=hpcai-tech/Open-Sora-v2", "model.family=opensora", "streams.seg=null", "lora.enabled=false"]
+    )
+    opened = open_model(config.model)
+    assert OpenSoraConfig.read(opened.config) == OpenSoraConfig.read(FAMILY.shapes["11b"]) and opened.fields
+    assert not any("Open_Sora_v2" in request for request in server.requests)
+    source = base_weights(config, *opened.experts)
+    assert any("Open_Sora_v2" in request for request in server.requests)
+    assert source.shape("blocks.0.img.qkv.weight") == (96, 32)
+    again = open_model(config.model)  # whose file lies in the cache from now on
+    assert OpenSoraConfig.read(again.config) == OpenSoraConfig.read(SHOWN)
 
 
 def test_a_new_model_begins_without_conditions(folder: Path) -> None:

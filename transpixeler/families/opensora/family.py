@@ -1,7 +1,7 @@
 """Open-Sora 2 as a family: what a folder of it holds, and how its model and encoders are opened.
 
-Read are a transformer folder or a pipeline's layout with one, as training writes them, and the transformer as one file,
-as it is published, with the encoders beside it or in `model.encoders`.
+Read are a transformer folder or a pipeline's layout with one, as training writes them, the published folder, and the
+transformer as one file, with the encoders beside it or in `model.encoders`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transpixeler.families.opensora.config import CLASS, PATCH, STRIDE, OpenSora
 from transpixeler.families.opensora.model import OpenSoraModel, fields
 from transpixeler.families.opensora.names import NAMES, config_from_shapes, is_opensora
 from transpixeler.models.damage import read_config
+from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.family import (
     Digest,
     Family,
@@ -36,6 +37,7 @@ from transpixeler.models.streams import Grid
 from transpixeler.models.weights import WeightSource
 
 _CONFIGS = ("transformer/config.json", "config.json")
+_FILE = "Open_Sora_v2.safetensors"  # of the weights in the published folder, which has no config
 # How far noise levels are shifted, by tokens of a frame: a straight line through two points.
 _FEW, _MANY = (256, 1.0), (4096, 3.0)
 
@@ -48,16 +50,32 @@ class OpenSoraFolder(ModelFolder):
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        place = resolve(self.path, only=_CONFIGS)
+        place = self._place
         if place.is_file():
             return _config_of_file(place)
-        found = [place / name for name in _CONFIGS if (place / name).is_file()]
-        if not found:
-            raise UserError(
-                f"model.path: {self.path} holds neither {_CONFIGS[0]} nor {_CONFIGS[1]}; of the published model, name "
-                "the file: FOLDER/Open_Sora_v2.safetensors"
-            )
-        return read_config(found[0])
+        if found := _configs(place):
+            return read_config(found[0])
+        if (place / _FILE).is_file():
+            return _config_of_file(place / _FILE)
+        if self._on_hub:
+            return self.family.shapes["11b"]  # its file is fetched when weights are read
+        raise UserError(f"model.path: {self.path} holds neither {_CONFIGS[0]} nor {_CONFIGS[1]} nor {_FILE}")
+
+    @cached_property
+    def experts(self) -> tuple[Expert, ...]:
+        """Name the published file as the place of the weights, where there is no folder of them."""
+        place = self._place
+        alone = not place.is_file() and not _configs(place) and ((place / _FILE).is_file() or self._on_hub)
+        return (Expert(folder=_FILE),) if alone else (ONLY,)
+
+    @cached_property
+    def _place(self) -> Path:
+        """Return where its configs lie, or its one file."""
+        return resolve(self.path, only=_CONFIGS)
+
+    @property
+    def _on_hub(self) -> bool:
+        return not Path(self.path).expanduser().exists()
 
     @cached_property
     def _checked(self) -> OpenSoraConfig:
@@ -112,6 +130,10 @@ class OpenSoraFolder(ModelFolder):
         return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype)
 
 
+def _configs(place: Path) -> list[Path]:
+    return [place / name for name in _CONFIGS if (place / name).is_file()]
+
+
 def _stored(path: Path) -> tuple[str, ...]:
     """Return the names of a file's weights as they are."""
     return WeightSource(path, lambda names: {name: name for name in names}).names()
@@ -130,10 +152,9 @@ def _recognises(path: Path) -> bool:
     """Tell Open-Sora 2 by the class that a config names, or by the names of a single file's weights."""
     if path.is_file():
         return is_opensora(_stored(path))
-    for name in _CONFIGS:
-        if (path / name).is_file():
-            return read_config(path / name).get("_class_name") == CLASS
-    return False
+    if found := _configs(path):
+        return read_config(found[0]).get("_class_name") == CLASS
+    return (path / _FILE).is_file() and is_opensora(_stored(path / _FILE))
 
 
 FAMILY = Family(

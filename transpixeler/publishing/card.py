@@ -72,6 +72,11 @@ class Card:
         """Return whether programs that know nothing of streams can load it."""
         return len(self.streams) == 1 and (self.model.adapter is None or self.model.adapter.is_plain)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Return whether other programs know the model."""
+        return bool(self.model.family.names.loaders.read_by)
+
 
 def gather(
     model: SavedModel, run: Path | None, *, repo: str, base: str, origin: str, fused: Sequence[str], license: str
@@ -121,7 +126,7 @@ def _header(card: Card) -> str:
     if card.base:
         fields |= {"base_model": card.base, "base_model_relation": "adapter" if adapter else "finetune"}
     task = f"text-to-{card.model.family.makes}"
-    fields |= {"library_name": "diffusers" if card.plain else "transpixeler", "pipeline_tag": task}
+    fields |= {"library_name": "diffusers" if card.plain and card.elsewhere else "transpixeler", "pipeline_tag": task}
     kind = ["lora"] if adapter else []
     fields["tags"] = [task, card.model.family.name, "transpixeler", *kind]
     if not card.plain:
@@ -170,7 +175,10 @@ def _use_section(card: Card) -> list[str]:
     base, size = card.base or "PATH_OF_THE_BASE", card.config.sample.size
     sized = f" --size {'x'.join(map(str, size))}" if size else ""
     ours = f'transpixeler sample {card.repo} --model {base}{sized} --prompt "…"'
-    lines = ["## Use", *_fused_note(card), "### transpixeler", f"```sh\n{ours}\n```", "### diffusers"]
+    lines = ["## Use", *_fused_note(card), "### transpixeler", f"```sh\n{ours}\n```"]
+    if not card.elsewhere:
+        return [*lines, f"diffusers and ComfyUI do not know {card.model.family.title}: use the command above."]
+    lines.append("### diffusers")
     full = card.model.weights is not None
     if card.plain:
         whole = f'{card.model.family.transformer_class}.from_pretrained("{card.repo}", subfolder="transformer")'

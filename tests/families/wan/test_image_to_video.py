@@ -364,6 +364,7 @@ def test_it_caches_trains_evaluates_and_samples(
     assert {"train/image_to_video", "train"} <= set(next(line["eval"] for line in lines if "eval" in line))
     video = str(next((tmp_path / "data/train").glob("001.mp4")))
     words = ["sample", str(latest), "--prompt", "a red circle", "--image", video, "--out", str(tmp_path / "out")]
+    words.append("sample.image_guidance=2")  # a third prediction, beside grey
     other, told = (words, [*words, "--last", video]) if form == "last" else ([*words, "--last", video], words)
     assert cli.main(other) == 2 and cli.main(told) == 0
     facts = json.loads(next((tmp_path / "out").rglob("sample.json")).read_text())

@@ -115,7 +115,7 @@ def sample(
         for n, caption in enumerate(captions)
     ]
     sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
-    own = {n: frames.decode(latents, shape) for n, latents in sampler.each(videos) if mesh.is_first_stage}
+    own = {n: frames.decode(latents, shape) for n, latents in sampler.each(videos) if mesh.speaks}
     return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
 
 

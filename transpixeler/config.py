@@ -238,6 +238,7 @@ class ParallelConfig:
     pipeline: Count = 1
     replicate: Natural = 0
     shard: Natural = 1
+    context: Count = 1
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved-1f1b", "interleaved-zero-bubble"] = "auto"
     stages_per_rank: Count = 2
     split: tuple[int, ...] = ()

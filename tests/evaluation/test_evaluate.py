@@ -70,7 +70,13 @@ def alone(run: Path) -> losses.Losses:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(4, layout(2, 1, 2)), (4, layout(1, 4, 1)), (1, ("eval.micro_batch=3",)), (1, ("train.global_batch=1",))],
+    [
+        (4, layout(2, 1, 2)),
+        (4, layout(1, 4, 1)),
+        (4, (*layout(1, 2, 1), "parallel.context=2")),
+        (1, ("eval.micro_batch=3",)),
+        (1, ("train.global_batch=1",)),
+    ],
 )
 def test_losses_are_the_same_on_any_layout_and_batch(
     run: Path, alone: losses.Losses, ranks: int, overrides: tuple[str, ...]

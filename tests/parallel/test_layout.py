@@ -54,7 +54,7 @@ def _train(rank: int, world_size: int, overrides: tuple[str, ...], twin: str, st
         if twin == "one stage's noise" and mesh.is_last_stage:
             example = objective.Example(**{**example.__dict__, "noise": example.noise.roll(1, 0)})
         errors = engine.forward_backward(example, config.train.micro_batch)
-        loss = (errors * example.weights).sum()
+        loss = (errors * example.weights).sum() * (mesh.context_rank == 0)
         torch.distributed.all_reduce(loss, group=mesh.data_group)
         norm = optim.gradient_norm(trained.values(), mesh.pipeline_group, here.device)
         if twin == "gradient scale":

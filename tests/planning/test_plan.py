@@ -320,6 +320,42 @@ def test_every_layout_of_some_gpus_divides_the_batch() -> None:
     assert all(6 % layout.data == 0 and layout.pipeline * layout.data == 12 for layout in found)
 
 
+def test_every_layout_whose_ranks_share_samples_divides_the_heads() -> None:
+    config = configfile.from_overrides(["train.global_batch=2"])
+    found = list(layouts.layouts(config, 30, 8, heads=12))
+    assert Layout(1, 2, 1, 4) in found and Layout(2, 1, 2, 2) in found
+    assert {layout.context for layout in found} == {1, 2, 4} and all(layout.ranks == 8 for layout in found)
+    assert {layout.context for layout in layouts.layouts(config, 30, 8)} == {1}
+
+
+def test_samples_are_shared_where_that_is_faster_or_leaner(large: Config) -> None:
+    """Eight GPUs have no more than two samples; with eight samples, replicas exchange less."""
+    many = planned(large, device="h100", gpus=8)
+    assert many.fits[0].layout.context == 1
+    plain = [fit for fit in many.fits if fit.layout.context == 1]
+    for fit in many.fits:
+        leaner = all(p.memory.total > fit.memory.total for p in plain if p.seconds <= fit.seconds)
+        assert fit.layout.context == 1 or leaner, fit.settings
+    config = _with(large, ("parallel.replicate=2", "parallel.context=4"))
+    shared = planned(replace(config, train=replace(config.train, global_batch=2)), device="h100", gpus=8)
+    assert shared.fits[0].layout == Layout(1, 2, 1, 4) and "parallel.context=4" in shared.fits[0].settings
+    assert "4 GPUs share each sample's tokens and send" in shared.fits[0].why
+    alone = next(fit for fit in shared.fits if fit.layout.context == 1)
+    assert alone.seconds > 2 * shared.fits[0].seconds  # stages wait for each other
+
+
+@pytest.mark.parametrize("mode", ["attention", "full"])
+def test_activations_of_ranks_that_share_samples_shrink(large: Config, mode: str) -> None:
+    """Nearly as much as there are ranks: the latents of a sample are everywhere."""
+    config = _with(large, ("parallel.replicate=1",))
+    whole, quarter = (
+        planned(replace(config, parallel=replace(config.parallel, context=ranks)), device="h100", gpus=ranks).memory
+        for ranks in (1, 4)
+    )
+    assert 3 < whole[mode].activations / quarter[mode].activations < 4.01
+    assert whole[mode].weights == quarter[mode].weights
+
+
 # --- many clips ------------------------------------------------------------------------------------------------------
 
 

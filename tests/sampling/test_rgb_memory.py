@@ -85,6 +85,8 @@ LAYOUTS = {
     "(1,1,1)": (1, ()),
     "(2,1,2)": (4, ("parallel.pipeline=2", "parallel.shard=2")),
     "(2,1,1) interleaved": (2, ("parallel.pipeline=2", "parallel.schedule=interleaved-1f1b")),
+    "(1,1,1,2)": (2, ("parallel.context=2",)),
+    "(2,1,1,2)": (4, ("parallel.pipeline=2", "parallel.context=2")),
 }
 
 
@@ -94,6 +96,17 @@ def test_a_matte_is_the_same_to_the_bit(name: str) -> None:
     for found in run_ranks(_matte, ranks, overrides, False):
         assert torch.equal(found["device"], found["off"]) and torch.equal(found["host"], found["off"])
         assert found["off: known"] == 0 < found["device: known"]
+
+
+def _scarce(rank: int, world_size: int) -> dict[str, Any]:
+    """Matte a video where rank 1 alone has no memory left."""
+    devices.place = lambda where, size, device: "off" if rank else where
+    return _matte(rank, world_size, ("parallel.context=2",), False)
+
+
+def test_ranks_that_share_a_video_remember_all_or_none() -> None:
+    for found in run_ranks(_scarce, 2):
+        assert found["device: known"] == 0 and torch.equal(found["device"], found["off"])
 
 
 def test_another_expert_computes_it_anew() -> None:

@@ -234,6 +234,8 @@ def _layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
         (4, _layout(2, 1, 2), 4.0),
         (2, _layout(1, 2, 1), 4.0),
         (2, (*_layout(2, 1, 1), "parallel.schedule=interleaved-1f1b"), 1.0),
+        (2, (*_layout(1, 1, 1), "parallel.context=2"), 4.0),
+        (4, (*_layout(2, 1, 1), "parallel.context=2"), 4.0),
     ],
 )
 def test_videos_are_the_same_on_any_layout(ranks: int, overrides: tuple[str, ...], guidance: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -39,17 +40,37 @@ def halfway(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(demo, tmp_path_factory.mktemp("halfway"), *layout(2, 1, 2), "train.max_steps=4", ranks=4)
 
 
-@pytest.mark.parametrize("after", [(1, 1, 1), (1, 4, 1), (2, 2, 1)])
+@pytest.mark.parametrize("after", [(1, 1, 1), (1, 4, 1), (2, 2, 1), (1, 1, 1, 2), (2, 1, 1, 2), (1, 1, 2, 2)])
 def test_a_run_goes_on_on_another_layout(
     demo: Path, straight: Path, halfway: Path, tmp_path: Path, after: tuple
 ) -> None:
     first = shutil.copytree(halfway, tmp_path / halfway.name, symlinks=True)
-    folder = run(demo, tmp_path, *layout(*after), resume=str(first), ranks=after[0] * after[1] * after[2])
+    folder = run(demo, tmp_path, *layout(*after), resume=str(first), ranks=math.prod(after))
     assert folder == first
     ours, theirs = exact(folder), exact(straight)
     assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-5
     assert difference(tensors(folder, 8, tmp_path), tensors(straight, 8, tmp_path)) < 1e-4
+
+
+@pytest.mark.parametrize("before", [(1, 1, 1, 2), (1, 1, 2, 2)])
+def test_a_run_whose_ranks_share_samples_goes_on_bit_for_bit_and_on_another_layout(
+    demo: Path, straight: Path, tmp_path: Path, before: tuple
+) -> None:
+    ranks = math.prod(before)
+    whole = run(demo, tmp_path / "whole", *layout(*before), ranks=ranks)
+    first = run(demo, tmp_path / "part", *layout(*before), "train.max_steps=4", ranks=ranks)
+    other = shutil.copytree(first, tmp_path / "other" / first.name, symlinks=True)
+    folder = run(demo, tmp_path / "part", *layout(*before), resume=str(first), ranks=ranks)
+    assert exact(folder) == exact(whole)
+    assert difference(tensors(folder, 8, tmp_path), tensors(whole, 8, tmp_path)) == 0.0
+    run(demo, tmp_path / "other", *layout(2, 1, 1), resume=str(other), ranks=2)
+    for found in (whole, other):
+        assert max(abs(a["loss"] - b["loss"]) for a, b in zip(exact(found), exact(straight))) < 1e-5
+        assert difference(tensors(found, 8, tmp_path), tensors(straight, 8, tmp_path)) < 1e-4
+        for name in ("step8", "step8/ema"):
+            ours, theirs = (load_file(f / name / "adapter_model.safetensors") for f in (found, straight))
+            assert difference(ours, theirs) < 1e-4
 
 
 def test_eight_bit_moments_resume_bit_for_bit(demo: Path, tmp_path: Path) -> None:

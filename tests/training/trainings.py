@@ -73,8 +73,9 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
 
 
-def layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
-    return (f"parallel.pipeline={pipeline}", f"parallel.replicate={replicate}", f"parallel.shard={shard}")
+def layout(pipeline: int, replicate: int, shard: int, context: int = 1) -> tuple[str, ...]:
+    names = {"pipeline": pipeline, "replicate": replicate, "shard": shard, "context": context}
+    return tuple(f"parallel.{name}={count}" for name, count in names.items())
 
 
 class Forked:

@@ -93,7 +93,7 @@ class Evaluator:
         plan = self._planned() if self.makes_videos else []
         mine: dict[int, dict[str, float]] = {}
         for number, latents in self.sampler.each([request for request, _ in plan], after_step=self.pause):
-            if self.mesh.is_first_stage:
+            if self.mesh.speaks:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
                 mine[number] = self.measures.of_video(piece, streams, given=request.given)

@@ -49,7 +49,7 @@ class HeldOutLosses:
                 self.pause()
                 errors = self._errors(pieces[number])
                 progress.step()
-                if counts and mesh.is_first_stage:
+                if counts and mesh.speaks:
                     mine[number] = errors.tolist()
         values = {number: rows for part in self.runtime.gather(mine) for number, rows in part.items()}
         return {

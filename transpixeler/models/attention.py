@@ -107,7 +107,15 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, text_lengths
 
     Text that flows through the blocks comes after the streams, `text_lengths` [B] of it valid, all where None. Its keys
     share a softmax with those of all streams, which would outweigh it: each counts T/L₀ times for whoever sees all.
+    Ranks that share the sequence give their own tokens' and get what those saw.
     """
+    if (shared := tokens.shared) is None:
+        return _among_streams(q, k, v, tokens, text_lengths)
+    q, k, v = shared.to_heads(q, k, v)
+    return shared.to_tokens(_among_streams(q, k, v, tokens.whole(), text_lengths))
+
+
+def _among_streams(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, text_lengths: Tensor | None) -> Tensor:
     streams, first = sum(tokens.lengths), tokens.lengths[0]
     text = q.shape[1] - streams
     if tokens.rgb_attends_aux or len(tokens.lengths) == 1:
@@ -126,6 +134,17 @@ def companions_attention(
 
     The result is what `self_attention` gives the companions. tokens: of the whole sequence.
     """
+    if (shared := tokens.shared) is None:
+        return _from_companions(q, k, v, rgb_k, rgb_v, tokens, text_lengths)
+    far, whole = shared.companions(), tokens.whole()
+    (q,), (k, v) = far.to_heads(q), far.to_heads(k, v)  # apart, or queries would keep the other two alive
+    rgb_k, rgb_v = shared.rgb().to_heads(rgb_k, rgb_v)
+    return far.to_tokens(_from_companions(q, k, v, rgb_k, rgb_v, whole, text_lengths))
+
+
+def _from_companions(
+    q: Tensor, k: Tensor, v: Tensor, rgb_k: Tensor, rgb_v: Tensor, tokens: Tokens, text_lengths: Tensor | None
+) -> Tensor:
     first = tokens.lengths[0]
     text = rgb_k.shape[1] - first
     k, v = (torch.cat([near[:, :first], far, near[:, first:]], 1) for near, far in ((rgb_k, k), (rgb_v, v)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from transpixeler.config import UserError
 from transpixeler.models.attention import companions_attention, self_attention
+from transpixeler.models.context import Context
 from transpixeler.models.family import Field
 from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import Grid, StreamLayout, Tokens
@@ -162,20 +163,36 @@ def _for_groups(flow: Flow, groups: slice, facts: Flowing) -> Flow:
     return tuple(x[:, groups] if place in facts.grouped else x for place, x in enumerate(flow))
 
 
+class Head(nn.Module, ABC):
+    """The last part of a model: tokens to velocity, first by themselves, then each in its place."""
+
+    def forward(self, *flow: Tensor, layout: StreamLayout) -> Tensor:
+        """Return packed velocity [B, N]."""
+        return self.pack(self.values(*flow, groups=layout.group_lengths), layout)
+
+    @abstractmethod
+    def values(self, *flow: Tensor, groups: Sequence[int]) -> Tensor:
+        """Return [B, T, n], the numbers of each token's patch. groups: tokens of each time group."""
+
+    @abstractmethod
+    def pack(self, values: Tensor, layout: StreamLayout) -> Tensor:
+        """Put the numbers of all tokens in their places, [B, N]; nothing trained is in here."""
+
+
 class Backbone(nn.Module, ABC):
     """A video diffusion transformer in three named parts: `embed`, `blocks`, `head`.
 
     1. The constructor works under `torch.device("meta")`; blocks are an `nn.ModuleDict` keyed by the original index,
        linears that a LoRA may target are `models.linear.Linear`.
     2. `embed(x, timesteps, *fields, layout=…, dtype=…)` returns a `Flow` in the matmuls' dtype; each block is a
-       `Block`; `head(*flow, layout=…)` returns packed velocity. `positions` gives what blocks need of the layout.
+       `Block`; `head` is a `Head`, which returns packed velocity. `positions` gives what blocks need of the layout.
     3. `flow_meta`, `dtype_of` and the geometry below.
     Streams, LoRA, pipelines, sharding, recompute, compile, quantization, costs and sampling then work as they are.
     """
 
     embed: nn.Module | None
     blocks: nn.ModuleDict
-    head: nn.Module | None
+    head: Head | None
     streams: tuple[str, ...]
     fields: tuple[Field, ...]
     patch: Grid
@@ -192,6 +209,7 @@ class Backbone(nn.Module, ABC):
     zero_start: ClassVar[tuple[str, ...]] = ()  # parameters that are zero in a new model
     matmul_dtype: torch.dtype = torch.float32
     run_block: RunBlock | None = None  # runs each block, where something is to be done before and after
+    context: Context | None = None  # ranks that share each sequence: between the ends each holds a part of it
 
     # -- to be given by each model
 
@@ -220,7 +238,7 @@ class Backbone(nn.Module, ABC):
     def forward(self, *flow: Tensor, layout: StreamLayout) -> Tensor | Flow:
         """Run the parts that are here: `(x [B, N], timesteps [B, G], *fields)` or a flow in, velocity or a flow out."""
         if self.embed is not None:
-            flow = self.divided(self.embed(*flow, layout=layout, dtype=self.matmul_dtype), layout)
+            flow = self.between_ends(self.embed(*flow, layout=layout, dtype=self.matmul_dtype), layout)
         tokens = self.tokens(layout, flow[0].device)
         runs = [partial(self._run, block) for block in self.block_list()]
         if self.rgb_memory is not None:
@@ -235,13 +253,34 @@ class Backbone(nn.Module, ABC):
 
     def tokens(self, layout: StreamLayout, device: torch.device) -> Tokens:
         """Return what blocks must know of the sequence and of how this model runs it."""
-        return self.positions(layout, device)._replace(rgb_forward_only=self.rgb_forward_only)
+        tokens = self.positions(layout, device)._replace(rgb_forward_only=self.rgb_forward_only)
+        if self.context is None:
+            return tokens
+        texts = self.flow_meta(layout, 1, self.matmul_dtype)[1 : self.carried]
+        return tokens.on_rank(layout, self.context, text=sum(text.shape[1] for text in texts))
+
+    def lengths(self, layout: StreamLayout) -> tuple[int, ...]:
+        """Tokens of each stream on this rank."""
+        if self.context is None:
+            return layout.lengths
+        return tuple(sum(map(self.context.count, own)) for own in layout.segments_by_stream)
+
+    def meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> Flow:
+        """Return meta tensors of what flows between this rank's stages and others'."""
+        return self.between_ends(tuple(t.to("meta") for t in self.flow_meta(layout, batch, dtype)), layout)
+
+    def between_ends(self, flow: Flow, layout: StreamLayout) -> Flow:
+        """Return what blocks take of what `embed` made."""
+        if self.context is not None:
+            texts = [self.context.cut(text, (text.shape[1],)) for text in flow[1 : self.carried]]
+            flow = (self.context.cut(flow[0], layout.segment_lengths), *texts, *flow[self.carried :])
+        return self.divided(flow, layout)
 
     def divided(self, flow: Flow, layout: StreamLayout) -> Flow:
         """Cut RGB's tokens from the companions' where RGB runs forward only; text that flows goes with RGB."""
         if not self.rgb_forward_only:
             return flow
-        hidden, first = flow[0], layout.lengths[0]
+        hidden, first = flow[0], self.lengths(layout)[0]
         texts = [text.detach() for text in flow[1 : self.carried]]
         return hidden[:, first:].clone(), hidden.detach()[:, :first].clone(), *texts, *flow[self.carried :]
 
@@ -249,14 +288,16 @@ class Backbone(nn.Module, ABC):
         """Turn tokens into packed velocity, RGB's by itself where it runs forward only."""
         assert self.head is not None
         if not self.rgb_forward_only:
-            return self.head(*flow, layout=layout)
-        with torch.no_grad():
-            if tokens.rgb_known:
-                rgb = flow[0].new_zeros(len(flow[0]), layout.sizes[0])  # it is given: nobody asks for its velocity
-            else:
-                rgb = self.head(*rgb_part(flow, tokens, self), layout=layout.only(0, 1))
-        rest = self.head(*companions_part(flow, tokens, self), layout=layout.only(1, len(layout.names)))
-        return torch.cat([rgb, rest], dim=1)
+            values = self.head.values(*flow, groups=tokens.groups)
+        else:
+            values = self.head.values(*companions_part(flow, tokens, self), groups=tokens.groups[tokens.rgb_groups :])
+            with torch.no_grad():
+                if tokens.rgb_known:  # it is given: nobody asks for its velocity
+                    rgb = values.new_zeros(len(values), tokens.lengths[0], values.shape[2])
+                else:
+                    rgb = self.head.values(*rgb_part(flow, tokens, self), groups=tokens.groups[: tokens.rgb_groups])
+            values = torch.cat([rgb, values], dim=1)
+        return self.head.pack(values if tokens.shared is None else tokens.shared.gather(values), layout)
 
     @property
     def changed(self) -> int:

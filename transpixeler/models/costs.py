@@ -123,6 +123,13 @@ class Costs:
             cell_numbers=sum(field.width for field in model.fields if field.source == "clip"),
         )
 
+    def part(self, ranks: int) -> Costs:
+        """Return what counts for the memory of one of the ranks that share a sequence, and with it text that flows."""
+        if ranks == 1 or "joint" not in self.blocks[0].attends:
+            return self
+        kept = tuple(KeptBytes(each.eager.part(ranks), each.compiled.part(ranks)) for each in self.kept)
+        return replace(self, text=math.ceil(self.text / ranks), kept=kept)
+
     @property
     def linears(self) -> list[LinearCost]:
         return [linear for block in self.blocks for linear in block.linears]
@@ -279,6 +286,24 @@ def recomputed_share(blocks: int, recompute: Recompute) -> float:
     if isinstance(recompute, int):
         return math.ceil(blocks / recompute) / blocks
     return 1.0 if recompute in ("full", "offload") else 0.0
+
+
+def exchanged(costs: Costs, lengths: Sequence[int], ranks: int, *, recompute: Recompute = "none") -> float:
+    """Count the numbers that one of the ranks that share a sequence exchanges in a sample's step, its own among them.
+
+    They are queries, keys, values and what was seen, for each token: forward, backward, and where it is recomputed.
+    Where RGB runs by itself, its keys and values go to the companions as well, and nothing of it comes back.
+    """
+    again = 1.0 if recompute == "attention" else recomputed_share(len(costs.blocks), recompute)
+    total = 0.0
+    for block in costs.blocks:
+        near = lengths[0] + costs.text * ("joint" in block.attends)
+        far = sum(lengths[1:])
+        if costs.rgb_forward_only:
+            total += (4 * far + 6 * near) + 4 * far + again * (4 * far + 2 * near)
+        else:
+            total += 4 * (near + far) * (2 + again)
+    return costs.width * total / ranks if ranks > 1 else 0.0
 
 
 # -- memory

@@ -33,6 +33,11 @@ class Kept(NamedTuple):
         copied = self.copies.bytes(sum(lengths), lengths[0]) if self.copies else 0.0
         return self.fixed + copied + sum(each * length for each, length in zip(self.by_stream, lengths, strict=True))
 
+    def part(self, ranks: int) -> Kept:
+        """Return what one of the ranks that share a sequence keeps, where the text is a part of it."""
+        copies = self.copies and self.copies._replace(each=self.copies.each / ranks, fixed=self.copies.fixed / ranks)
+        return self._replace(fixed=self.fixed / ranks, copies=copies)
+
 
 class Copies(NamedTuple):
     """Bytes more where text's keys count by copies of them, and are joined with those of the streams anew."""
@@ -123,8 +128,7 @@ def _layout(model: Backbone, frames: Sequence[int]) -> StreamLayout:
 
 def _saved(model: Backbone, block: nn.Module, layout: StreamLayout) -> tuple[int, int]:
     """Sum the storages that a block keeps, in the matmuls' dtype and wider, without weights and what blocks share."""
-    whole = model.divided(model.flow_meta(layout, 1, model.matmul_dtype), layout)
-    flow = [tensor.to(META) for tensor in whole]
+    flow = model.meta(layout, 1, model.matmul_dtype)
     for place, tensor in enumerate(flow):
         conditions = place >= model.changed and model.trains_conditions
         tensor.requires_grad_(tensor.is_floating_point() and (place < model.differentiated or conditions))

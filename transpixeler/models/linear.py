@@ -55,6 +55,11 @@ def project_shared(x: Tensor, tokens: Tokens, *linears: Linear) -> list[Tensor]:
     return [linear(x, tokens.lengths, part) for linear in linears]
 
 
+def project_seen(x: Tensor, tokens: Tokens, linear: Linear) -> Tensor:
+    """Project what attention gave: its own backward pass keeps that whole, unless ranks share the sequence."""
+    return linear(x, tokens.lengths, scope_copy(x, tokens, linear) if tokens.shared is not None else None)
+
+
 class FeedForward(nn.Sequential):
     """Linear, GELU, linear. The activation is the second projection's, which keeps what goes into it for backward."""
 

@@ -88,7 +88,7 @@ class LoraLinear(Linear):
         needs_output: bool = True,
     ) -> Tensor:
         scope, how = self.scope(x, lengths), {"gelu": gelu, "needs_output": needs_output}
-        if scope.start == scope.stop:  # a run of tokens without any in scope
+        if scope.start == scope.stop and not torch.is_grad_enabled():  # a run of tokens without any in scope
             return project(x, self, gelu=gelu, needs_output=needs_output)
         if not (self.training and self.dropout):
             adapter = self.lora_A, self.lora_B, self.lora_magnitude, self.weight_norm

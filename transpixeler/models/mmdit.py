@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transpixeler.models import backbone
 from transpixeler.models.attention import pick_kernel
 from transpixeler.models.backbone import QKV, Backbone, Block, Flow
 from transpixeler.models.family import Field
 from transpixeler.models.fused import rotate
-from transpixeler.models.linear import FeedForward, Linear, project_shared
+from transpixeler.models.linear import FeedForward, Linear, project_seen, project_shared
 from transpixeler.models.modulation import add_gated, modulate, sinusoid
 from transpixeler.models.patches import patchify, unpatchify
 from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
@@ -144,7 +145,7 @@ class DoubleBlock(TextFlows):
         gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)[2:]
         t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = t_modulation.chunk(6, dim=-1)[2:]
         seen, read = seen.flatten(2).tensor_split([hidden.shape[1]], dim=1)
-        hidden = add_gated(hidden, img.proj(seen, tokens.lengths), gate, groups=streams)
+        hidden = add_gated(hidden, project_seen(seen, tokens, img.proj), gate, groups=streams)
         text = add_gated(text, txt.proj(read), t_gate, groups=words)
 
         x = modulate(hidden, mlp_shift, mlp_scale, groups=streams, eps=EPS).to(hidden.dtype)
@@ -253,7 +254,7 @@ class Embed(nn.Module):
         return torch.cat([patch + biases[segment.stream] for patch, segment in pairs], dim=1)
 
 
-class Head(nn.Module):
+class Head(backbone.Head):
     """Tokens to velocity, each stream by itself."""
 
     def __init__(self, sizes: Sizes, patch: Grid) -> None:
@@ -262,10 +263,13 @@ class Head(nn.Module):
         self.modulation = nn.Linear(sizes.width, 2 * sizes.width)
         self.linear = nn.Linear(sizes.width, sizes.channels * math.prod(patch))
 
-    def forward(self, hidden: Tensor, text: Tensor, vectors: Tensor, *_: Tensor, layout: StreamLayout) -> Tensor:
+    def values(self, *flow: Tensor, groups: Sequence[int]) -> Tensor:
+        hidden, _, vectors, *_ = flow
         shift, scale = self.modulation(F.silu(vectors)).chunk(2, dim=-1)  # [B, G, D]
-        y = self.linear(modulate(hidden, shift, scale, groups=layout.group_lengths, eps=EPS))
-        pairs = zip(y.split(layout.segment_lengths, dim=1), layout.grids, strict=True)
+        return self.linear(modulate(hidden, shift, scale, groups=groups, eps=EPS))
+
+    def pack(self, values: Tensor, layout: StreamLayout) -> Tensor:
+        pairs = zip(values.split(layout.segment_lengths, dim=1), layout.grids, strict=True)
         return torch.cat([unpatchify(part, grid, self.patch) for part, grid in pairs], dim=1)
 
 

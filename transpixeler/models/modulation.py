@@ -25,7 +25,7 @@ def groupwise(
 ) -> Tensor:
     """Apply `function` to token tensors `[B, T, D]` and vectors `[B, G, D]`, each broadcast over its group's tokens."""
     if len(set(groups)) == 1:
-        views = [x.unflatten(1, (len(groups), -1)) for x in tokens]
+        views = [x.unflatten(1, (len(groups), groups[0])) for x in tokens]
         return function(*views, *[vector[:, :, None] for vector in vectors]).flatten(1, 2)
     rows = zip(*[x.split(tuple(groups), dim=1) for x in tokens], strict=True)
     return torch.cat([function(*row, *[v[:, i, None] for v in vectors]) for i, row in enumerate(rows)], dim=1)

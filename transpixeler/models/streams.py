@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transpixeler.config import UserError
+from transpixeler.models.context import Context, Shared
 
 Shape = tuple[int, int, int, int]
 Grid = tuple[int, int, int]
@@ -24,7 +25,10 @@ Scope = str | tuple[str, ...]  # "aux", "all" or names of streams
 
 
 class Tokens(NamedTuple):
-    """Facts that a block needs of the sequence; plain values, so that a compiled block specialises on them."""
+    """Facts that a block needs of the sequence; plain values, so that a compiled block specialises on them.
+
+    Where ranks share the sequence, they are those of this rank's part of it.
+    """
 
     rope: Tensor  # [T, head_dim / 2, 2], cosine and sine; a family may shape it otherwise from the second dimension on
     lengths: tuple[int, ...]  # tokens of each stream, in the order of the sequence; text that flows comes after them
@@ -37,28 +41,64 @@ class Tokens(NamedTuple):
     rgb_forward_only: bool = False  # RGB has no backward pass: the flow holds its tokens beside the companions'
     rgb_returned: bool = False  # a block returns RGB's keys and values too, after the flow
     rgb_known: bool = False  # a block is given them, after the flow, and runs the companions alone
+    rgb_groups: int = 1  # time groups of RGB, the first ones
+    shared: Shared | None = None  # the whole sequence, where this rank holds a part of it
 
     @classmethod
     def of(cls, layout: StreamLayout, rope: Tensor, *, kernel: str, rgb_attends_aux: bool) -> Tokens:
         """Return what a layout says, with the positions and the kernel of a model."""
-        return cls(rope, layout.lengths, layout.group_lengths, kernel, rgb_attends_aux, layout.text_group)
+        rgb_groups = len(layout.groups_of(0))
+        return cls(
+            rope,
+            layout.lengths,
+            layout.group_lengths,
+            kernel,
+            rgb_attends_aux,
+            layout.text_group,
+            rgb_groups=rgb_groups,
+        )
+
+    def on_rank(self, layout: StreamLayout, context: Context, *, text: int) -> Tokens:
+        """Return what holds of this rank's part of the sequence. text: tokens of it that flow."""
+        by_stream = layout.segments_by_stream
+        return self._replace(
+            rope=context.cut(self.rope, layout.segment_lengths, dim=0),
+            lengths=tuple(sum(map(context.count, own)) for own in by_stream),
+            groups=context.group_counts(layout.group_lengths, layout.segment_lengths),
+            shared=Shared(context, by_stream, text),
+        )
+
+    def whole(self) -> Tokens:
+        """Return what attention among streams must know, which sees the tokens of all ranks."""
+        return self if self.shared is None else self._replace(lengths=self.shared.lengths, shared=None)
 
     @property
-    def rgb_groups(self) -> int:
-        """Count the time groups of RGB, the first ones."""
-        return [sum(self.groups[:count]) for count in range(len(self.groups) + 1)].index(self.lengths[0])
+    def most(self) -> tuple[int, ...]:
+        """Tokens of each stream on the rank that holds the most: ranks that share a sequence decide alike by these."""
+        if self.shared is None:
+            return self.lengths
+        return tuple(sum(map(self.shared.context.most, own)) for own in self.shared.segments)
 
     def rgb(self) -> Tokens:
         """Return what holds of RGB's tokens alone."""
         first, count = self.lengths[0], self.rgb_groups
-        lengths = (first, *(0 for _ in self.lengths[1:]))
-        return self._replace(rope=self.rope[:first], lengths=lengths, groups=self.groups[:count], rgb_attends_aux=True)
+        return self._replace(
+            rope=self.rope[:first],
+            lengths=(first, *(0 for _ in self.lengths[1:])),
+            groups=self.groups[:count],
+            rgb_attends_aux=True,
+            shared=self.shared and self.shared.rgb(),
+        )
 
     def companions(self) -> Tokens:
         """Return what holds of the other streams' tokens alone, beside which no text flows."""
         first, count = self.lengths[0], self.rgb_groups
         return self._replace(
-            rope=self.rope[first:], lengths=(0, *self.lengths[1:]), groups=self.groups[count:], text_group=0
+            rope=self.rope[first:],
+            lengths=(0, *self.lengths[1:]),
+            groups=self.groups[count:],
+            text_group=0,
+            shared=self.shared and self.shared.companions(),
         )
 
     @property
@@ -173,6 +213,12 @@ class StreamLayout:
     def segment_lengths(self) -> tuple[int, ...]:
         """Tokens of each segment."""
         return tuple(prod(grid) for grid in self.grids)
+
+    @cached_property
+    def segments_by_stream(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each segment of each stream."""
+        pairs = list(zip(self.segments, self.segment_lengths, strict=True))
+        return tuple(tuple(n for segment, n in pairs if segment.stream == s) for s in range(len(self.names)))
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:

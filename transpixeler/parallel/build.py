@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from transpixeler.config import Config, ParallelConfig
+from transpixeler.config import Config, ParallelConfig, UserError
 from transpixeler.models import lora, quantize
 from transpixeler.models.backbone import Backbone, Block, apply_dtypes, set_trainable
 from transpixeler.models.costs import Costs
@@ -52,6 +52,7 @@ def build_engine(
     stages, waiting, host = [], [], shard.host_inputs(config.parallel)
     for index in pipeline.local_stages(config.parallel, mesh):
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
+        model.context = mesh.context
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
         stage = pipeline.Stage(model)
         blocks = dict(zip(ranges[index], model.block_list(), strict=True))
@@ -138,11 +139,22 @@ def shape(
         else:
             set_trainable(model, config.model.trainable)
         apply_dtypes(model, dtype)
+        _check_heads(model, config.parallel.context)
         if not config.optim.bf16_parameters:  # what is trained keeps its small steps
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
     return model
+
+
+def _check_heads(model: Backbone, ranks: int) -> None:
+    """Refuse ranks that cannot have equally many of a model's heads."""
+    if model.heads % ranks:
+        fit = [str(n) for n in range(1, model.heads + 1) if model.heads % n == 0]
+        raise UserError(
+            f"parallel.context: {ranks} ranks cannot share {model.heads} heads, {model.heads / ranks:.3g} each; set it "
+            f"to {', '.join(fit[:-1])} or {fit[-1]}"
+        )
 
 
 def fill(model: Backbone, config: Config, source: Readable, device: torch.device) -> None:

@@ -28,4 +28,4 @@ class Keeping:
         return fitting(self.kept, lengths, self.budget / (batch * self.microbatches))
 
     def keeps(self, place: int, flow: Flow, tokens: Tokens) -> bool:
-        return place >= len(self.kept) - self.count(len(flow[0]), tokens.lengths)
+        return place >= len(self.kept) - self.count(len(flow[0]), tokens.most)

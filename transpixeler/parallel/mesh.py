@@ -1,7 +1,8 @@
-"""Arrange ranks as (pipeline, replicate, shard), from the config and the number of processes.
+"""Arrange ranks as (pipeline, replicate, shard, context), from the config and the number of processes.
 
 In: `parallel.*` and the world size. Out: this rank's coordinates and the groups that the floors above reduce over.
-Shard is the innermost axis, so that its traffic stays inside a machine; pipeline the outermost, where it is least.
+Context and shard are the innermost axes, so that their traffic stays inside a machine; pipeline is the outermost, where
+it is least. Weights are sharded over the ranks of both: those of a context hold the same ones, and work at one time.
 """
 
 from __future__ import annotations
@@ -14,24 +15,36 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from transpixeler.config import ParallelConfig, UserError
+from transpixeler.models.context import Context
 from transpixeler.parallel.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The three numbers whose product is the world size."""
+    """The four numbers whose product is the world size."""
 
     pipeline: int
     replicate: int
     shard: int
+    context: int = 1
 
     @property
     def data(self) -> int:
         """Ranks that train on different samples."""
         return self.replicate * self.shard
 
+    @property
+    def stage(self) -> int:
+        """Ranks that work with the same weights."""
+        return self.data * self.context
+
+    @property
+    def ranks(self) -> int:
+        return self.pipeline * self.stage
+
     def __str__(self) -> str:
-        return f"pipeline {self.pipeline} × replicate {self.replicate} × shard {self.shard}"
+        context = f" × context {self.context}" if self.context > 1 else ""
+        return f"pipeline {self.pipeline} × replicate {self.replicate} × shard {self.shard}{context}"
 
 
 def resolve(config: ParallelConfig, world_size: int) -> Layout:
@@ -39,24 +52,25 @@ def resolve(config: ParallelConfig, world_size: int) -> Layout:
     fixed = [config.pipeline, config.replicate, config.shard]
     if config.replicate == config.shard == 0:
         raise UserError("parallel.replicate: 0 means what is left over, and so does parallel.shard; set one of them")
-    known = config.pipeline * max(config.replicate, 1) * max(config.shard, 1)
+    known = config.pipeline * max(config.replicate, 1) * max(config.shard, 1) * config.context
     if 0 in fixed:
         if world_size % known:
             raise UserError(_misfit(config, world_size, known))
         fixed = [n or world_size // known for n in fixed]
-    layout = Layout(*fixed)
-    if layout.pipeline * layout.data != world_size:
+    layout = Layout(*fixed, config.context)
+    if layout.ranks != world_size:
         raise UserError(_misfit(config, world_size, known))
     return layout
 
 
 def _misfit(config: ParallelConfig, world_size: int, product: int) -> str:
     parts = {"pipeline": config.pipeline, "replicate": config.replicate, "shard": config.shard}
+    parts |= {"context": config.context} if config.context > 1 else {}
     said = " × ".join(f"{name} {n}" for name, n in parts.items() if n)
     verb = "must divide" if 0 in parts.values() else "must equal"
     return (
         f"parallel.*: {said} = {product} {verb} the number of processes, {world_size}; "
-        f"launch torchrun with {product} processes in all, or change parallel.pipeline, replicate or shard"
+        f"launch torchrun with {product} processes in all, or change parallel.pipeline, replicate, shard or context"
     )
 
 
@@ -67,10 +81,11 @@ class Mesh:
     layout: Layout
     device: torch.device
     pipeline_rank: int
-    data_rank: int
+    data_rank: int  # its share of the samples
     pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
-    shards: DeviceMesh  # what FSDP2 shards over: 1-D, or (replicate, shard)
+    data_group: dist.ProcessGroup  # the ranks of its stage, whose gradients are summed
+    shards: DeviceMesh  # what FSDP2 shards over: 1-D, or (replicate, shard); the ranks of a context are shards too
+    context: Context | None = None  # the ranks that share its samples' tokens
 
     @property
     def is_first_stage(self) -> bool:
@@ -80,15 +95,29 @@ class Mesh:
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.layout.pipeline - 1
 
+    @property
+    def context_rank(self) -> int:
+        return self.context.rank if self.context is not None else 0
+
+    @property
+    def stage_rank(self) -> int:
+        """Return its place among the ranks that work with the same weights."""
+        return self.data_rank * self.layout.context + self.context_rank
+
+    @property
+    def speaks(self) -> bool:
+        """Tell one rank of all that work on the same samples, and so know the same of them."""
+        return self.is_first_stage and not self.context_rank
+
 
 def build(layout: Layout, runtime: Runtime) -> Mesh:
     """Join the groups; a collective call."""
-    p, r, s = layout.pipeline, layout.replicate, layout.shard
+    p, r, s = layout.pipeline, layout.replicate, layout.shard * layout.context
     mesh = init_device_mesh(runtime.device.type, (p, r, s), mesh_dim_names=("pipeline", "replicate", "shard"))
     for group in mesh.get_all_groups():
         _set_pg_timeout(runtime.timeout, group)  # a mesh makes its groups with torch's own
     ranks = torch.arange(p * r * s).view(p, r * s)
-    pipeline_rank, data_rank = divmod(runtime.rank, r * s)
+    pipeline_rank, stage_rank = divmod(runtime.rank, r * s)
     if p == 1:  # all ranks, which have a group already: another is one more communicator, with buffers of its own
         data_group = dist.group.WORLD
     else:
@@ -98,8 +127,20 @@ def build(layout: Layout, runtime: Runtime) -> Mesh:
         layout=layout,
         device=runtime.device,
         pipeline_rank=pipeline_rank,
-        data_rank=data_rank,
+        data_rank=stage_rank // layout.context,
         pipeline_group=mesh["pipeline"].get_group(),
         data_group=data_group,
         shards=mesh["replicate", "shard"] if r > 1 else mesh["shard"],
+        context=_context(layout, runtime, mesh) if layout.context > 1 else None,
     )
+
+
+def _context(layout: Layout, runtime: Runtime, mesh: DeviceMesh) -> Context:
+    """Join the group of the ranks that share the same samples, which are next to each other."""
+    if layout.shard == 1:  # the mesh has it already
+        group = mesh["shard"].get_group()
+    else:
+        rows = torch.arange(layout.ranks).view(-1, layout.context).tolist()
+        group = [dist.new_group(row, timeout=runtime.timeout) for row in rows][runtime.rank // layout.context]
+    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+    return Context(group, runtime.rank % layout.context, layout.context)

@@ -169,7 +169,8 @@ class Engine:
         trained = sum(n for n, trains in counts if trains)
         self.reduces_often = shard.reduces_often(trained, sum(n for n, _ in counts))
         self._schedules: OrderedDict[_Key, Any] = OrderedDict()
-        self.inputs_need_grad = self._any_stage(any(stage.model.trains_conditions for stage in self.stages))
+        trains = any(stage.model.trains_conditions for stage in self.stages)
+        self.inputs_need_grad = self._any(trains, self.mesh.pipeline_group)
         if mesh.device.type == "cuda" and config.pipeline > 1:
             dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.pipeline_group)  # warms the communicator
 
@@ -233,8 +234,10 @@ class Engine:
         rows: of a pass. where: as `sample.rgb_memory`.
         """
         models = [model for model in self.models() if model.rgb_forward_only]
-        numbers = sum(2 * rows * layout.lengths[0] * model.width * len(model.blocks) for model in models)
+        numbers = sum(2 * rows * model.lengths(layout)[0] * model.width * len(model.blocks) for model in models)
         place = devices.place(where, numbers * self.dtype.itemsize, self.mesh.device)
+        if self.mesh.context is not None and self._any(place == "off", self.mesh.context.group):
+            place = "off"  # what one computes is exchanged with all
         if place == "off" or not models:
             yield
             return
@@ -355,7 +358,7 @@ class Engine:
         if leaving:
             return (torch.empty(size, len(layout.groups) if training else layout.elements, device="meta"),)
         model = stage.model
-        flow = model.divided(tuple(t.to("meta") for t in model.flow_meta(layout, size, self.dtype)), layout)
+        flow = model.meta(layout, size, self.dtype)
         for place, tensor in enumerate(flow):
             conditions = place >= model.changed and self.inputs_need_grad and tensor.is_floating_point()
             tensor.requires_grad_(place < model.differentiated or conditions)
@@ -371,9 +374,9 @@ class Engine:
         dist.broadcast(value, src=source, group=group)
         return value
 
-    def _any_stage(self, value: bool) -> bool:
+    def _any(self, value: bool, group: dist.ProcessGroup) -> bool:
         flag = torch.tensor(float(value), device=self.mesh.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.mesh.pipeline_group)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
         return bool(flag)
 
 

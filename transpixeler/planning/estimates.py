@@ -22,7 +22,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.experts import DEVICE_SHARE
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import in_flight, split_blocks, stage_count
-from transpixeler.parallel.shard import reduces_often, waiting_places
+from transpixeler.parallel.shard import by_fsdp, reduces_often, waiting_places
 from transpixeler.parallel.swap import SLOTS
 
 UTILISATION = 0.45  # share of a device's peak that steps are assumed to reach, counting recomputation as work
@@ -189,7 +189,7 @@ class Estimate:
             here = Part(*(all_ - gone for all_, gone in zip(whole, away)))
         else:
             here = whole
-        shard = Part(*(math.ceil(n / layout.shard) for n in here))
+        shard = Part(*(math.ceil(n / self._shards(layout)) for n in here))
         state = self.experts * optimizer_bytes(optim, shard)
         ema = self.experts * FP32_BYTES * shard.trainable if optim.ema else 0
         if layout.shard == 1:
@@ -200,6 +200,10 @@ class Estimate:
         gathered = whole.weights if layout.pipeline > 1 and not offload else self._gathered()
         gradients = shard.trainable_bytes + self._unreduced(whole, layout)
         return Memory(self.experts * shard.weights + gathered, gradients, state, ema, activations)
+
+    def _shards(self, layout: Layout) -> int:
+        """Return how many ranks the weights are sharded over; those that share samples are among them."""
+        return layout.shard * layout.context if by_fsdp(self.config.parallel, layout.shard) else 1
 
     def idle_on_device(self, layout: Layout) -> bool:
         """Tell whether the weights of idle experts stay on the device, as `parallel.experts` decides it."""
@@ -237,16 +241,18 @@ class Estimate:
     def _activations(self, load: Load, layout: Layout, rank: int, blocks: int, recompute: costs.Recompute) -> int:
         micro = self.micro_batch(load, layout)
         share = load.batch // layout.data
-        lengths = load.layout.lengths
-        once = self._of_blocks(1, lengths, "full" if isinstance(recompute, int) else recompute)
-        twice = self._of_blocks(2, lengths, "full" if isinstance(recompute, int) else recompute)
+        lengths = part(load.layout.lengths, layout)
+        mode = "full" if isinstance(recompute, int) else recompute
+        once, twice = (self._of_blocks(count, lengths, mode, layout) for count in (1, 2))
         work = max(0, 2 * once - twice)
-        kept = max(0, self._of_blocks(blocks, lengths, recompute) - work)
+        if layout.context > 1:  # embed makes all tokens, in fp32 and in the matmuls' dtype
+            work = max(work, load.layout.tokens * self.costs.width * (FP32_BYTES + self.size))
+        kept = max(0, self._of_blocks(blocks, lengths, recompute, layout) - work)
         held = in_flight(self.config.parallel, layout.pipeline, rank, share // micro)
         ending = sum(lengths[self.costs.rgb_forward_only :])
         head = 3 * FP32_BYTES * ending * self.costs.width  # its input, normed and modulated
         outer = 3 * FP32_BYTES * load.layout.elements  # the noisy input, the target and their difference
-        hidden = load.layout.tokens * self.costs.width * self.size
+        hidden = sum(lengths) * self.costs.width * self.size
         received = share * receive_buffers(self.config.parallel, layout.pipeline, rank) * hidden
         stay = micro * held * blocks * hidden * self._share_that_stays(load, layout) if recompute == "offload" else 0
         each = max(work, head) + held * kept + outer
@@ -260,7 +266,7 @@ class Estimate:
         micro = self.micro_batch(load, layout)
         blocks = max(sum(map(len, self._ranges(layout)[rank :: layout.pipeline])) for rank in range(layout.pipeline))
         held = in_flight(self.config.parallel, layout.pipeline, 0, load.batch // layout.data // micro)
-        inputs = micro * held * blocks * load.layout.tokens * self.costs.width * self.size
+        inputs = micro * held * blocks * sum(part(load.layout.lengths, layout)) * self.costs.width * self.size
         return max(0.0, 1 - budget / inputs)
 
     def kept_whole(self, load: Load, layout: Layout, rank: int, recompute: costs.Recompute) -> KeptWhole:
@@ -268,21 +274,21 @@ class Estimate:
         budget = self.config.parallel.keep_gb * 2**30
         if not budget or recompute == "none" or isinstance(recompute, int):
             return KeptWhole(0, 0)
-        micro, lengths = self.micro_batch(load, layout), load.layout.lengths
+        micro, lengths = self.micro_batch(load, layout), part(load.layout.lengths, layout)
         count = load.batch // layout.data // micro
         at_once = micro * in_flight(self.config.parallel, layout.pipeline, rank, count)
         places = [place for own in self._ranges(layout)[rank :: layout.pipeline] for place in own]
         compiled = self.compiled and recompute != "offload"
-        kept = [self.costs.kept[place].as_run(compiled=compiled) for place in places]
+        kept = [self.costs.part(layout.context).kept[place].as_run(compiled=compiled) for place in places]
         blocks = fitting(kept, lengths, budget / at_once)
         held = at_once * sum(each.bytes(lengths) for each in kept[len(kept) - blocks :])
         one = micro * max(each.bytes(lengths) for each in kept)  # that is computed anew, after those are done with
         return KeptWhole(blocks, int(max(0, held - one)))
 
-    def _of_blocks(self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute) -> int:
+    def _of_blocks(self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute, layout: Layout) -> int:
         compiled = self.compiled and recompute != "offload"  # hooks on saved tensors cannot be compiled
         return costs.activation_bytes(
-            self.costs,
+            self.costs.part(layout.context),
             lengths,
             size=self.size,
             recompute=recompute,
@@ -321,9 +327,10 @@ class Estimate:
         ranges = self._ranges(layout)
         uneven = max(map(len, ranges)) * len(ranges) / len(self.costs.blocks)
         waiting = (passes + layout.pipeline - 1) / passes
-        work = self.flops(loads, layout, recompute) / (machine.gpus * machine.flops * UTILISATION) * uneven * waiting
+        work = self.flops(loads, layout, recompute) / (machine.gpus * machine.flops * UTILISATION)
+        work = (work + self.exchanged_bytes(loads, layout, recompute) / GPU_LINK) * uneven * waiting
         if recompute == "offload":
-            work += self._offloaded_inputs(loads, layout) / layout.data / HOST_LINK
+            work += self._offloaded_inputs(loads, layout) / layout.stage / HOST_LINK
         whole = self._whole()
         gathered = 0.0
         if self.config.parallel.offload:
@@ -331,9 +338,20 @@ class Estimate:
             gathered = 2 * passes * moved / layout.pipeline / HOST_LINK
         elif layout.shard > 1:
             times = 1 if layout.pipeline > 1 else 2 * passes
-            gathered = times * whole.weights / layout.pipeline * (1 - 1 / layout.shard) / GPU_LINK
-        reduced = 2 * whole.trainable_bytes / layout.pipeline / GPU_LINK if layout.data > 1 else 0.0
+            gathered = times * whole.weights / layout.pipeline * (1 - 1 / self._shards(layout)) / GPU_LINK
+        reduced = 2 * whole.trainable_bytes / layout.pipeline / GPU_LINK if layout.stage > 1 else 0.0
         return max(work, gathered) + UNHIDDEN_GATHER * gathered + reduced
+
+    def exchanged_bytes(self, loads: Sequence[Load], layout: Layout, recompute: costs.Recompute) -> float:
+        """Return bytes that a rank sends to those that it shares samples with, in a mean step."""
+        steps = sum(load.steps for load in loads)
+        each = (
+            load.steps
+            * (load.batch // layout.data)
+            * costs.exchanged(self.costs, load.layout.lengths, layout.context, recompute=recompute)
+            for load in loads
+        )
+        return sum(each) / steps / layout.pipeline * self.size * (1 - 1 / layout.context)
 
     def _offloaded_inputs(self, loads: Sequence[Load], layout: Layout) -> float:
         """Return bytes of block inputs that a mean step moves to host memory and back."""
@@ -342,6 +360,11 @@ class Estimate:
         tokens = sum(share * load.layout.tokens for share, load in zip(moved, loads, strict=True)) / steps
         d = self.costs
         return 2 * tokens * d.width * len(d.blocks) * self.size
+
+
+def part(lengths: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """Return the tokens of each stream on the rank that holds the most."""
+    return tuple(math.ceil(length / layout.context) for length in lengths)
 
 
 def optimizer_bytes(config: OptimConfig, part: Part) -> int:

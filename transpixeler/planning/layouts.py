@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,30 +26,51 @@ class Fit:
     memory: Memory
     seconds: float
     why: str
+    layout: Layout
 
 
-def layouts(config: Config, blocks: int, gpus: int) -> Iterator[Layout]:
+def layouts(config: Config, blocks: int, gpus: int, *, heads: int = 1) -> Iterator[Layout]:
     """Yield every layout that divides the batch and the model."""
     for pipeline in _divisors(gpus):
         parallel = replace(config.parallel, pipeline=pipeline)
         if stage_count(parallel) > blocks or (parallel.offload and splits_backward(parallel)):
             continue
-        for shard in _divisors(gpus // pipeline):
-            layout = Layout(pipeline, gpus // pipeline // shard, shard)
-            mixed = config.optim.bf16_parameters and shard > 1
-            if all(batch % layout.data == 0 for batch in batch_sizes(config)) and not mixed:
-                yield layout
+        for context in _divisors(math.gcd(heads, gpus // pipeline)):
+            data = gpus // pipeline // context
+            for shard in _divisors(data):
+                mixed = config.optim.bf16_parameters and shard > 1
+                if all(batch % data == 0 for batch in batch_sizes(config)) and not mixed:
+                    yield Layout(pipeline, data // shard, shard, context)
+
+
+def _all_layouts(estimate: Estimate, gpus: int) -> Iterator[Layout]:
+    return layouts(estimate.config, len(estimate.costs.blocks), gpus, heads=estimate.costs.heads)
 
 
 def fits(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
     """Return the fastest fitting way of each layout, the best first; nothing where nothing fits."""
     found = []
-    for layout in layouts(estimate.config, len(estimate.costs.blocks), machine.gpus):
+    for layout in _all_layouts(estimate, machine.gpus):
         ways = [way(estimate, loads, layout, mode, machine) for mode in _modes(estimate.config)]
         fitting = [fit for fit in ways if fit.memory.total <= USABLE_MEMORY * machine.memory]
         if fitting:
-            found.append(min(fitting, key=lambda fit: (fit.seconds, fit.memory.total)))
-    return sorted(found, key=lambda fit: (fit.seconds, fit.memory.total))
+            found.append(min(fitting, key=_rank))
+    return _ranked(found)
+
+
+def _rank(fit: Fit) -> tuple[float, float]:
+    return fit.seconds, fit.memory.total
+
+
+def _ranked(found: Sequence[Fit]) -> list[Fit]:
+    """Sort ways, the best first, without sharing samples where a way without it is as fast and takes no more memory."""
+    plain = [fit for fit in found if fit.layout.context == 1]
+
+    def gains(fit: Fit) -> bool:
+        alike = (p.seconds <= fit.seconds and p.memory.total <= fit.memory.total for p in plain)
+        return fit.layout.context == 1 or not any(alike)
+
+    return sorted(filter(gains, found), key=_rank)
 
 
 def _modes(config: Config) -> tuple[str, ...]:
@@ -59,12 +81,12 @@ def _modes(config: Config) -> tuple[str, ...]:
 def fits_by_waiting(estimate: Estimate, loads: Sequence[Load], machine: Machine) -> list[Fit]:
     """Return the fastest way of each layout that fits if the fewest blocks that suffice wait in host memory."""
     found = []
-    for layout in layouts(estimate.config, len(estimate.costs.blocks), machine.gpus):
+    for layout in _all_layouts(estimate, machine.gpus):
         if estimate.config.lora.enabled or layout.shard > 1:
             ways = (_fewest_waiting(estimate, loads, layout, mode, machine) for mode in _modes(estimate.config))
             fitting = [way for way in ways if way]
-            found += [min(fitting, key=lambda fit: (fit.seconds, fit.memory.total))] if fitting else []
-    return sorted(found, key=lambda fit: (fit.seconds, fit.memory.total))
+            found += [min(fitting, key=_rank)] if fitting else []
+    return _ranked(found)
 
 
 def _fewest_waiting(
@@ -89,13 +111,15 @@ def way(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str, ma
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.replicate={layout.replicate}",
         f"parallel.shard={layout.shard}",
+        *([f"parallel.context={layout.context}"] if layout.context > 1 else []),
         f"parallel.recompute={mode}",
     )
     offload = estimate.config.parallel.offload
     if offload and offload is not True:
         settings = (*settings, f"parallel.offload={offload}")
     memory = estimate.memory(loads, layout, mode)
-    return Fit(settings, memory, estimate.seconds(loads, layout, mode, machine), _why(estimate, loads, layout, mode))
+    seconds = estimate.seconds(loads, layout, mode, machine)
+    return Fit(settings, memory, seconds, _why(estimate, loads, layout, mode), layout)
 
 
 def _why(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str) -> str:
@@ -115,8 +139,12 @@ def _why(estimate: Estimate, loads: Sequence[Load], layout: Layout, mode: str) -
         passes = max(load.batch // layout.data // estimate.micro_batch(load, layout) for load in loads)
         lost = (layout.pipeline - 1) / (passes + layout.pipeline - 1)
         reasons.append(f"a GPU holds 1/{layout.pipeline} of the blocks and idles {lost:.0%} of the time")
+    if layout.context > 1:
+        sent = estimate.exchanged_bytes(loads, layout, mode) / 2**30
+        reasons.append(f"{layout.context} GPUs share each sample's tokens and send {sent:.3g} GiB each a step for it")
     if layout.shard > 1:
-        reasons.append(f"weights are sharded over {layout.shard} GPUs and gathered when used")
+        count = layout.shard * layout.context
+        reasons.append(f"weights are sharded over {count} GPUs and gathered when used")
     elif layout.replicate > 1:
         reasons.append("every GPU has all weights, and only gradients are exchanged")
     return "; ".join(reasons)

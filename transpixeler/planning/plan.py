@@ -259,7 +259,7 @@ def _memory_savers(config: Config) -> list[tuple[str, Config]]:
 def find_machine(config: Config, *, gpus: int, memory: float, device: str, peak: float) -> tuple[str, Machine]:
     """Return the machine that is asked for, else the GPU that is here, else a common one. 0 and "" leave it open."""
     parallel = config.parallel
-    gpus = gpus or parallel.pipeline * max(1, parallel.replicate) * max(1, parallel.shard)
+    gpus = gpus or parallel.pipeline * max(1, parallel.replicate) * max(1, parallel.shard) * parallel.context
     if device.lower() == "cpu":
         return "cpu", Machine(gpus, memory * GIB, 1e12 * (peak or config.log.peak_tflops), "cpu")
     here = torch.cuda.is_available() and not device

@@ -57,8 +57,12 @@ def materialize(optimizer: Optimizer | None) -> None:
 
 def own_part(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """Return this rank's part of the tensors: replicas hold the same ones, so each of them writes a part."""
-    replica = mesh.data_rank // mesh.layout.shard
-    names = sorted(tensors)[replica :: mesh.layout.replicate]
+    layout = mesh.layout
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        replica, replicas = mesh.data_rank // layout.shard, layout.replicate
+    else:  # every rank of the stage has them whole
+        replica, replicas = mesh.stage_rank, layout.stage
+    names = sorted(tensors)[replica::replicas]
     return {name: tensors[name] for name in names}
 
 

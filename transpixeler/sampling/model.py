@@ -105,7 +105,7 @@ def fit_layout(config: Config, runtime: Runtime, *, asked: bool) -> tuple[Config
     except UserError:
         if asked:
             raise
-    parallel = replace(config.parallel, pipeline=1, replicate=0, shard=1, split=(), schedule="auto")
+    parallel = replace(config.parallel, pipeline=1, replicate=0, shard=1, context=1, split=(), schedule="auto")
     return replace(config, parallel=parallel), meshes.resolve(parallel, runtime.world_size)
 
 

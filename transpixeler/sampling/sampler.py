@@ -45,12 +45,12 @@ class Sampler:
     def each(
         self, videos: Sequence[Video], *, after_step: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield (number of the video, its latents [N] on the host) of this data rank's share, on its whole pipeline.
+        """Yield (number of the video, its latents [N] on the host) of this data rank's share, on all its ranks.
 
         `after_step` is called equally often on all ranks.
         """
         steps = self.config.steps * -(-len(videos) // self.mesh.layout.data)
-        shown = self.mesh.data_rank == 0 and self.mesh.is_first_stage
+        shown = self.mesh.data_rank == 0 and self.mesh.speaks
         with Progress("steps", steps, shown=shown, verb="sampling") as progress, self.engine.evaluating():
 
             def stepped() -> None:

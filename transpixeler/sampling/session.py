@@ -76,7 +76,7 @@ class Session:
         mesh, engine = self._open()
         videos = Videos(maker, requests)
         for number, latents in Sampler(engine, mesh, config.sample, found.negative, self.model).each(videos):
-            if mesh.is_first_stage:
+            if mesh.speaks:
                 video, request = videos[number], requests[number]
                 streams = frames.decode(latents, video.layout, known=maker.known(request))
                 size = self.model.geometry.pixels(video.layout.shapes[0])

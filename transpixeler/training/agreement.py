@@ -44,7 +44,7 @@ class Facts:
 def agree(errors: Tensor, example: Example, grad_norm: Tensor, due: Due, *, counts: bool) -> Facts:
     """Sum over all ranks. A collective call.
 
-    errors: [b, G] of this rank's samples. counts: true on one rank of each pipeline, whose ranks hold the same errors.
+    errors: [b, G] of this rank's samples. counts: true on one of the ranks that hold the same samples' errors.
     """
     weights, times = example.weights.to(errors.device), example.timesteps.to(errors.device)
     counted = (weights > 0).double() * float(counts)

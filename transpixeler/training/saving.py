@@ -110,8 +110,8 @@ class Saver:
         return _attempt(lambda: adapter_files.write_adapter(adapter_files.join(parts), folder))
 
     def _gather_stages(self, own: Adapter) -> list[Adapter]:
-        """Return the adapter of each pipeline rank, on rank 0; data ranks hold the same."""
-        if self.mesh.data_rank or self.mesh.layout.pipeline == 1:
+        """Return the adapter of each pipeline rank, on rank 0; the ranks of a stage hold the same."""
+        if self.mesh.stage_rank or self.mesh.layout.pipeline == 1:
             return [own]
         parts: list[Any] = [None] * self.mesh.layout.pipeline
         dist.gather_object(own, parts if self.runtime.is_main else None, dst=0, group=self.mesh.pipeline_group)
@@ -137,7 +137,7 @@ class Saver:
             if name in own:
                 tensor = own[name].detach()
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if stage != 0 and self.mesh.data_rank == 0:
+            if stage != 0 and self.mesh.stage_rank == 0:
                 whole = self._to_first(whole, shape, dtype, stage)
             if self.runtime.is_main:
                 assert whole is not None, "rank 0 holds the tensor or received it"

@@ -136,7 +136,7 @@ class TrainingState:
         wanted = {name: tensor for name, tensor in self.tensors().items() if means or not name.startswith("ema.")}
         if run.going.weights_only:
             wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("optimizer.")}
-        same_layout = restored.state["layout"] == dataclasses.asdict(self.mesh.layout)
+        same_layout = {"context": 1, **restored.state["layout"]} == dataclasses.asdict(self.mesh.layout)
         restore.load(restored, wanted, same_layout=same_layout)
         if not run.going.weights_only:
             optim.set_numbers(self.parameters, self.optimizer, restored.state.get("optimizer", {}))

@@ -121,11 +121,11 @@ class Trainer:
                 started = time.perf_counter()
                 batch, example = next(self.loader)
 
-                self._seed(batch.step, self.mesh.data_rank)  # for dropout
+                self._seed(batch.step, self.mesh.stage_rank)  # for dropout
                 errors = self.engine.forward_backward(example.to(self.mesh.device), self.micro_batch(batch.layout))
                 norm = self.state.gradient_norm()
                 due = self.keeper.due(self.controls)
-                facts = agree(errors, example, norm, due, counts=self.mesh.is_first_stage)
+                facts = agree(errors, example, norm, due, counts=self.mesh.speaks)
 
                 lr = self.schedule.rate(batch.step)
                 if facts.finite:

@@ -32,6 +32,7 @@ KINDS = {
     "full": ("lora.enabled=false", "optim.lr=0.1"),
     "blind": ("model.rgb_attends_aux=false",),  # RGB runs forward only
 }
+CONTEXT = "parallel.context=2"
 ONE_TEXT = "no gradient of the text crosses a cut"
 Result = dict[str, Any]  # losses, norms of gradients, and parameters
 
@@ -48,23 +49,31 @@ LAYOUTS = {  # every way of sharing work and of recomputing, for adapters and fo
         "(2,1,1) interleaved": layout(2, 1, 1, "parallel.schedule=interleaved-1f1b"),
         "(1,2,1)": layout(1, 2, 1),
         "(1,1,2)": layout(1, 1, 2),
+        "(1,1,1,2)": layout(1, 1, 1, CONTEXT),
     },
-    ("lora", 4): {"(2,1,2)": layout(2, 1, 2), "(4,1,1)": layout(4, 1, 1)},
+    ("lora", 4): {"(2,1,2)": layout(2, 1, 2), "(4,1,1)": layout(4, 1, 1), "(2,1,1,2)": layout(2, 1, 1, CONTEXT)},
     ("dora", 1): {mode: layout(1, 1, 1, f"parallel.recompute={mode}") for mode in ("full", "attention", "offload")},
-    ("dora", 2): {"(2,1,1)": layout(2, 1, 1), "(1,2,1)": layout(1, 2, 1), "(1,1,2)": layout(1, 1, 2)},
+    ("dora", 2): {
+        "(2,1,1)": layout(2, 1, 1),
+        "(1,2,1)": layout(1, 2, 1),
+        "(1,1,2)": layout(1, 1, 2),
+        "(1,1,1,2)": layout(1, 1, 1, CONTEXT),
+    },
     ("full", 2): {
         "(2,1,1) gpipe, attention": layout(2, 1, 1, "parallel.schedule=gpipe", "parallel.recompute=attention"),
         "(2,1,1) 1f1b": layout(2, 1, 1, "parallel.schedule=1f1b"),
         "(1,2,1) offload": layout(1, 2, 1, "parallel.recompute=offload"),
         "(1,1,2) full": layout(1, 1, 2, "parallel.recompute=full"),
+        "(1,1,1,2) attention": layout(1, 1, 1, CONTEXT, "parallel.recompute=attention"),
     },
-    ("full", 4): {"(2,1,2)": layout(2, 1, 2)},
+    ("full", 4): {"(2,1,2)": layout(2, 1, 2), "(1,1,2,2)": layout(1, 1, 2, CONTEXT)},
     ("blind", 2): {
         "(2,1,1) 1f1b, attention": layout(2, 1, 1, "parallel.schedule=1f1b", "parallel.recompute=attention"),
         "(1,2,1) offload": layout(1, 2, 1, "parallel.recompute=offload"),
         "(1,1,2) full": layout(1, 1, 2, "parallel.recompute=full"),
+        "(1,1,1,2) attention": layout(1, 1, 1, CONTEXT, "parallel.recompute=attention"),
     },
-    ("blind", 4): {"(2,1,2)": layout(2, 1, 2)},
+    ("blind", 4): {"(2,1,2)": layout(2, 1, 2), "(1,2,1,2)": layout(1, 2, 1, CONTEXT)},
 }
 
 
@@ -110,7 +119,7 @@ def _train(name: str, here: runtime.Runtime, overrides: tuple[str, ...], twin: s
     for step in range(steps):
         given = example(CASES[name], model, settings, step, slots)
         errors = engine.forward_backward(given, settings.train.micro_batch)
-        loss = (errors * given.weights).sum()
+        loss = (errors * given.weights).sum() * (mesh.context_rank == 0)
         torch.distributed.all_reduce(loss, group=mesh.data_group)
         norm = optim.gradient_norm(trained.values(), mesh.pipeline_group, here.device)
         optim.clip(trained.values(), settings.optim.clip, norm)

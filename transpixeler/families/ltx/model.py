@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from transpixeler.families.ltx.config import PATCH, SPAN, TEXT_LEN, THETA, TIME_FREQUENCIES, LtxConfig
 from transpixeler.families.ltx.names import NAMES
+from transpixeler.models import backbone
 from transpixeler.models.attention import cross_attention, length_bias, pick_kernel
 from transpixeler.models.backbone import QKV, Backbone, Block, Flow
 from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
-from transpixeler.models.linear import FeedForward, Linear, project_shared
+from transpixeler.models.linear import FeedForward, Linear, project_seen, project_shared
 from transpixeler.models.modulation import add_gated, modulate, sinusoid
 from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
 
@@ -88,7 +89,7 @@ class SelfAttention(Attention):
         return q, k, self.split(v), ()
 
     def forward(self, seen: Tensor, tokens: Tokens) -> Tensor:
-        return self.to_out(seen.flatten(2), tokens.lengths)
+        return project_seen(seen.flatten(2), tokens, self.to_out)
 
     def turned(self, x: Tensor, norm: nn.RMSNorm, rope: Tensor) -> Tensor:
         """Norm and rotate x. Angles differ from head to head, so the rotation takes all heads as one wide one."""
@@ -196,7 +197,7 @@ class Embed(nn.Module):
         return torch.cat([F.linear(cell, weight, biases[segment.stream]) for cell, segment in pairs], dim=1)
 
 
-class Head(nn.Module):
+class Head(backbone.Head):
     """Tokens to velocity."""
 
     def __init__(self, config: LtxConfig) -> None:
@@ -204,19 +205,13 @@ class Head(nn.Module):
         self.proj_out = nn.Linear(config.width, config.out_channels)
         self.scale_shift_table = nn.Parameter(torch.randn(2, config.width) / math.sqrt(config.width))
 
-    def forward(
-        self,
-        hidden: Tensor,
-        modulation: Tensor,
-        context: Tensor,
-        lengths: Tensor,
-        temb: Tensor,
-        *,
-        layout: StreamLayout,
-    ) -> Tensor:
+    def values(self, *flow: Tensor, groups: Sequence[int]) -> Tensor:
+        hidden, *_, temb = flow
         shift, scale = (self.scale_shift_table + temb[:, :, None]).unbind(2)  # [B, G, D]
-        y = self.proj_out(modulate(hidden, shift, scale, groups=layout.group_lengths, eps=1e-6))
-        return torch.cat([part.mT.flatten(1) for part in y.split(layout.segment_lengths, dim=1)], dim=1)
+        return self.proj_out(modulate(hidden, shift, scale, groups=groups, eps=1e-6))
+
+    def pack(self, values: Tensor, layout: StreamLayout) -> Tensor:
+        return torch.cat([part.mT.flatten(1) for part in values.split(layout.segment_lengths, dim=1)], dim=1)
 
 
 class LtxModel(Backbone):

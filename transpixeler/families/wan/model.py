@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transpixeler.config import UserError
 from transpixeler.families.wan.config import MASK_CHANNELS, TEXT_LEN, WanConfig
 from transpixeler.families.wan.names import NAMES
+from transpixeler.models import backbone
 from transpixeler.models.attention import cross_attention, fold_padding, pick_kernel, unfold_padding
 from transpixeler.models.backbone import QKV, Backbone, Block, Flow
 from transpixeler.models.conditions import with_channels
 from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
-from transpixeler.models.linear import FeedForward, Linear, project_shared
+from transpixeler.models.linear import FeedForward, Linear, project_seen, project_shared
 from transpixeler.models.modulation import add_gated, modulate, sinusoid
 from transpixeler.models.patches import patchify
 from transpixeler.models.streams import Grid, StreamLayout, Tokens, stream_embeddings
@@ -87,7 +88,7 @@ class SelfAttention(Attention):
         return q, k, self.split(v), ()
 
     def forward(self, seen: Tensor, tokens: Tokens) -> Tensor:
-        return self.o(seen.flatten(2), tokens.lengths)
+        return project_seen(seen.flatten(2), tokens, self.o)
 
 
 class CrossAttention(Attention):
@@ -222,7 +223,7 @@ class Embed(nn.Module):
         return torch.cat([F.linear(patch, weight, biases[segment.stream]) for patch, segment in pairs], dim=1)
 
 
-class Head(nn.Module):
+class Head(backbone.Head):
     """Tokens to velocity, each stream by itself."""
 
     def __init__(self, config: WanConfig) -> None:
@@ -231,18 +232,13 @@ class Head(nn.Module):
         self.head = nn.Linear(config.width, config.out_channels * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.randn(1, 2, config.width) / math.sqrt(config.width))
 
-    def forward(
-        self,
-        hidden: Tensor,
-        modulation: Tensor,
-        context: Tensor,
-        temb: Tensor,
-        *images: Tensor,
-        layout: StreamLayout,
-    ) -> Tensor:
+    def values(self, *flow: Tensor, groups: Sequence[int]) -> Tensor:
+        hidden, _, _, temb, *_ = flow
         shift, scale = (self.modulation + temb[:, :, None]).unbind(2)  # [B, G, D]
-        y = self.head(modulate(hidden, shift, scale, groups=layout.group_lengths, eps=self.eps))
-        parts = y.split(layout.segment_lengths, dim=1)
+        return self.head(modulate(hidden, shift, scale, groups=groups, eps=self.eps))
+
+    def pack(self, values: Tensor, layout: StreamLayout) -> Tensor:
+        parts = values.split(layout.segment_lengths, dim=1)
         return torch.cat([unpatchify(p, g, layout.patch) for p, g in zip(parts, layout.grids, strict=True)], dim=1)
 
 

@@ -65,6 +65,8 @@ OPTIMIZERS = {
     "muon": "muon",
 }
 
+FAMILIES = {"hunyuan-video": "hunyuan", "ltx-video": "ltx", "flux": "flux"}  # model.type → ours, beside wan
+STEPS = {"ltx": 8, "flux": 0}  # frames from one length to the next that a family takes; 0: stills alone; others 4
 EXPERTS = {"low_noise_model": "low", "high_noise_model": "high"}  # folders of a model of two, as published
 
 _EVAL = "evaluation here does not depend on the batch size"
@@ -87,7 +89,8 @@ ABSENT = {
     "x_axis_examples": "metrics are plotted by step",
     "huggingface_repo": _HUB,
     "upload_hf_from_epoch": _HUB,
-    "model.transformer_path": "without ckpt_path there is no folder to read VAE and text encoder from (model.encoders)",
+    "model.clip_path": _SIDE,
+    "model.bypass_guidance_embedding": "guidance is a condition of the base, and stays one",
     "model.llm_path": _SIDE,
     "model.vae_path": _SIDE,
     "model.flux_shift": "objective.shift is one number for all sizes",

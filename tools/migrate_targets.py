@@ -16,7 +16,7 @@ READS_TEXT = "it reads the text, which is no companion's: lora.scope: all would 
 
 def targets(table: Table, migration: Migration, family: Family) -> None:
     """Set lora.scope and lora.targets: as `target_modules` says, else every linear of a block, as it was there."""
-    linears = tuple(family.names.block_linears)
+    linears = tuple(family.names.block_linears) or family.lora_targets
     readers = [name for name in linears if name not in family.lora_targets]
     if not migration.pair:
         migration.set("lora.scope", "all")
@@ -24,10 +24,13 @@ def targets(table: Table, migration: Migration, family: Family) -> None:
         table.apply(
             "target_modules", lambda given: _given(given, migration, linears, readers if migration.pair else ())
         )
-    elif migration.pair:
-        migration.notes.append("cross_attn.k and .v, which read the text, are not adapted, because lora.scope is aux")
-    else:
+    elif not migration.pair:
         migration.set("lora.targets", list(linears))
+    elif readers:
+        both = f"{readers[0]} and .{readers[-1].rpartition('.')[2]}"
+        migration.notes.append(f"{both}, which read the text, are not adapted, because lora.scope is aux")
+    if not family.names.block_linears:
+        migration.notes.append("linears of text tokens are not adapted unless lora.targets names them")
 
 
 def _given(given: Value, migration: Migration, linears: Sequence[str], banned: Sequence[str]) -> None:

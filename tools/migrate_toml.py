@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from migrate_keys import BY_CLASS, EXAMPLES, EXPERTS, OPTIMIZERS, SAME, UNSAID, Migration, Table, Value
+from migrate_keys import BY_CLASS, EXAMPLES, EXPERTS, FAMILIES, OPTIMIZERS, SAME, STEPS, UNSAID, Migration, Table, Value
 from migrate_targets import targets
 
 from transpixeler.config import OptimConfig, UserError
-from transpixeler.families.wan.family import FAMILY
+from transpixeler.models.family import find_family
 
 
 def convert(arguments: argparse.Namespace, migration: Migration) -> None:
@@ -70,9 +70,10 @@ def _without_times(value: Value) -> Value:
 
 def _model(table: Table, migration: Migration) -> None:
     kind = str(table.take("type", ""))
-    if not kind.startswith("wan"):
-        raise UserError(f"{table.where}: model.type is {kind!r}; only wan can be trained here")
-    migration.set("model", {"family": "wan"})
+    name = "wan" if kind.startswith("wan") else FAMILIES.get(kind)
+    if name is None:
+        raise UserError(f"{table.where}: model.type is {kind!r}; only wan, {', '.join(FAMILIES)} can be trained here")
+    migration.set("model", {"family": name})
     _mode(table, migration)
     _places(table, migration)
     if table.values.get("dtype") in ("bfloat16", "float32"):
@@ -84,6 +85,10 @@ def _model(table: Table, migration: Migration) -> None:
     elif kept == migration.get("model.dtype"):
         table.take("transformer_dtype")
     table.leave("transformer_dtype", "model.quantize is none, fp8 or int8")
+    if name == "flux" and table.values.get("flux_shift") is True:
+        table.take("flux_shift")
+        migration.set("objective.shift", "auto")
+    table.apply("first_frame_conditioning_p", lambda share: migration.set("objective.tasks", _first_frames(share)))
     if table.values.get("timestep_sample_method") not in (None, "logit_normal", "uniform"):
         table.leave("timestep_sample_method", "objective.density is logit_normal or uniform")
     table.finish()
@@ -93,17 +98,26 @@ def _places(table: Table, migration: Migration) -> None:
     """Set model.path, and where the transformer lies apart from the rest, model.expert or model.encoders."""
     for name in ("ckpt_path", "diffusers_path"):
         table.apply(name, lambda value: migration.set("model.path", migration.place(value)))
-    if folder := migration.get("model.path"):
-        table.apply("transformer_path", lambda value: _transformer(str(value), folder, migration))
+    folder = migration.get("model.path", "")
+    for name in ("transformer_path", "single_file_path"):
+        table.apply(name, lambda value: _transformer(str(value), folder, migration))
 
 
 def _transformer(path: str, folder: str, migration: Migration) -> None:
     expert = EXPERTS.get(Path(path).name)
     if expert and migration.place(str(Path(path).parent)) == folder:
         migration.set("model.expert", expert)
-    else:
-        migration.set("model.path", migration.place(path))
+        return
+    migration.set("model.path", migration.place(path))
+    if folder:
         migration.set("model.encoders", folder)
+    else:
+        migration.notes.append("model.encoders is empty: name a folder with the VAE and the text encoders there")
+
+
+def _first_frames(share: float) -> dict[str, float]:
+    """Return the tasks of a training in which the first frame is given so often."""
+    return {name: chance for name, chance in (("joint", 1 - share), ("image_to_video", share)) if chance}
 
 
 def _mode(table: Table, migration: Migration) -> None:
@@ -124,7 +138,7 @@ def _adapter(table: Table, migration: Migration, *, given: bool) -> None:
     if table.values.get("type", "lora") == "lora":
         table.take("type")
     table.leave("type", "LoRA is the only adapter type, and is used")
-    targets(table, migration, FAMILY)
+    targets(table, migration, find_family(migration.get("model.family")))
     table.apply("init_from_existing", lambda value: migration.set("lora.init_from", migration.place(value)))
     fused = table.values.get("fuse_adapters", [])
     if isinstance(fused, list) and all(isinstance(one, dict) and "path" in one for one in fused):
@@ -302,8 +316,12 @@ def _shape(table: Table, migration: Migration) -> dict[str, Value]:
     shape: dict[str, Value] = {}
     _mode(table, migration)
     table.apply("resolutions", lambda value: shape.update(resolutions=[_size(one) for one in value]))
-    table.apply("frame_buckets", lambda value: shape.update(frames=sorted({1, *map(_length, value)})))
-    table.apply("size_buckets", lambda value: shape.update(sizes=[[int(w), int(h), _length(f)] for w, h, f in value]))
+    table.apply(
+        "frame_buckets", lambda value: shape.update(frames=sorted({1, *(_length(one, migration) for one in value)}))
+    )
+    table.apply(
+        "size_buckets", lambda value: shape.update(sizes=[[int(w), int(h), _length(f, migration)] for w, h, f in value])
+    )
     table.apply("video_clip_mode", lambda value: shape.update(clip_mode=str(value)))
     return shape
 
@@ -312,11 +330,12 @@ def _size(value: Value) -> int | list[int]:
     return [int(value[0]), int(value[1])] if isinstance(value, list) else int(value)
 
 
-def _length(frames: int) -> int:
-    """Round a length down to 4k+1 frames; rounded up, clips would not fill it."""
+def _length(frames: int, migration: Migration) -> int:
+    """Round a length down to 4k+1 frames, or as the model takes them; rounded up, clips would not fill it."""
     if frames < 1:
         raise ValueError(frames)
-    return (int(frames) - 1) // 4 * 4 + 1
+    step = STEPS.get(migration.get("model.family"), 4)
+    return (int(frames) - 1) // step * step + 1 if step else 1
 
 
 def _aspect(table: Table, migration: Migration, *, held_out: bool, sized: bool) -> None:

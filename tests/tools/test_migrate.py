@@ -243,7 +243,11 @@ def test_one_stream_with_an_adapter_has_scope_all(home: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('type = "wan"', 'type = "flux"', "model.type is 'flux'; only wan"),
+        (
+            'type = "wan"',
+            'type = "sdxl"',
+            "model.type is 'sdxl'; only wan, hunyuan-video, ltx-video, flux can",
+        ),
         ("epochs = 200", "epochs = ", "not valid TOML"),
         ("epochs = 200", 'epochs = "many"', "train.epochs: expected a whole number, found 'many'"),
         ("compile = true", "micro = 1\nactivation_checkpointing = 3", "not valid TOML"),

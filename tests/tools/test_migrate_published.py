@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.families.cases import CASES
 from tests.tools.test_migrate import migrate
 from transpixeler import cli, configfile
 from transpixeler.config import Config, SourceConfig
 from transpixeler.families.wan.family import FAMILY
+from transpixeler.models.family import open_model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -338,3 +340,41 @@ def test_paths_under_home_are_found(tmp_path: Path, demo: Path, monkeypatch: pyt
     data = DATA.replace('path = "clips"', 'path = "~/clips"')
     config = migrated(lay(tmp_path, demo, train, data))
     assert config.output_dir == str(tmp_path / "runs") and config.data.train[0].path == str(tmp_path / "clips")
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "keys", "frames"),
+    [
+        ("hunyuan-video", "hunyuan", 'ckpt_path = "MODEL"', (1, 33, 61)),
+        ("ltx-video", "ltx", 'diffusers_path = "MODEL"\nfirst_frame_conditioning_p = 0.25', (1, 33, 57)),
+        ("flux", "flux", 'diffusers_path = "MODEL"\nflux_shift = true\nbypass_guidance_embedding = true', (1,)),
+    ],
+)
+def test_other_types_of_model_are_the_families_that_are_here(
+    tmp_path: Path, demo: Path, capsys, kind: str, family: str, keys: str, frames: tuple[int, ...]
+) -> None:
+    CASES[family].write(tmp_path / "model")
+    train = TRANSPIXELER.replace('type = "wan"\nmode = "pair"\nckpt_path = "MODEL"', f'type = "{kind}"\n{keys}')
+    folder = lay(tmp_path, demo, train.replace("MODEL", str(tmp_path / "model")))
+    (folder / "data.toml").write_text(
+        'resolutions = [64]\nframe_buckets = [1, 33, 61]\n[[directory]]\npath = "clips"\n'
+    )
+    config = migrated(folder)
+    assert config.model.family == family and config.data.frames == frames and config.lora.scope == "all"
+    assert config.objective.tasks == ({"joint": 0.75, "image_to_video": 0.25} if family == "ltx" else {"joint": 1.0})
+    assert config.objective.shift == ("auto" if family == "flux" else 1.0)
+    folder_of = open_model(config.model)
+    assert folder_of.family.name == family and not folder_of.geometry.length_fault(frames[-1])
+    told = capsys.readouterr().out
+    assert "unknown key" not in told and '  adapter.target_modules = "q": it is not the name' in told
+
+
+def test_a_file_without_its_folder_is_the_model(tmp_path: Path, demo: Path, capsys) -> None:
+    (tmp_path / "one.safetensors").touch()
+    train = TRANSPIXELER.replace(
+        'ckpt_path = "MODEL"', 'transformer_path = "one.safetensors"\nvae_path = "v.safetensors"'
+    )
+    model = migrated(lay(tmp_path, demo, train)).model
+    told = capsys.readouterr().out
+    assert model.path == str(tmp_path / "one.safetensors") and "note: model.encoders is empty" in told
+    assert '  model.vae_path = "v.safetensors": the encoders' in told

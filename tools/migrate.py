@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("config", type=Path, help="the training TOML, or a .py of Open-Sora")
     add("--dataset", type=Path, help="the dataset TOML, or Open-Sora's csv (default: the one that the config names)")
-    add("--model", help="for Open-Sora: the base to train here, a folder or Hub id, as its own is none of those")
+    add("--model", help="for Open-Sora: the base to train, a folder or Hub id (default: from_pretrained)")
     add("--out", type=Path, required=True, help="the YAML file to write")
     add("--gpus", type=int, help="number of GPUs that it was used with (default for a TOML: pipeline_stages)")
     add(

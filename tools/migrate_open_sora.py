@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from transpixeler.models.family import open_model
 from transpixeler.models.geometry import USUAL, Geometry
 
 LOOKED_AT = 1000  # rows of a manifest, for one whose file is there
+OWN = "opensora"  # the family of 2.0
+TEXTS = {"t5": "text", "clip": "pooled"}  # its encoders there → the fields of a caption
 COLUMNS = {"rgb": "path"}  # ours → theirs; text, num_frames, height, width and fps have the same name
 
 
@@ -56,11 +59,30 @@ def _part(table: Table, name: str) -> Table:
     return Table(inner, table.where, f"{name}.", table.migration)
 
 
+def _before_2(table: Table) -> bool:
+    """Tell files of 1.1 to 1.3 by their sizes' names, and by what 2.0 no longer has."""
+    sizes = table.values["bucket_config"]
+    named = any(str(name).isdigit() for name in sizes) if isinstance(sizes, dict) else False
+    return named or "text_encoder" in table.values or "vae" in table.values
+
+
 def _model(table: Table, arguments: argparse.Namespace, migration: Migration) -> None:
+    model = table.values.get("model")
+    given = model.get("from_pretrained") if isinstance(model, dict) else None
     if arguments.model:
         migration.set("model.path", migration.place(arguments.model))
+    elif _before_2(table):
+        migration.notes.append(
+            "models before 2.0 are not trained here: name another base in model.path, or with --model"
+        )
     else:
-        migration.notes.append("model.path is empty: name the base to train there, or with --model")
+        migration.set("model.family", OWN)
+        if isinstance(given, str):
+            part = _part(table, "model")
+            part.apply("from_pretrained", lambda value: migration.set("model.path", migration.place(value)))
+            table.values["model"] = part.values
+        else:
+            migration.notes.append("model.path is empty: name the base to train there, or with --model")
     dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(str(table.values.get("dtype")))
     if dtype:
         table.take("dtype")
@@ -116,10 +138,9 @@ def _manifest(path: Path, arguments: argparse.Namespace, migration: Migration) -
 
 
 def _buckets(table: Table, groups: int, migration: Migration) -> None:
-    named = {str(name) for name in table.values["bucket_config"]} if table.values["bucket_config"] else set()
-    before_2 = any(name.isdigit() for name in named) or "text_encoder" in table.values or "vae" in table.values
     geometry = _geometry(migration)
-    found = entries(table.take("bucket_config"), migration, second_skips=not before_2)
+    before = _before_2(table)
+    found = entries(table.take("bucket_config"), migration, second_skips=not before)
     lines = fitted(found, migration, geometry)
     if not lines:
         raise UserError(f"{table.where}: bucket_config holds no length that this model takes")
@@ -173,7 +194,8 @@ def _learning(table: Table, migration: Migration) -> None:
     if table.values.get("warmup_steps", 0) is None:
         table.values["warmup_steps"] = 0
     table.apply("use_cosine_scheduler", lambda on: migration.set("optim.schedule", "cosine" if on else "constant"))
-    table.apply("dropout_ratio", lambda value: migration.set("objective.caption_dropout", _dropped(value)))
+    own = migration.get("model.family") == OWN
+    table.apply("dropout_ratio", lambda value: migration.set("objective.caption_dropout", _dropped(value, own=own)))
     _tasks(_part(table, "condition_config"), migration)
     scheduler = _part(table, "scheduler")
     density = {"logit-normal": "logit_normal", "uniform": "uniform"}.get(str(scheduler.values.get("sample_method")))
@@ -181,19 +203,19 @@ def _learning(table: Table, migration: Migration) -> None:
         scheduler.take("sample_method")
         migration.set("objective.density", density)
     scheduler.finish()
-    migration.notes.append(
-        "noise levels were shifted by a clip's size and length; objective.shift is one number, or auto"
-    )
+    if own:
+        migration.set("objective.shift", "auto")  # by a clip's size and length, as there
+    else:
+        migration.notes.append("noise was shifted by a clip's size there; objective.shift is one number, or auto")
 
 
-def _dropped(ratios: Value) -> float:
-    """Return how often all text encoders' texts are left out at once: they are drawn apart there."""
+def _dropped(ratios: Value, *, own: bool) -> float | dict[str, float]:
+    """Return how often each encoder's text is left out; for a base with other encoders, how often all are at once."""
     if not isinstance(ratios, dict) or not ratios:
         raise ValueError(ratios)
-    share = 1.0
-    for ratio in ratios.values():
-        share *= float(ratio)
-    return round(share, 6)
+    if own and set(ratios) <= set(TEXTS):
+        return {TEXTS[name]: float(ratio) for name, ratio in ratios.items()}
+    return round(math.prod(float(ratio) for ratio in ratios.values()), 6)
 
 
 def _tasks(conditions: Table, migration: Migration) -> None:

@@ -24,7 +24,7 @@ SAME = {
     "lora_config.lora_dropout": "lora.dropout",
 }
 # weight of given frames → task
-TASKS = {"t2v": "joint", "i2v_head": "image_to_video", "i2v_loop": "ends_to_video"}
+TASKS = {"t2v": "joint", "i2v_head": "image_to_video", "i2v_loop": "ends_to_video", "i2v_tail": "last_to_video"}
 # our key → what it was there where the file does not say, if ours differs
 UNSAID = {
     "train.epochs": 1000,
@@ -37,7 +37,7 @@ UNSAID = {
     "checkpoint.every_steps": 0,
 }
 
-_MODEL = "Open-Sora's own architecture is not trained here; model.path (--model) names the base"
+_MODEL = "the base says it itself, in its own config (model.path)"
 _ENCODERS = "the VAE and the text encoders are those of model.path, or of model.encoders"
 _CACHE = "videos and texts are encoded once, into the cache (data.cache_dir); features of your own are columns"
 _LOADER = "the loader reads ahead from the cache by itself; data.workers is for encoding"

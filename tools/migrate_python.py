@@ -1,19 +1,21 @@
 """Read a config that is a Python file, as mmengine lays them out: a path in, plain values by name out.
 
-Nothing in it is executed: values are literals, names given above, `dict(key=value)` and lists of those. Whatever else
-stands there is kept as its own text, an `Unread`.
+Nothing in it is executed: values are literals, names given above, sums and products of numbers, `dict(key=value)` and
+lists of those. Whatever else stands there is kept as its own text, an `Unread`.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from operator import add, mul, sub
 from pathlib import Path
 from typing import Any
 
 from transpixeler.config import UserError
 
 MOST_BYTES = 1 << 20
+MOST, MOST_POWER = 1 << 64, 64  # of numbers that are computed
 DELETE = "_delete_"  # a key of a table: the base's table is replaced, not merged
 
 
@@ -88,9 +90,23 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
         if isinstance(node, ast.Tuple | ast.List) and not any(isinstance(one, ast.Starred) for one in node.elts):
             parts = [_value(one, names) for one in node.elts]
             return tuple(parts) if isinstance(node, ast.Tuple) else parts
-        return ast.literal_eval(node)
+        return _sum(node, names) if isinstance(node, ast.BinOp) else ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
         return Unread(ast.unparse(node))
+
+
+def _sum(node: ast.BinOp, names: Mapping[str, Any]) -> Any:
+    """Return what two numbers give, such as 25 * 1024**3; of bounded size, as a file may say anything."""
+    left, right = (_value(one, names) for one in (node.left, node.right))
+    given = [one for one in (left, right) if isinstance(one, int | float) and abs(one) <= MOST]
+    if len(given) < 2 or (isinstance(node.op, ast.Pow) and not 0 <= right <= MOST_POWER):
+        return ast.literal_eval(node)  # of complex numbers, or refused
+    found = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Pow: pow}.get(type(node.op), _refused)(left, right)
+    return found if abs(found) <= MOST else _refused()
+
+
+def _refused(*_: object) -> Any:
+    raise ValueError("no literal")
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

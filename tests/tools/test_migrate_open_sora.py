@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.families.cases import CASES
 from tests.tools.test_migrate import TOOLS, migrate
 from transpixeler import cli, configfile
 from transpixeler.config import Config, DataConfig, SourceConfig
@@ -19,6 +20,7 @@ from transpixeler.data.buckets import Bucket, assign, rule_for
 from transpixeler.data.draws import Draws
 from transpixeler.data.media.clip import Media
 from transpixeler.data.sources.pairs import Sample, scan
+from transpixeler.models.family import open_model
 from transpixeler.models.geometry import USUAL
 
 HEADER = ["path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"]
@@ -73,7 +75,7 @@ bucket_config = {
     "64px": {1: (0.5, 3), 9: (0.25, 1), 12: (0.0, None)},
     "96px": {1: (1.0, 2)},
 }
-condition_config = dict(t2v=1, i2v_head=5, i2v_loop=2, i2v_tail=1)
+condition_config = dict(t2v=1, i2v_head=5, i2v_loop=2, i2v_tail=1, v2v_head=1)
 is_causal_vae = True
 model = dict(cond_embed=True)
 ema_decay = 0.995
@@ -121,7 +123,7 @@ def test_a_config_over_its_base_is_one_of_ours(tmp_path: Path, demo: Path) -> No
         (0.9, 0.999),
     )
     assert (optim.warmup_steps, optim.clip, optim.ema) == (7, 0.9, 0.995)
-    assert config.objective.tasks == {"joint": 1, "image_to_video": 5, "ends_to_video": 2}
+    assert config.objective.tasks == {"joint": 1, "image_to_video": 5, "ends_to_video": 2, "last_to_video": 1}
     assert config.objective.caption_dropout == 0.25  # both texts at once
     assert (config.train.epochs, config.checkpoint.every_steps, config.checkpoint.keep) == (30, 100, 20)
     assert not config.checkpoint.asynchronous and config.parallel.recompute == "offload" and config.parallel.shard == 0
@@ -180,7 +182,7 @@ def test_no_key_vanishes(tmp_path: Path, demo: Path, capsys) -> None:
     assert "pin_memory_cache_pre_alloc_numels = [(260 + 20) * 1024 * 1024] * 24: pinned" in told
     for key in ("model.type", "model.grad_ckpt_settings", "model.cond_embed", "model.axes_dim", "ae.type",
                 "t5.max_length", "clip.type", "dataset.type", "dataset.vmaf", "dataset.memory_efficient",
-                "condition_config.i2v_tail", "num_workers", "update_warmup_steps", "wandb_project", "is_causal_vae",
+                "condition_config.v2v_head", "num_workers", "update_warmup_steps", "wandb_project", "is_causal_vae",
                 "grad_ckpt_settings", "plugin_config.reduce_bucket_size_in_m"):  # fmt: skip
         assert f"  {key} = " in told and f"#   {key} = " in text, key
     assert "unknown key" not in told
@@ -275,7 +277,7 @@ def test_an_adapter_there_is_one_here(tmp_path: Path, demo: Path, capsys) -> Non
         ("5: (0.75, 4)", "5: (1.5, 4)", "['32px'][5] = (1.5, 4): the chance is not a number from 0 to 1"),
         ("5: (0.75, 4)", "5: (0.75, 0)", "the batch size is not a number above 0"),
         ("5: (0.75, 4)", "5: (0.75, None)", "the batch size is not a number above 0"),
-        ("5: (0.75, 4)", "5: (0.75, 2 * 2)", "the batch size is not a number above 0"),
+        ("5: (0.75, 4)", "5: (0.75, 9 ** 99)", "the batch size is not a number above 0"),
         ("5: (0.75, 4)", "'5': (0.75, 4)", "the length is not a number of frames"),
         ("5: (0.75, 4)", "-5: (0.75, 4)", "the length is not a number of frames"),
         ('"96px": {1: (1.0, 2)}', '"96px": 7', "bucket_config: ['96px'] = 7 is not a table of lengths"),
@@ -323,6 +325,18 @@ def test_a_manifest_without_its_files_or_columns_is_one_line(tmp_path: Path, dem
     assert "the first line names no column 'text'" in refused(folder, capsys)
 
 
+def test_its_own_model_is_the_base_where_no_other_is_named(tmp_path: Path, demo: Path, capsys) -> None:
+    stage = STAGE.replace("model = dict(", "model = dict(from_pretrained='ckpts/own.safetensors', ")
+    folder = lay(tmp_path, demo, stage)
+    (folder / "ckpts").mkdir()
+    CASES["opensora"].write(folder / "ckpts/own.safetensors")
+    assert migrate(folder / "stage.py", "--root", folder, "--out", folder / "ours.yaml", "--gpus", 1) == 0
+    config = configfile.load(folder / "ours.yaml")
+    assert (config.model.family, config.model.path) == ("opensora", str(folder / "ckpts/own.safetensors"))
+    assert config.objective.caption_dropout == {"text": 0.5, "pooled": 0.5} and config.objective.shift == "auto"
+    assert "model.from_pretrained" not in capsys.readouterr().out and open_model(config.model).family.name == "opensora"
+
+
 def test_without_a_model_the_yaml_says_what_it_lacks(tmp_path: Path, demo: Path, capsys) -> None:
     folder = lay(tmp_path, demo)
     assert migrate(folder / "stage.py", "--root", folder, "--out", folder / "ours.yaml", "--gpus", 1) == 0
@@ -350,5 +364,10 @@ def test_values_are_read_as_python_reads_them(tmp_path: Path) -> None:
     values, statements = read(tmp_path / "two.py")
     expected = {"a": {"x": 1, "y": {"z": 2, "q": "c"}, "w": [2]}, "b": (1, -2.5), "c": 3, "d": 4, "e": 4, "f": "{**a}"}
     assert values == expected | {"g": [3, "d"]} and statements == []
+    (tmp_path / "four.py").write_text(
+        "a = 25 * 1024**3\nb = [(1 + 2) * a, -1]\nc = 9**9**9\nd = 'x' * 10**9\ne = [0] * 9\n"
+    )
+    large = {"c": "9 ** 9 ** 9", "d": "'x' * 10 ** 9", "e": "[0] * 9"}
+    assert read(tmp_path / "four.py")[0] == {"a": 25 * 2**30, "b": [75 * 2**30, -1]} | large
     (tmp_path / "three.py").write_text("_base_ = ['one.py']\na = dict(_delete_=True, y=1)\n")
     assert read(tmp_path / "three.py")[0]["a"] == {"y": 1}

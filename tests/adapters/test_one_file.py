@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support.adapters import header
-from tests.support.families.cases import CASES, LTX, WAN, Case, inputs
+from tests.support.families.cases import CASES, Case, inputs
+from tests.support.families.references import LTX, WAN
 from tests.support.models import move
 from transpixeler import cli
 from transpixeler.adapters.files import write_adapter

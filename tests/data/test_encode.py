@@ -19,9 +19,9 @@ from transpixeler import configfile
 from transpixeler.config import Config, UserError
 from transpixeler.data import encode
 from transpixeler.data.cache.records import Cache
-from transpixeler.data.catalog import latent_keys
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.encode import encode_missing
+from transpixeler.data.keys import latent_keys
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.exr import write_exr_sequence
 from transpixeler.data.media.fill import KEEP

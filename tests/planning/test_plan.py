@@ -20,7 +20,7 @@ import torch
 from tests.support import tiny
 from tests.support.bytes_held import BytesHeld
 from tests.support.ranks import run_ranks
-from transpixeler import cli, configfile
+from transpixeler import configfile
 from transpixeler.config import Config, UserError
 from transpixeler.data import survey
 from transpixeler.data.media.clip import Media
@@ -223,16 +223,16 @@ def test_a_budget_is_used_by_whole_blocks_and_never_exceeded(large: Config) -> N
 
 def test_inputs_without_room_in_host_memory_stay_on_the_gpu(large: Config) -> None:
     kept, seconds = [], []
-    for budget in (0, 20, 5, 0.001):
+    for budget in (0, 20, 1, 0.001):
         config = replace(large, parallel=replace(large.parallel, recompute="offload", host_gb=budget))
         made = planned(config, device="h100")
         kept.append(made.memory["offload"].activations)
         seconds.append(made.seconds_step)
     inputs = kept[3] - kept[0]
     assert kept[0] <= kept[1] < kept[2] < kept[3], "0 is no limit"
-    assert kept[3] - kept[2] == pytest.approx(4.999 * plan.GIB, rel=1e-3), "the budget is what leaves"
+    assert kept[3] - kept[2] == pytest.approx(0.999 * plan.GIB, rel=1e-3), "the budget is what leaves"
     assert kept[3] == pytest.approx(made.memory["full"].activations, rel=0.1), "all stay, as with full recompute"
-    assert seconds == sorted(seconds, reverse=True) and inputs > 5 * plan.GIB
+    assert seconds == sorted(seconds, reverse=True) and inputs > plan.GIB
 
 
 def test_stages_and_shards_divide_what_a_rank_holds(large: Config) -> None:
@@ -390,35 +390,3 @@ def test_a_file_is_opened_once_until_it_changes(demo: Path, tmp_path: Path) -> N
     assert look() == (first, 0)
     os.utime(files[0], (1.1e9, 1.1e9))
     assert look() == (first, 1)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_prints_tables_and_the_same_as_json(demo: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["plan", str(demo / "config.yaml"), "data.frames=[17]", "train.global_batch=2", "--gpus", "2"]
-    assert cli.main([*command, "--device", "a100"]) == 0
-    shown = capsys.readouterr().out
-    assert "replicate 2" in shown and "64×64×17" in shown and "(this config)" in shown and "an assumption" in shown
-    assert cli.main([*command, "--device", "a100", "--json"]) == 0
-    value = json.loads(capsys.readouterr().out)
-    assert value["memory"][str(value["recompute"])]["total"] == sum(
-        part for name, part in value["memory"][str(value["recompute"])].items() if name != "total"
-    )
-    assert all(reason in shown for _, reason in value["dropped"]["train"]) and value["layouts"]
-
-
-def test_a_device_that_is_not_known_needs_its_numbers(demo: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["plan", str(demo / "config.yaml"), "train.global_batch=2", "--device", "tpu"]
-    assert cli.main(command) == 2
-    assert "--peak" in capsys.readouterr().err
-    assert cli.main([*command, "--peak", "100", "--memory", "16"]) == 0
-
-
-def test_a_device_that_comes_in_several_sizes_has_the_one_that_its_name_tells() -> None:
-    def gib(device: str, memory: float = 0.0, peak: float = 0.0) -> float:
-        _, machine = plan.find_machine(Config(), gpus=1, memory=memory, device=device, peak=peak)
-        return machine.memory / plan.GIB
-
-    assert [gib(name) for name in ("a100", "A100-40GB", "NVIDIA A100-SXM4-40GB", "H100 80GB HBM3")] == [80, 40, 40, 80]
-    assert gib("A100-40GB", memory=20) == 20 and gib("gpu-96gb", peak=300) == 96

@@ -152,7 +152,7 @@ class _Part:
 
 
 class _Inputs:
-    """What one block of one forward pass has in host memory, and whose turn comes after it in the backward pass."""
+    """Hold what one block of a forward pass has in host memory, and whose turn comes after it in the backward pass."""
 
     def __init__(self, before: weakref.ref[_Inputs] | None) -> None:
         self.before = before

@@ -395,8 +395,6 @@ def check_microbatches(config: ParallelConfig, count: int, of: str = "") -> None
     if ranks == 1 or name in ("auto", "gpipe"):
         return
     if count < ranks or (name in INTERLEAVED and count % ranks):
-        raise UserError(
-            f"parallel.schedule: {name} over {ranks} pipeline ranks needs a multiple of that many "
-            f"microbatches, and a rank has {count} a step{of}; raise train.global_batch, lower train.micro_batch, "
-            "or set parallel.schedule=gpipe"
-        )
+        needs = f"{name} over {ranks} pipeline ranks needs a multiple of that many microbatches"
+        ways = "raise train.global_batch, lower train.micro_batch, or set parallel.schedule=gpipe"
+        raise UserError(f"parallel.schedule: {needs}, and a rank has {count} a step{of}; {ways}")

@@ -1,0 +1,41 @@
+"""The command `plan` prints tables and JSON, of devices that it knows or is told of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from transpixeler import cli
+from transpixeler.config import Config
+from transpixeler.planning import plan
+
+
+def test_the_command_prints_tables_and_the_same_as_json(demo: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["plan", str(demo / "config.yaml"), "data.frames=[17]", "train.global_batch=2", "--gpus", "2"]
+    assert cli.main([*command, "--device", "a100"]) == 0
+    shown = capsys.readouterr().out
+    assert "replicate 2" in shown and "64×64×17" in shown and "(this config)" in shown and "an assumption" in shown
+    assert cli.main([*command, "--device", "a100", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["memory"][str(value["recompute"])]["total"] == sum(
+        part for name, part in value["memory"][str(value["recompute"])].items() if name != "total"
+    )
+    assert all(reason in shown for _, reason in value["dropped"]["train"]) and value["layouts"]
+
+
+def test_a_device_that_is_not_known_needs_its_numbers(demo: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["plan", str(demo / "config.yaml"), "train.global_batch=2", "--device", "tpu"]
+    assert cli.main(command) == 2
+    assert "--peak" in capsys.readouterr().err
+    assert cli.main([*command, "--peak", "100", "--memory", "16"]) == 0
+
+
+def test_a_device_that_comes_in_several_sizes_has_the_one_that_its_name_tells() -> None:
+    def gib(device: str, memory: float = 0.0, peak: float = 0.0) -> float:
+        _, machine = plan.find_machine(Config(), gpus=1, memory=memory, device=device, peak=peak)
+        return machine.memory / plan.GIB
+
+    assert [gib(name) for name in ("a100", "A100-40GB", "NVIDIA A100-SXM4-40GB", "H100 80GB HBM3")] == [80, 40, 40, 80]
+    assert gib("A100-40GB", memory=20) == 20 and gib("gpu-96gb", peak=300) == 96

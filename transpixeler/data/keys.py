@@ -1,0 +1,142 @@
+"""Make the keys of records: a sample's clip, its files' hashes and the encoder's fingerprint go in; hashes come out.
+
+A key is a hash of everything its record depends on, so that a record stays valid until one of those changes: the files'
+content, the cut, the fill policy, the encoder's weights. Names, paths and times of files are not among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transpixeler.config import Config
+from transpixeler.data.buckets import Bucket
+from transpixeler.data.dataset import ShownKeys
+from transpixeler.data.media.clip import Clip
+from transpixeler.data.media.files import IMAGE_ENDINGS, LINEAR_ENDINGS, ending_of, spans_files
+from transpixeler.data.media.fill import Fill
+from transpixeler.data.parts import Part
+from transpixeler.data.sources.candidate import latent_column
+from transpixeler.data.sources.pairs import Sample
+from transpixeler.models.family import Field
+
+FEATURES_VERSION = 1  # raised when features are read in another way
+ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
+ANIMATED = IMAGE_ENDINGS | {".gif"}
+
+
+def part_keys(
+    config: Config,
+    sample: Sample,
+    clip: Clip,
+    *,
+    digests: Mapping[Path, str],
+    fill: Fill,
+    vae: str,
+    lasts: Sequence[int],
+) -> dict[Part, bytes]:
+    """Return a key for each stream's clip, and for the last frames that some trained task gives."""
+    made = partial(latent_keys, sample, clip, digests=digests, fill=fill, vae=vae, scales=config.scales)
+    whole, alone = made(), made(last=True) if lasts else {}
+    found = {}
+    for number, stream in enumerate(whole):
+        found[Part(stream)] = whole[stream]
+        if number in lasts:
+            found[Part(stream, last=True)] = alone[stream]
+    return found
+
+
+def given_part_keys(
+    sample: Sample, clip: Clip, *, digests: Mapping[Path, str], lasts: Sequence[int]
+) -> dict[Part, bytes]:
+    """Return the same for latents that are given: of each file's content, and which tensor of it is meant."""
+    first, found = sample.paths[0][0], {}
+    for number, (stream, path) in enumerate(sample.paths):
+        for part in [Part(stream)] + [Part(stream, last=True)] * (number in lasts):
+            name = latent_column(stream, first)
+            content = {"file": digests[path], "tensor": name, "part": "last frame" if part.last else "clip"}
+            found[part] = _hash(what="given latent", features=FEATURES_VERSION, dtype="bfloat16", **content)
+    return found
+
+
+def latent_keys(
+    sample: Sample,
+    clip: Clip,
+    *,
+    digests: Mapping[Path, str],
+    fill: Fill,
+    vae: str,
+    scales: Sequence[int] = (),
+    last: bool = False,
+) -> dict[str, bytes]:
+    """Return a key for each stream. A companion is cut at the first stream's times, so it depends on both files."""
+    first = sample.paths[0][1]
+    return {
+        stream: _hash(
+            what="latent",
+            encoder=ENCODER_VERSION,
+            vae=vae,
+            dtype="bfloat16",
+            files=[digests[first], digests[path]],
+            plane=("color" if number == 0 else "alpha") if sample.rgba else "all",
+            fill=fill.parts if sample.rgba else [],
+            clip=[str(clip.start), clip.frames, _rate(sample, clip), clip.height, clip.width],
+            **({"light": fill.transfer if sample.rgba or number == 0 else "data"} if _linear(path) else {}),
+            **({"scale": scales[number]} if scales and scales[number] > 1 else {}),
+            **({"part": "last frame"} if last else {}),
+        )
+        for number, (stream, path) in enumerate(sample.paths)
+    }
+
+
+def _linear(path: Path) -> bool:
+    """Tell whether a file may hold linear light, so that the curve counts."""
+    return ending_of(path) in LINEAR_ENDINGS
+
+
+def keys_of_shown(
+    fields: Sequence[Field], content: Sequence[bytes], bucket: Bucket, encoders: Mapping[str, str]
+) -> ShownKeys:
+    """Return the keys of what a clip's given frames are shown by. content: hashes of each stream's pictures."""
+    own, blank = {}, {}
+    for one in fields:
+        parts: dict[str, Any] = {"what": one.name, "encoder": ENCODER_VERSION, "weights": encoders[one.source]}
+        parts |= {"dtype": "bfloat16", "last": one.last, **({"stills": True} if one.stills else {})}
+        streams = content if one.source == "clip" else content[:1]
+        own[one.name] = tuple(_hash(pictures=pictures.hex(), **parts) for pictures in streams)
+        if not one.stills:
+            blank[one.name] = _hash(blank=list(bucket) if one.source == "clip" else [], **parts)
+    return ShownKeys(own, blank)
+
+
+def _rate(sample: Sample, clip: Clip) -> str:
+    """Return the clip's rate; animations were once cut differently, so their old records must not be found."""
+    if clip.frames == 1:
+        return "still"
+    first = sample.paths[0][1]
+    if spans_files(first):
+        return f"{clip.fps}, from {sample.media.fps}" if sample.media.fps else str(clip.fps)
+    if first.suffix.lower() not in ANIMATED:
+        return str(clip.fps)
+    return f"{clip.fps}, {'timed' if sample.media.fps else 'counted'}"
+
+
+def text_keys(caption: str, encoder: str, fields: Sequence[Field]) -> dict[str, bytes]:
+    """Return a key for each field that comes from captions."""
+    parts: dict[str, Any] = {"encoder": ENCODER_VERSION, "weights": encoder, "dtype": "bfloat16", "caption": caption}
+    return {field.name: _hash(what=field.name, **parts) for field in fields if field.source == "caption"}
+
+
+def given_text_keys(file: str, fields: Sequence[Field]) -> dict[str, bytes]:
+    """Return the same for features that are given. file: a hash of its content."""
+    parts: dict[str, Any] = {"features": FEATURES_VERSION, "dtype": "bfloat16", "file": file}
+    return {field.name: _hash(what=f"given {field.name}", **parts) for field in fields if field.source == "caption"}
+
+
+def _hash(**parts: object) -> bytes:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

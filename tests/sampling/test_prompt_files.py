@@ -125,6 +125,7 @@ def test_a_reference_is_what_the_trained_tasks_are_given(demo: Path, tmp_path: P
         ("rgb_to_aux: 1", "clip.mp4", "rgb"),
         ("aux_to_rgb: 1, joint: 1", "clip.mp4", "alpha"),
         ("image_to_video: 1", "a.png", "image"),
+        ("last_to_video: 1", "a.png", "last"),
     ):
         none = "joint: 0, rgb_to_aux: 0, aux_to_rgb: 0"
         words = [f"objective.tasks={{{none}}}", f"objective.tasks={{{tasks}}}"]

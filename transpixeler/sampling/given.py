@@ -22,7 +22,7 @@ from transpixeler.data.media.files import ending_of, files_of
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.light import DATA, Light
 from transpixeler.data.prompts import GivenFiles
-from transpixeler.flow.objective import trained
+from transpixeler.flow.objective import Task, trained
 from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.geometry import Geometry
@@ -50,7 +50,7 @@ def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, siz
     """Refuse files that cannot be given for a video of size (F, H, W); return them with their reference named."""
     given = _resolved(given, config, model)
     _check_clips(given, config)
-    _check_ends(given, model, frames=size[0])
+    _check_ends(given, config, model, frames=size[0])
     for name, path in given.named.items():
         if name in ("image", "last"):
             _check_frame(given, name, model)
@@ -133,19 +133,22 @@ def _resolved(given: GivenFiles, config: Config, model: ModelFolder) -> GivenFil
     """Put a reference in the place of the one kind of file that the trained tasks are given."""
     if not given.reference:
         return given
-    kinds = {
-        kind for task in trained(config.objective, tuple(config.streams)) for kind in _kinds(task.given, task.first)
-    }
+    kinds = {kind for task in trained(config.objective, tuple(config.streams)) for kind in _kinds(task)}
     if not kinds and shows_frames(model.fields):
         kinds = {"image"}
     if len(kinds) != 1:
         found = f"its tasks are given {', '.join(sorted(kinds))}" if kinds else "none of its tasks is given a file"
-        raise UserError(f"{given.label('reference')}: {found}; name the file as rgb, alpha or image")
+        raise UserError(f"{given.label('reference')}: {found}; name the file as rgb, alpha, image or last")
     return replace(given, reference="", **{kinds.pop(): given.reference})
 
 
-def _kinds(whole: frozenset[int], first: frozenset[int]) -> list[str]:
-    return [name for name, there in (("rgb", 0 in whole), ("alpha", 1 in whole), ("image", 0 in first)) if there]
+def _kinds(task: Task) -> list[str]:
+    found = {"rgb": 0 in task.given, "alpha": 1 in task.given, "image": 0 in task.first, "last": _last_alone(task)}
+    return [name for name, there in found.items() if there]
+
+
+def _last_alone(task: Task) -> bool:
+    return 0 in task.last and 0 not in task.first
 
 
 def _check_clips(given: GivenFiles, config: Config) -> None:
@@ -157,7 +160,7 @@ def _check_clips(given: GivenFiles, config: Config) -> None:
         raise UserError(f"{labels}: every stream is given and none is left to make; leave one out")
 
 
-def _check_ends(given: GivenFiles, model: ModelFolder, *, frames: int) -> None:
+def _check_ends(given: GivenFiles, config: Config, model: ModelFolder, *, frames: int) -> None:
     """Refuse ends that do not go together, or that the model cannot be given."""
     to_last = any(field.last for field in model.fields)
     image, last = given.label("image"), given.label("last")
@@ -167,7 +170,8 @@ def _check_ends(given: GivenFiles, model: ModelFolder, *, frames: int) -> None:
         raise UserError(f"{image}: this model goes from a first frame to a last one; give {last} too")
     if not given.last:
         return
-    if not given.image and not shows_stills(model.fields):
+    alone = shows_stills(model.fields) or any(map(_last_alone, trained(config.objective, tuple(config.streams))))
+    if not given.image and not alone:
         raise UserError(f"{last}: needs the first frame too; give it with {image}")
     if frames == 1:
         raise UserError(f"{last}: a video of one frame ends with its first; leave it out, or make --size longer")

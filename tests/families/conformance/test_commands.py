@@ -141,7 +141,12 @@ def test_first_and_last_frames_are_given(copied: Path, tmp_path: Path, capsys: p
     assert cli.main([*words[:-1], str(tmp_path / "ends"), "--last", str(rgba)]) == 0
     facts = json.loads(next((tmp_path / "ends").rglob("sample.json")).read_text())
     assert facts["given"] == ["first frame of rgb", "last frame of rgb", "last frame of seg"]
-    assert cli.main([word for word in words if word not in ("--image", str(image))] + ["--last", str(rgba)]) == 2
+    alone = [word for word in words if word not in ("--image", str(image))] + ["--last", str(rgba)]
+    assert cli.main(alone) == 2
+    tail = "objective.tasks={image_to_video: 0, ends_to_videos: 0, last_to_video: 1}"
+    assert cli.main([*alone, "--out", str(tmp_path / "tail"), tail]) == 0
+    facts = json.loads(next((tmp_path / "tail").rglob("sample.json")).read_text())
+    assert facts["given"] == ["last frame of rgb"] and facts["last"] == str(rgba)
 
 
 def test_a_companion_of_half_the_size_goes_the_whole_way(

@@ -170,3 +170,29 @@ def test_records_are_what_sampling_makes_of_the_same_frames(world: Path) -> None
             assert masks == [float(number in firsts), 0, float(number in lasts)] and not part[0, 1:, 1].any()
             assert bool(part[0, 1:, 0].any()) == (number in firsts)
             assert bool(part[0, 1:, 2].any()) == (number in lasts)
+
+
+def test_lines_of_a_list_are_shown_frames_of_their_own(world: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (200, 40, 40)).save(tmp_path / "a.png")
+    lines = [
+        {"prompt": "a red circle"},
+        {"prompt": "a red circle", "last": "a.png"},
+        {"prompt": "a red circle", "image": "a.png", "seed": 5},
+        {"prompt": "a red circle", "image": "a.png", "seed": 5, "negative": "a blue square"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["sample", f"model.path={world.parent / 'model'}", "sample.size=[64, 64, 9]", "sample.steps=2"]
+    words += ["sample.guidance=1", "sample.image_guidance=3", "--out", str(tmp_path / "out"), "--resume"]
+    assert cli.main([*words, "--prompts", str(tmp_path / "list.jsonl")]) == 0
+    places = sorted((tmp_path / "out").rglob("sample.json"))
+    facts = [json.loads(place.read_text()) for place in places]
+    assert [one["given"] for one in facts] == [[], ["last frame of rgb"], *[["first frame of rgb"]] * 2]
+    assert [one.get("image_guidance") for one in facts] == [None, 3, 3, 3]
+    videos = [next(place.parent.glob("*.mp4")) for place in places]
+    assert len({video.read_bytes() for video in videos}) == 4, "the negative prompt counts beside given frames alone"
+    before = [video.stat().st_mtime_ns for video in videos]
+    assert cli.main([*words, "--prompts", str(tmp_path / "list.jsonl")]) == 0
+    assert [video.stat().st_mtime_ns for video in videos] == before
+    assert cli.main([*words, "--prompts", str(tmp_path / "list.jsonl"), "sample.image_guidance=2"]) == 0
+    made = [video.stat().st_mtime_ns > was for video, was in zip(videos, before)]
+    assert made[1:] == [True] * 3

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.parallel import test_layout
 from tests.parallel.test_communication import FP32, Listening
@@ -45,13 +45,22 @@ MORE = {
     "inputs wait": (2, (*layout(1, 1, 1, 2), "parallel.recompute=offload")),
     "all weights wait": (2, (*layout(1, 1, 1, 2), "parallel.offload=true")),
     "half of the weights wait": (2, (*layout(1, 1, 1, 2), "parallel.offload=3")),
-    "some blocks kept": (2, (*layout(1, 1, 1, 2), "parallel.recompute=full", "parallel.keep_gb=0.0005")),
+    "some blocks kept": (2, (*layout(1, 1, 1, 2), "parallel.recompute=full", "parallel.keep_gb=0.0013")),
     "interleaved": (4, (*layout(2, 1, 1, 2), "parallel.schedule=interleaved-1f1b")),
     "zero bubble": (4, (*layout(2, 1, 1, 2), "parallel.schedule=interleaved-zero-bubble")),
 }
 
 
+FOUR_HEADS = {"num_attention_heads": 4}  # which up to four ranks share
+
+
+@pytest.fixture(autouse=True)
+def _four_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny.WAN, *next(iter(FOUR_HEADS.items())))
+
+
 def _train(rank: int, world_size: int, runs: dict[str, tuple[str, ...]], twin: str, steps: int) -> dict[str, Any]:
+    tiny.WAN |= FOUR_HEADS  # of this process alone
     if twin:
         TWINS[twin](rank)
     return {name: test_layout._train(rank, world_size, overrides, "", steps) for name, overrides in runs.items()}
@@ -95,6 +104,18 @@ def test_orthogonal_steps_are_the_same_where_ranks_share_a_sequence() -> None:
     runs = {name: (*LAYOUTS[name][1], *MUON) for name in ("(1,2,1,2)", "(1,1,2,2)")}
     found = train(4, runs, steps=FEW).values()
     assert max(difference(each, alone(*MUON, steps=FEW)) for each in found) < 1e-6
+
+
+def _compiled(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Train with each block as one graph, which nothing may break."""
+    compile_ = nn.Module.compile
+    nn.Module.compile = lambda self, **how: compile_(self, backend="aot_eager", fullgraph=True, **how)
+    return _train(rank, world_size, {"compiled": (*overrides, "parallel.compile=on")}, "", FEW)["compiled"]
+
+
+def test_compiled_blocks_exchange_inside_of_one_graph() -> None:
+    for found in run_ranks(_compiled, 2, (*layout(1, 1, 1, 2), "parallel.recompute=attention")):
+        assert difference(found, alone(steps=FEW)) < 1e-6
 
 
 def _scaled(rank: int) -> None:
@@ -213,6 +234,7 @@ def test_a_rank_without_a_token_in_scope_joins_in(ranks: int, overrides: tuple[s
 
 
 def _engine(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[Any, Engine]:
+    tiny.WAN |= FOUR_HEADS  # of this process alone
     config, here = tiny.config(*BASE, *overrides), runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
     mesh = meshes.build(meshes.resolve(config.parallel, world_size), here)
     return config, build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))

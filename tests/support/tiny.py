@@ -17,8 +17,8 @@ from transpixeler.flow import draws, objective
 from transpixeler.models.streams import StreamLayout
 
 WAN = {
-    "num_attention_heads": 4,  # so that up to four ranks share a sequence
-    "attention_head_dim": 12,
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
     "in_channels": 4,
     "out_channels": 4,
     "text_dim": 16,

@@ -86,14 +86,11 @@ def pipeline() -> Callable[..., Tensor]:
             for n, value in ours.items()
         }
     )
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
     solvers = {
-        "unipc": lambda: diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-        ),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**flow),
         "euler": lambda: Euler(shift=5.0),
-        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
-        ),
+        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**flow),
     }
     vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
 
@@ -301,8 +298,7 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
     ):
         config = configfile.from_overrides([f"sample.size=[{size}]", f"data.fps={fps}"])
         with caplog.at_level("INFO"):
-            width, height, frames = config.sample.size
-            given.read_clip("--rgb", str(clip), config, USUAL, (frames, height, width))
+            given.read_clip("--rgb", str(clip), config, USUAL, config.sample.size[::-1])
         assert f"--rgb: {clip}: {said}" in caplog.text
 
 

@@ -240,9 +240,11 @@ def _layout(table: Table, gpus: int, migration: Migration) -> int:
     if together < 1 or gpus % together:
         raise UserError(f"--gpus: {gpus} GPUs do not divide into groups of {together} (pp_size × tp_size × sp_size)")
     settings.apply("pp_size", lambda value: migration.set("parallel.pipeline", value))
-    for part, name in ((settings, "tp_size"), (settings, "sp_size"), (table, "sp_size")):
-        if part.values.get(name) == 1:
-            part.take(name)
+    if settings.values.get("tp_size") == 1:
+        settings.take("tp_size")
+    context = settings.take("sp_size", 1) * table.take("sp_size", 1)
+    if context > 1:
+        migration.set("parallel.context", context)
     sharded = str(plugin).startswith(("zero", "gemini")) or (plugin == "hybrid" and settings.take("zero_stage", 0))
     if sharded or plugin in ("hybrid", "ddp", "torch_ddp"):
         table.take("plugin")

@@ -93,8 +93,6 @@ ABSENT = {
     "plugin": "parallel.pipeline, replicate and shard say how GPUs share the work",
     "plugin_config": "parallel.pipeline, replicate and shard say how GPUs share the work",
     "plugin_config.tp_size": _VIRTUAL,
-    "plugin_config.sp_size": _VIRTUAL,
-    "sp_size": _VIRTUAL,
     "wandb_project": "Weights & Biases is not enabled; log.wandb names a project",
     "wandb": "log.wandb names a project",
     "sigma_min": "at t = 0 a clip is clean",

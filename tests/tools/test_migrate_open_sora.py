@@ -258,6 +258,11 @@ def test_groups_of_gpus_share_a_sample(tmp_path: Path, demo: Path) -> None:
     config = migrated(lay(tmp_path, demo, stage), demo)
     assert config.parallel.pipeline == 2 and config.parallel.shard == 0
     assert rule_for(Bucket(1, 32, 32), config.data.buckets).global_batch == 9 * 2 * 2
+    shutil.rmtree(tmp_path / "clips")
+    stage = stage.replace("pp_size=2", "pp_size=1").replace("sp_size=1", "sp_size=2")
+    shared = migrated(lay(tmp_path, demo, stage), demo, "--force")
+    assert (shared.parallel.context, shared.parallel.pipeline) == (2, 1)
+    assert rule_for(Bucket(1, 32, 32), shared.data.buckets).global_batch == 9 * 2 * 2
 
 
 def test_an_adapter_there_is_one_here(tmp_path: Path, demo: Path, capsys) -> None:

@@ -301,11 +301,16 @@ def _kept(rank: int, world_size: int, overrides: tuple[str, ...]) -> float:
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("kind", [(), FULL, BLIND], ids=["lora", "full", "blind"])
 def test_a_rank_keeps_its_share(kind: tuple[str, ...], recompute: str) -> None:
+    """Exactly where blocks are recomputed.
+
+    Else attention keeps what was seen by some heads of all tokens, and its projection all heads of what it acts on.
+    """
+    limit = 1e-6 if recompute != "none" else 0.06 if kind == BLIND else 0.05
     overrides = (*kind, f"parallel.recompute={recompute}")
     (whole,) = run_ranks(_kept, 1, overrides)
     for ranks in (2, 4):
         for found in run_ranks(_kept, ranks, (*layout(1, 1, 1, ranks), *overrides)):
-            assert found * ranks == pytest.approx(whole, rel=0.05)
+            assert found * ranks == pytest.approx(whole, rel=limit)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

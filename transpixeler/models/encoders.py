@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from transpixeler.config import UserError
 from transpixeler.models.damage import naming_damage
 from transpixeler.models.family import Digest
+from transpixeler.models.resolve import resolve
 
 T = TypeVar("T", bound="Encoder")
 Network = Any  # the libraries' stubs know neither their `config` nor their `to`
@@ -41,6 +43,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer from its folder; by default transformers offers to run code that lies there."""
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise UserError(f"model.path: {folder} is not there, which the text encoder beside it reads with; download it")
     with naming_damage(folder):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -50,6 +54,24 @@ def same_bits_every_time() -> Iterator[None]:
     """Keep convolution kernels from being picked by timing, else two runs would cache different latents."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         yield
+
+
+def folder_with(
+    path: str | Path, either: Sequence[Sequence[str]], what: str, *, only: Sequence[str], example: str
+) -> Path:
+    """Return the folder, or that of a file, that holds all of one of some lists of files; else say where they are.
+
+    only: the files to download, where the path is a Hub id.
+    """
+    place = resolve(path, only=only)
+    folder = place.parent if place.is_file() else place
+    absent = [[name for name in names if not (folder / name).is_file()] for names in either]
+    if all(absent):
+        listed = [" and ".join(names) for names in absent]
+        said = f"neither {' nor '.join(listed)} is there" if len(listed) > 1 else f"{listed[0]} is not there"
+        way = f"set model.encoders to {example} or a folder of it"
+        raise UserError(f"model.path: {folder} holds no {what}: {said}; {way}")
+    return folder
 
 
 class Encoder:

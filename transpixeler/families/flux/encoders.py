@@ -14,20 +14,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transpixeler.config import UserError
 from transpixeler.families.flux.config import FluxConfig
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
     LatentVae,
     T5AndClipTextEncoder,
     fingerprint,
+    folder_with,
     load_network,
     load_t5_and_clip,
     same_bits_every_time,
 )
 from transpixeler.models.family import Digest, file_digest
-from transpixeler.models.resolve import resolve
 
+EXAMPLE = "black-forest-labs/FLUX.1-dev"
 VAE_CONFIG = "vae/config.json"
 _VAE_FILES = ("vae/*",)
 _TEXT_FILES = ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*")
@@ -97,18 +97,8 @@ def vae_geometry(path: str | Path) -> tuple[int, int]:
 
 
 def _vae_folder(path: str | Path, *, only: Sequence[str] = _VAE_FILES) -> Path:
-    return _holding(path, only, (VAE_CONFIG,), "VAE")
+    return folder_with(path, [(VAE_CONFIG,)], "VAE", only=only, example=EXAMPLE)
 
 
 def _text_folder(path: str | Path) -> Path:
-    return _holding(path, _TEXT_FILES, _TEXT_CONFIGS, "pair of text encoders")
-
-
-def _holding(path: str | Path, only: Sequence[str], needed: Sequence[str], what: str) -> Path:
-    place = resolve(path, only=only)
-    folder = place.parent if place.is_file() else place
-    for name in needed:
-        if not (folder / name).is_file():
-            where = "; set model.encoders to black-forest-labs/FLUX.1-dev or a folder of it" if place.is_file() else ""
-            raise UserError(f"model.path: {folder} holds no {what}: {name} is not there{where}")
-    return folder
+    return folder_with(path, [_TEXT_CONFIGS], "pair of text encoders", only=_TEXT_FILES, example=EXAMPLE)

@@ -154,7 +154,7 @@ FAMILY = Family(
     lora_targets=FluxModel.lora_targets,
     transformer_class=CLASS,
     pipeline_class="FluxPipeline",
-    example="black-forest-labs/FLUX.1-dev",
+    example=encoders.EXAMPLE,
     makes="image",
     shapes={"dev": {"guidance_embeds": True}, "schnell": {"guidance_embeds": False}},
 )

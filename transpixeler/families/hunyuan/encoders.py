@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transpixeler.config import UserError
 from transpixeler.families.hunyuan.config import TEXT_LEN
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
@@ -22,13 +21,14 @@ from transpixeler.models.encoders import (
     LatentVae,
     Network,
     fingerprint,
+    folder_with,
     load_network,
     load_tokenizer,
 )
 from transpixeler.models.family import Digest, file_digest
-from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Grid
 
+EXAMPLE = "hunyuanvideo-community/HunyuanVideo"
 VAE_CONFIG = "vae/config.json"
 _VAE_FILES = ("vae/*",)
 _TEXT_FILES = ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*")
@@ -129,18 +129,8 @@ def vae_geometry(path: str | Path) -> tuple[Grid, int]:
 
 
 def _vae_folder(path: str | Path, *, only: Sequence[str] = _VAE_FILES) -> Path:
-    return _holding(path, only, (VAE_CONFIG,), "VAE")
+    return folder_with(path, [(VAE_CONFIG,)], "VAE", only=only, example=EXAMPLE)
 
 
 def _text_folder(path: str | Path) -> Path:
-    return _holding(path, _TEXT_FILES, _TEXT_CONFIGS, "pair of text encoders")
-
-
-def _holding(path: str | Path, only: Sequence[str], needed: Sequence[str], what: str) -> Path:
-    place = resolve(path, only=only)
-    folder = place.parent if place.is_file() else place
-    for name in needed:
-        if not (folder / name).is_file():
-            where = "; set model.encoders to hunyuanvideo-community/HunyuanVideo or a folder of it"
-            raise UserError(f"model.path: {folder} holds no {what}: {name} is not there{where * place.is_file()}")
-    return folder
+    return folder_with(path, [_TEXT_CONFIGS], "pair of text encoders", only=_TEXT_FILES, example=EXAMPLE)

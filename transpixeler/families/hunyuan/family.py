@@ -153,6 +153,6 @@ FAMILY = Family(
     lora_targets=HunyuanModel.lora_targets,
     transformer_class=CLASS,
     pipeline_class=PIPELINE,
-    example="hunyuanvideo-community/HunyuanVideo",
+    example=encoders.EXAMPLE,
     shapes={"13b": {}},
 )

@@ -125,7 +125,10 @@ def _vae_place(path: str | Path, *, only: Sequence[str] = _VAE_FILES) -> Path:
             return place
         raise UserError(f"model.path: {place} holds no VAE; use the file that Lightricks published, which does")
     if not (place / VAE_CONFIG).exists():
-        raise UserError(f"model.path: {place} holds no VAE: {VAE_CONFIG} is not there")
+        raise UserError(
+            f"model.path: {place} holds no VAE: {VAE_CONFIG} is not there; set model.encoders to Lightricks/LTX-Video "
+            "or a folder of it"
+        )
     return place
 
 
@@ -133,6 +136,7 @@ def _text_folder(path: str | Path) -> Path:
     place = resolve(path, only=_TEXT_FILES)
     folder = place.parent if place.is_file() else place
     if not (folder / _TEXT_CONFIG).exists():
-        where = "; put text_encoder/ and tokenizer/ of Lightricks/LTX-Video beside the file" if place.is_file() else ""
-        raise UserError(f"model.path: {folder} holds no text encoder: {_TEXT_CONFIG} is not there{where}")
+        beside = "put text_encoder/ and tokenizer/ of Lightricks/LTX-Video beside the file"
+        where = beside if place.is_file() else "set model.encoders to Lightricks/LTX-Video or a folder of it"
+        raise UserError(f"model.path: {folder} holds no text encoder: {_TEXT_CONFIG} is not there; {where}")
     return folder

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from transpixeler.config import UserError
 from transpixeler.families.opensora.config import TEXT_LEN
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
@@ -23,13 +22,14 @@ from transpixeler.models.encoders import (
     Network,
     T5AndClipTextEncoder,
     fingerprint,
+    folder_with,
     load_network,
     load_t5_and_clip,
 )
 from transpixeler.models.family import Digest, file_digest
-from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import WeightSource
 
+EXAMPLE = "hpcai-tech/Open-Sora-v2"
 VAE_FILE = "hunyuan_vae.safetensors"
 T5_FOLDER, CLIP_FOLDER = "google/t5-v1_1-xxl", "openai/clip-vit-large-patch14"
 _VAE_CONFIG = "vae/config.json"
@@ -113,21 +113,9 @@ def _config_of_file(file: Path) -> dict[str, Any]:
 
 
 def _vae_folder(path: str | Path, *, only: Sequence[str] = _VAE_FILES) -> Path:
-    return _holding(path, only, ((_VAE_CONFIG,), (VAE_FILE,)), "VAE")
+    return folder_with(path, [(_VAE_CONFIG,), (VAE_FILE,)], "VAE", only=only, example=EXAMPLE)
 
 
 def _text_folder(path: str | Path) -> Path:
-    return _holding(path, _TEXT_FILES, (_CONFIGS, _PUBLISHED_CONFIGS), "pair of text encoders")
-
-
-def _holding(path: str | Path, only: Sequence[str], either: Sequence[Sequence[str]], what: str) -> Path:
-    """Return the folder, or that of a file, that holds all of one of two lists of files."""
-    place = resolve(path, only=only)
-    folder = place.parent if place.is_file() else place
-    if not any(all((folder / name).is_file() for name in names) for names in either):
-        wanted = " nor ".join(" and ".join(names) for names in either)
-        raise UserError(
-            f"model.path: {folder} holds no {what}: neither {wanted} is there; set model.encoders to "
-            "hpcai-tech/Open-Sora-v2 or a folder of it"
-        )
-    return folder
+    either = [_CONFIGS, _PUBLISHED_CONFIGS]
+    return folder_with(path, either, "pair of text encoders", only=_TEXT_FILES, example=EXAMPLE)

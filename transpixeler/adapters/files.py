@@ -101,6 +101,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, format: str = "transpix
 
 
 def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the keys of a format."""
     stored, names = {}, adapter.family.names
     marked = "" if adapter.is_plain else OURS
     for target in adapter.targets:

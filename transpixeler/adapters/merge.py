@@ -1,4 +1,4 @@
-"""Weights with adapters in them: fused while they are read, or merged and written as a whole model.
+"""A base and an adapter go in; its weights with the adapter in them come out, as they are read or as a whole model.
 
 Tensors pass one at a time, so a full model is merged and written in little more memory than a shard.
 """

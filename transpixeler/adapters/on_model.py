@@ -1,4 +1,4 @@
-"""An adapter goes onto a built model, or its stage's or shard's part, and comes off it."""
+"""Put an adapter onto a built model, or onto the part of it that a rank holds, and read it back."""
 
 from __future__ import annotations
 

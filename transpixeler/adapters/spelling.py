@@ -1,4 +1,4 @@
-"""Spellings of adapter files: a target's internal name goes in, the keys of its tensors in a format come out, and back.
+"""Spellings of adapter files, ours and those of ComfyUI, diffusers and kohya: names go in, keys come out, and back.
 
 A format is a prefix, one of the family's spellings of modules, and the endings of the three tensors. A joint adapter,
 which acts on some streams only, is kept from programs that know no streams by a prefix of its own: they refuse it, or

@@ -1,4 +1,7 @@
-"""Hold what training and evaluation read: clips with the keys of their records, and the cache with these records."""
+"""Hold what training and evaluation read: clips with the keys of their records, and the cache that has these.
+
+In: what encoding found. Out: the layout of each clip, and the order in which training takes them.
+"""
 
 from __future__ import annotations
 

@@ -192,6 +192,7 @@ def _check(latents: Mapping[Part, torch.Tensor], shapes: Mapping[Part, tuple[int
 def _encode_texts(
     config: Config, model: ModelFolder, runtime: Runtime, jobs: Sequence[TextJob], writers: _Writers
 ) -> None:
+    """Encode captions, and write a record for each field."""
     dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
     encoder = model.load_text_encoder(device=runtime.device, dtype=dtype)
     kinds = {field.name: "text" if field.length else "vector" for field in caption_fields(model.fields)}

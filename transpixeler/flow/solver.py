@@ -35,7 +35,7 @@ def make_solver(name: str, *, steps: int, shift: float, levels: Sequence[float] 
         # Without explicit levels it applies the shift twice, and the last steps start where almost no noise is left.
         solver.set_timesteps(sigmas=list(levels or np.linspace(1, 0, steps + 1)[:-1].tolist()))
     else:
-        scheduler = DPMSolverMultistepScheduler if name == "dpm++" else UniPCMultistepScheduler
+        scheduler = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[name]
         solver = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
         solver.set_timesteps(steps)
     solver.set_begin_index(0)

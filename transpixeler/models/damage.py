@@ -1,4 +1,4 @@
-"""Name the file of a model folder that cannot be read, in place of what a library raises over it."""
+"""Turn a library's error over a damaged file of a model folder into one line that names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several passes over a tensor as fewer: a block's own formulas, in place and with nothing kept that can be had again.
+"""Compute a block's formulas in fewer passes over a tensor: the same values out, and less kept for the backward pass.
 
 Each is one function: compiled, the formula itself, which a compiler fuses; else an autograd function whose backward
 pass is written out.

@@ -75,7 +75,7 @@ class LoraLinear(Linear):
         self.train(base.training)
 
     def scope(self, x: Tensor, lengths: tuple[int, ...]) -> slice:
-        """From the actual input, never from a length fixed at start-up."""
+        """Return the slice of x's tokens that the adapter acts on; by its length, as some inputs are of text alone."""
         return slice(0, x.shape[1]) if self.span is None else span_slice(lengths, self.span)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -142,6 +142,7 @@ def _last_match(name: str, table: Mapping[str, Setting], default: Setting) -> Se
 
 
 def _span(name: str, scope: Scope, model: Backbone) -> tuple[int, int] | None:
+    """Turn a scope into the first stream and the one past the last, or None for all; refuse what it cannot act on."""
     span = scope_span(scope, model.streams)
     if span == (0, len(model.streams)):
         return None

@@ -1,4 +1,4 @@
-"""Cut latents into patches, one for each token, and put patches together again."""
+"""Cut latents [B, C, F, H, W] into patches [B, L, C·patch], one for each token, and put patches together again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep what companions see of RGB from one forward pass to the next.
+"""Remember RGB's keys and values of the first denoising step, so that later steps run the companions alone.
 
 Where RGB is given whole and sees itself alone, as in matting with `rgb_attends_aux: false`, its keys and values are the
 same at every denoising step. The first step computes them in every block; the others run the companions' tokens alone.

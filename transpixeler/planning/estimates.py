@@ -1,6 +1,7 @@
 """Predict the memory and time of a run, for any layout, from a model on meta, a config and a data set's buckets.
 
-`models.costs` has the formulas for one sample; here they are applied to stages, shards and microbatches.
+`models.costs` has the formulas for one sample, and `models.kept` measures what a block keeps; here they are applied to
+stages, shards and microbatches. Out: bytes of each kind on the fullest rank, FLOPs and seconds of a step.
 """
 
 from __future__ import annotations

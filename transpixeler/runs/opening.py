@@ -306,7 +306,7 @@ def _check_valid(folder: Path, runtime: Runtime) -> None:
 
 
 def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
-    """Move saves, samples and checkpoints of later steps to RUN/aside, and remove drafts.
+    """Move saves, samples and checkpoints of later steps to RUN/aside, in place of older ones there; remove drafts.
 
     They are damaged, or belong to a training that was left when an older checkpoint was resumed; under their old names
     they would be taken for the newest. `first_step`: the number of steps in so many epochs.

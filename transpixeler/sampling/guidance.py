@@ -1,4 +1,4 @@
-"""Guidance of a video: how far each step leads away from the negative prompt, and from a video that is shown nothing.
+"""Set how strongly each step of a sampling follows the prompt and the given frames.
 
 In: `sample.guidance` and its companions. Out: for each step the two scales, of the text and of given frames. A step
 mixes up to three velocities: the prompt with what is shown, the negative prompt with it, and without.

@@ -37,12 +37,12 @@ class Facts:
     grad_norm: float
     by_stream: dict[str, float | None]
     by_time: tuple[float | None, ...]
-    finite: bool
+    finite: bool  # on every rank; else the update is left out
     due: Due
 
 
 def agree(errors: Tensor, example: Example, grad_norm: Tensor, due: Due, *, counts: bool) -> Facts:
-    """Sum over all ranks. A collective call.
+    """Sum losses over all ranks, and tell whether the step's update may be made. A collective call.
 
     errors: [b, G] of this rank's samples. counts: true on one of the ranks that hold the same samples' errors.
     """

@@ -135,7 +135,7 @@ class Trainer:
                 self.state.step = batch.step + 1
 
                 self._record(batch, example, facts, lr, time.perf_counter() - started)
-                self._check_finite(batch, facts)
+                self._report_not_finite(batch, facts)
                 self.keeper.keep_what_is_due(batch, facts.due, self.controls)
                 if self.evaluation.if_due(self.state.step, hurry=facts.due.quit):
                     break
@@ -157,7 +157,7 @@ class Trainer:
             if self.callbacks.on_step(line) is True:
                 self.controls.save = self.controls.quit = True
 
-    def _check_finite(self, batch: Batch, facts: Facts) -> None:
+    def _report_not_finite(self, batch: Batch, facts: Facts) -> None:
         """Name the samples of a step that was not finite, and end the run after too many in a row."""
         if facts.finite:
             self.bad_steps = 0

@@ -151,7 +151,9 @@ def test_the_geometry_is_read_off_the_config(folder: Path) -> None:
 
 
 def test_a_place_without_encoders_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.path: .* holds no VAE: vae/config\.json is not there$"):
+    with pytest.raises(
+        UserError, match=r"model\.path: .* holds no VAE: vae/config\.json is not there; set model\.encoders to hunyuanv"
+    ):
         encoders.vae_geometry(tmp_path)
     (tmp_path / "hunyuan.safetensors").touch()
     with pytest.raises(UserError, match=r"holds no pair of text encoders: .*; set model\.encoders to hunyuanv"):

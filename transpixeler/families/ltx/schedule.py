@@ -1,4 +1,4 @@
-"""The noise levels at which LTX-Video is sampled: a count of tokens goes in, and how far they shift towards noise."""
+"""The noise levels at which LTX-Video is sampled: a count of tokens goes in, their shift comes out."""
 
 from __future__ import annotations
 

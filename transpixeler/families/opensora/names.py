@@ -1,8 +1,8 @@
 """Open-Sora 2's names, as one table of its modules in its two spellings.
 
-Both are its authors': with queries, keys and values in one linear, as the "original" spelling here, and apart, as the
-published weights have them and as "diffusers" here, which knows no such model. Files number double and single blocks
-each from 0; in our module the single ones are `blocks.s0`, `blocks.s1`, ….
+Its authors use both. "original" has queries, keys and values in one linear. "diffusers" has them apart, as the
+published weights do; the library of that name knows no such model. Files number double and single blocks each from 0;
+in our module the single ones are `blocks.s0`, `blocks.s1`, ….
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from transpixeler.data.buckets import (
     micro_batch_for,
     rate,
 )
+from transpixeler.data.draws import Draws
 from transpixeler.data.media.clip import Media
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.geometry import Geometry
@@ -189,12 +190,23 @@ def test_long_videos_can_be_kept_from_a_resolution() -> None:
     rules = (BucketRule(size=(64, 64, 33), keep_resolution=0.0),)
     grid = {"resolutions": (64, 32), "frames": (17, 33), "aspect_ratios": (1.0,), "buckets": rules, "draw": "epoch"}
     long, short = sample(40, 64, 64), sample(20, 64, 64)
-    assert buckets(assigned(long, **grid)) == ["32×32×33", "32×32×17"]
-    assert buckets(assigned(short, **grid)) == ["64×64×17", "32×32×17"]
+    assert chances(assigned(long, **grid), rules) == {"32×32×33": 1.0}
+    assert chances(assigned(short, **grid), rules) == {"64×64×17": 1.0}
     sizes = {"sizes": ((64, 64, 17), (64, 64, 33), (32, 32, 17)), "buckets": rules, "draw": "epoch"}
-    assert buckets(assigned(long, **sizes)) == ["32×32×17"]
+    assert chances(assigned(long, **sizes), rules) == {"32×32×17": 1.0}
     passed_over = (BucketRule(size=(64, 64, 33), keep=0.0),)  # the broken twin: these are shortened
-    assert "64×64×17" in buckets(assigned(long, **{**grid, "buckets": passed_over}))
+    assert "64×64×17" in chances(assigned(long, **{**grid, "buckets": passed_over}), passed_over)
+    half = (BucketRule(size=(64, 64, 33), keep=0.5, keep_resolution=0.0),)
+    assert chances(assigned(long, **{**grid, "buckets": half}), half) == {"64×64×17": 0.5, "32×32×33": 0.5}
+    nowhere = (BucketRule(size=(0, 0, 0), keep_resolution=0.0),)
+    assert "not drawn for 64×64×33" in assigned(long, **{**grid, "buckets": nowhere}).dropped[0][1]
+
+
+def chances(found: Assignment, rules: tuple[BucketRule, ...]) -> dict[str, float]:
+    """Return the buckets that some epoch takes a sample in, with the share of epochs."""
+    own = [bucket for bucket, _ in found.clips]
+    drawn = Draws(["a"] * len(own), own, rules=rules, seed=0).chances()
+    return {str(bucket): float(chance) for bucket, chance in zip(own, drawn, strict=True) if chance}
 
 
 def test_rates_are_exact() -> None:

@@ -64,11 +64,11 @@ def backward(model: Backbone, flow: Flow) -> None:
 
 
 def wan(shape: int = 1) -> tuple[Backbone, StreamLayout, int]:
-    """Return a model, a layout, and the bytes of one block's input."""
+    """Return a model, a layout, and the bytes that one block's input takes."""
     case = CASES["wan"]
     model = case.make(streams=STREAMS[:2], rgb_attends_aux=True)
     laid = StreamLayout.equal(STREAMS[:2], case.shapes[shape], model.patch)
-    return model, laid, 2 * laid.tokens * model.width * 4
+    return model, laid, hosted.taken(2 * laid.tokens * model.width * 4)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3, 4])

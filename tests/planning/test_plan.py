@@ -230,7 +230,7 @@ def test_inputs_without_room_in_host_memory_stay_on_the_gpu(large: Config) -> No
         seconds.append(made.seconds_step)
     inputs = kept[3] - kept[0]
     assert kept[0] <= kept[1] < kept[2] < kept[3], "0 is no limit"
-    assert kept[3] - kept[2] == pytest.approx(0.999 * plan.GIB, rel=1e-3), "the budget is what leaves"
+    assert 0.5 * plan.GIB <= kept[3] - kept[2] <= plan.GIB, "what leaves is the budget, in powers of two"
     assert kept[3] == pytest.approx(made.memory["full"].activations, rel=0.1), "all stay, as with full recompute"
     assert seconds == sorted(seconds, reverse=True) and inputs > plan.GIB
 

@@ -203,6 +203,35 @@ def test_another_file_under_the_same_name_is_another_request(run: Path, tmp_path
     assert made_from(0, "--resume") == black != made_from(255, "--resume")
 
 
+def test_a_request_is_told_by_the_images_of_a_sequence_and_by_what_reads_them(run: Path, tmp_path: Path) -> None:
+    for place, colour in (("a", 0), ("b", 9)):
+        (tmp_path / place).mkdir()
+        for number in range(5):
+            write_png(tmp_path / place / f"fire.{number:04}.png", np.full((64, 64, 3), colour, np.uint8))
+
+    def digest(place: str, *words: str) -> str:
+        saved = load_saved(str(run), words)
+        files = GivenFiles(rgb=str(tmp_path / place / "fire.####.png"))
+        one = Request("000", "a", 0, (64, 64, 5), given=files)
+        return made.asked_for([one], saved, open_model(saved.config.model))[0]
+
+    write_png(tmp_path / "plate.png", np.zeros((64, 64, 3), np.uint8))
+    laid_over = ("sample.formats=[composite]", f"sample.background={tmp_path / 'plate.png'}")
+    before = digest("a", *laid_over)
+    write_png(tmp_path / "plate.png", np.ones((64, 64, 3), np.uint8))
+    assert digest("a", *laid_over) != before
+    same = digest("a")
+    others = digest("b"), digest("a", "data.transfer=rec709"), digest("a", "data.sequence_fps=8")
+    assert same == digest("a") and same not in others
+    (tmp_path / "a/fire.0004.png").unlink()
+    assert digest("a") != same
+
+
+def test_ways_to_save_memory_in_training_do_not_stop_sampling(run: Path, tmp_path: Path) -> None:
+    words = ("parallel.recompute=offload", "parallel.host_gb=1")
+    assert sample(run, tmp_path / "out", "--prompt", "a", "--size", "32x32x1", *words)
+
+
 def _resume_on_ranks(rank: int, world_size: int, run: Path, out: Path) -> list[str]:
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
     options = command.SampleOptions(prompts=("a red ball", "a blue cube"), out=str(out), resume=True)

@@ -154,14 +154,12 @@ class _Group:
         nearest = self._nearest[shape]
         if isinstance(nearest, str):
             return nearest
-        kept = [
-            bucket
-            for bucket in self._reached(nearest)
-            if drawn(sample, bucket, self.rules[bucket], self.data, seed=self.seed)
-        ]
-        if not kept:
-            return not_drawn(nearest)
-        return kept if self.data.draw == "epoch" else kept[:1]
+        how = {"data": self.data, "seed": self.seed}
+        kept = [bucket for bucket in nearest if drawn(sample, bucket, self.rules[bucket], **how)]
+        if self.data.draw == "once":
+            return kept[:1] or not_drawn(nearest)
+        # those where none stays count too: by them a sample leaves for a smaller resolution
+        return kept if any(self.rules[bucket].keep_resolution > 0 for bucket in kept) else not_drawn(nearest)
 
     def _find(self, media: Media) -> Sequence[Bucket] | str:
         """Return the buckets of the nearest shape, longest first, or why there is none."""
@@ -177,21 +175,11 @@ class _Group:
         best = min(_distance(media, bucket) for bucket in fitting)
         return sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
 
-    def _reached(self, buckets: Sequence[Bucket]) -> Iterator[Bucket]:
-        """Leave out what is shorter than a bucket that sends every sample on to a smaller resolution."""
-        left: set[tuple[int, int]] = set()
-        for bucket in buckets:
-            if (bucket.height, bucket.width) not in left:
-                yield bucket
-            rule = self.rules[bucket]
-            if self.data.draw == "epoch" and rule.keep == 1 and rule.keep_resolution == 0:
-                left.add((bucket.height, bucket.width))
-
 
 def drawn(sample: Sample, bucket: Bucket, rule: BucketRule, data: DataConfig, *, seed: int) -> bool:
     """Tell whether a sample may be in a bucket: by one draw for all epochs, or by whether any epoch may draw it."""
     if data.draw == "epoch":
-        return rule.keep > 0 and rule.keep_resolution > 0
+        return rule.keep > 0
     return draw(seed, sample.id, bucket) < rule.keep
 
 

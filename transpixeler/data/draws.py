@@ -51,7 +51,7 @@ class Draws:
             return self._last[1][self._owners] == self._places
 
     def chances(self) -> np.ndarray:
-        """Return for each clip the share of epochs that take it."""
+        """Return for each clip the share of epochs that take it; 0 where a sample only leaves from."""
         return self._ways.chances()[self._owners, self._places]
 
 

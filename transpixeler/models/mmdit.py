@@ -8,9 +8,10 @@ has the text first, which a softmax does not mind. Text stands at position 0, wh
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, str
 
 EPS = 1e-6
 THETA = 10000.0
+ROPES = 4  # layouts whose positions are remembered
 
 
 @dataclass(frozen=True)
@@ -294,10 +296,16 @@ class MMDiT(Backbone):
         single = {f"s{index}": SingleBlock(sizes) for index in range(sizes.single_layers)}
         self.blocks = nn.ModuleDict(double | single)
         self.head = Head(sizes, self.patch)
+        self._ropes: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
     def positions(self, layout: StreamLayout, device: torch.device) -> Tokens:
-        axes, theta = self.sizes.axes, self.sizes.theta
-        rope = torch.cat([rope_table(part, axes, device, theta=theta) for part in layout.segments])
+        axes, theta, key = self.sizes.axes, self.sizes.theta, (layout.segments, device)
+        if key not in self._ropes:
+            self._ropes[key] = torch.cat([rope_table(part, axes, device, theta=theta) for part in layout.segments])
+            if len(self._ropes) > ROPES:
+                self._ropes.popitem(last=False)
+        self._ropes.move_to_end(key)
+        rope = self._ropes[key]
         kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.sizes.head_dim)
         return Tokens.of(layout, rope, kernel=kernel, rgb_attends_aux=self.rgb_attends_aux)
 
@@ -322,4 +330,4 @@ class MMDiT(Backbone):
         return {"embed.txt_in": "text", "embed.img_in": "streams", "head.linear": "streams"}.get(name, "vectors")
 
     def rebuild_buffers(self) -> None:
-        """Do nothing: positions are computed at each call."""
+        self._ropes.clear()

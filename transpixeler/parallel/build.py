@@ -21,6 +21,7 @@ from transpixeler.models.weights import Readable, assign, load_weights
 from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.devices import be_deterministic
 from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait
+from transpixeler.parallel.hosted import HostInputs
 from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.swap import Swap
@@ -40,8 +41,12 @@ def build_engine(
     source: Readable,
     *,
     scopes: Mapping[str, Scope] | None = None,
+    host: HostInputs | None = None,
 ) -> pipeline.Engine:
-    """`make` builds the whole model on the current device: on meta, once a stage. `scopes`: what `inject` takes."""
+    """`make` builds the whole model on the current device: on meta, once a stage. `scopes`: what `inject` takes.
+
+    host: the rank's memory for inputs of blocks, where several models share it.
+    """
     if config.train.deterministic:
         be_deterministic()
     dtype = compute_dtype(config, mesh.device)
@@ -49,7 +54,7 @@ def build_engine(
     costs = Costs.of(whole, kept=config.parallel.keep_gb > 0)
     ranges = pipeline.split_blocks(config.parallel, costs)
     away = shard.waiting_places(config.parallel, len(costs.blocks))
-    stages, waiting, host = [], [], shard.host_inputs(config.parallel)
+    stages, waiting, host = [], [], host or shard.host_inputs(config.parallel)
     for index in pipeline.local_stages(config.parallel, mesh):
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
         model.context = mesh.context
@@ -83,7 +88,7 @@ def _keeping(
 ) -> Keeping:
     """Let as many blocks of a rank keep everything as fit `parallel.keep_gb`. places: the rank's, in the model."""
     compiled = shard.wants_compile(config, mesh.device)
-    kept = [costs.kept[place].as_run(compiled=compiled) for place in places]
+    kept = [costs.part(mesh.layout.context).kept[place].as_run(compiled=compiled) for place in places]
     blocks = [block for stage in stages for block in stage.model.block_list()]
     return Keeping(blocks, kept, config.keep_gb * 2**30)
 
@@ -109,9 +114,9 @@ def build_engines(
     scopes: Mapping[str, Scope] | None = None,
 ) -> AnyEngine:
     """Build an engine for each expert, of its own weights; a model of one is an engine as it is."""
-    built = Experts()
+    built, host = Experts(), shard.host_inputs(config.parallel)
     for expert, source in sources.items():
-        engine = build_engine(config, mesh, partial(make, expert), source, scopes=scopes)
+        engine = build_engine(config, mesh, partial(make, expert), source, scopes=scopes, host=host)
         if len(sources) == 1:
             return engine
         wait = resolve_wait(config.parallel, engine, experts=len(sources))

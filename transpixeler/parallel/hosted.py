@@ -6,6 +6,7 @@ one block is recomputed, those of the block before it come back. Host memory is 
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections import defaultdict
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transpixeler.models.backbone import Flow
 from transpixeler.models.streams import Tokens
 
+logger = logging.getLogger("transpixeler")
 Compute = Callable[[Flow, Tokens], Flow]
 
 
@@ -38,7 +40,7 @@ class HostInputs:
         self.pinned = 0  # bytes of all buffers
         self.moved = 0  # tensors, so far
         self.stayed = 0  # tensors that found no room, so far
-        self._free: defaultdict[int, list[_Buffer]] = defaultdict(list)  # by bytes
+        self._free: defaultdict[int, list[_Buffer]] = defaultdict(list)  # by the bytes that they take
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # to the host, and back
         self._last: weakref.ref[_Inputs] | None = None
 
@@ -60,6 +62,9 @@ class HostInputs:
     def _pack(self, saved: Tensor, inputs: _Inputs) -> Tensor | tuple[_Inputs, int]:
         buffer = self._buffer(saved)
         if buffer is None:
+            if not self.stayed:
+                said = "parallel.host_gb: %.3g GB have no room for all inputs of blocks; some stay on the GPU"
+                logger.warning(said, self.budget / 2**30)
             self.stayed += 1
             return saved
         self.moved += 1
@@ -113,18 +118,25 @@ class HostInputs:
 
     def _buffer(self, saved: Tensor) -> _Buffer | None:
         """Return memory for a tensor: what is free of its size, or new within the budget, or None."""
-        size = saved.numel() * saved.element_size()
-        if self._free[size]:
-            return self._free[size].pop()
-        room = _taken(size, pinned=saved.is_cuda)
-        for other in [bytes_ for bytes_, free in self._free.items() if free]:  # of other lengths of clips
-            while self.pinned + room > self.budget and self._free[other]:
-                self._free[other].pop()
-                self.pinned -= _taken(other, pinned=saved.is_cuda)
-        if self.pinned + room > self.budget:
+        room = taken(saved.numel() * saved.element_size())
+        if self._free[room]:
+            return self._free[room].pop()
+        free = sum(size * len(buffers) for size, buffers in self._free.items())  # of other lengths of clips
+        if self.pinned - free + room > self.budget:
             return None
+        if self.pinned + room > self.budget:
+            self._let_go(room, pinned=saved.is_cuda)
         self.pinned += room
-        return _Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=saved.is_cuda))
+        return _Buffer(torch.empty(room, dtype=torch.uint8, pin_memory=saved.is_cuda))
+
+    def _let_go(self, room: int, *, pinned: bool) -> None:
+        """Give back free memory of other sizes until there is room."""
+        for size, buffers in self._free.items():
+            while self.pinned + room > self.budget and buffers:
+                buffers.pop()
+                self.pinned -= size
+        if pinned:
+            torch._C._host_emptyCache()  # torch keeps pinned memory otherwise, and does not cut it
 
     def _cuda_streams(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         if self._streams is None:
@@ -145,7 +157,8 @@ class _Part:
 
     def __init__(self, buffer: _Buffer, saved: Tensor) -> None:
         self.buffer, self.device = buffer, saved.device
-        self.host = buffer.memory.view(saved.dtype).view(saved.shape)
+        bytes_ = buffer.memory[: saved.numel() * saved.element_size()]
+        self.host = bytes_.view(saved.dtype).view(saved.shape)
         self.left: torch.Event | None = None  # when it was whole in host memory
         self.there: Tensor | None = None
         self.arrived: torch.Event | None = None
@@ -159,6 +172,6 @@ class _Inputs:
         self.parts: list[_Part] = []
 
 
-def _taken(size: int, *, pinned: bool) -> int:
+def taken(size: int) -> int:
     """Return the bytes that host memory of a size takes: torch pins it in powers of two."""
-    return 1 << (size - 1).bit_length() if pinned and size else size
+    return 1 << (size - 1).bit_length() if size else 0

@@ -21,6 +21,7 @@ from transpixeler.models.costs import Costs
 from transpixeler.models.kept import fitting
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.experts import DEVICE_SHARE
+from transpixeler.parallel.hosted import taken
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import in_flight, split_blocks, stage_count
 from transpixeler.parallel.shard import by_fsdp, reduces_often, waiting_places
@@ -267,8 +268,10 @@ class Estimate:
         micro = self.micro_batch(load, layout)
         blocks = max(sum(map(len, self._ranges(layout)[rank :: layout.pipeline])) for rank in range(layout.pipeline))
         held = in_flight(self.config.parallel, layout.pipeline, 0, load.batch // layout.data // micro)
-        inputs = micro * held * blocks * sum(part(load.layout.lengths, layout)) * self.costs.width * self.size
-        return max(0.0, 1 - budget / inputs)
+        token = micro * self.costs.width * self.size
+        text = self.costs.part(layout.context).text * ("joint" in self.costs.blocks[0].attends)  # which flows, too
+        each = taken(sum(part(load.layout.lengths, layout)) * token) + taken(text * token)
+        return max(0.0, 1 - budget // each / (held * blocks))
 
     def kept_whole(self, load: Load, layout: Layout, rank: int, recompute: costs.Recompute) -> KeptWhole:
         """Return the blocks of a pipeline rank that recompute nothing, and what that takes more than without."""

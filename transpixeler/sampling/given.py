@@ -57,7 +57,7 @@ def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, siz
         length = 1 if name in ("image", "last") else size[0]
         _probe_long_enough(given.label(name), path, config, model.geometry, (length, *size[1:]))
     if given.last and shows_frames(model.fields) and not shows_stills(model.fields):
-        both = [_shows_alpha(given, name, config) for name in ("image", "last")]
+        both = [_shows_alpha(given, name, config, shown=True) for name in ("image", "last")]
         if both[0] != both[1]:
             raise UserError(
                 f"{given.label('image')}, {given.label('last')}: one has an alpha channel and the other has not; "
@@ -189,11 +189,12 @@ def _check_frame(given: GivenFiles, name: str, model: ModelFolder) -> None:
         )
 
 
-def _shows_alpha(given: GivenFiles, name: str, config: Config) -> bool:
-    """Return whether the alpha of a given frame is taken too."""
+def _shows_alpha(given: GivenFiles, name: str, config: Config, *, shown: bool) -> bool:
+    """Return whether the alpha of a given frame is taken too. shown: the model is shown both ends by one task."""
     if len(config.streams) == 1 or given.alpha or not probe(Path(getattr(given, name))).alpha:
         return False
-    return any(1 in task.first for task in trained(config.objective, tuple(config.streams)))
+    tasks = trained(config.objective, tuple(config.streams))
+    return any(1 in (task.last if name == "last" and not shown else task.first) for task in tasks)
 
 
 def _read_frame(
@@ -204,7 +205,7 @@ def _read_frame(
     if not path:
         return {}
     frames = read_clip(label, path, config, model.geometry, (1, *size[1:]))
-    if not _shows_alpha(given, name, config):
+    if not _shows_alpha(given, name, config, shown=shows_frames(model.fields)):
         if len(config.streams) > 1 and not given.alpha and probe(Path(path)).alpha:
             logger.info(
                 "%s: the alpha of %s is left out: no trained task gives it (images_to_videos does)", label, path

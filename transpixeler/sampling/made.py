@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.config import UserError
+from transpixeler.config import SampleConfig, UserError
+from transpixeler.data.media.files import files_of
 from transpixeler.data.prompts import negative_prompt
 from transpixeler.files import read_json
 from transpixeler.models.family import ModelFolder
@@ -30,6 +31,9 @@ ASKED = "asked"  # the digest's key in sample.json
 NOT_ASKED = ("prompts", "prompts_file", "negative_prompt", "size", "seed", "rgb_memory")
 
 
+DATA = ("fps", "fill", "fill_color", "alpha", "transfer", "sequence_fps")  # that change what is read or written
+
+
 def asked_for(requests: Sequence[Request], source: SavedModel, model: ModelFolder) -> list[str]:
     """Return the digest of all that each video is made from: settings, weights, and the bytes of given files."""
     config = source.config
@@ -37,7 +41,8 @@ def asked_for(requests: Sequence[Request], source: SavedModel, model: ModelFolde
         "sample": {key: value for key, value in asdict(config.sample).items() if key not in NOT_ASKED},
         "model": asdict(config.model),
         "streams": {name: str(one) for name, one in config.streams.items()},
-        "data": [config.data.fps, config.data.fill, config.data.fill_color, config.data.alpha],
+        "data": {key: getattr(config.data, key) for key in DATA},
+        "background": _background(config.sample),
         "weights": _weights(source),
     }
     usual, contents = negative_prompt(config.sample, model.family), dict[str, str]()
@@ -48,6 +53,10 @@ def asked_for(requests: Sequence[Request], source: SavedModel, model: ModelFolde
         own = [one.prompt, one.seed, one.size, negative, given]
         found.append(hashlib.sha256(json.dumps([common, own], sort_keys=True).encode()).hexdigest()[:32])
     return found
+
+
+def _background(config: SampleConfig) -> str:
+    return _content(config.background, {}) if config.background and "composite" in config.formats else ""
 
 
 def find_made(folder: Path, requests: Sequence[Request], asked: Sequence[str]) -> dict[int, Path]:
@@ -106,10 +115,10 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _content(path: str, known: dict[str, str]) -> str:
-    """Return the digest of a file's bytes, or of all files of a folder of images."""
+    """Return the digest of a file's bytes, or of all files of a folder or of a sequence of images."""
     if path not in known:
-        digest, place = hashlib.sha256(), Path(path)
-        for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        digest = hashlib.sha256()
+        for file in files_of(Path(path)):
             digest.update(hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b"")
         known[path] = digest.hexdigest()
     return known[path]

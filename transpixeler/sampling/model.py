@@ -153,7 +153,7 @@ def _for_inference(config: Config) -> Config:
         config,
         model=replace(config.model, trainable=()),
         lora=replace(config.lora, enabled=False),
-        parallel=replace(config.parallel, recompute="none", keep_gb=0, compile=compile),
+        parallel=replace(config.parallel, recompute="none", keep_gb=0, host_gb=0, compile=compile),
     )
 
 

@@ -78,8 +78,13 @@ def read_prompts(config: SampleConfig) -> tuple[Prompt, ...]:
 
 def is_guided(config: SampleConfig) -> bool:
     """Return whether samples are led away from a negative prompt, or from a video that is shown nothing."""
+    return follows_text(config) or config.image_guidance != 1
+
+
+def follows_text(config: SampleConfig) -> bool:
+    """Return whether samples are led away from a negative prompt, by any expert."""
     given = config.guidance.values() if isinstance(config.guidance, dict) else (config.guidance,)
-    return any(guidance != 1 for guidance in (*given, config.image_guidance))
+    return any(guidance != 1 for guidance in given)
 
 
 def negative_prompt(config: SampleConfig, family: Family) -> str | None:

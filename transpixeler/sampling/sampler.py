@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transpixeler.config import SampleConfig
 from transpixeler.data.progress import Progress
+from transpixeler.data.prompts import follows_text
 from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
 from transpixeler.models.conditions import with_stills
@@ -66,8 +67,7 @@ class Sampler:
         solver = self._solver(video.layout.grids[0])
         noise = start_noise(video.layout, video.seed).to(self.mesh.device)
         guidance = Guidance.of(self.config, self.model)
-        negative = self.negative if self.negative is None or video.negative is None else video.negative
-        texts = video.fields, negative
+        texts = video.fields, self._negative(video)
         velocity = guided(self.engine, video.layout, *texts, guidance=guidance, unshown=video.unshown)
         held = {"given": video.given, "lasts": video.lasts}
         with self._remembering(video):
@@ -75,11 +75,18 @@ class Sampler:
         shown = video.shown or video.shown_last
         return with_stills(self.model.fields, video.layout, made, video.fields) if shown else made
 
+    def _negative(self, video: Video) -> Fields | None:
+        """Return the fields that guidance leads away from; None where it leads nowhere, as without any."""
+        leads = follows_text(self.config) or video.unshown
+        if self.negative is None or not leads:
+            return None
+        return self.negative if video.negative is None else video.negative
+
     def _remembering(self, video: Video) -> AbstractContextManager[None]:
         """Compute a video's RGB in the first step alone, where it is given whole and so the same in all of them."""
         frames = video.layout.shapes[0][1]
         whole = 0 in video.given and video.given[0].shape[1] == frames
-        rows = 1 if self.negative is None else 3 if video.unshown else 2
+        rows = 1 if self._negative(video) is None else 3 if video.unshown else 2
         where = self.config.rgb_memory if whole else "off"
         return self.engine.remembering_rgb(video.layout, rows=rows, where=where)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from transpixeler.config import SampleConfig
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt, texts_of
@@ -48,6 +49,7 @@ class Session:
         self.source, self.runtime = replace(source, config=config), runtime
         self.model: ModelFolder = open_model(config.model)
         self._opened: tuple[meshes.Mesh, AnyEngine] | None = None
+        self._texts: dict[str, Mapping[str, Tensor]] = {}  # those that were encoded, by prompt
         check_given(config, self.model)
 
     def with_sample(self, sample: SampleConfig) -> SavedModel:
@@ -69,7 +71,7 @@ class Session:
             return
         config = source.config
         texts = texts_of(config.sample, [(one.prompt, one.negative) for one in requests])
-        found = encode_prompts(config, texts, self.model, self.runtime)
+        found = encode_prompts(config, texts, self.model, self.runtime, self._texts)
         frames = Frames(self.model, self.runtime.device, upsample=config.sample.upsample)
         maker = Maker(config, self.model, frames, found)
         maker.known(requests[0])  # the VAE's work comes before the model takes its memory

@@ -31,11 +31,20 @@ class PromptTexts:
     negative: Fields | None  # what guidance leads away from; None: without guidance
 
 
-def encode_prompts(config: Config, prompts: Sequence[str], model: ModelFolder, runtime: Runtime) -> PromptTexts:
-    """Encode prompts and the negative prompt on rank 0, for every rank. A collective call."""
-    negative = negative_prompt(config.sample, model.family)
+def encode_prompts(
+    config: Config,
+    prompts: Sequence[str],
+    model: ModelFolder,
+    runtime: Runtime,
+    known: dict[str, Mapping[str, Tensor]] | None = None,
+) -> PromptTexts:
+    """Encode prompts and the negative prompt on rank 0, for every rank. A collective call.
+
+    known: texts that were encoded before, which are not again; those of this call join them.
+    """
+    negative, known = negative_prompt(config.sample, model.family), {} if known is None else known
     texts: list[str] = [*prompts, *([] if negative is None else [negative])]
-    wanted = list(dict.fromkeys(texts))
+    wanted = [text for text in dict.fromkeys(texts) if text not in known]
     encoded: list[dict[str, Tensor]] = []
     if wanted and runtime.is_main:
         dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
@@ -45,7 +54,8 @@ def encode_prompts(config: Config, prompts: Sequence[str], model: ModelFolder, r
         release_memory(runtime.device)
     shared = runtime.broadcast(encoded)
     assert isinstance(shared, list)
-    return _padded(dict(zip(wanted, shared, strict=True)), negative, model)
+    known.update(zip(wanted, shared, strict=True))
+    return _padded({text: known[text] for text in texts}, negative, model)
 
 
 def cached_prompts(config: Config, data: Dataset, model: ModelFolder) -> PromptTexts:

@@ -30,7 +30,9 @@ def figures(name: str, bucket: tuple[int, int, int], *overrides: str, shard: int
     estimate = Estimate.of(model, config, dtype=torch.bfloat16, compiled=False)
     layout = USUAL.layout(streams, (1,) * len(streams), bucket)
     recompute = config.parallel.recompute
-    memory = estimate.memory([Load(Bucket(*bucket), layout, 1)], Layout(1, 1, shard), recompute).total
+    memory = estimate.memory(
+        [Load(Bucket(*bucket), layout, 1, config.train.global_batch)], Layout(1, 1, shard), recompute
+    ).total
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = step_flops(estimate.costs, layout.lengths, recompute=recompute)
     return memory / 1e9, flops / 1e15, trained

@@ -203,9 +203,11 @@ def drawn_once(found: Survey, config: Config) -> Survey:
     owners, buckets = [clip.sample.id for clip in found.clips], [clip.bucket for clip in found.clips]
     taken = Draws(owners, buckets, rules=config.data.buckets, seed=config.seed).taken(0)
     clips = tuple(clip for clip, takes in zip(found.clips, taken, strict=True) if takes)
-    left = dict.fromkeys(owners).keys() - {clip.sample.id for clip in clips}
-    ways = {name: [bucket for owner, bucket in zip(owners, buckets) if owner == name] for name in left}
-    dropped = [(name, not_drawn(list(dict.fromkeys(some)))) for name, some in sorted(ways.items())]
+    kept, ways = {clip.sample.id for clip in clips}, dict[str, dict[Bucket, None]]()
+    for owner, bucket in zip(owners, buckets):
+        if owner not in kept:
+            ways.setdefault(owner, {})[bucket] = None
+    dropped = [(name, not_drawn(list(some))) for name, some in sorted(ways.items())]
     return replace(found, clips=clips, dropped=(*found.dropped, *dropped))
 
 

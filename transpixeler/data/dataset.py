@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from transpixeler.config import BucketRule, DataConfig, UserError
+from transpixeler.config import BucketRule, Config, DataConfig, UserError
 from transpixeler.data.buckets import Bucket, batch_for
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.draws import Draws
@@ -111,6 +111,11 @@ class Dataset:
         for item in sorted(self.items, key=lambda item: item.bucket):
             counts[item.bucket] = counts.get(item.bucket, 0) + 1
         return counts
+
+
+def training_order(config: Config, data: Dataset) -> Order:
+    """Return the order in which a config's training takes the clips of a set."""
+    return data.order(seed=config.seed, global_batch=config.train.global_batch, data=config.data)
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,14 @@ class Draws:
         self._places = np.array([places[owner][bucket] for owner, bucket in zip(owners, buckets)], np.int64)
         self._ways = _Ways(ways, rules)
         self._lock = threading.Lock()  # the loader's thread and the loop ask at the same time
-        self._last: tuple[int, np.ndarray] = (NOWHERE, self._places)
+        self._last: tuple[int, np.ndarray] = (NOWHERE, np.zeros(0, bool))
 
     def taken(self, epoch: int) -> np.ndarray:
         """Return for each clip whether an epoch takes it."""
         with self._lock:
             if self._last[0] != epoch:
-                self._last = epoch, self._ways.choose(self.seed, epoch)
-            return self._last[1][self._owners] == self._places
+                self._last = epoch, self._ways.choose(self.seed, epoch)[self._owners] == self._places
+            return self._last[1]
 
     def chances(self) -> np.ndarray:
         """Return for each clip the share of epochs that take it; 0 where a sample only leaves from."""

@@ -13,7 +13,8 @@ from typing import TypeVar
 from transpixeler.config import Config
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob
-from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.dataset import Dataset, Item, training_order
+from transpixeler.data.order import Order
 from transpixeler.data.shown import BlankJob
 
 Job = TypeVar("Job", ClipJob, TextJob, BlankJob)
@@ -73,11 +74,11 @@ def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
     return mine
 
 
-def clips_used(config: Config, data: Dataset) -> tuple[Item, ...]:
-    """Return those of the clips that are trained on which this run takes."""
+def clips_used(config: Config, data: Dataset, order: Order | None = None) -> tuple[Item, ...]:
+    """Return those of the clips that are trained on which this run takes. order: theirs, where it is made already."""
     if config.data.draw == "once" or not data.items:
         return data.items
-    order = data.order(seed=config.seed, global_batch=config.train.global_batch, data=config.data)
+    order = order or training_order(config, data)
     used = order.used(order.total(config.train), len(data.items))
     return tuple(item for item, takes in zip(data.items, used, strict=True) if takes)
 

@@ -20,7 +20,7 @@ from transpixeler.config import Config, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import surveyed
-from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.dataset import Dataset, Item, training_order
 from transpixeler.data.order import Order
 from transpixeler.data.work import clips_used
 from transpixeler.flow import objective
@@ -38,7 +38,6 @@ from transpixeler.planning.estimates import Estimate, KeptWhole, Load, Machine, 
 from transpixeler.planning.layouts import RECOMPUTE_MODES, Fit, fits, fits_by_waiting
 from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
 from transpixeler.training import preflight
-from transpixeler.training.schedule import total_steps
 
 GIB = 2**30
 DEFAULT_DEVICE = "H100"  # where there is no GPU and none is named
@@ -100,8 +99,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     folder = _checked_model(config)
     model, geometry = _model(config, machine), folder.geometry.over(config.scales)
     train, evaluation, scan_seconds = _datasets(config, folder)
-    order = train.order(seed=config.seed, global_batch=config.train.global_batch, data=config.data)
-    used = replace(train, items=clips_used(config, train))
+    order = training_order(config, train)
+    used, steps = replace(train, items=clips_used(config, train, order)), int(order.total(config.train))
     loads = _loads(config, folder, geometry, order, train)
     estimate = _estimate(config, folder, model, machine)
     split = Split.of(config, folder, max((load.layout.grids[0] for load in loads), key=prod, default=(0, 0, 0)))
@@ -121,8 +120,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         notes={"train": train.notes, "eval": evaluation.notes},
         steps_first_epoch=order.steps(0),
         steps_epoch=sum(load.steps for load in loads),
-        steps=total_steps(config, order),
-        whole_epochs=total_steps(config, order) == order.first_step(config.train.epochs),
+        steps=steps,
+        whole_epochs=steps == order.first_step(config.train.epochs),
         flop_step=estimate.flops(loads, layout, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transpixeler.config import Config
 from transpixeler.data.buckets import Bucket
-from transpixeler.data.dataset import Dataset, Datasets
+from transpixeler.data.dataset import Dataset, Datasets, training_order
 from transpixeler.data.order import Order
 from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel import mesh as meshes
@@ -58,7 +58,7 @@ def build_parts(config: Config, runtime: Runtime, layout: meshes.Layout, run: Ru
     preflight.check_model(config, model, beginning.scopes)
     hosts = identity.check_hosts(config, runtime, [source.path for source in sources.values()])
     data = find_clips(config, model, runtime)
-    order = data.train.order(seed=config.seed, global_batch=config.train.global_batch, data=config.data)
+    order = training_order(config, data.train)
     _check_schedule(config, layout, model, data.train, order)
     schedule = make_schedule(config, order)
     mesh = meshes.build(layout, runtime)

@@ -54,9 +54,4 @@ class Schedule:
 
 
 def make_schedule(config: Config, order: Order) -> Schedule:
-    return Schedule(config, order, total_steps(config, order))
-
-
-def total_steps(config: Config, order: Order) -> int:
-    """Return the steps of a whole run: so many epochs or steps, whichever are fewer."""
-    return int(order.total(config.train))
+    return Schedule(config, order, int(order.total(config.train)))

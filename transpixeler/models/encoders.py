@@ -7,6 +7,7 @@ video and caption is encoded by itself and to the same bits every time, so that 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,6 +23,7 @@ from transpixeler.models.family import Digest
 from transpixeler.models.resolve import resolve
 
 T = TypeVar("T", bound="Encoder")
+P = TypeVar("P", bound="TextAndClipEncoder")
 Network = Any  # the libraries' stubs know neither their `config` nor their `to`
 _READ = (".safetensors", ".bin", ".pth", ".json", ".model")
 
@@ -191,20 +193,20 @@ class T5TextEncoder(Encoder):
         return self.network(input_ids=tokens.input_ids.to(self.device)).last_hidden_state[0]
 
 
-class T5AndClipTextEncoder(Encoder):
-    """T5's rows of a text padded to its whole length, padding attended as any token, and CLIP's one vector."""
+class TextAndClipEncoder(Encoder, ABC):
+    """Rows of a text, by one network, and CLIP's one vector of it."""
 
     clip_length = 77
 
     def __init__(
-        self, t5: Network, clip: Network, tokenizers: tuple[Any, Any], length: int, hashed: Callable[[], str],
+        self, network: Network, clip: Network, tokenizers: tuple[Any, Any], length: int, hashed: Callable[[], str],
         *, device: torch.device,
     ) -> None:  # fmt: skip
-        """tokenizers: of CLIP and of T5. length: tokens of T5's text."""
+        """tokenizers: of the network and of CLIP. length: tokens of the network's text, at most."""
         self.clip, self.tokenizers, self.length = clip.eval().requires_grad_(False), tokenizers, length
-        super().__init__(t5, hashed, device=device)
+        super().__init__(network, hashed, device=device)
 
-    def to(self, device: torch.device) -> T5AndClipTextEncoder:
+    def to(self: P, device: torch.device) -> P:
         self.clip.to(device)
         return super().to(device)
 
@@ -214,14 +216,25 @@ class T5AndClipTextEncoder(Encoder):
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> dict[str, Tensor]:
-        clip, t5 = self.tokenizers
-        rows = self.network(input_ids=self._ids(t5, text, self.length)).last_hidden_state[0]
-        pooled = self.clip(input_ids=self._ids(clip, text, self.clip_length)).pooler_output[0]
-        return {"text": rows, "pooled": pooled}
+        words, clip = self.tokenizers
+        rows, ids = self.rows(words, text), self.padded(clip, text, self.clip_length)
+        return {"text": rows, "pooled": self.clip(input_ids=ids).pooler_output[0]}
 
-    def _ids(self, tokenize: Any, text: str, length: int) -> Tensor:
+    @abstractmethod
+    def rows(self, tokenize: Any, text: str) -> Tensor:
+        """Return the network's rows of a text, [length, width]."""
+
+    def padded(self, tokenize: Any, text: str, length: int) -> Tensor:
+        """Return a text's tokens [1, length] on the device."""
         padded = {"padding": "max_length", "truncation": True, "max_length": length}
         return tokenize(text, return_tensors="pt", **padded).input_ids.to(self.device)
+
+
+class T5AndClipTextEncoder(TextAndClipEncoder):
+    """T5's rows of a text padded to its whole length, padding attended as any token, and CLIP's one vector."""
+
+    def rows(self, tokenize: Any, text: str) -> Tensor:
+        return self.network(input_ids=self.padded(tokenize, text, self.length)).last_hidden_state[0]
 
 
 def load_t5_and_clip(
@@ -234,5 +247,5 @@ def load_t5_and_clip(
 
     disable_progress_bar()  # it would break the caller's own
     networks = load_network(T5EncoderModel, t5[0], dtype=dtype), load_network(CLIPTextModel, clip[0], dtype=dtype)
-    tokenizers = load_tokenizer(clip[1]), load_tokenizer(t5[1])
+    tokenizers = load_tokenizer(t5[1]), load_tokenizer(clip[1])
     return T5AndClipTextEncoder(*networks, tokenizers, length, hashed, device=device)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transpixeler.families.flux.config import FluxConfig
+from transpixeler.families.flux.config import TEXT_LEN
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
     LatentVae,
@@ -65,13 +65,14 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> F
 
 
 def load_text_encoder(
-    path: str | Path, config: FluxConfig, *, device: torch.device, dtype: torch.dtype
+    path: str | Path, *, device: torch.device, dtype: torch.dtype, length: int = TEXT_LEN
 ) -> T5AndClipTextEncoder:
+    """length: tokens of T5's text."""
     folder = _text_folder(path)
     return load_t5_and_clip(
         t5=(folder / "text_encoder_2", folder / "tokenizer_2"),
         clip=(folder / "text_encoder", folder / "tokenizer"),
-        length=config.text_length,
+        length=length,
         hashed=partial(text_fingerprint, path),
         device=device,
         dtype=dtype,

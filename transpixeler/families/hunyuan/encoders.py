@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,8 @@ from torch import Tensor
 from transpixeler.families.hunyuan.config import TEXT_LEN
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
-    Encoder,
     LatentVae,
-    Network,
+    TextAndClipEncoder,
     fingerprint,
     folder_with,
     load_network,
@@ -33,7 +33,6 @@ VAE_CONFIG = "vae/config.json"
 _VAE_FILES = ("vae/*",)
 _TEXT_FILES = ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*")
 _TEXT_CONFIGS = ("text_encoder/config.json", "text_encoder_2/config.json")
-_CLIP_LEN = 77
 
 # The words that the model was trained with around a caption, and how many tokens come before the caption.
 TEMPLATE = (
@@ -56,35 +55,14 @@ class HunyuanVae(LatentVae):
     tiled_pixels = 512 * 512
 
 
-class HunyuanTextEncoder(Encoder):
-    """A language model's rows for the caption and CLIP's one vector."""
+class HunyuanTextEncoder(TextAndClipEncoder):
+    """A language model's rows for the caption, as many as it has tokens, and CLIP's one vector."""
 
-    def __init__(
-        self, llama: Network, clip: Network, tokenizers: tuple[Network, Network], path: str | Path,
-        *, device: torch.device,
-    ) -> None:  # fmt: skip
-        """tokenizers: of the language model and of CLIP."""
-        self.clip, self.tokenizers = clip.eval().requires_grad_(False), tokenizers
-        super().__init__(llama, partial(text_fingerprint, path), device=device)
-
-    def to(self, device: torch.device) -> HunyuanTextEncoder:
-        self.clip.to(device)
-        return super().to(device)
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return each text's rows [true length, width] and its vector [width]."""
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> dict[str, Tensor]:
-        tokenize, tokenize_clip = self.tokenizers
-        ids = tokenize(
-            TEMPLATE.format(text), truncation=True, max_length=TEMPLATE_LEN + TEXT_LEN, return_tensors="pt"
-        ).input_ids
-        rows = self.network(input_ids=ids.to(self.device), output_hidden_states=True).hidden_states[LAYER]
-        padded = {"padding": "max_length", "truncation": True, "max_length": _CLIP_LEN}
-        ids = tokenize_clip(text, return_tensors="pt", **padded).input_ids
-        return {"text": rows[0, TEMPLATE_LEN:], "pooled": self.clip(input_ids=ids.to(self.device)).pooler_output[0]}
+    def rows(self, tokenize: Any, text: str) -> Tensor:
+        limit = {"truncation": True, "max_length": self.length}
+        ids = tokenize(TEMPLATE.format(text), return_tensors="pt", **limit).input_ids
+        found = self.network(input_ids=ids.to(self.device), output_hidden_states=True).hidden_states[LAYER]
+        return found[0, TEMPLATE_LEN:]
 
 
 def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> HunyuanVae:
@@ -106,7 +84,8 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
     llama = load_network(LlamaModel, folder / "text_encoder", dtype=dtype)
     clip = load_network(CLIPTextModel, folder / "text_encoder_2", dtype=dtype)
     tokenizers = load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2")
-    return HunyuanTextEncoder(llama, clip, tokenizers, path, device=device)
+    length, hashed = TEMPLATE_LEN + TEXT_LEN, partial(text_fingerprint, path)
+    return HunyuanTextEncoder(llama, clip, tokenizers, length, hashed, device=device)
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:

@@ -10,53 +10,40 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from transpixeler.config import UserError
 from transpixeler.families.ltx import encoders, schedule
 from transpixeler.families.ltx.config import PATCH, LtxConfig, diffusers_config
 from transpixeler.families.ltx.model import FPS, LtxModel, text_field
 from transpixeler.families.ltx.names import NAMES, config_from_shapes
 from transpixeler.families.ltx.original import header_config
 from transpixeler.flow.draws import shifted
-from transpixeler.models.damage import read_config
 from transpixeler.models.family import (
-    Digest,
     Family,
     Field,
-    ModelFolder,
     SamplingDefaults,
-    TextEncoder,
-    Vae,
-    file_digest,
 )
 from transpixeler.models.geometry import Geometry
+from transpixeler.models.pipeline_folder import CONFIGS, PipelineFolder, config_by_shapes, names_class, read_published
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import WeightSource
 
 NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
-_CONFIGS = ("transformer/config.json", "config.json")
-_SCHEDULER = "scheduler/scheduler_config.json"
+CLASS = "LTXVideoTransformer3DModel"
 _CAUSAL = "causal_temporal_positioning"
 _LAYERS_13B = 48
 
 
-class LtxFolder(ModelFolder):
+class LtxFolder(PipelineFolder):
     """One LTX-Video model on disk."""
+
+    library = encoders
 
     def __init__(self, path: str, encoders: str = "") -> None:
         self.family, self.path, self.encoders = FAMILY, path, encoders or path
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        place = resolve(self.path, only=(*_CONFIGS, encoders.VAE_CONFIG))
-        if place.is_file():
-            config = _config_of_file(place)
-        else:
-            found = [place / name for name in _CONFIGS if (place / name).is_file()]
-            if not found:
-                raise UserError(f"model.path: {self.path} holds neither {_CONFIGS[0]} nor {_CONFIGS[1]}")
-            config = read_config(found[0])
+        place = resolve(self.path, only=(*CONFIGS, encoders.VAE_CONFIG))
+        config = _config_of_file(place) if place.is_file() else read_published(place, self.path)
         return config if _CAUSAL in config else {**config, _CAUSAL: self._is_causal(config)}
 
     def _is_causal(self, config: Mapping[str, Any]) -> bool:
@@ -85,12 +72,6 @@ class LtxFolder(ModelFolder):
     def clean_caption(self, text: str) -> str:
         return encoders.LtxTextEncoder.clean(text)
 
-    def vae_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.vae_fingerprint(self.encoders, digest)
-
-    def text_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.text_fingerprint(self.encoders, digest)
-
     def shift(self, tokens: int) -> float:
         return schedule.shift(tokens)
 
@@ -99,17 +80,12 @@ class LtxFolder(ModelFolder):
 
     def noise_levels(self, steps: int, tokens: int) -> list[float]:
         """Return the levels at which this version is sampled: shifted by tokens, or linear and then quadratic."""
-        config = self._scheduler
+        config = self.scheduler
         if not config.get("use_dynamic_shifting", not self._checked.causal_temporal_positioning):
             return schedule.linear_quadratic(steps)
         levels = [shifted(1 - step / steps, schedule.shift(tokens)) for step in range(steps)]
         last = config.get("shift_terminal", schedule.LAST)
         return schedule.stretched(levels, last) if last else levels
-
-    @cached_property
-    def _scheduler(self) -> Mapping[str, Any]:
-        place = resolve(self.encoders, only=(_SCHEDULER,))
-        return read_config(place / _SCHEDULER) if (place / _SCHEDULER).is_file() else {}
 
     def build(
         self,
@@ -128,21 +104,10 @@ class LtxFolder(ModelFolder):
             fps=FPS if fps is None else fps,
         )
 
-    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Vae:
-        return encoders.load_vae(self.encoders, device=device, dtype=dtype)
-
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-        return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype)
-
 
 def _config_of_file(path: Path) -> dict[str, Any]:
-    if config := header_config(path, "transformer"):
-        return config
-    source = WeightSource(path, NAMES.internal_names)
-    try:
-        return config_from_shapes({name: source.shape(name) for name in source.names()})
-    except KeyError as fault:
-        raise UserError(f"model.path: {path} holds no LTX-Video: {fault.args[0]} is not in it") from fault
+    said = header_config(path, "transformer")
+    return said or config_by_shapes(path, NAMES, config_from_shapes, title="LTX-Video")
 
 
 def _is_ltx(path: Path) -> bool:
@@ -153,11 +118,7 @@ def _is_ltx(path: Path) -> bool:
     if path.is_file():
         names = WeightSource(path, NAMES.internal_names).names()
         return "embed.patchify_proj.weight" in names and not any("audio" in name for name in names)
-    for name in _CONFIGS:
-        if (path / name).is_file():
-            config = read_config(path / name)
-            return config.get("_class_name") == "LTXVideoTransformer3DModel"
-    return False
+    return names_class(path, CLASS)
 
 
 FAMILY = Family(
@@ -168,7 +129,7 @@ FAMILY = Family(
     recognises=_is_ltx,
     sampling=SamplingDefaults(negative_prompt=NEGATIVE_PROMPT, shift=schedule.shift(4096)),
     lora_targets=LtxModel.lora_targets,
-    transformer_class="LTXVideoTransformer3DModel",
+    transformer_class=CLASS,
     pipeline_class="LTXPipeline",
     example="Lightricks/LTX-Video-0.9.5",
     shapes={

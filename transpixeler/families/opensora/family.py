@@ -8,42 +8,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from transpixeler.config import UserError
 from transpixeler.families.opensora import encoders
 from transpixeler.families.opensora.config import CLASS, PATCH, STRIDE, OpenSoraConfig, published_config
 from transpixeler.families.opensora.model import OpenSoraModel, fields
 from transpixeler.families.opensora.names import NAMES, config_from_shapes, is_opensora
-from transpixeler.models.damage import read_config
 from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.family import (
-    Digest,
     Family,
     Field,
-    ModelFolder,
     SamplingDefaults,
-    TextEncoder,
-    Vae,
-    file_digest,
 )
 from transpixeler.models.geometry import Geometry
+from transpixeler.models.pipeline_folder import (
+    CONFIGS,
+    PipelineFolder,
+    config_by_shapes,
+    configs_in,
+    names_class,
+    read_published,
+)
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Grid
 from transpixeler.models.weights import WeightSource
 
-_CONFIGS = ("transformer/config.json", "config.json")
 _FILE = "Open_Sora_v2.safetensors"  # of the weights in the published folder, which has no config
 # How far noise levels are shifted, by tokens of a frame: a straight line through two points.
 _FEW, _MANY = (256, 1.0), (4096, 3.0)
 
 
-class OpenSoraFolder(ModelFolder):
+class OpenSoraFolder(PipelineFolder):
     """One Open-Sora 2 on disk."""
+
+    library = encoders
 
     def __init__(self, path: str, encoders: str = "") -> None:
         self.family, self.path, self.encoders = FAMILY, path, encoders or path
@@ -53,25 +54,25 @@ class OpenSoraFolder(ModelFolder):
         place = self._place
         if place.is_file():
             return _config_of_file(place)
-        if found := _configs(place):
-            return read_config(found[0])
+        if configs_in(place):
+            return read_published(place, self.path)
         if (place / _FILE).is_file():
             return _config_of_file(place / _FILE)
         if self._on_hub:
             return self.family.shapes["11b"]  # its file is fetched when weights are read
-        raise UserError(f"model.path: {self.path} holds neither {_CONFIGS[0]} nor {_CONFIGS[1]} nor {_FILE}")
+        raise UserError(f"model.path: {self.path} holds neither {CONFIGS[0]} nor {CONFIGS[1]} nor {_FILE}")
 
     @cached_property
     def experts(self) -> tuple[Expert, ...]:
         """Name the published file as the place of the weights, where there is no folder of them."""
         place = self._place
-        alone = not place.is_file() and not _configs(place) and ((place / _FILE).is_file() or self._on_hub)
+        alone = not place.is_file() and not configs_in(place) and ((place / _FILE).is_file() or self._on_hub)
         return (Expert(folder=_FILE),) if alone else (ONLY,)
 
     @cached_property
     def _place(self) -> Path:
         """Return where its configs lie, or its one file."""
-        return resolve(self.path, only=_CONFIGS)
+        return resolve(self.path, only=CONFIGS)
 
     @property
     def _on_hub(self) -> bool:
@@ -98,12 +99,6 @@ class OpenSoraFolder(ModelFolder):
     def diffusers_config(self) -> dict[str, Any]:
         return published_config(self.config)
 
-    def vae_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.vae_fingerprint(self.encoders, digest)
-
-    def text_fingerprint(self, digest: Digest = file_digest) -> str:
-        return encoders.text_fingerprint(self.encoders, digest)
-
     def shift_of(self, grid: Grid) -> float:
         """Grow on a line with a frame's tokens, and with the root of the latent frames."""
         frames, rows, columns = grid
@@ -123,16 +118,6 @@ class OpenSoraFolder(ModelFolder):
     ) -> OpenSoraModel:
         return OpenSoraModel(self._checked, streams=streams, rgb_attends_aux=rgb_attends_aux, kernel=attention)
 
-    def load_vae(self, *, device: torch.device, dtype: torch.dtype) -> Vae:
-        return encoders.load_vae(self.encoders, device=device, dtype=dtype)
-
-    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-        return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype)
-
-
-def _configs(place: Path) -> list[Path]:
-    return [place / name for name in _CONFIGS if (place / name).is_file()]
-
 
 def _stored(path: Path) -> tuple[str, ...]:
     """Return the names of a file's weights as they are."""
@@ -140,20 +125,16 @@ def _stored(path: Path) -> tuple[str, ...]:
 
 
 def _config_of_file(path: Path) -> dict[str, Any]:
-    source = WeightSource(path, NAMES.internal_names)
     apart = any(".q_proj." in name for name in _stored(path))
-    try:
-        return config_from_shapes({name: source.shape(name) for name in source.names()}, apart=apart)
-    except (KeyError, ValueError) as fault:
-        raise UserError(f"model.path: {path} holds no Open-Sora 2: {fault.args[0]} is not in it") from fault
+    return config_by_shapes(path, NAMES, partial(config_from_shapes, apart=apart), title="Open-Sora 2")
 
 
 def _recognises(path: Path) -> bool:
     """Tell Open-Sora 2 by the class that a config names, or by the names of a single file's weights."""
     if path.is_file():
         return is_opensora(_stored(path))
-    if found := _configs(path):
-        return read_config(found[0]).get("_class_name") == CLASS
+    if configs_in(path):
+        return names_class(path, CLASS)
     return (path / _FILE).is_file() and is_opensora(_stored(path / _FILE))
 
 

@@ -77,22 +77,22 @@ def _write_cached_demo(folder: Path) -> None:
 def _train(rank: int, world_size: int, path: Path, output: Path) -> str:
     import torch
 
-    from transpixeler import configfile
+    from transpixeler.config import loading
     from transpixeler.parallel.runtime import Runtime
     from transpixeler.training import trainer
 
     overrides = [f"output_dir={output}", "train.max_steps=2", "optim.lr=0.1", "optim.warmup_steps=0", "optim.ema=0.9"]
     overrides += ["eval.before_first_step=false", "eval.every_epochs=0", "log.tensorboard=false"]
-    config = configfile.load(path, overrides)
+    config = loading.load(path, overrides)
     return str(trainer.train(config, Runtime(rank, world_size, rank, torch.device("cpu"))))
 
 
 def _cache(rank: int, world_size: int, folder: Path) -> None:
     import torch
 
-    from transpixeler import configfile
+    from transpixeler.config import loading
     from transpixeler.data.encode import encode_missing
     from transpixeler.parallel.runtime import Runtime
 
-    config = configfile.load(folder / "config.yaml")
+    config = loading.load(folder / "config.yaml")
     encode_missing(config, open_model(config.model), Runtime(rank, world_size, rank, torch.device("cpu")))

@@ -36,8 +36,9 @@ from tests.support.pages import (
     text,
 )
 from tests.test_house import ORDER
-from transpixeler import arguments, cli, configfile
-from transpixeler.config import Config, UserError
+from transpixeler import arguments, cli
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.prompts import prompt_lines
 
 README = ROOT / "README.md"
@@ -182,7 +183,7 @@ def test_every_setting_in_the_text_can_be_set(page: Path) -> None:
         found = [re.fullmatch(rf"((?:{'|'.join(SECTIONS)})\.\w+|streams)(?:=|: )(.+)", word) for word in words]
         for setting in filter(None, found):
             before = ['streams={rgb: "", seg: _seg}', "lora.scope=all"] if setting[1] == "streams" else []
-            configfile.from_overrides([*before, f"{setting[1]}={setting[2]}"])
+            loading.from_overrides([*before, f"{setting[1]}={setting[2]}"])
 
 
 @by_page
@@ -191,7 +192,7 @@ def test_every_config_that_is_shown_loads(page: Path, workspace: Path) -> None:
         assert yaml.safe_load(shown)["base"].startswith("configs/"), "a config that is shown says its base"
         path = workspace / f"{page.stem}-{number}.yaml"
         path.write_text(shown, encoding="utf-8")
-        assert configfile.load(path).data.train
+        assert loading.load(path).data.train
 
 
 def test_lists_of_prompts_that_are_shown_can_be_read(tmp_path: Path) -> None:
@@ -257,9 +258,9 @@ def check(command: Command) -> None:
         parsed = cli._parse(found)
         config = getattr(parsed, "config", "")
         if config.endswith(".yaml") and not config.startswith("/"):
-            configfile.load(config, parsed.overrides)
+            loading.load(config, parsed.overrides)
         elif overrides := getattr(parsed, "overrides", []):
-            configfile.from_overrides(overrides)
+            loading.from_overrides(overrides)
 
 
 def tool_parser(path: Path) -> argparse.ArgumentParser:

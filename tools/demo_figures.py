@@ -18,7 +18,7 @@ import numpy as np
 from demo_measures import add_captions, follows, held_out_captions, silhouette, silhouette_iou
 from tooling import run
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_png
 from transpixeler.demo.scenes import Attributes, Format, Scene, heights, render, scenes
 from transpixeler.evaluation import metrics

@@ -27,7 +27,7 @@ from demo_measures import add_captions, silhouette, silhouette_iou
 from tooling import run
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_png
 from transpixeler.demo.model import weights_digest
 from transpixeler.demo.scenes import Attributes, Format, Scene, scenes

@@ -20,7 +20,7 @@ from pathlib import Path
 from demo_measures import add_captions
 from tooling import processes, run, torchrun
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.demo.model import weights_digest
 from transpixeler.files import write_text
 from transpixeler.parallel.runtime import log_to_terminal

@@ -22,7 +22,7 @@ from typing import Any
 from tooling import folder_given, run, summary
 from tqdm import tqdm
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.errors import BadMedia, as_bad_media
 from transpixeler.data.media.files import VIDEO_ENDINGS

@@ -21,7 +21,7 @@ from typing import Any
 from tooling import folder_given, run, summary
 from tqdm import tqdm
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.files import VIDEO_ENDINGS
 from transpixeler.data.sources.candidate import BadSample, Candidate
 from transpixeler.data.sources.folder import is_sequence

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.sources.manifest import PRIMARY_ALIASES
 from transpixeler.files import whole
 

@@ -21,7 +21,7 @@ from manifests import check_manifest, first_path, moved, rows_into, schema_of
 from tooling import REASONS_SHOWN, run, summary
 from tqdm import tqdm
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.manifest import rows

@@ -21,8 +21,8 @@ from migrate_buckets import Rule
 from migrate_keys import Migration
 from tooling import folder_given, run
 
-from transpixeler import configfile
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.names import printable
 from transpixeler.files import whole
 
@@ -83,7 +83,7 @@ def _write(migration: Migration, arguments: argparse.Namespace) -> None:
     with whole(arguments.out) as draft:
         draft.write_text(text, encoding="utf-8")
         try:
-            configfile.load(draft)
+            loading.load(draft)
         except UserError as error:
             raise UserError(f"{arguments.config}: {str(error).replace(str(draft), 'the YAML made of it')}") from None
     print(f"{arguments.out}: {migration.mapped} keys carried over, {len(migration.left_out)} not")

@@ -13,7 +13,7 @@ from typing import Any
 
 from migrate_keys import Migration, Value
 
-from transpixeler.config import DataConfig, Resolution, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, Resolution, SourceConfig, UserError
 from transpixeler.data.buckets import bucket_groups
 from transpixeler.models.geometry import Geometry
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 Value = Any
 SECRET = re.compile("key|token|password|secret", re.IGNORECASE)

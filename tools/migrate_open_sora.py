@@ -14,7 +14,7 @@ from migrate_keys import Migration, Table, Value
 from migrate_open_sora_keys import ABSENT, PARTS, SAME, TASKS, UNSAID
 from migrate_python import read
 
-from transpixeler.config import ModelConfig, UserError
+from transpixeler.config.sections import ModelConfig, UserError
 from transpixeler.data.sources.manifest import rows
 from transpixeler.models.family import open_model
 from transpixeler.models.geometry import USUAL, Geometry

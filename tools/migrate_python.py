@@ -12,7 +12,7 @@ from operator import add, mul, sub
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 MOST_BYTES = 1 << 20
 MOST, MOST_POWER = 1 << 64, 64  # of numbers that are computed

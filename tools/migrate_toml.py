@@ -11,7 +11,7 @@ from types import ModuleType
 from migrate_keys import BY_CLASS, EXAMPLES, EXPERTS, FAMILIES, OPTIMIZERS, SAME, STEPS, UNSAID, Migration, Table, Value
 from migrate_targets import targets
 
-from transpixeler.config import OptimConfig, UserError
+from transpixeler.config.sections import OptimConfig, UserError
 from transpixeler.models.family import find_family
 
 

@@ -18,7 +18,7 @@ from manifests import check_manifest, moved, rows_into
 from tooling import REASONS_SHOWN, run, summary
 from tqdm import tqdm
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.sources.manifest import rows
 from transpixeler.files import write_text
 

@@ -21,7 +21,7 @@ import numpy as np
 from tooling import run, summary
 from tqdm import tqdm
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.decode import frame_numbers, is_premultiplied, probe, stream_rgba
 from transpixeler.data.media.errors import BadMedia

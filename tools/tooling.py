@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.names import printable
 
 REASONS_SHOWN = 10

@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from tooling import processes, run, torchrun
 from torch import Tensor, nn
 
-from transpixeler import configfile
-from transpixeler.config import UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import UserError
 from transpixeler.demo.model import (
     ASSETS,
     LATENT_SCALES,
@@ -271,7 +271,7 @@ def _figures(out: Path, weights: Path, arguments: argparse.Namespace) -> dict[st
     write_pipeline(out / "trained", parts)
     write_text(out / "demo.yaml", DEMO_CONFIG)
     alone = ["streams.seg=null", "lora.enabled=false", "objective.tasks={joint: 1.0, rgb_to_aux: null}"]
-    config = configfile.load(out / "demo.yaml", [f"model.path={(out / 'trained').resolve()}", *alone])
+    config = loading.load(out / "demo.yaml", [f"model.path={(out / 'trained').resolve()}", *alone])
     wanted = held_out_captions(arguments.captions)
     with running() as runtime:
         videos = sample(base_model(config), runtime, [attributes.caption for attributes in wanted])

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transpixeler.api import load as load
     from transpixeler.api import read_config as read_config
     from transpixeler.api import train as train
-    from transpixeler.config import Fault as Fault
-    from transpixeler.config import UserError as UserError
+    from transpixeler.config.sections import Fault as Fault
+    from transpixeler.config.sections import UserError as UserError
     from transpixeler.data.prompts import Prompt as Prompt
     from transpixeler.training.callbacks import Callbacks as Callbacks
 
@@ -32,7 +32,7 @@ __version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
 __all__ = []  # what is offered is imported when it is asked for
 _PLACES = {
     **dict.fromkeys(("read_config", "encode", "train", "load", "Model", "Sample"), "transpixeler.api"),
-    **dict.fromkeys(("UserError", "Fault"), "transpixeler.config"),
+    **dict.fromkeys(("UserError", "Fault"), "transpixeler.config.sections"),
     "Prompt": "transpixeler.data.prompts",
     "Callbacks": "transpixeler.training.callbacks",
 }

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from transpixeler import configfile
 from transpixeler.adapters.bases import on_trained_base
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.prompts import GivenFiles, Prompt, prompt_lines
@@ -42,8 +42,8 @@ Source = Config | str | Path
 def read_config(path: str | Path = "", *overrides: str) -> Config:
     """Return the config of a YAML file, or the defaults, with overrides such as "optim.lr=5e-5"."""
     if not path:
-        return configfile.from_overrides(overrides)
-    found = configfile.load(path, overrides)
+        return loading.from_overrides(overrides)
+    found = loading.load(path, overrides)
     check_import(found, str(path), overrides)
     return found
 
@@ -179,10 +179,10 @@ def _prompts(prompts: str | Prompt | Path | Iterable[str | Prompt]) -> list[Prom
 
 def _with(config: Config, settings: Mapping[str, Any]) -> Config:
     """Return a config with other keys of `sample`, checked as those of a file are."""
-    tree = configfile.Tree(configfile.plain(config))
-    tree.values["sample"] |= {key: configfile.plain(value) for key, value in settings.items()}
+    tree = loading.Tree(loading.plain(config))
+    tree.values["sample"] |= {key: loading.plain(value) for key, value in settings.items()}
     tree.origins = {("sample", key): "sample()" for key in settings}
-    return replace(config, sample=configfile.build(tree).sample)
+    return replace(config, sample=loading.build(tree).sample)
 
 
 def _config_of(source: Source, overrides: tuple[str, ...]) -> Config:
@@ -191,7 +191,7 @@ def _config_of(source: Source, overrides: tuple[str, ...]) -> Config:
             raise UserError("overrides are for a file; change a config with dataclasses.replace, or make it with them")
         found = source
     elif Path(source).is_dir():
-        found = read_config("", f"data.train=[{{path: {configfile.quoted(str(source))}}}]", *overrides)
+        found = read_config("", f"data.train=[{{path: {loading.quoted(str(source))}}}]", *overrides)
     else:
         found = read_config(source, *overrides)
     return on_trained_base(found)

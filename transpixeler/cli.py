@@ -18,10 +18,10 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from transpixeler import configfile
 from transpixeler.arguments import OTHERS_OPTIONS, commands_of, make_parser
 from transpixeler.commands import COMMANDS
-from transpixeler.config import Fault, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Fault, UserError
 from transpixeler.files import near, printable, shown_path
 
 SECONDS_FOR_MAIN = 5.0  # that other ranks leave rank 0 to tell an error
@@ -99,7 +99,7 @@ def _with_origin(message: str, arguments: argparse.Namespace) -> str:
     if not path.endswith((".yaml", ".yml")):
         return message
     try:
-        origin = configfile.origin_of(message.partition(": ")[0], path, arguments.overrides)
+        origin = loading.origin_of(message.partition(": ")[0], path, arguments.overrides)
     except UserError:  # the config itself cannot be read, which the message says
         return message
     return message if not origin or f" {origin})" in message else f"{message} (in {origin})"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from transpixeler.config import Config, UserError, parse_size
+from transpixeler.config.sections import Config, UserError, parse_size
 from transpixeler.files import near, printable, shown_path
 
 if TYPE_CHECKING:
@@ -175,13 +175,13 @@ def _asks_layout(overrides: Sequence[str]) -> bool:
 def _inspect(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from transpixeler import configfile
+    from transpixeler.config import loading
 
     if arguments.dataset.endswith((".yaml", ".yml")):
-        config = _on_base(configfile.load(arguments.dataset, arguments.overrides))
+        config = _on_base(loading.load(arguments.dataset, arguments.overrides))
     else:
-        source = configfile.quoted(arguments.dataset)
-        config = configfile.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
+        source = loading.quoted(arguments.dataset)
+        config = loading.from_overrides([f"data.train=[{{path: {source}}}]", *arguments.overrides])
     from transpixeler.publishing.dataset import inspect_dataset
 
     sources = (*config.data.train, *config.data.eval)
@@ -246,7 +246,7 @@ def _schema(arguments: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from transpixeler.configschema import config_schema
+    from transpixeler.config.schema import config_schema
     from transpixeler.files import write_text, writing_to
 
     text = json.dumps(config_schema(), indent=1, ensure_ascii=False) + "\n"
@@ -291,9 +291,9 @@ COMMANDS: dict[str, Command] = {
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    from transpixeler import configfile
+    from transpixeler.config import loading
 
-    return _on_base(configfile.load(arguments.config, arguments.overrides))
+    return _on_base(loading.load(arguments.config, arguments.overrides))
 
 
 def _on_base(config: Config) -> Config:

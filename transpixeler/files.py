@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import Fault, UserError
+from transpixeler.config.sections import Fault, UserError
 
 
 @contextmanager

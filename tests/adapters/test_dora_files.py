@@ -14,14 +14,15 @@ from torch import Tensor
 from tests.adapters.test_traded import sampled
 from tests.support.adapters import METADATA, diffusers_output, header, our_model, output, trained
 from tests.support.models import wan_source
-from transpixeler import cli, configfile
+from transpixeler import cli
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.command import export_command
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import FusedSource, merge_adapter
 from transpixeler.adapters.on_model import adapter_of, apply_adapter
 from transpixeler.adapters.readers import readers
-from transpixeler.config import UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.sampling.model import initial_adapters
@@ -90,7 +91,7 @@ def test_comfyui_computes_the_same_from_its_own_format(tmp_path: Path, base: Pat
         torch.testing.assert_close(again.read(f"{target}.weight"), weight, atol=1e-5, rtol=1e-4)
     words = [f"model.path={base}", f"lora.init_from={tmp_path / 'comfyui.safetensors'}", "streams={rgb: ''}"]
     with pytest.raises(UserError, match=r"lora\.init_from: .*dora_scale, which no adapter beside a frozen base"):
-        initial_adapters(configfile.from_overrides([*words, "lora.scope=all", "lora.kind=dora"]))
+        initial_adapters(loading.from_overrides([*words, "lora.scope=all", "lora.kind=dora"]))
 
 
 def test_a_dora_for_comfyui_needs_the_base_that_it_was_trained_on(tmp_path: Path, base: Path) -> None:

@@ -17,7 +17,7 @@ from transpixeler.adapters.command import export_command
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.on_model import adapter_of
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.sampling.saves import load_saved
 

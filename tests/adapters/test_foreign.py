@@ -16,7 +16,7 @@ from transpixeler import cli
 from transpixeler.adapters.files import CONFIG_FILE, read_adapter, write_adapter
 from transpixeler.adapters.on_model import adapter_of, apply_adapter
 from transpixeler.adapters.saved import ADAPTER_FILE
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 
 def published(folder: Path, *, averaged: bool = False, config: dict[str, Any] | None = None) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from tests.training.trainings import FAST
 from transpixeler import cli
-from transpixeler.config import ModelConfig
+from transpixeler.config.sections import ModelConfig
 from transpixeler.models.family import open_model
 from transpixeler.models.weights import WeightSource
 

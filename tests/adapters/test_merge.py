@@ -19,7 +19,7 @@ from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import FusedSource, merge_adapter, save_model
 from transpixeler.adapters.on_model import adapter_of, apply_adapter
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES as wan_names
 

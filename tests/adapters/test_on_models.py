@@ -11,11 +11,11 @@ import torch
 from tests.support.adapters import FFN, METADATA, WIDTH, our_model, output, trained
 from tests.support.models import wan_model, wan_source
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import join, read_adapter, write_adapter
 from transpixeler.adapters.on_model import adapter_of, apply_adapter, inject_adapter
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.lora import inject, lora_linears
@@ -57,7 +57,7 @@ def test_an_adapter_for_other_streams_or_ranks_is_refused(tmp_path: Path, base: 
         write_adapter(kept, tmp_path / name)
         keys = [f"model.path={base}", f"streams={streams}", "lora.scope=all", f"lora.init_from={tmp_path / name}"]
         with pytest.raises(UserError, match=rf"^lora\.init_from: .*{message}"):
-            initial_adapters(configfile.from_overrides(keys))
+            initial_adapters(loading.from_overrides(keys))
 
 
 def test_averages_are_saved_in_place_of_the_values(base: Path) -> None:

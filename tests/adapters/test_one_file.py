@@ -23,7 +23,7 @@ from transpixeler.adapters.files import write_adapter
 from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.adapters.tensorfile import stream_tensors
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import inject
 from transpixeler.models.weights import WeightSource, load_weights

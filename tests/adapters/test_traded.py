@@ -13,13 +13,14 @@ from torch import Tensor
 from tests.support.adapters import FFN, LAYERS, WIDTH, moved, our_model, output, trained_over
 from tests.support.families.cases import CASES, Case
 from tests.support.models import wan_model, wan_source
-from transpixeler import cli, configfile
+from transpixeler import cli
 from transpixeler.adapters import merge
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import FusedSource, adapted
 from transpixeler.adapters.readers import readers
-from transpixeler.config import FuseConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import FuseConfig, UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.models.family import ModelFolder
@@ -222,7 +223,7 @@ def test_what_is_not_understood_or_has_no_place_is_an_error_with_its_name(
     file = tmp_path / "odd.safetensors"
     save_file(speed_up() | {key: value}, file)
     words = [f"model.path={base}", f"model.fuse=[{file}]", "streams={rgb: ''}", "lora.scope=all"]
-    config = configfile.from_overrides(words)
+    config = loading.from_overrides(words)
     with pytest.raises(UserError, match=message) as told:
         base_weights(config)
     assert "\n" not in str(told.value)
@@ -233,11 +234,11 @@ def test_a_speed_up_is_no_adapter_to_go_on_from_unless_its_changes_are_zero(tmp_
     save_file(stored, file)
     words = [f"model.path={base}", f"lora.init_from={file}", "streams={rgb: ''}", "lora.scope=all", "lora.rank=3"]
     with pytest.raises(UserError, match=r"lora\.init_from: .* changes .*; name it in model\.fuse"):
-        initial_adapters(configfile.from_overrides(words))
+        initial_adapters(loading.from_overrides(words))
     pairs = {key for key in stored if ".blocks." in key and "_attn" in key and key.endswith((".weight", ".alpha"))}
     zeros = {key: torch.zeros_like(value) for key, value in stored.items() if key.endswith((".diff", ".diff_b"))}
     save_file({key: stored[key] for key in pairs} | zeros, file)
-    (adapter,) = initial_adapters(configfile.from_overrides(words)).values()
+    (adapter,) = initial_adapters(loading.from_overrides(words)).values()
     assert len(adapter.targets) == 2 * 4 * LAYERS
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transpixeler.config import BucketRule, DataConfig, SourceConfig, TrainConfig, UserError
+from transpixeler.config.sections import BucketRule, DataConfig, SourceConfig, TrainConfig, UserError
 from transpixeler.data.buckets import (
     Assignment,
     Bucket,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_order import seen_in
-from transpixeler.config import BucketRule, UserError
+from transpixeler.config.sections import BucketRule, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.draws import Draws, in_order
 from transpixeler.data.order import Order, make_order

@@ -15,8 +15,8 @@ import torch
 from tests.support.encoding import Counted, config, picture, run, write_pair, write_pairs
 from tests.support.media import packet_at
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data import encode
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.dataset import Dataset, Datasets
@@ -198,7 +198,7 @@ def test_other_weights_encode_anew_beside_the_old(model: Path, tmp_path: Path, c
 NOTHING_TO_DO = """
 import sys, torch
 from pathlib import Path
-from transpixeler import configfile
+from transpixeler.config import loading
 from transpixeler.data.encode import encode_missing
 from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
@@ -206,7 +206,7 @@ def refuse(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise RuntimeError(f"network: {args}")
 sys.addaudithook(refuse)
-config = configfile.from_overrides(sys.argv[1:])
+config = loading.from_overrides(sys.argv[1:])
 data = encode_missing(config, open_model(config.model), Runtime(0, 1, 0, torch.device("cpu")))
 print(len(data.train.items), [name for name in ("diffusers", "transformers") if name in sys.modules])
 """
@@ -312,7 +312,7 @@ def test_a_damaged_companion_drops_its_own_pair_alone(model: Path, tmp_path: Pat
 
 def test_no_source_is_the_users_to_mend(model: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train names no source"):
-        run(configfile.from_overrides([f"model.path={model}"]))
+        run(loading.from_overrides([f"model.path={model}"]))
 
 
 def test_a_large_video_is_decoded_tile_by_tile(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.support.encoding import ALONE, config, records, write_pairs
 from tests.support.ranks import run_ranks
-from transpixeler.config import Config, Fault, UserError
+from transpixeler.config.sections import Config, Fault, UserError
 from transpixeler.data.cache import records as cache_records
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.encode import encode_missing, share

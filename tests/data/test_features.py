@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.encoding import ALONE, Counted, config, run, write_pair, write_pairs
 from tests.support.families.cases import CASES
 from transpixeler import cli
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.encode import find_missing
 from transpixeler.data.features.export import check_export, export

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.data.test_features import ENDS, same, taken, values
 from tests.support.encoding import Counted, config, records, run, write_pair, write_pairs
 from tests.support.ranks import run_ranks
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing

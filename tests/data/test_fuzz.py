@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.data.sources.test_pairs import write_sound
 from tests.support.media import write_marked
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.errors import BadMedia

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.media.probe import NAME, Probes
 from transpixeler.data.media.write import write_png
 from transpixeler.data.sources.pairs import Scan, scan

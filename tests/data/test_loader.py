@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.cache.records import Cache, CacheDamaged, CacheWriter, Record
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch, Loader

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.order import Order, make_order, permutation
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transpixeler.config import SampleConfig, UserError
+from transpixeler.config.sections import SampleConfig, UserError
 from transpixeler.data.prompts import GivenFiles, Prompt, prompt_lines, read_prompts, texts_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.encoding import ALONE, Counted, config, records, run, write_pair, write_pairs
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data import encode
 from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.loader import Assembler, Loader

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from transpixeler import configfile
-from transpixeler.config import UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.decode import probe
 from transpixeler.demo.model import write_model
 from transpixeler.demo.scenes import (
@@ -212,7 +212,7 @@ def test_no_eval_combination_is_trained_on_but_all_its_values_are(demo: Path) ->
 
 def test_depth_is_a_third_stream_that_loads_and_rises_inside_the_shape(tmp_path: Path) -> None:
     write_demo(tmp_path / "demo", train_clips=2, eval_clips=1, depth=True)
-    config = configfile.load(tmp_path / "demo/config.yaml")
+    config = loading.load(tmp_path / "demo/config.yaml")
     assert config.streams == {"rgb": "", "seg": "_seg", "depth": "_depth"}
     scene = scenes(2, formats=FORMATS, held_out=False, seed=0)[0]
     depth, _ = read(media(tmp_path / "demo/data/train", "001_depth", scene))
@@ -286,7 +286,7 @@ def test_nothing_unfinished_and_no_path_of_this_machine_stays_behind(demo: Path)
 
 
 def test_its_config_reads_and_finds_its_files(demo: Path) -> None:
-    config = configfile.load(demo / "config.yaml")
+    config = loading.load(demo / "config.yaml")
     for path in (config.model.path, config.data.train[0].path, config.data.eval[0].path):
         assert Path(path).is_dir() and Path(path).is_relative_to(demo)
     assert Path(config.output_dir).parent == demo

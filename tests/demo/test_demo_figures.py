@@ -18,7 +18,7 @@ from tooling import torchrun
 
 from tests.support.shared import made_once, session_folder
 from tests.support.toolbox import TOOLS
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.demo.model import ASSETS, random_parts, trained_parts
 from transpixeler.demo.scenes import Format, Scene, scenes
 from transpixeler.demo.write import write_demo

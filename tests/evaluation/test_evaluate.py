@@ -17,8 +17,9 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.support.ranks import run_ranks
-from transpixeler import cli, configfile
-from transpixeler.config import Config
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import Config
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.media.write import write_png
 from transpixeler.data.order import make_order
@@ -108,7 +109,7 @@ def test_clips_are_taken_from_everywhere() -> None:
 
 
 def due_steps(total: int, **keys: Any) -> list[int]:
-    config = configfile.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
+    config = loading.from_overrides([f"eval.{key}={str(value).lower()}" for key, value in keys.items()])
     order = make_order(buckets=[(1, 64, 64)] * 6, repeats=[1] * 6, batches=[2] * 6, seed=0)  # 3 steps an epoch
     due = Schedule(config, order, total).evaluation_due
     return [step for step in range(total + 1) if due(step)]
@@ -148,7 +149,7 @@ NEVER = ("eval.before_first_step=false", "eval.every_epochs=0")
 
 def _train(rank: int, world_size: int, path: Path, overrides: tuple[str, ...], resume: str | None) -> str:
     torch.manual_seed(0)
-    config: Config = configfile.load(path, overrides)
+    config: Config = loading.load(path, overrides)
     return str(trainer.train(config, Runtime(rank, world_size, rank, torch.device("cpu")), resume=resume))
 
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from transpixeler.config import ObjectiveConfig, UserError
+from transpixeler.config.sections import ObjectiveConfig, UserError
 from transpixeler.flow import draws, objective
 from transpixeler.models.streams import StreamLayout
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from transpixeler.config import ObjectiveConfig
+from transpixeler.config.sections import ObjectiveConfig
 from transpixeler.flow import objective
 from transpixeler.models.conditions import Shown, given_frames, kept_layout, shown_video, with_channels, with_stills
 from transpixeler.models.family import Field

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.models import inputs, move, tiny
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.backbone import apply_dtypes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.support.adapters import compiles_to_the_same
 from tests.support.models import inputs, move, tiny, without_embeddings
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models import linear as linears
 from transpixeler.models.backbone import apply_dtypes

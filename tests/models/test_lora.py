@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.adapters import compiles_to_the_same
 from tests.support.models import inputs, move, tiny, wan_model, without_embeddings
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.linear import Linear, project

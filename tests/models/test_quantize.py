@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.support.models import inputs, move, tiny, wan_model
 from tests.support.ranks import run_ranks
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.linear import Linear, dequantize

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.support.models import wan_source
 from tests.support.weights import FFN, WIDTH, holder, write_comfyui
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.names import NAMES as wan_names
 from transpixeler.models.weights import load_weights
 

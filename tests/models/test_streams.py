@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.support.models import NAMES, TINY, base_of, inputs, move, tiny, wan_model, without_embeddings
 from tests.support.reference import Reference
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.families.wan import model as wan
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models import backbone

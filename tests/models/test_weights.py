@@ -22,7 +22,7 @@ from tests.support.weights import (
     write_original,
     write_pickled,
 )
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import load_weights
 

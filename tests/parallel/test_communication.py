@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
+from transpixeler.config import loading
 from transpixeler.flow import objective
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine, shape
@@ -161,7 +161,7 @@ def _train(rank: int, world_size: int, path: Path, output: Path) -> tuple[int, l
     """Numbers that are trained, and what was said from one agreement on a step's facts to the next."""
     overrides = [f"output_dir={output}", "train.max_steps=4", "eval.before_first_step=false", "eval.every_epochs=0"]
     overrides += ["save.every_epochs=0", "save.every_steps=0", "checkpoint.every_steps=0", "log.tensorboard=false"]
-    config = configfile.load(path, [*overrides, "parallel.replicate=2", "parallel.shard=1"])
+    config = loading.load(path, [*overrides, "parallel.replicate=2", "parallel.shard=1"])
     agreements, numbers, listening = [], 0, Listening()
 
     def marked(*args: Any, **options: Any) -> Any:

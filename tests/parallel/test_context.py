@@ -20,7 +20,7 @@ from tests.parallel.test_layout import BASE, BLIND, FEW, FULL, MUON, STEPS, diff
 from tests.support import tiny
 from tests.support.bytes_held import BytesHeld
 from tests.support.ranks import run_ranks
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models import context, costs
 from transpixeler.models.context import Context, Shared
 from transpixeler.models.streams import StreamLayout

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.families.conformance.test_layouts import Result, assert_no_bit_differs, layout, train
 from tests.support.families.cases import CASES, STREAMS
-from transpixeler import configfile
-from transpixeler.config import UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import UserError
 from transpixeler.models.backbone import Backbone, Flow
 from transpixeler.models.streams import StreamLayout, Tokens
 from transpixeler.parallel import hosted, shard
@@ -150,6 +150,6 @@ def test_the_inputs_of_the_block_before_come_back_while_a_block_is_computed_agai
 
 
 def test_a_budget_of_nothing_that_moves_is_told() -> None:
-    parallel = configfile.from_overrides(["parallel.host_gb=8", "parallel.recompute=full"]).parallel
+    parallel = loading.from_overrides(["parallel.host_gb=8", "parallel.recompute=full"]).parallel
     with pytest.raises(UserError, match=r"parallel.host_gb: 8 is for .* it is full; set recompute=offload"):
         shard.recompute_mode(parallel, torch.device("cpu"))

@@ -12,8 +12,8 @@ from tests.families.conformance.test_layouts import Result, assert_no_bit_differ
 from tests.support import tiny
 from tests.support.bytes_held import kept_for_backward
 from tests.support.families.cases import CASES, STREAMS
-from transpixeler import configfile
-from transpixeler.config import ParallelConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import Costs
 from transpixeler.models.kept import Kept
@@ -96,7 +96,7 @@ def test_microbatches_that_are_held_together_share_the_budget() -> None:
 
 
 def parallel(*overrides: str) -> ParallelConfig:
-    return configfile.from_overrides(list(overrides)).parallel
+    return loading.from_overrides(list(overrides)).parallel
 
 
 @pytest.mark.parametrize("recompute", ["none", "3"])

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.flow import objective
 from transpixeler.models.backbone import QKV, Block, Flow
 from transpixeler.models.costs import Costs

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.ranks import RanksFailed, run_ranks
-from transpixeler.config import CheckpointConfig, UserError
+from transpixeler.config.sections import CheckpointConfig, UserError
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.runs.checkpointer import Checkpointer
@@ -159,7 +159,7 @@ def test_a_process_without_torchrun_outlives_its_shell(tmp_path: Path) -> None:
 FAILS = """
 import sys
 from transpixeler import cli
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.parallel import runtime
 
 def fail(arguments):

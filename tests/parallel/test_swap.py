@@ -11,8 +11,8 @@ import torch
 from tests.families.conformance.test_layouts import Result, assert_no_bit_differs, layout, train
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.models.lora import is_base
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime, shard, swap
@@ -151,7 +151,7 @@ def test_waiting_blocks_are_spread_over_a_model_and_its_stages() -> None:
 
 
 def check(*overrides: str) -> Config:
-    config = configfile.from_overrides(["model.path=a", "data.train=[b]", "train.max_steps=1", *overrides])
+    config = loading.from_overrides(["model.path=a", "data.train=[b]", "train.max_steps=1", *overrides])
     preflight.check(config, meshes.Layout(config.parallel.pipeline, 1, 1))
     return config
 

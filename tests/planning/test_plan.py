@@ -20,8 +20,8 @@ import torch
 from tests.support import tiny
 from tests.support.bytes_held import BytesHeld
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data import survey
 from transpixeler.data.media.clip import Media
 from transpixeler.data.media.probe import Probes
@@ -62,7 +62,7 @@ def _measured(rank: int, world_size: int, path: Path, overrides: Sequence[str]) 
     """A run's own numbers, and the most bytes that its tensors held at a time while it trained."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch.set_num_threads(1)
-    config = configfile.load(path, overrides)
+    config = loading.load(path, overrides)
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
     run = opening.open_run(config, runtime, None)
     with controls.listening(run, runtime) as asked:
@@ -99,7 +99,7 @@ def test_a_run_does_what_was_planned(demo: Path, tmp_path: Path, overrides: tupl
     epoch = ("train.epochs=2", "train.max_steps=0", "train.global_batch=4")
     overrides = (f"output_dir={tmp_path}", *QUIET, "data.frames=[17]", *epoch, *overrides)
     (run,) = run_ranks(_measured, 1, demo / "config.yaml", overrides)
-    made = planned(configfile.load(demo / "config.yaml", overrides))
+    made = planned(loading.load(demo / "config.yaml", overrides))
     assert made.trainable_parameters == run["trained"]
     assert [made.steps_first_epoch, made.steps] == run["steps"]
     assert dict(made.dropped) == run["dropped"] and made.dropped["train"]
@@ -119,7 +119,7 @@ def test_the_count_of_bytes_sees_what_is_alive_and_forgets_what_is_freed() -> No
 
 
 def test_epochs_give_the_steps_that_training_takes(demo: Path) -> None:
-    config = configfile.load(demo / "config.yaml", ["train.epochs=3", "train.max_steps=0", "train.global_batch=4"])
+    config = loading.load(demo / "config.yaml", ["train.epochs=3", "train.max_steps=0", "train.global_batch=4"])
     made = planned(config)
     assert made.steps == sum(-(-row.seen * 3 // 4) for row in made.rows)
     assert made.steps_epoch == sum(row.seen for row in made.rows) / 4
@@ -128,7 +128,7 @@ def test_epochs_give_the_steps_that_training_takes(demo: Path) -> None:
 def test_what_training_would_refuse_is_refused(demo: Path) -> None:
     for override in ("train.global_batch=1000", "data.train=[]", "objective.tasks={dance: 1}"):
         with pytest.raises(UserError):
-            planned(configfile.load(demo / "config.yaml", [override]))
+            planned(loading.load(demo / "config.yaml", [override]))
 
 
 # --- large models, from a config alone -------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def large(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("wan")
     (folder / "config.json").write_text(json.dumps(WAN_1_3B))
     keys = ["data.sizes=[[832, 480, 17]]", "data.upscale=true", f"model.path={folder}", "lora.rank=128"]
-    return configfile.load(demo / "config.yaml", [*keys, "train.global_batch=8", "train.micro_batch=1"])
+    return loading.load(demo / "config.yaml", [*keys, "train.global_batch=8", "train.micro_batch=1"])
 
 
 def test_a_published_models_figures_need_no_weights(large: Config) -> None:
@@ -309,19 +309,19 @@ def test_room_for_what_stages_receive_is_planned(large: Config) -> None:
 
 
 def test_no_layout_is_told_that_training_refuses() -> None:
-    config = configfile.from_overrides(["parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"])
+    config = loading.from_overrides(["parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"])
     assert {layout.pipeline for layout in layouts.layouts(config, 30, 4)} == {1}
 
 
 def test_every_layout_of_some_gpus_divides_the_batch() -> None:
-    config = configfile.from_overrides(["train.global_batch=6"])
+    config = loading.from_overrides(["train.global_batch=6"])
     found = list(layouts.layouts(config, 30, 12))
     assert Layout(2, 6, 1) in found and Layout(1, 12, 1) not in found
     assert all(6 % layout.data == 0 and layout.pipeline * layout.data == 12 for layout in found)
 
 
 def test_every_layout_whose_ranks_share_samples_divides_the_heads() -> None:
-    config = configfile.from_overrides(["train.global_batch=2"])
+    config = loading.from_overrides(["train.global_batch=2"])
     found = list(layouts.layouts(config, 30, 8, heads=12))
     assert Layout(1, 2, 1, 4) in found and Layout(2, 1, 2, 2) in found
     assert {layout.context for layout in found} == {1, 2, 4} and all(layout.ranks == 8 for layout in found)
@@ -374,7 +374,7 @@ def test_ten_thousand_clips_that_were_looked_at_take_seconds(large: Config, monk
 
 def test_a_file_is_opened_once_until_it_changes(demo: Path, tmp_path: Path) -> None:
     shutil.copytree(demo / "data" / "train", tmp_path / "train", ignore=shutil.ignore_patterns("cache"))
-    config = configfile.from_overrides([f"data.train={tmp_path / 'train'}"])
+    config = loading.from_overrides([f"data.train={tmp_path / 'train'}"])
     files = sorted(tmp_path.glob("train/*.mp4"))
     for file in (tmp_path / "train").iterdir():
         os.utime(file, (1e9, 1e9))

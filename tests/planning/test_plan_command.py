@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from transpixeler import cli
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.planning import plan
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from transpixeler import cli
-from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.config.sections import DataConfig, SourceConfig
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.write import write_mp4, write_png, write_webm_alpha
 from transpixeler.models.geometry import USUAL

@@ -22,10 +22,11 @@ from tests.publishing.test_report import write_run
 from tests.support.hub_server import READER, TOKEN, Hub, serving
 from tests.support.models import TINY, tiny, wan_folder
 from tests.support.saves import BASE, TERMS, contents, save_adapter
-from transpixeler import cli, configfile
+from transpixeler import cli
 from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters import merge
-from transpixeler.config import (
+from transpixeler.config import loading
+from transpixeler.config.sections import (
     Config,
     DataConfig,
     Fault,
@@ -175,7 +176,7 @@ def test_a_prompt_that_begins_as_a_path_does_goes_as_it_is(tmp_path: Path) -> No
     prompts = ("~soft light~ a red ball", "/imagine a red ball and/or a cat")
     data = DataConfig(train=(SourceConfig("/secret/clips", name="/clips"),), cache_dir="/secret/cache")
     sample = SampleConfig(prompts=prompts, prompts_file="/secret/prompts.txt", negative_prompt="/none")
-    file.write_text(configfile.dump(dataclasses.replace(configfile.load(file), data=data, sample=sample)))
+    file.write_text(loading.dump(dataclasses.replace(loading.load(file), data=data, sample=sample)))
     found = yaml.safe_load(hub.pack(str(file.parent), TERMS).files["config.yaml"])
     assert tuple(found["sample"]["prompts"]) == prompts and found["sample"]["negative_prompt"] == "/none"
     assert (found["sample"]["prompts_file"], found["data"]["cache_dir"]) == ("prompts.txt", "cache")
@@ -292,7 +293,7 @@ def save_model(folder: Path, *, base: Path, streams: int = 2) -> Path:
     merge.save_model(tiny(streams, seed=7).named_parameters(), folder, model=wan_folder(TINY), metadata=metadata)
     model, lora = ModelConfig(path=str(base), rgb_attends_aux=False), LoraConfig(enabled=False)
     config = dataclasses.replace(Config(), model=model, lora=lora, streams=names)
-    (folder / "config.yaml").write_text(configfile.dump(config))
+    (folder / "config.yaml").write_text(loading.dump(config))
     return folder
 
 
@@ -371,4 +372,4 @@ def test_the_last_save_goes_once_whatever_its_number(saves: int, run: Path, monk
 def test_nothing_is_pushed_unless_a_repo_is_named() -> None:
     assert hub.pusher(Config()) is None
     with pytest.raises(UserError, match=r"hub\.repo"):
-        configfile.from_overrides(["hub.repo=flames"])
+        loading.from_overrides(["hub.repo=flames"])

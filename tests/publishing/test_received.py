@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.publishing.test_report import write_run
 from tests.support.saves import TERMS, contents, save_adapter
 from transpixeler import cli
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.publishing import hub, report
 
 SECRET = b"-----BEGIN OPENSSH PRIVATE KEY-----"

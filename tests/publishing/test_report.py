@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transpixeler import cli, configfile
-from transpixeler.config import Config, LogConfig, ModelConfig, UserError
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, LogConfig, ModelConfig, UserError
 from transpixeler.publishing import report
 from transpixeler.runs.telemetry import Telemetry
 from transpixeler.sampling.files import write_sample
@@ -47,7 +48,7 @@ def write_run(folder: Path, *, steps: int = 30, samples: bool = True) -> Path:
     """A run's folder as training leaves it."""
     folder.mkdir(parents=True)
     config = dataclasses.replace(Config(), seed=5, model=ModelConfig(path="/models/Wan</script>"))
-    (folder / "config.yaml").write_text(configfile.dump(config))
+    (folder / "config.yaml").write_text(loading.dump(config))
     lines = [
         json.dumps(line)
         for n in range(1, steps + 1)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from tests.support.ranks import run_ranks
-from transpixeler.config import CheckpointConfig, UserError
+from transpixeler.config.sections import CheckpointConfig, UserError
 from transpixeler.parallel import runtime
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint, checkpointer, metadata, restore, training_state

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
 from transpixeler.adapters.saved import CONFIG
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import opening
 from transpixeler.runs.folder import Run
@@ -28,11 +28,11 @@ ONE = Runtime(0, 1, 0, torch.device("cpu"))
 ROOT = Path(__file__).parents[2]
 TRAINS = """
 import sys, time, torch
-from transpixeler import configfile
+from transpixeler.config import loading
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import opening
 resume = sys.argv[2] if len(sys.argv) > 2 else None
-config = configfile.from_overrides([f"output_dir={sys.argv[1]}", "run_name=mine"])
+config = loading.from_overrides([f"output_dir={sys.argv[1]}", "run_name=mine"])
 run = opening.open_run(config, Runtime(0, 1, 0, torch.device("cpu")), resume)
 print("open", flush=True)
 time.sleep(600)
@@ -40,7 +40,7 @@ time.sleep(600)
 
 
 def config(output: Path) -> Config:
-    return configfile.from_overrides([f"output_dir={output}", "run_name=mine"])
+    return loading.from_overrides([f"output_dir={output}", "run_name=mine"])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from transpixeler import cli
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media import exr
 from transpixeler.data.media.light import Light, decoded, encoded
 from transpixeler.sampling.files import write_sample

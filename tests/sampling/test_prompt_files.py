@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from tests.support.ranks import run_ranks
-from transpixeler import cli, configfile
-from transpixeler.config import UserError
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import UserError
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.prompts import GivenFiles
@@ -129,7 +130,7 @@ def test_a_reference_is_what_the_trained_tasks_are_given(demo: Path, tmp_path: P
     ):
         none = "joint: 0, rgb_to_aux: 0, aux_to_rgb: 0"
         words = [f"objective.tasks={{{none}}}", f"objective.tasks={{{tasks}}}"]
-        config = configfile.load(demo / "config.yaml", words)
+        config = loading.load(demo / "config.yaml", words)
         asked = GivenFiles(reference=str(tmp_path / file))
         found = given.check_given_files(asked, config, open_model(config.model), (5, 64, 64))
         assert found == GivenFiles(**{kind: str(tmp_path / file)})
@@ -138,7 +139,7 @@ def test_a_reference_is_what_the_trained_tasks_are_given(demo: Path, tmp_path: P
         (words, "its tasks are given alpha, rgb"),
         ([*words[:1], "objective.tasks.joint=1"], "none"),
     ):
-        config = configfile.load(demo / "config.yaml", overrides)
+        config = loading.load(demo / "config.yaml", overrides)
         with pytest.raises(UserError, match=f"reference: {said}"):
             given.check_given_files(asked, config, open_model(config.model), (5, 64, 64))
 

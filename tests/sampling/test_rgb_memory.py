@@ -9,7 +9,7 @@ import torch
 
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from transpixeler.config import SampleConfig
+from transpixeler.config.sections import SampleConfig
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.models.experts import Expert
 from transpixeler.models.rgb_memory import RgbMemory

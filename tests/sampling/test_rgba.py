@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.demo.scenes import Format, render, scenes
 from transpixeler.sampling.files import alpha_of, checkerboard, over, write_sample

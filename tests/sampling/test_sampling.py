@@ -18,10 +18,11 @@ from tests.support import tiny
 from tests.support.models import TINY, base_of, inputs, without_embeddings
 from tests.support.models import tiny as tiny_model
 from tests.support.ranks import run_ranks
-from transpixeler import cli, configfile
+from transpixeler import cli
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import write_adapter
-from transpixeler.config import SampleConfig
+from transpixeler.config import loading
+from transpixeler.config.sections import SampleConfig
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4
 from transpixeler.families.wan.family import WanFolder
@@ -296,7 +297,7 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
         ("64,48,5", 16, "the first 5 of 9 frames at 16 fps, scaled and cropped from 64×48 to 64×48 (--size)"),
         ("32,48,17", 32, "the first 17 of 18 frames at 32 fps, scaled and cropped from 64×48 to 32×48 (--size)"),
     ):
-        config = configfile.from_overrides([f"sample.size=[{size}]", f"data.fps={fps}"])
+        config = loading.from_overrides([f"sample.size=[{size}]", f"data.fps={fps}"])
         with caplog.at_level("INFO"):
             given.read_clip("--rgb", str(clip), config, USUAL, config.sample.size[::-1])
         assert f"--rgb: {clip}: {said}" in caplog.text
@@ -304,7 +305,7 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
 
 def test_a_video_is_by_default_as_large_as_what_was_trained_on(demo: Path) -> None:
     words = ["sample.size=null", "data.sizes=[]", "data.resolutions=[[76, 60]]", "data.frames=[5]"]
-    config = configfile.load(demo / "config.yaml", words)
+    config = loading.load(demo / "config.yaml", words)
     shape = video_layout(config, open_model(config.model))
     assert open_model(config.model).geometry.pixels(shape.shapes[0]) == (5, 64, 80)
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tests.support.models import wan_model, wan_source
-from transpixeler import configfile
 from transpixeler.adapters.files import write_adapter
 from transpixeler.adapters.on_model import adapter_of
-from transpixeler.config import Config, LoraConfig
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, LoraConfig
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.models.lora import adapter_parameters, inject, lora_linears
@@ -134,7 +134,7 @@ def compiles_to_the_same(model: WanModel, output: Callable[[WanModel], Tensor]) 
 def trained_over(base: Path, fuse: str, file: Path) -> tuple[WanModel, Config, Path]:
     """Return a model with an adapter over fused ones, its config, and the adapter's file as training writes it."""
     keys = [f"model.path={base}", f"model.fuse={fuse}", "streams={rgb: ''}", "lora.rank=4", "lora.scope=all"]
-    config = configfile.from_overrides(keys)
+    config = loading.from_overrides(keys)
     model = wan_model(WanFolder(str(base)).config, streams=("rgb",))
     load_weights(model, base_weights(config))
     inject(model.eval(), config.lora)

@@ -14,9 +14,9 @@ import yaml
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from transpixeler import configfile
-from transpixeler.config import Config, PathKind, Range, family_names
-from transpixeler.configfaults import faults
+from transpixeler.config import loading
+from transpixeler.config.faults import faults
+from transpixeler.config.sections import Config, PathKind, Range, family_names
 
 EXAMPLES = int(os.environ.get("CONFIG_EXAMPLES", "20"))  # more, and others, to look for faults that these do not show
 fast = settings(
@@ -115,4 +115,4 @@ def load(*files: object, overrides: tuple[str, ...] = ()) -> Config:
         for name, content in zip("abcdefgh", files):
             text = content if isinstance(content, str) else yaml.safe_dump(content, allow_unicode=True)
             (Path(folder) / f"{name}.yaml").write_text(text, encoding="utf-8")
-        return configfile.load(Path(folder) / f"{'abcdefgh'[len(files) - 1]}.yaml", overrides)
+        return loading.load(Path(folder) / f"{'abcdefgh'[len(files) - 1]}.yaml", overrides)

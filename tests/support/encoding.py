@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from transpixeler import configfile
-from transpixeler.config import Config
+from transpixeler.config import loading
+from transpixeler.config.sections import Config
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
@@ -44,7 +44,7 @@ def write_pairs(folder: Path, count: int = 6) -> None:
 
 
 def config(model: Path, train: Path, *more: str) -> Config:
-    return configfile.from_overrides(
+    return loading.from_overrides(
         [
             f"model.path={model}",
             f"data.train={train}",

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from tests.support.models import move, tiny
-from transpixeler import configfile
 from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters.on_model import adapter_of
-from transpixeler.config import Config, LoraConfig, ModelConfig
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, LoraConfig, ModelConfig
 from transpixeler.models.lora import inject
 from transpixeler.publishing import hub
 
@@ -36,7 +36,7 @@ def save_adapter(
         lora=LoraConfig(rank=4, scope="aux" if streams > 1 else "all"),
         output_dir="/secret/place/out",
     )
-    (folder / "config.yaml").write_text(configfile.dump(config))
+    (folder / "config.yaml").write_text(loading.dump(config))
     return folder
 
 

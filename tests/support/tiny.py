@@ -10,8 +10,8 @@ import torch
 
 from tests.support.models import wan_model
 from tests.support.seeded import SeededSource
-from transpixeler import configfile
-from transpixeler.config import Config
+from transpixeler.config import loading
+from transpixeler.config.sections import Config
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import draws, objective
 from transpixeler.models.streams import StreamLayout
@@ -30,9 +30,7 @@ SHAPES = ((4, 1, 4, 4), (4, 2, 4, 6))  # of two buckets
 
 
 def config(*overrides: str) -> Config:
-    return configfile.from_overrides(
-        ["lora.rank=4", "optim.name=sgd", "optim.lr=0.5", "optim.warmup_steps=0", *overrides]
-    )
+    return loading.from_overrides(["lora.rank=4", "optim.name=sgd", "optim.lr=0.5", "optim.warmup_steps=0", *overrides])
 
 
 def make(config: Config) -> WanModel:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tooling
 
-from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.config.sections import DataConfig, SourceConfig
 from transpixeler.data.media.decode import probe, read_frames
 from transpixeler.data.sources.pairs import Scan, scan
 from transpixeler.demo.scenes import Format, Scene, render, scenes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.support.models import TINY, inputs, move, tiny
 from transpixeler.adapters.files import write_adapter
 from transpixeler.adapters.on_model import adapter_of
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES
 from transpixeler.models.lora import inject

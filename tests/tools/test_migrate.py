@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import tooling
 
-from transpixeler import cli, configfile
-from transpixeler.config import BucketRule, Config, LoraConfig, SourceConfig
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import BucketRule, Config, LoraConfig, SourceConfig
 from transpixeler.families.wan.family import FAMILY
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -126,7 +127,7 @@ def home(tmp_path: Path) -> Path:
 
 def migrated(home: Path, *options: object) -> Config:
     assert migrate(home / "configs/train.toml", "--root", home, "--out", home / "ours.yaml", *options) == 0
-    return configfile.load(home / "ours.yaml")
+    return loading.load(home / "ours.yaml")
 
 
 def test_a_pair_of_tomls_is_a_config(home: Path) -> None:

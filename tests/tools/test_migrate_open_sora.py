@@ -14,8 +14,9 @@ import pytest
 
 from tests.support.families.cases import CASES
 from tests.tools.test_migrate import TOOLS, migrate
-from transpixeler import cli, configfile
-from transpixeler.config import Config, DataConfig, SourceConfig
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, DataConfig, SourceConfig
 from transpixeler.data.buckets import Bucket, assign, rule_for
 from transpixeler.data.draws import Draws
 from transpixeler.data.media.clip import Media
@@ -99,7 +100,7 @@ def lay(folder: Path, demo: Path, stage: str = STAGE, *, clips: str = "clips") -
 def migrated(folder: Path, demo: Path, *options: object) -> Config:
     words = ("--root", folder, "--out", folder / "ours.yaml", "--gpus", 4, "--model", demo / "model", *options)
     assert migrate(folder / "stage.py", *words) == 0
-    return configfile.load(folder / "ours.yaml")
+    return loading.load(folder / "ours.yaml")
 
 
 def refused(folder: Path, capsys: Any, *options: object) -> str:
@@ -338,7 +339,7 @@ def test_its_own_model_is_the_base_where_no_other_is_named(tmp_path: Path, demo:
     (folder / "ckpts").mkdir()
     CASES["opensora"].write(folder / "ckpts/own.safetensors")
     assert migrate(folder / "stage.py", "--root", folder, "--out", folder / "ours.yaml", "--gpus", 1) == 0
-    config = configfile.load(folder / "ours.yaml")
+    config = loading.load(folder / "ours.yaml")
     assert (config.model.family, config.model.path) == ("opensora", str(folder / "ckpts/own.safetensors"))
     assert config.objective.caption_dropout == {"text": 0.5, "pooled": 0.5} and config.objective.shift == "auto"
     assert "model.from_pretrained" not in capsys.readouterr().out and open_model(config.model).family.name == "opensora"

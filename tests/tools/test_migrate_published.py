@@ -14,8 +14,9 @@ import pytest
 
 from tests.support.families.cases import CASES
 from tests.tools.test_migrate import migrate
-from transpixeler import cli, configfile
-from transpixeler.config import Config, SourceConfig
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, SourceConfig
 from transpixeler.families.wan.family import FAMILY
 from transpixeler.models.family import open_model
 
@@ -214,7 +215,7 @@ def lay(folder: Path, demo: Path, train: str, data: str = DATA) -> Path:
 
 def migrated(folder: Path, *options: object) -> Config:
     assert migrate(folder / "train.toml", "--root", folder, "--out", folder / "ours.yaml", *options) == 0
-    return configfile.load(folder / "ours.yaml")
+    return loading.load(folder / "ours.yaml")
 
 
 def named(told: str) -> dict[str, tuple[Any, str]]:

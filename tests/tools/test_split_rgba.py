@@ -11,7 +11,7 @@ import pytest
 from split_rgba import random_color, unpremultiplied
 
 from tests.support.toolbox import FPS, PAIR, SCENES, all_frames, multiplied, scanned, stack, tool
-from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.config.sections import DataConfig, SourceConfig
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.fill import Fill, looks_premultiplied

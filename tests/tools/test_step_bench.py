@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.models import TINY, wan_model
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.models.costs import Costs, step_flops
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout

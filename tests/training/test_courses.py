@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.staging import DefaultStager
 
 from tests.support.ranks import run_ranks
 from tests.training import trainings
-from transpixeler import configfile
 from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters.saved import CONFIG
-from transpixeler.config import CheckpointConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import CheckpointConfig, UserError
 from transpixeler.parallel import runtime
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
@@ -69,7 +69,7 @@ def _train_and_tell_what_is_copied(rank: int, world_size: int, path: Path, overr
         return stage(self, tensors, **options)
 
     with mock.patch.object(DefaultStager, "stage", told):
-        trainer.train(configfile.load(path, overrides), Runtime(rank, world_size, rank, torch.device("cpu")))
+        trainer.train(loading.load(path, overrides), Runtime(rank, world_size, rank, torch.device("cpu")))
     return copied
 
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_whose_folder_cannot_be_made_is_told_on_all_ranks(tmp_path:
 def _open_damaged(rank: int, world_size: int, chosen: Path) -> tuple[list[str], str]:
     hashed, digest = [], checkpoint.digest
     checkpoint.digest = lambda file: hashed.append(file.name) or digest(file)
-    config = configfile.from_overrides([f"output_dir={chosen.parents[2]}"])
+    config = loading.from_overrides([f"output_dir={chosen.parents[2]}"])
     with pytest.raises(UserError) as told:
         opening.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), str(chosen))
     return hashed, str(told.value)
@@ -221,11 +221,11 @@ def test_saves_and_samples_of_a_course_that_was_left_are_not_taken_for_the_newes
     ],
 )
 def test_what_is_left_out_of_a_config_is_a_change_too(tmp_path: Path, first: tuple, then: tuple, told: str) -> None:
-    plain = configfile.plain(configfile.from_overrides(first))
+    plain = loading.plain(loading.from_overrides(first))
     restored = Restored(tmp_path, {"config": plain}, Metadata({}))
-    assert opening.changes(configfile.from_overrides(first), restored) == {}
+    assert opening.changes(loading.from_overrides(first), restored) == {}
     with pytest.raises(UserError, match=told):
-        opening.changes(configfile.from_overrides([*first, *then]), restored)
+        opening.changes(loading.from_overrides([*first, *then]), restored)
 
 
 def release(run: run_folder.Run) -> None:
@@ -235,7 +235,7 @@ def release(run: run_folder.Run) -> None:
 
 
 def test_requests_of_a_job_that_was_killed_are_not_those_of_the_next(tmp_path: Path) -> None:
-    config = configfile.from_overrides([f"output_dir={tmp_path}", "run_name=mine"])
+    config = loading.from_overrides([f"output_dir={tmp_path}", "run_name=mine"])
     made = opening.open_run(config, ONE, None)
     (made.folder / "save_quit").touch()
     release(made)
@@ -245,7 +245,7 @@ def test_requests_of_a_job_that_was_killed_are_not_those_of_the_next(tmp_path: P
 
 def test_resume_alone_means_the_run_that_the_config_names_or_else_the_latest(tmp_path: Path) -> None:
     unnamed, mine, absent = (
-        configfile.from_overrides([f"output_dir={tmp_path}", *words])
+        loading.from_overrides([f"output_dir={tmp_path}", *words])
         for words in ((), ("run_name=mine",), ("run_name=absent",))
     )
     release(opening.open_run(mine, ONE, None))  # stopped before its first step, so that it never was the latest
@@ -288,17 +288,17 @@ def test_a_rank_that_fails_does_not_wait_for_the_others() -> None:
 
 
 def test_bf16_parameters_do_not_go_with_offload(demo: Path) -> None:
-    from transpixeler import configfile
-    from transpixeler.config import UserError
+    from transpixeler.config import loading
+    from transpixeler.config.sections import UserError
 
-    config = configfile.load(demo / "config.yaml", ["optim.bf16_parameters=true", "parallel.offload=true"])
+    config = loading.load(demo / "config.yaml", ["optim.bf16_parameters=true", "parallel.offload=true"])
     with pytest.raises(UserError, match=r"optim.bf16_parameters: shards and offload"):
         preflight.check(config, Layout(1, 1, 1))
 
 
 def test_offload_does_not_go_with_a_backward_pass_in_two_parts() -> None:
     chosen = ["parallel.pipeline=2", "parallel.schedule=interleaved-zero-bubble", "parallel.offload=true"]
-    config = configfile.from_overrides([*chosen, "model.path=a", "data.train=[b]", "train.epochs=1"])
+    config = loading.from_overrides([*chosen, "model.path=a", "data.train=[b]", "train.epochs=1"])
     with pytest.raises(UserError, match=r"parallel.offload: .* parallel.schedule=interleaved-zero-bubble"):
         preflight.check(config, Layout(2, 1, 1))
 
@@ -306,7 +306,7 @@ def test_offload_does_not_go_with_a_backward_pass_in_two_parts() -> None:
 @pytest.mark.parametrize("recompute", ["auto", "attention"])
 def test_outputs_of_flex_are_kept_by_compiled_blocks_alone(recompute: str) -> None:
     chosen = ["model.attention=flex", f"parallel.recompute={recompute}", "model.path=a", "data.train=[b]"]
-    preflight.check(configfile.from_overrides([*chosen, "train.epochs=1"]), Layout(1, 1, 1))
-    config = configfile.from_overrides([*chosen, "train.epochs=1", "parallel.compile=off"])
+    preflight.check(loading.from_overrides([*chosen, "train.epochs=1"]), Layout(1, 1, 1))
+    config = loading.from_overrides([*chosen, "train.epochs=1", "parallel.compile=off"])
     with pytest.raises(UserError, match=r"parallel.recompute: attention cannot keep .* model.attention=flex"):
         preflight.check(config, Layout(1, 1, 1))

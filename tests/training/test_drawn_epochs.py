@@ -9,7 +9,7 @@ import torch
 
 from tests.support.ranks import RanksFailed
 from tests.training.trainings import difference, exact, layout, run, tensors
-from transpixeler import configfile
+from transpixeler.config import loading
 from transpixeler.data.catalog import catalog
 from transpixeler.data.encode import find_missing
 from transpixeler.models.family import open_model
@@ -70,7 +70,7 @@ def test_only_what_the_epochs_draw_is_encoded(demo: Path, tmp_path: Path) -> Non
     words = (*DRAWN, f"data.cache_dir={tmp_path}", "data.eval=[]", "train.max_steps=0", "eval.samples=0")
     encoded, possible = [], set()
     for epochs in (1, 400):
-        config = configfile.load(demo / "config.yaml", (*words, f"train.epochs={epochs}"))
+        config = loading.load(demo / "config.yaml", (*words, f"train.epochs={epochs}"))
         data, work = find_missing(config, open_model(config.model), Runtime(0, 1, 0, torch.device("cpu")))
         encoded.append(len(work.clips))
         draws = data.train.order(seed=config.seed, global_batch=4, data=config.data).draws
@@ -80,7 +80,7 @@ def test_only_what_the_epochs_draw_is_encoded(demo: Path, tmp_path: Path) -> Non
 
 
 def test_held_out_clips_are_drawn_once(demo: Path, tmp_path: Path) -> None:
-    config = configfile.load(demo / "config.yaml", (*DRAWN, f"data.cache_dir={tmp_path}"))
+    config = loading.load(demo / "config.yaml", (*DRAWN, f"data.cache_dir={tmp_path}"))
     found = catalog(config, open_model(config.model))
     names = [item.sample_id for item in found.items["eval"]]
     assert names and len(names) == len(set(names))

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.ranks import RanksFailed, run_ranks
 from tests.training.trainings import FAST
-from transpixeler import cli, configfile
-from transpixeler.config import UserError
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import UserError
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import opening
 from transpixeler.training import identity, trainer
@@ -25,7 +26,7 @@ NOW = Identity("code", "base", {name: {"clips": 3, "names": "n", "records": "r"}
 
 
 def differences(there: dict[str, Any] | None, *overrides: str, changed: tuple[str, ...] = ()) -> list[str]:
-    config = configfile.from_overrides(["model.path=/some/base", *overrides])
+    config = loading.from_overrides(["model.path=/some/base", *overrides])
     return list(identity.compare(there, NOW, config, dict.fromkeys(changed, "was 1, is 2")))
 
 
@@ -111,7 +112,7 @@ def test_a_base_that_was_changed_and_clips_that_were_removed_are_refused_on_resu
 
 
 def _with_another_base(rank: int, world_size: int, path: Path, overrides: tuple[str, ...], other: Path) -> str:
-    config = configfile.load(path, [*overrides, *([f"model.path={other}"] if rank else [])])
+    config = loading.load(path, [*overrides, *([f"model.path={other}"] if rank else [])])
     return str(trainer.train(config, Runtime(rank, world_size, rank, torch.device("cpu"))))
 
 
@@ -126,7 +127,7 @@ def test_a_host_with_another_base_is_named(demo: Path, tmp_path: Path) -> None:
 
 
 def _with_other_clips(rank: int, world_size: int, folders: list[Path]) -> str:
-    config = configfile.from_overrides([f"data.train=[{{path: {folders[rank]}}}]"])
+    config = loading.from_overrides([f"data.train=[{{path: {folders[rank]}}}]"])
     try:
         identity._check_sources(config, Runtime(rank, world_size, rank, torch.device("cpu")))
     except UserError as error:
@@ -160,7 +161,7 @@ def test_a_caption_of_the_same_length_is_another(tmp_path: Path) -> None:
 def _with_other_code(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> str:
     if rank:
         identity.code_fingerprint = lambda: "other"
-    config = configfile.load(path, overrides)
+    config = loading.load(path, overrides)
     return str(trainer.train(config, Runtime(rank, world_size, rank, torch.device("cpu"))))
 
 
@@ -173,7 +174,7 @@ def test_a_host_with_other_code_is_refused_before_anything_is_encoded(demo: Path
 
 def _with_own_folder(rank: int, world_size: int, folders: list[Path]) -> str:
     opening.SHOWN_SECONDS = 0.5
-    config = configfile.from_overrides([f"output_dir={folders[rank]}", "run_name=mine"])
+    config = loading.from_overrides([f"output_dir={folders[rank]}", "run_name=mine"])
     with pytest.raises(UserError) as told:
         opening.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), None)
     return str(told.value)

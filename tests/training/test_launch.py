@@ -20,7 +20,7 @@ import torch
 from tests.support.ranks import run_ranks
 from tests.training.trainings import children, end, steps, wait_for_step, wait_until
 from transpixeler import cli
-from transpixeler.config import CheckpointConfig
+from transpixeler.config.sections import CheckpointConfig
 from transpixeler.files import write_text
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint, checkpointer, restore

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.flow import objective
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.support.ranks import RanksFailed
 from tests.training.trainings import difference, exact, layout, metrics, run, start, tensors, wait_for_step
-from transpixeler import configfile
+from transpixeler.config import loading
 from transpixeler.runs import checkpoint
 
 
@@ -106,7 +106,7 @@ def test_another_rate_may_resume_and_another_model_may_not(demo: Path, tmp_path:
     with pytest.raises(RanksFailed, match=r"UserError: --resume: .*lora.rank: 32 there, 4 here"):
         run(demo, tmp_path, "lora.rank=4", resume="")
     run(demo, tmp_path, "optim.force_lr=1e-5", resume="")
-    own = configfile.load(demo / "config.yaml").optim.lr
+    own = loading.load(demo / "config.yaml").optim.lr
     assert [line["lr"] for line in metrics(folder)] == [own] * 4 + [1e-5] * 4
     assert "optim.force_lr was None, is 1e-05" in (folder / "log.txt").read_text()
 

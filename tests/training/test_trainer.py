@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.ranks import RanksFailed, run_ranks
 from tests.training.trainings import FAST, difference, layout, metrics, run, run_here, start, wait_for_step
-from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter
 from transpixeler.adapters.on_model import apply_adapter
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.weights import load_weights
 from transpixeler.parallel.runtime import Runtime
@@ -35,7 +35,7 @@ def test_a_run_folder_holds_what_the_design_says(straight: Path) -> None:
     wanted = ("config.yaml", "manifest.json", "metrics.jsonl", "log.txt", "step8/adapter_model.safetensors")
     assert set(wanted) <= there and "step8/ema/adapter_config.json" in there
     assert (straight.parent / "latest").resolve() == straight
-    assert configfile.load(straight / "config.yaml").train.max_steps == 8
+    assert loading.load(straight / "config.yaml").train.max_steps == 8
     line = metrics(straight)[-1]
     assert {"seconds", "data_wait", "tokens_per_second", "tflops", "memory_gib"} <= line.keys()
 
@@ -91,14 +91,14 @@ def output(config: Config, adapter: Adapter) -> torch.Tensor:
 
 
 def test_training_starts_and_goes_on_as_the_published_adapter_that_it_starts_from(demo: Path, tmp_path: Path) -> None:
-    config = configfile.load(demo / "config.yaml")
+    config = loading.load(demo / "config.yaml")
     file = published(config, tmp_path / "published.safetensors")
     adapter = read_adapter(file)
     one_scope = replace(adapter, scopes=dict.fromkeys(adapter.targets, "all"))
     assert (output(config, adapter) - output(config, one_scope)).abs().max() > 0.01
     words = ("lora.targets=[self_attn.*, cross_attn.*, ffn.*]", "lora.rank=4", f"lora.init_from={file}")
     assert plan.make_plan(
-        configfile.load(demo / "config.yaml", words), "cpu", Machine(1, 0, 0, "cpu")
+        loading.load(demo / "config.yaml", words), "cpu", Machine(1, 0, 0, "cpu")
     ).trainable_parameters
     words = (*words, "optim.lr=1e-12", "optim.ema=0", "checkpoint.every_steps=1")
     folder = run(demo, tmp_path / "out", *words, "train.max_steps=1")
@@ -156,7 +156,7 @@ def test_a_run_name_is_not_taken_twice(demo: Path, tmp_path: Path) -> None:
 def test_a_config_that_cannot_train_is_told_before_anything_is_loaded(demo: Path, override: str, message: str) -> None:
     from transpixeler.parallel.mesh import Layout
 
-    config = configfile.load(demo / "config.yaml", [override])
+    config = loading.load(demo / "config.yaml", [override])
     with pytest.raises(UserError, match=message):
         preflight.check(config, Layout(1, 2, 1))
 
@@ -166,7 +166,7 @@ def test_a_project_of_wandb_without_wandb_is_told_before_anything_is_made(
 ) -> None:
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "wandb" else there(name, *of))
-    config = configfile.load(demo / "config.yaml", [f"output_dir={tmp_path}", "run_name=mine", "log.wandb=project"])
+    config = loading.load(demo / "config.yaml", [f"output_dir={tmp_path}", "run_name=mine", "log.wandb=project"])
     with pytest.raises(UserError, match=r"log.wandb: needs wandb; pip install 'transpixeler\[wandb\]'"):
         trainer.train(config, Runtime(0, 1, 0, torch.device("cpu")))
     assert not list(tmp_path.iterdir())
@@ -179,7 +179,7 @@ def _frozen_before_and_after(rank: int, world_size: int, path: Path, overrides: 
     from transpixeler.parallel import mesh
     from transpixeler.runs import controls, opening
 
-    config = configfile.load(path, overrides)
+    config = loading.load(path, overrides)
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
     place = opening.open_run(config, runtime, None)
     with controls.listening(place, runtime) as asked:

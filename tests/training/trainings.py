@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.support import ranks
 from tests.support.ranks import run_ranks
-from transpixeler import cli, configfile
+from transpixeler import cli
+from transpixeler.config import loading
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint
 from transpixeler.training import trainer
@@ -43,7 +44,7 @@ EXACT = ("step", "epoch", "loss", "loss_rgb", "loss_seg", "grad_norm", "lr", "lo
 def run_here(rank: int, world_size: int, path: Path, overrides: tuple[str, ...], resume: str | None) -> str:
     """Train on this rank and return the run's folder."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling an 8-bit update costs a minute and changes nothing here
-    config = configfile.load(path, overrides)
+    config = loading.load(path, overrides)
     runtime = Runtime(rank, world_size, rank, torch.device("cpu"))
     return str(trainer.train(config, runtime, resume=resume))
 

@@ -23,8 +23,8 @@ from harness import alternate, finish, parser, seconds
 from rounds import COARSE, Times, ratio
 from torch import Tensor, nn
 
-from transpixeler import configfile
-from transpixeler.config import CheckpointConfig, Config
+from transpixeler.config import loading
+from transpixeler.config.sections import CheckpointConfig, Config
 from transpixeler.data.loader import Batch
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
@@ -92,7 +92,7 @@ class Saves:
 
 
 def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repeats: int) -> dict[str, Any]:
-    config = configfile.from_overrides([f"lora.rank={rank}"])
+    config = loading.from_overrides([f"lora.rank={rank}"])
     state = adapter_state(config, blocks)
     size = sum(tensor.nbytes for tensor in state.values())
     parameters = sum(tensor.numel() for name, tensor in state.items() if name.startswith("model."))
@@ -122,13 +122,13 @@ def saving(folder: Path, here: runtime.Runtime, *, rank: int, blocks: int, repea
 
 def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, Times]:
     """Time a step's line of metrics, with TensorBoard and without, through what the trainer calls."""
-    config = configfile.from_overrides(["train.global_batch=8"])
+    config = loading.from_overrides(["train.global_batch=8"])
     batch, facts, recorder = told_things(config, here)
     writers = {
         name: telemetry.Telemetry(_folder(folder / name), told.log, step=0, total=10**9, name=name)
         for name, told in (
             ("tensorboard", config),
-            ("metrics alone", configfile.from_overrides(["log.tensorboard=false"])),
+            ("metrics alone", loading.from_overrides(["log.tensorboard=false"])),
         )
     }
     steps = dict.fromkeys(writers, 0)

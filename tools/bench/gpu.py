@@ -29,7 +29,7 @@ import harness
 import torch
 from torch import Tensor
 
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.demo.write import write_demo
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel

@@ -26,7 +26,7 @@ from rounds import COARSE, Times, ratio
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from transpixeler.config import ObjectiveConfig
+from transpixeler.config.sections import ObjectiveConfig
 from transpixeler.data.cache import index
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
 from transpixeler.data.dataset import Dataset, Item

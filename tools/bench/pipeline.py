@@ -25,8 +25,8 @@ from harness import finish, parser
 from rounds import Times
 from torch import Tensor, nn
 
-from transpixeler import configfile
-from transpixeler.config import Config
+from transpixeler.config import loading
+from transpixeler.config.sections import Config
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow import objective
@@ -143,7 +143,7 @@ def work(rank: int, options: Any, store: str, results: Any) -> None:
     here = runtime.Runtime(rank, count, rank, torch.device("cpu"))
     engines = {}
     for name in options.schedules:
-        config = configfile.from_overrides(
+        config = loading.from_overrides(
             [f"parallel.pipeline={count}", f"parallel.schedule={name}", "parallel.recompute=none"]
         )
         mesh = meshes.build(meshes.resolve(config.parallel, count), here)
@@ -195,7 +195,7 @@ def main() -> None:
     found = run(options)
     figures: dict[str, Any] = {"ranks": options.ranks, "microbatches": options.microbatches, "weights": options.weights}
     for name in options.schedules:
-        config = configfile.from_overrides([f"parallel.pipeline={options.ranks}", f"parallel.schedule={name}"])
+        config = loading.from_overrides([f"parallel.pipeline={options.ranks}", f"parallel.schedule={name}"])
         theory, measured = pipeline.bubble(config.parallel, options.microbatches), bubbles(found, name)
         step = Times(tuple(seconds for seconds, _ in found[-1][name]))
         print(f"{name:24} bubble {measured.median:.4f} ± {measured.spread:.0%}, theory {theory:.4f}; a step {step}")

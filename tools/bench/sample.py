@@ -20,7 +20,7 @@ import torch
 from rounds import Rounds
 from torch import Tensor
 
-from transpixeler.config import LoraConfig, ParallelConfig
+from transpixeler.config.sections import LoraConfig, ParallelConfig
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow.objective import Fields

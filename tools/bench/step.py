@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanBlock, WanModel
 from transpixeler.families.wan.names import NAMES

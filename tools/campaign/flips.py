@@ -19,7 +19,7 @@ from campaign import QUIET, Figures, command, finished, main, write_demo
 from transpixeler import cli
 from transpixeler.adapters.files import read_adapter
 from transpixeler.adapters.saved import ADAPTER_FILE
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.runs import checkpoint
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tooling import run
 
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

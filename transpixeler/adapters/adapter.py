@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transpixeler.config import FuseConfig, UserError
+from transpixeler.config.sections import FuseConfig, UserError
 from transpixeler.models.family import Family, find_family
 from transpixeler.models.streams import Scope
 

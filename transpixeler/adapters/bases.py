@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter, read_embeddings
 from transpixeler.adapters.saved import (
@@ -25,7 +24,8 @@ from transpixeler.adapters.saved import (
     newest_save,
     run_of,
 )
-from transpixeler.config import Config, ModelConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, ModelConfig, UserError
 from transpixeler.models.experts import ALL
 from transpixeler.models.family import open_model
 
@@ -43,7 +43,7 @@ def on_trained_base(config: Config) -> Config:
 
 def base_of_save(save: Path, model: ModelConfig) -> ModelConfig:
     """Return the config's model with a save as its base."""
-    own = configfile.load(config_of(save)).model
+    own = loading.load(config_of(save)).model
     if own.expert != ALL:
         raise UserError(
             f"model.path: {save} holds one expert ({own.expert}) of {own.path}, not the whole model; start from that "

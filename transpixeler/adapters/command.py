@@ -6,7 +6,6 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.bases import on_trained_base
 from transpixeler.adapters.files import read_adapter, write_adapter
@@ -14,7 +13,8 @@ from transpixeler.adapters.merge import merge_adapter, read_fused, save_file, wi
 from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
 from transpixeler.adapters.saved import ADAPTER_FILE, MODEL_FOLDER, config_of, expert_folders
 from transpixeler.adapters.spelling import FORMATS
-from transpixeler.config import Config, ModelConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, ModelConfig, UserError
 from transpixeler.models.family import MODEL_CONFIGS, ModelFolder, recognised
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import WeightSource
@@ -143,5 +143,5 @@ def _trained_from(save: Path, base: str) -> ModelFolder:
         raise UserError(f"{save} does not say which base it was trained from; give one with `--base`")
     if base:
         return family.open(base)
-    model = configfile.load(config).model
+    model = loading.load(config).model
     return family.open(model.path, model.encoders)

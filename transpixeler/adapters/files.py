@@ -33,7 +33,7 @@ from transpixeler.adapters.spelling import (
     parse,
 )
 from transpixeler.adapters.tensorfile import open_tensors, save_tensors
-from transpixeler.config import UserError, family_names
+from transpixeler.config.sections import UserError, family_names
 from transpixeler.files import whole, write_text
 from transpixeler.models.family import Family, families, find_family
 from transpixeler.models.names import Names, UnknownName, pieces, split_rows

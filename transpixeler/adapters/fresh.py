@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.saved import MODEL_FOLDER
-from transpixeler.config import UserError, family_names
+from transpixeler.config.sections import UserError, family_names
 from transpixeler.files import read_json, whole, writing_to
 from transpixeler.flow.objective import generator
 from transpixeler.models.backbone import Backbone

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transpixeler.adapters.adapter import MAGNITUDE
 from transpixeler.adapters.spelling import split_key
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.names import Names, Piece, UnknownName, pieces
 
 Part = dict[str, Tensor]  # by kind, as `Key.kind`

@@ -21,7 +21,7 @@ from transpixeler.adapters.files import read_adapter, step_header, write_adapter
 from transpixeler.adapters.on_model import STREAM_EMBEDDING, whole_tensor
 from transpixeler.adapters.readers import is_one_file
 from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
-from transpixeler.config import FuseConfig, UserError
+from transpixeler.config.sections import FuseConfig, UserError
 from transpixeler.files import sync, whole
 from transpixeler.models.family import Family, ModelFolder
 from transpixeler.models.names import split_rows

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from transpixeler.adapters.adapter import TENSORS, Adapter
 from transpixeler.adapters.spelling import FORMATS
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family
 from transpixeler.models.lora import LoraLinear, inject, is_adapter, load_adapter, lora_linears

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.files import read_json
 from transpixeler.models.names import pieces
 

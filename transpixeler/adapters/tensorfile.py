@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 LENGTH_BYTES = 8  # the header's length, before the header
 _ENTRY_BYTES = 256  # a tensor's type, shape and offsets in the header take less

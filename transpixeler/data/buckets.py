@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from transpixeler.config import BucketRule, Config, DataConfig, Resolution, SourceConfig, TrainConfig, UserError
+from transpixeler.config.sections import (
+    BucketRule,
+    Config,
+    DataConfig,
+    Resolution,
+    SourceConfig,
+    TrainConfig,
+    UserError,
+)
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.geometry import Geometry

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from transpixeler.config import Config, SourceConfig, UserError
+from transpixeler.config.sections import Config, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket, not_drawn
 from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.dataset import Item, ShownKeys

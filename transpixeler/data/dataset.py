@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from transpixeler.config import BucketRule, Config, DataConfig, UserError
+from transpixeler.config.sections import BucketRule, Config, DataConfig, UserError
 from transpixeler.data.buckets import Bucket, batch_for
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.draws import Draws

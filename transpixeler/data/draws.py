@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transpixeler.config import BucketRule
+from transpixeler.config.sections import BucketRule
 from transpixeler.data.buckets import Bucket, rule_for
 
 NOWHERE = -1

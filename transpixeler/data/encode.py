@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.cache.records import DTYPE, Cache, CacheWriter, Record
 from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob, catalog
 from transpixeler.data.dataset import Dataset, Datasets

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.dataset import ShownKeys
 from transpixeler.data.media.clip import Clip

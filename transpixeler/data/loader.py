@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.order import Order

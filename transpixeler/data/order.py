@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transpixeler.config import TrainConfig, UserError
+from transpixeler.config.sections import TrainConfig, UserError
 from transpixeler.data.draws import Draws, mix, state
 
 LONGEST_BATCH = 1000  # epochs that one batch may take to fill

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import Config, SampleConfig, Size, UserError, is_path, parse_size
+from transpixeler.config.sections import Config, SampleConfig, Size, UserError, is_path, parse_size
 from transpixeler.data.names import is_utf8
 from transpixeler.models.family import Family
 

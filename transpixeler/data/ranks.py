@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from transpixeler.config import Fault, UserError
+from transpixeler.config.sections import Fault, UserError
 from transpixeler.parallel.runtime import Runtime
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.cache import index
 from transpixeler.data.cache.index import IndexFile
 from transpixeler.data.cache.records import (

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob
 from transpixeler.data.dataset import Dataset, Item, training_order

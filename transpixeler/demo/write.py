@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_mp4, write_png, write_png_sequence, write_prores4444, write_webm_alpha
 from transpixeler.demo.model import weights_digest, write_model
 from transpixeler.demo.scenes import Format, Scene, heights, render, scenes

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import objective

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.evaluation.heldout import Evaluator
 from transpixeler.evaluation.results import table

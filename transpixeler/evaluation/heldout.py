@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import Batch
 from transpixeler.data.prompts import read_prompts

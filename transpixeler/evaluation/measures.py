@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.media import decode
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.errors import BadMedia

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from transpixeler.config import ObjectiveConfig
+from transpixeler.config.sections import ObjectiveConfig
 
 Time = TypeVar("Time", float, Tensor)
 

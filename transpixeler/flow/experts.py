@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from transpixeler.config import Config, ObjectiveConfig, UserError
+from transpixeler.config.sections import Config, ObjectiveConfig, UserError
 from transpixeler.flow.draws import distribution, generator
 from transpixeler.models.experts import Expert, chosen_experts
 from transpixeler.models.family import ModelFolder

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from transpixeler.config import Config, ObjectiveConfig, UserError
+from transpixeler.config.sections import Config, ObjectiveConfig, UserError
 from transpixeler.flow.draws import draw_noise, draw_times, generator
 from transpixeler.models.conditions import Shown, shows_frames, shows_stills
 from transpixeler.models.family import Field, ModelFolder, caption_fields, length_of

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.streams import Tokens
 
 KERNELS = {

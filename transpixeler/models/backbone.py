@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.attention import companions_attention, self_attention
 from transpixeler.models.context import Context
 from transpixeler.models.family import Field

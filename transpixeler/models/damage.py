@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.damage import naming_damage
 from transpixeler.models.family import Digest
 from transpixeler.models.resolve import resolve

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transpixeler.config import ModelConfig, UserError
+from transpixeler.config.sections import ModelConfig, UserError
 
 ALL = "all"
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from transpixeler.config import ModelConfig, UserError, family_names
+from transpixeler.config.sections import ModelConfig, UserError, family_names
 from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.names import Names

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.damage import read_config
 from transpixeler.models.family import Digest, ModelFolder, TextEncoder, Vae, file_digest
 from transpixeler.models.names import Names

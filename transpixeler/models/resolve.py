@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

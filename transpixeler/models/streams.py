@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.context import Context, Shared
 
 Shape = tuple[int, int, int, int]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.files import read_json
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.damage import naming_damage

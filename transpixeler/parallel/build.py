@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from transpixeler.config import Config, ParallelConfig, UserError
+from transpixeler.config.sections import Config, ParallelConfig, UserError
 from transpixeler.models import lora, quantize
 from transpixeler.models.backbone import Backbone, Block, apply_dtypes, set_trainable
 from transpixeler.models.costs import Costs

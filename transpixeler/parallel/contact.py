@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from transpixeler.config import Fault
+from transpixeler.config.sections import Fault
 
 GLOO = "gloo/transport"  # in the text of its errors, which are plain RuntimeErrors
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from transpixeler.config import ParallelConfig
+from transpixeler.config.sections import ParallelConfig
 from transpixeler.flow.objective import Example
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import Costs

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from transpixeler.config import ParallelConfig, UserError
+from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.context import Context
 from transpixeler.parallel.runtime import Runtime
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from transpixeler.config import ParallelConfig, UserError
+from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.flow.objective import Example, mean_squared_errors
 from transpixeler.models.backbone import Backbone, Flow
 from transpixeler.models.costs import Costs, block_flops

@@ -28,7 +28,7 @@ from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPriva
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.files import near, printable
 from transpixeler.parallel.contact import naming_lost_ranks
 from transpixeler.parallel.devices import prepare_allocator

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from transpixeler.config import ParallelConfig, UserError
+from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.attention import SAVED_OPS
 from transpixeler.models.backbone import Block, Flow
 from transpixeler.models.streams import Tokens

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from transpixeler.config import Config, OptimConfig, ParallelConfig
+from transpixeler.config.sections import Config, OptimConfig, ParallelConfig
 from transpixeler.data.buckets import Bucket, micro_batch_for
 from transpixeler.models import costs
 from transpixeler.models.backbone import Backbone

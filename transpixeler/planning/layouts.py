@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.buckets import batch_sizes
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import stage_count

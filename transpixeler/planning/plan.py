@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import surveyed

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import yaml
 
 from transpixeler.adapters.saved import ADAPTER_FILE
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.buckets import batch_sizes
 from transpixeler.models.family import Family
 from transpixeler.publishing.received import own_samples, read_manifest, read_metrics, sample_files

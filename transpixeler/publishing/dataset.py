@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.features.files import old_formats
 from transpixeler.data.features.needs import Needs, check_features

@@ -16,10 +16,10 @@ from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from transpixeler import configfile
 from transpixeler.adapters.files import CONFIG_FILE
 from transpixeler.adapters.saved import ADAPTER_FILE, CONFIG, MODEL_FOLDER, expert_folders
-from transpixeler.config import REPO, Config, Fault, PathKind, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import REPO, Config, Fault, PathKind, UserError
 from transpixeler.publishing import card
 from transpixeler.publishing.received import check_within, read_table, read_yaml
 from transpixeler.sampling.saves import Save, SavedModel, find_save, read_save
@@ -222,7 +222,7 @@ def _config(config: Config, base: str) -> bytes:
     public = _paths_shortened(Config, config)
     if base:
         public = replace(public, model=replace(public.model, path=base))
-    return configfile.dump(public).encode()
+    return loading.dump(public).encode()
 
 
 def _paths_shortened(hint: Any, value: Any) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from transpixeler.config import UserError
-from transpixeler.configfile import BAD_YAML
+from transpixeler.config.loading import BAD_YAML
+from transpixeler.config.sections import UserError
 from transpixeler.files import read_json
 from transpixeler.runs.folder import MANIFEST, METRICS, SAMPLES, sampled
 from transpixeler.runs.metrics_file import read_records

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transpixeler import configfile
 from transpixeler.adapters.saved import CONFIG
-from transpixeler.config import Config, SourceConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, SourceConfig, UserError
 from transpixeler.files import write_text
 from transpixeler.publishing.received import (
     check_within,
@@ -113,7 +113,7 @@ def _finite(value: Any) -> Any:
 
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """List the keys whose value is not the default."""
-    default = dict(_flat(configfile.plain(Config())))
+    default = dict(_flat(loading.plain(Config())))
     return [(key, _brief(value)) for key, value in _flat(config) if default.get(key) != value]
 
 
@@ -121,7 +121,7 @@ def _brief(value: Any) -> Any:
     """Leave out the defaults in a list of data sets or rules."""
     if not isinstance(value, list):
         return value
-    unset = configfile.plain(SourceConfig(""))
+    unset = loading.plain(SourceConfig(""))
     short = [{k: v for k, v in p.items() if unset.get(k) != v} if isinstance(p, dict) else p for p in value]
     return [part["path"] if isinstance(part, dict) and list(part) == ["path"] else part for part in short]
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
 
-from transpixeler.config import CheckpointConfig
+from transpixeler.config.sections import CheckpointConfig
 from transpixeler.files import sync, write_text
 from transpixeler.parallel.contact import is_lost_contact
 from transpixeler.parallel.runtime import Runtime

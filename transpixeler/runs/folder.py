@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transpixeler.adapters.saved import LATEST
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.files import read_json
 from transpixeler.runs.lock import RunLock
 from transpixeler.runs.restore import Restored

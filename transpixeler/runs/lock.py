@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")

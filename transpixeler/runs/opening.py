@@ -18,9 +18,9 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transpixeler import configfile
 from transpixeler.adapters.saved import CONFIG, LATEST
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 from transpixeler.files import read_json, write_text
 from transpixeler.models.family import open_model
 from transpixeler.parallel.launch import launch
@@ -190,7 +190,7 @@ def _new(config: Config, runtime: Runtime, *, origin: dict[str, Any] | None = No
         (folder / ORIGIN).unlink(missing_ok=True)
         if origin is not None:
             write_text(folder / ORIGIN, json.dumps(origin))
-        write_text(folder / CONFIG, configfile.dump(config))
+        write_text(folder / CONFIG, loading.dump(config))
     runtime.barrier()
     run = Run(folder, made=True, lock=lock)
     try:
@@ -234,7 +234,7 @@ def _check_shared(folder: Path, runtime: Runtime) -> None:
 def begin(run: Run, config: Config) -> None:
     """Write the run's config and job, and point `latest` to it. Rank 0 calls this once everything is built."""
     write_text(run.folder / JOB, launch().job)
-    write_text(run.folder / CONFIG, configfile.dump(config))
+    write_text(run.folder / CONFIG, loading.dump(config))
     _point(run.folder.parent / LATEST, run.name)
 
 
@@ -332,7 +332,7 @@ def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
 
 def changes(config: Config, restored: Restored, going: Going = STRAIGHT_ON) -> dict[str, str]:
     """Return by key what differs from the checkpoint's config; refuse a model that its tensors do not fit."""
-    before, after = dict(_defaults(Config())) | _flat(restored.state["config"]), _flat(configfile.plain(config))
+    before, after = dict(_defaults(Config())) | _flat(restored.state["config"]), _flat(loading.plain(config))
     _fill_defaults(config, before, after)
     changed = {
         key: (before.get(key), after.get(key))
@@ -364,7 +364,7 @@ def _defaults(section: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(value):
             yield from _defaults(value, name)
         elif not isinstance(value, dict):
-            yield name, configfile.plain(value)
+            yield name, loading.plain(value)
 
 
 def _fill_defaults(config: Config, *sides: dict[str, Any]) -> None:

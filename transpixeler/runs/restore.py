@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.optim import Optimizer
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.runs.checkpoint import CheckpointFault, read_state
 from transpixeler.runs.metadata import CheckedReader, read_metadata
 from transpixeler.runs.training_state import codes, dequantized, quantize_into

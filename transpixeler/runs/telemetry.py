@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from transpixeler.config import LogConfig, UserError
+from transpixeler.config.sections import LogConfig, UserError
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import metrics_file
 from transpixeler.runs.folder import METRICS, Run

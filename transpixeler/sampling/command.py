@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transpixeler.config import SampleConfig, UserError
+from transpixeler.config.sections import SampleConfig, UserError
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt, prompt_lines, read_prompts
 from transpixeler.files import check_place, clear_unfinished, shown_path, writing_to
 from transpixeler.models.family import ModelFolder

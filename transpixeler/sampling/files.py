@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media import decode
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.errors import BadMedia

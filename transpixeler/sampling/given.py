@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.media import exr
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba

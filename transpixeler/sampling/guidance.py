@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transpixeler.config import SampleConfig, UserError
+from transpixeler.config.sections import SampleConfig, UserError
 from transpixeler.models.experts import experts_at
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout

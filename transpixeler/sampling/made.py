@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transpixeler.adapters.adapter import Adapter
-from transpixeler.config import SampleConfig, UserError
+from transpixeler.config.sections import SampleConfig, UserError
 from transpixeler.data.media.files import files_of
 from transpixeler.data.prompts import negative_prompt
 from transpixeler.files import read_json

@@ -17,7 +17,7 @@ from transpixeler.adapters.bases import over_base
 from transpixeler.adapters.files import read_adapter, read_experts
 from transpixeler.adapters.merge import FusedSource, read_fused
 from transpixeler.adapters.on_model import apply_adapter, inject_adapter
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.experts import ONLY, Expert, chosen_experts

@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 from torch import Tensor
 
-from transpixeler.config import Config, Size
+from transpixeler.config.sections import Config, Size
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt
 from transpixeler.flow.objective import Fields, Task
 from transpixeler.models.conditions import shows_stills

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transpixeler.config import SampleConfig
+from transpixeler.config.sections import SampleConfig
 from transpixeler.data.progress import Progress
 from transpixeler.data.prompts import follows_text
 from transpixeler.flow.objective import Fields

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.bases import on_trained_base
 from transpixeler.adapters.files import CONFIG_FILE, read_adapter, read_experts
@@ -30,8 +29,9 @@ from transpixeler.adapters.saved import (
     saved_step,
     step_number,
 )
-from transpixeler.config import Config, UserError
-from transpixeler.configfile import Tree
+from transpixeler.config import loading
+from transpixeler.config.loading import Tree
+from transpixeler.config.sections import Config, UserError
 from transpixeler.models.family import Family, open_model, recognised
 from transpixeler.models.resolve import resolve
 from transpixeler.runs.folder import METRICS, configured_run
@@ -143,7 +143,7 @@ def base_model(config: Config) -> SavedModel:
 
 def base_model_alone(overrides: Sequence[str]) -> SavedModel:
     """Return a base model that no config describes: it has one stream."""
-    config = configfile.from_overrides(["streams={rgb: ''}", "lora.enabled=false", *overrides])
+    config = loading.from_overrides(["streams={rgb: ''}", "lora.enabled=false", *overrides])
     if not config.model.path:
         raise UserError("sample: name a run or an adapter, or give a base with --model")
     return base_model(on_trained_base(config))
@@ -162,8 +162,8 @@ def load_for_eval(
     run = run_of(path) if path.is_dir() else None
     if path.is_dir() and run is None:
         raise UserError(f"{path}: holds no run; give a run's folder or a config")
-    tree = configfile.read(run / CONFIG if run else path)
-    config = on_trained_base(configfile.build(tree, overrides))
+    tree = loading.read(run / CONFIG if run else path)
+    config = on_trained_base(loading.build(tree, overrides))
     if base:
         return replace(base_model(config), run=run)
     run = run or configured_run(config)
@@ -184,7 +184,7 @@ def read_save(save: Save, source: str, overrides: Sequence[str] = (), *, tree: T
         config = _config_of(adapter, str(save.path), overrides)
     else:
         own = _config_keys(adapter) if tree is not None else []
-        config = configfile.build(tree or configfile.read(save.config), [*own, *overrides])
+        config = loading.build(tree or loading.read(save.config), [*own, *overrides])
     name = str(save.path) if Path(source).expanduser().exists() else source
     config = on_trained_base(config)
     return SavedModel(config, name, adapters, save.weights, save.run, raw=is_save(save.folder / EMA))
@@ -216,7 +216,7 @@ def _config_of(adapter: Adapter, name: str, overrides: Sequence[str]) -> Config:
     keys = ["lora.enabled=false", f"streams={json.dumps(tables)}"]
     if said.get("base_model"):
         keys.append(f"model.path={said['base_model']}")
-    config = configfile.from_overrides([*keys, *_config_keys(adapter), *overrides])
+    config = loading.from_overrides([*keys, *_config_keys(adapter), *overrides])
     if not config.model.path:
         raise UserError(f"{name} does not say which base it was trained on; give one with --model")
     return config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from transpixeler.config import SampleConfig
+from transpixeler.config.sections import SampleConfig
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt, texts_of
 from transpixeler.flow.objective import check_given
 from transpixeler.models.family import ModelFolder, open_model

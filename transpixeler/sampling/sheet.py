@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.files import read_json, whole
 from transpixeler.sampling.files import FACTS, GRID_GAP, STILL, picked_frames
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import padded_fields
 from transpixeler.data.prompts import negative_prompt

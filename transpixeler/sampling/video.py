@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from transpixeler.config import Config, SampleConfig, Size, UserError
+from transpixeler.config.sections import Config, SampleConfig, Size, UserError
 from transpixeler.data.buckets import first_bucket
 from transpixeler.data.media.exr import check_library
 from transpixeler.flow.objective import Fields

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.buckets import Bucket, batch_for, micro_batch_for
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.loader import Assembler, Batch, Loader

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import transpixeler
 from transpixeler.adapters.saved import ADAPTER_FILE
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs.folder import Run

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from transpixeler.config import Fault
+from transpixeler.config.sections import Fault
 from transpixeler.data.loader import Batch
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.publishing import hub

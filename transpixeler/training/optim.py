@@ -20,7 +20,7 @@ from torch._functorch import config as functorch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from transpixeler.config import OptimConfig, UserError
+from transpixeler.config.sections import OptimConfig, UserError
 
 Named = Mapping[str, nn.Parameter]
 TORCHAO = {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit", "adamw_fp8": "AdamWFp8"}

@@ -10,7 +10,7 @@ import logging
 from math import prod
 from typing import Any
 
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.buckets import batch_sizes
 from transpixeler.data.dataset import Datasets
 from transpixeler.flow.experts import Split

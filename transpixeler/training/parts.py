@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.dataset import Dataset, Datasets, training_order
 from transpixeler.data.order import Order

@@ -15,7 +15,7 @@ import yaml
 from transpixeler.adapters.files import CONFIG_FILE
 from transpixeler.adapters.on_model import check_names
 from transpixeler.adapters.saved import ADAPTER_FILE
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.buckets import batch_sizes
 from transpixeler.flow import objective
 from transpixeler.flow.experts import shares, training_shift

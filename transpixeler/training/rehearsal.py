@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import find_missing
 from transpixeler.data.loader import Batch

@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from transpixeler import configfile
 from transpixeler.adapters import files as adapter_files
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.adapters.saved import CONFIG
-from transpixeler.config import Config
+from transpixeler.config import loading
+from transpixeler.config.sections import Config
 from transpixeler.files import write_text
 from transpixeler.models.experts import ALL
 from transpixeler.models.family import open_model
@@ -69,7 +69,7 @@ class Saver:
         return fault
 
     def _publish(self, draft: Path, folder: Path) -> None:
-        write_text(draft / CONFIG, configfile.dump(self.config))
+        write_text(draft / CONFIG, loading.dump(self.config))
         shutil.rmtree(folder, ignore_errors=True)
         draft.replace(folder)
         # a save that was set aside is replaced by this one

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.loader import Batch
 from transpixeler.data.order import Order
 from transpixeler.training import optim

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transpixeler import configfile
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.on_model import apply_adapter
-from transpixeler.config import Config
+from transpixeler.config import loading
+from transpixeler.config.sections import Config
 from transpixeler.data.order import Order
 from transpixeler.flow import draws
 from transpixeler.models import lora
@@ -111,7 +111,7 @@ class TrainingState:
             "epoch": epoch,
             "epoch_step": epoch_step,
             "layout": dataclasses.asdict(self.mesh.layout),
-            "config": configfile.plain(self.config),
+            "config": loading.plain(self.config),
             "optimizer": self._optimizer_numbers(),
             "scopes": dict(self.scopes),
             "identity": dataclasses.asdict(self.identity),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.loader import Batch
 from transpixeler.models import costs
 from transpixeler.models.streams import StreamLayout

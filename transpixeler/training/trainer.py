@@ -11,7 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Batch
 from transpixeler.flow.objective import Example

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transpixeler.config import Fault, UserError
+from transpixeler.config.sections import Fault, UserError
 from transpixeler.data.cache import index
 from transpixeler.data.cache import records as cache_module
 from transpixeler.data.cache.records import Cache, CacheDamaged, CacheWriter, Record

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.support.media import HEIGHT, WIDTH, clip_of, marked, marks, pair, scene
-from transpixeler.config import DataConfig
+from transpixeler.config.sections import DataConfig
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill

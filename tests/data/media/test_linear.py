@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.media import scene
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.media import exr
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe, read_frames, read_rgba

@@ -34,7 +34,7 @@ print(resident() - before)
 LOOK = """
 import resource, sys
 from pathlib import Path
-from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.config.sections import DataConfig, SourceConfig
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.decode import read_frames, read_rgba
 from transpixeler.data.sources.pairs import scan

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_mp4, write_png_sequence, write_prores4444, write_webm_alpha
 
 RATES = [Fraction(16), Fraction(24), Fraction(30000, 1001), Fraction(60)]

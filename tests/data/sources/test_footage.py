@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support.media import write_timed
-from transpixeler.config import DataConfig, SourceConfig
+from transpixeler.config.sections import DataConfig, SourceConfig
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.exr import write_exr_sequence
 from transpixeler.data.media.fill import Fill

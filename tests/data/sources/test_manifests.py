@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.data.sources.test_pairs import STREAMS, add, found, reasons
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.media.probe import Probes
 from transpixeler.data.sources.pairs import scan
 

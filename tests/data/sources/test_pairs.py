@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support.media import write_marked
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.sources.pairs import Scan, scan, source_names
 
 STREAMS = {"rgb": "", "seg": "_seg"}

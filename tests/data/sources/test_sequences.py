@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.data.sources.test_pairs import STREAMS, add, found, reasons
 from tests.support.media import marked, marks
-from transpixeler.config import SourceConfig
+from transpixeler.config.sections import SourceConfig
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import files_of
 from transpixeler.data.sources.folder import FRAMES, HIDDEN, NOT_READ, STILLS, UNTAKEN

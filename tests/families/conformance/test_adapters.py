@@ -15,7 +15,7 @@ from tests.support.models import move
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.on_model import adapter_of, apply_adapter
 from transpixeler.adapters.spelling import FORMATS
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import adapter_parameters, inject, lora_linears, targets
 from transpixeler.models.names import Names, UnknownName

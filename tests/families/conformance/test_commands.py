@@ -20,7 +20,7 @@ from transpixeler import cli
 from transpixeler.adapters.files import read_adapter
 from transpixeler.adapters.readers import readers
 from transpixeler.adapters.spelling import FORMATS
-from transpixeler.config import ModelConfig
+from transpixeler.config.sections import ModelConfig
 from transpixeler.data.media.decode import probe
 from transpixeler.models.family import open_model
 from transpixeler.publishing import hub

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.families.cases import Case
-from transpixeler.config import ModelConfig, UserError
+from transpixeler.config.sections import ModelConfig, UserError
 from transpixeler.models.family import open_model
 
 READ = {".json", ".safetensors"}

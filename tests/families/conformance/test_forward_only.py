@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.bytes_held import kept_for_backward
 from tests.support.families.cases import CASES, Case, inputs
 from tests.support.models import move
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.costs import Costs, step_flops
 from transpixeler.models.lora import inject

@@ -13,7 +13,7 @@ from tests.support.families.cases import CASES, STREAMS, example
 from tests.support.ranks import run_ranks
 from tests.support.seeded import SeededSource
 from tests.support.tiny import config
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.models.backbone import Backbone, Flow
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes

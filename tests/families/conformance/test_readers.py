@@ -21,7 +21,7 @@ from transpixeler.adapters.merge import merge_adapter
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.adapters.readers import model_readers, readers
 from transpixeler.adapters.spelling import FORMATS
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import inject
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.support.families.cases import CASES, Case, alike, base_of, inputs, zero
 from tests.support.models import move
-from transpixeler.config import LoraConfig, family_names
+from transpixeler.config.sections import LoraConfig, family_names
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout, Tokens

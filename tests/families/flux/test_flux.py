@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.families.flux.pipeline import TINY, published, write_pipeline
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import read_adapter, write_adapter
-from transpixeler.config import SampleConfig, UserError
+from transpixeler.config.sections import SampleConfig, UserError
 from transpixeler.families.flux.config import CLASS, FluxConfig
 from transpixeler.families.flux.family import FAMILY, FluxFolder
 from transpixeler.families.flux.model import FluxModel

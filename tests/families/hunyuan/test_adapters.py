@@ -12,7 +12,7 @@ from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import write_adapter
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.adapters.readers import readers
-from transpixeler.config import LoraConfig
+from transpixeler.config.sections import LoraConfig
 from transpixeler.families.hunyuan.config import HunyuanConfig
 from transpixeler.families.hunyuan.model import HunyuanModel
 from transpixeler.families.hunyuan.names import NAMES

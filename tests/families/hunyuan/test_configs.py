@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from transpixeler import cli, configfile
+from transpixeler import cli
+from transpixeler.config import loading
 from transpixeler.data.buckets import Bucket
 from transpixeler.families.hunyuan.config import CLASS, HunyuanConfig, diffusers_config
 from transpixeler.families.hunyuan.model import HunyuanModel
@@ -24,7 +25,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 def figures(name: str, bucket: tuple[int, int, int], *overrides: str, shard: int = 1) -> tuple[float, float, int]:
     """Return GB of memory, PFLOP a pair and trained numbers."""
-    config = configfile.load(CONFIGS / f"hunyuanvideo-{name}.yaml", list(overrides))
+    config = loading.load(CONFIGS / f"hunyuanvideo-{name}.yaml", list(overrides))
     streams = tuple(config.streams)
     model = build.shape(config, lambda: HunyuanModel(HunyuanConfig(), streams=streams), torch.bfloat16)
     estimate = Estimate.of(model, config, dtype=torch.bfloat16, compiled=False)

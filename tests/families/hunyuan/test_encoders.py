@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.families.hunyuan.pipeline import write_pipeline
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.hunyuan import encoders
 from transpixeler.families.hunyuan.encoders import TEMPLATE, TEMPLATE_LEN, HunyuanTextEncoder, HunyuanVae
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.families.hunyuan.pipeline import TINY, published, write_pipeline
 from tests.support.families.cases import CASES, inputs
-from transpixeler.config import ModelConfig, SampleConfig, UserError
+from transpixeler.config.sections import ModelConfig, SampleConfig, UserError
 from transpixeler.families.flux.family import FAMILY as FLUX
 from transpixeler.families.hunyuan.config import CLASS, HunyuanConfig, diffusers_config
 from transpixeler.families.hunyuan.family import FAMILY, HunyuanFolder

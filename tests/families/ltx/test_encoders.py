@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.families.ltx.pipeline import VAES, random_vae, write_pipeline
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.ltx import encoders, original
 from transpixeler.families.ltx.encoders import DECODE_NOISE, DECODE_TIMESTEP, LtxTextEncoder, LtxVae
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.families.ltx.pipeline import VAES, write_pipeline
 from tests.families.ltx.test_encoders import original_vae_name
 from tests.families.ltx.tiny import TINY, inputs, ltx, published, with_weights_of
-from transpixeler.config import ModelConfig, UserError
+from transpixeler.config.sections import ModelConfig, UserError
 from transpixeler.families.ltx.config import TEXT_LEN, LtxConfig, diffusers_config
 from transpixeler.families.ltx.family import FAMILY, LtxFolder
 from transpixeler.families.ltx.names import NAMES

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.families.ltx.pipeline import write_pipeline
-from transpixeler.config import SampleConfig
+from transpixeler.config.sections import SampleConfig
 from transpixeler.families.ltx import schedule
 from transpixeler.families.ltx.family import LtxFolder
 from transpixeler.flow.objective import cut_first

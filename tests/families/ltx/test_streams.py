@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.families.ltx.tiny import base_of, inputs, ltx, without_embeddings
 from tests.support.models import move
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.families.ltx.model import LtxModel
 from transpixeler.models.costs import Costs, forward_flops
 from transpixeler.models.lora import adapter_parameters, inject

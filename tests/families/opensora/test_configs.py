@@ -11,7 +11,8 @@ import torch
 
 from tests.families.opensora.folder import TINY, write_encoders
 from tests.families.opensora.test_stages import write_world
-from transpixeler import cli, configfile
+from transpixeler import cli
+from transpixeler.config import loading
 from transpixeler.families.opensora.config import OpenSoraConfig, published_config
 from transpixeler.families.opensora.family import FAMILY
 from transpixeler.families.opensora.model import OpenSoraModel
@@ -53,7 +54,7 @@ def test_the_configs_say_how_large_the_model_is() -> None:
 
 
 def test_each_stage_has_the_published_settings() -> None:
-    configs = {stage: configfile.load(CONFIGS / f"open-sora-{stage}.yaml") for stage in STAGES}
+    configs = {stage: loading.load(CONFIGS / f"open-sora-{stage}.yaml") for stage in STAGES}
     assert [config.optim.lr for config in configs.values()] == [1e-5, 5e-5, 5e-5, 1e-5]
     for config in configs.values():
         assert config.objective.caption_dropout == {"text": 0.316, "pooled": 0.316}

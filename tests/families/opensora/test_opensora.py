@@ -18,9 +18,9 @@ from tests.families.opensora.reference import Formulas
 from tests.publishing import test_hub
 from tests.support.hub_server import Hub
 from tests.support.models import move
-from transpixeler import configfile
 from transpixeler.adapters.fresh import random_weights
-from transpixeler.config import ModelConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import ModelConfig, UserError
 from transpixeler.families.opensora.config import OpenSoraConfig
 from transpixeler.families.opensora.encoders import CLIP_FOLDER, T5_FOLDER, VAE_FILE
 from transpixeler.families.opensora.family import FAMILY, OpenSoraFolder
@@ -200,7 +200,7 @@ def test_the_autoencoder_is_diffusers_without_tiles_in_time(folder: Path) -> Non
 def test_the_published_folder_is_a_model(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, there := tmp_path / "ckpts", ignore=shutil.ignore_patterns("transformer"))
     save_file(stored(make(SHOWN, seed=3)), there / "Open_Sora_v2.safetensors")
-    config = configfile.from_overrides([f"model.path={there}", "streams.seg=null", "lora.enabled=false"])
+    config = loading.from_overrides([f"model.path={there}", "streams.seg=null", "lora.enabled=false"])
     opened = open_model(config.model)
     assert opened.family is FAMILY and OpenSoraConfig.read(opened.config) == OpenSoraConfig.read(SHOWN)
     load_weights(model := opened.build(streams=("rgb",)), base_weights(config, *opened.experts))
@@ -216,7 +216,7 @@ def test_on_the_hub_the_weights_are_fetched_last(folder: Path, tmp_path: Path, s
     vae = (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
     files = {"Open_Sora_v2.safetensors": (tmp_path / "weights").read_bytes(), VAE_FILE: vae}
     server.repos["hpcai-tech/Open-Sora-v2"] = files | {f"{T5_FOLDER}/config.json": b"{}", "README.md": b"-"}
-    config = configfile.from_overrides(
+    config = loading.from_overrides(
         ["model.path=hpcai-tech/Open-Sora-v2", "model.family=opensora", "streams.seg=null", "lora.enabled=false"]
     )
     opened = open_model(config.model)

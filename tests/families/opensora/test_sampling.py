@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.families.opensora.folder import SHOWN, make, write_folder
 from tests.families.opensora.reference import Formulas
-from transpixeler.config import SampleConfig
+from transpixeler.config.sections import SampleConfig
 from transpixeler.families.opensora.family import OpenSoraFolder
 from transpixeler.flow.solver import start_noise
 from transpixeler.models.streams import StreamLayout

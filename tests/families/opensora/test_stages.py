@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.families.opensora.folder import SHOWN, write_encoders, write_folder
-from transpixeler import cli, configfile
+from transpixeler import cli
+from transpixeler.config import loading
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler
 from transpixeler.data.media.decode import read_frames
@@ -154,7 +155,7 @@ def test_each_end_is_cached_trained_evaluated_and_sampled(world: Path, capsys: p
 
 def test_records_are_what_sampling_makes_of_the_same_frames(world: Path) -> None:
     model = OpenSoraFolder(str(world.parent / "model"))
-    data = encode_missing(configfile.load(world), model, Runtime(0, 1, 0, CPU)).eval
+    data = encode_missing(loading.load(world), model, Runtime(0, 1, 0, CPU)).eval
     batch = Assembler(data, patch=model.geometry.patch, fields=model.fields).batch(np.array([1]), slots=range(1))
     origin = data.items[1].origin
     assert batch.shown is not None and origin is not None and batch.layout.lasts == ()

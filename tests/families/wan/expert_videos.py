@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.families.wan.pipelines import CPU, NEGATIVE, PROMPT, STEPS, layout_of, texts
 from tests.support.ranks import run_ranks
-from transpixeler import configfile
+from transpixeler.config import loading
 from transpixeler.models.family import open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
@@ -27,7 +27,7 @@ GUIDED = f"sample.guidance={{high: {SCALES['high']}, low: {SCALES['low']}}}"
 
 def _video(rank: int, world_size: int, folder: Path, overrides: tuple[str, ...], images: dict[int, Any]) -> Tensor:
     here = Runtime(rank, world_size, rank, CPU)
-    config = configfile.from_overrides(
+    config = loading.from_overrides(
         [
             *(f"model.path={folder}", "streams={rgb: ''}", "lora.enabled=false", f"sample.steps={STEPS}"),
             *("sample.shift=auto", f"sample.negative_prompt={NEGATIVE}", *overrides),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support.models import move
-from transpixeler.config import SampleConfig
+from transpixeler.config.sections import SampleConfig
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.flow.solver import denoise, start_noise
 from transpixeler.models.family import ModelFolder

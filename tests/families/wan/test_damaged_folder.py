@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.demo import model as demo_model
 from transpixeler.families.wan import encoders
 from transpixeler.families.wan.family import WanFolder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.families.wan.test_original import original_vae_name
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan import encoders
 from transpixeler.families.wan.encoders import WanTextEncoder, WanVae, clean_caption
 from transpixeler.families.wan.original import T5_FILE, TOKENIZER_FOLDER, VAE_FILE

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from tests.families.wan.expert_videos import GUIDED, PIXELS, SCALES, video
 from tests.families.wan.pipelines import layout_of, run, write_experts
-from transpixeler import cli, configfile
-from transpixeler.config import ModelConfig, UserError
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import ModelConfig, UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES
 from transpixeler.flow import experts
@@ -76,7 +77,7 @@ def test_what_is_no_whole_pair_of_experts_is_named(a14b: Path, tmp_path: Path) -
 def configured(a14b: Path, *overrides: str) -> Any:
     from transpixeler.training.preflight import check_experts
 
-    config = configfile.from_overrides([f"model.path={a14b}", *overrides])
+    config = loading.from_overrides([f"model.path={a14b}", *overrides])
     check_experts(config, open_model(config.model))
     return config
 
@@ -94,7 +95,7 @@ def test_what_cannot_be_trained_is_refused(a14b: Path) -> None:
 
 @pytest.mark.parametrize(("shift", "share"), [(1, 0.026), (5, 0.368), (12, 0.705)])
 def test_experts_train_as_often_as_noise_levels_are_theirs(shift: float, share: float, a14b: Path) -> None:
-    config, known = configfile.from_overrides([]).objective, WanFolder(str(a14b)).experts
+    config, known = loading.from_overrides([]).objective, WanFolder(str(a14b)).experts
     assert experts.shares(config, known, shift=shift) == pytest.approx([share, 1 - share], abs=1e-3)
     draw = [experts.draw_expert(config, known, seed=1, step=n, run=1, shift=shift).name for n in range(1000)]
     assert draw.count("high") == pytest.approx(1000 * share, abs=3)  # evenly spread, so nearer than by chance
@@ -103,7 +104,7 @@ def test_experts_train_as_often_as_noise_levels_are_theirs(shift: float, share: 
 
 
 def test_steps_come_in_runs_of_one_expert(a14b: Path) -> None:
-    config, known = configfile.from_overrides([]).objective, WanFolder(str(a14b)).experts
+    config, known = loading.from_overrides([]).objective, WanFolder(str(a14b)).experts
     draw = [experts.draw_expert(config, known, seed=0, step=n, run=4, shift=5.0).name for n in range(80)]
     assert all(len(set(draw[n : n + 4])) == 1 for n in range(0, 80, 4)) and len(set(draw)) == 2
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests.families.wan.expert_videos import GUIDED, PIXELS, SCALES, sampled, video
 from tests.families.wan.pipelines import layout_of, run
 from tests.training import trainings
-from transpixeler import cli, configfile
-from transpixeler.config import UserError
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.publishing import hub
 from transpixeler.sampling.model import base_weights
@@ -149,15 +150,15 @@ def test_a_speed_up_is_fused_into_its_own_expert(a14b: Path, project: Path, tmp_
     other = train(project, tmp_path, "streams={rgb: ''}", "objective.tasks.rgb_to_aux=null", "lora.scope=all")
     bare = tmp_path / "speedup.safetensors"  # as other programs write them: nothing says whose it is
     save_file(load_file(other / "step12/low/adapter_model.safetensors"), bare)
-    config = configfile.from_overrides([f"model.path={a14b}", f"model.fuse=[{{path: {bare}, expert: low}}]"])
-    plain = configfile.from_overrides([f"model.path={a14b}"])
+    config = loading.from_overrides([f"model.path={a14b}", f"model.fuse=[{{path: {bare}, expert: low}}]"])
+    plain = loading.from_overrides([f"model.path={a14b}"])
     name = "blocks.0.self_attn.q.weight"
     for expert in WanFolder(str(a14b)).experts:
         one, two = (base_weights(each, expert).read_slice(name, ()) for each in (config, plain))
         assert torch.equal(one, two) is (expert.name == "high")
     with pytest.raises(UserError, match="is for the expert hi, and the model has high, low"):
         check_experts(
-            configfile.from_overrides([f"model.path={a14b}", f"model.fuse=[{{path: {bare}, expert: hi}}]"]),
+            loading.from_overrides([f"model.path={a14b}", f"model.fuse=[{{path: {bare}, expert: hi}}]"]),
             WanFolder(str(a14b)),
         )
 

@@ -19,7 +19,7 @@ from tests.families.wan.pipelines import CPU, FIVE, layout_of, made, run, vae_22
 from tests.families.wan.test_encoders import original_t5
 from tests.support.models import move, wan_model
 from transpixeler import cli
-from transpixeler.config import ModelConfig, UserError
+from transpixeler.config.sections import ModelConfig, UserError
 from transpixeler.data.media.write import write_mp4
 from transpixeler.families.wan import encoders
 from transpixeler.families.wan.encoders import WanVae

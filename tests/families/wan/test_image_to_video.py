@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tests.families.wan.pipelines import CLIP, CPU, FIVE, image_to_video, layout_of, made, run, write_image_to_video
 from tests.support.models import move, wan_model
-from transpixeler import cli, configfile
-from transpixeler.config import LoraConfig, ModelConfig, UserError
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import LoraConfig, ModelConfig, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Assembler
 from transpixeler.data.sources.pairs import decode_pair
@@ -378,7 +379,7 @@ def test_it_caches_trains_evaluates_and_samples(
 
 def check_records(config: Path, model: WanFolder) -> None:
     """Check that what the cache holds of a clip is what `sample` makes of its frames."""
-    data = encode_missing(configfile.load(config), model, Runtime(0, 1, 0, CPU)).eval
+    data = encode_missing(loading.load(config), model, Runtime(0, 1, 0, CPU)).eval
     batch = Assembler(data, patch=model.geometry.patch, fields=model.fields).batch(np.array([1]), slots=range(1))
     assert batch.shown is not None
     origin = data.items[1].origin

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.original import (
     T5_FILE,
     VAE_FILE,

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, set_checkpoint_early_stop
 
 from tests.support.models import TINY, inputs, move, tiny, wan_model
-from transpixeler.config import LoraConfig, UserError
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import Tokens, WanBlock, WanModel

@@ -25,7 +25,7 @@ from tests.support.families.references import (
     wan_reference,
 )
 from tests.support.models import move
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.flow import draws, objective
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, Field, find_family

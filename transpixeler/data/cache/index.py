@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 FORMAT = 1
 ROW_BYTES = 64

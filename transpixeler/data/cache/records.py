@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transpixeler.config import Fault, UserError
+from transpixeler.config.sections import Fault, UserError
 from transpixeler.data.cache import index
 from transpixeler.data.cache.index import IndexFile, Place, Segment, Spec, Table
 from transpixeler.files import sync

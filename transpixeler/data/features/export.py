@@ -15,7 +15,7 @@ from typing import NamedTuple, TextIO
 
 from torch import Tensor
 
-from transpixeler.config import Config, UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.data.dataset import Dataset, Datasets, Item
 from transpixeler.data.features.files import LAST, header, row_of
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column

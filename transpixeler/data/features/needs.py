@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from transpixeler.config import Config
+from transpixeler.config.sections import Config
 from transpixeler.data.cache.records import DTYPE
 from transpixeler.data.features.files import LAST, MASKS, Opened, open_features
 from transpixeler.data.media.clip import Media

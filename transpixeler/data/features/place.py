@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.buckets import Assignment, Bucket, bucket_groups, drawn, not_drawn, rate, rule_for
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.sources.pairs import Sample

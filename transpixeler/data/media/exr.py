@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.errors import MAX_PIXELS, BadMedia, as_bad_media, check_size
 from transpixeler.data.media.light import REC709, Light, encoded, straightened, to_bytes, to_rec709
 from transpixeler.files import whole

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from transpixeler.config import DataConfig
+from transpixeler.config.sections import DataConfig
 from transpixeler.data.media.extend import Backdrop, extend
 from transpixeler.data.media.light import Curve, Light
 

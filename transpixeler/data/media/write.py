@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.files import whole
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.files import IMAGE_ENDINGS, VIDEO_ENDINGS, is_pattern
 from transpixeler.data.media.probe import NAME as PROBES
 from transpixeler.data.names import normal, printable

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.data.names import normal
 from transpixeler.data.sources.candidate import TEXT_COLUMN, BadSample, Candidate, Features, TextRow, latent_column
 

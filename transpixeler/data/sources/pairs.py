@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from transpixeler.config import DataConfig, SourceConfig, UserError
+from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.features.files import old_formats
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip, Media, exact_rate

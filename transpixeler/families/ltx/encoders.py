@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.ltx.config import TEXT_LEN
 from transpixeler.families.ltx.original import VAE_FILE_PREFIX, original_vae_config, original_vae_state, stored_names
 from transpixeler.models.damage import naming_damage, read_config

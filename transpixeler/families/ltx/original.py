@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 
 VAE_FILE_PREFIX = "vae."
 

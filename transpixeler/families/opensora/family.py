@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.opensora import encoders
 from transpixeler.families.opensora.config import CLASS, PATCH, STRIDE, OpenSoraConfig, published_config
 from transpixeler.families.opensora.model import OpenSoraModel, fields

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.streams import Grid
 
 TEXT_LEN = 512

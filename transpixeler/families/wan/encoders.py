@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.config import TEXT_LEN
 from transpixeler.families.wan.original import (
     T5_FILE,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan import encoders, images
 from transpixeler.families.wan.config import MODEL_TYPES, WanConfig, diffusers_config, refuse_others
 from transpixeler.families.wan.model import WanModel, fields_of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.damage import naming_damage
 from transpixeler.models.encoders import ClipImageEncoder, Network, fingerprint, load_network
 from transpixeler.models.family import Digest, file_digest

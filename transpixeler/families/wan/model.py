@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.families.wan.config import MASK_CHANNELS, TEXT_LEN, WanConfig
 from transpixeler.families.wan.names import NAMES
 from transpixeler.models import backbone

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.weights import load_pickled
 
 VAE_FILE = "Wan2.1_VAE.pth"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transpixeler.families.toy.config import STRIDE, ToyConfig
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.family import Digest, file_digest
 

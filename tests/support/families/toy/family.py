@@ -13,7 +13,7 @@ from transpixeler.families.toy.config import CLASS, PATCH, STRIDE, ToyConfig
 from transpixeler.families.toy.model import ToyModel, fields
 from transpixeler.families.toy.names import NAMES
 
-from transpixeler.config import UserError
+from transpixeler.config.sections import UserError
 from transpixeler.models.damage import read_config
 from transpixeler.models.family import (
     Digest,

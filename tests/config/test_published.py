@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from tests.support.models import wan_model
-from transpixeler import configfile
-from transpixeler.config import Config
+from transpixeler.config import loading
+from transpixeler.config.sections import Config
 from transpixeler.data.buckets import Bucket
 from transpixeler.models import lora
 from transpixeler.models.streams import StreamLayout
@@ -23,7 +23,7 @@ from transpixeler.parallel import build, mesh
 from transpixeler.planning.estimates import Estimate, Load
 from transpixeler.planning.layouts import USABLE_MEMORY
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 REFERENCE = CONFIGS / "reference.yaml"
 LINES = REFERENCE.read_text(encoding="utf-8").splitlines()
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -112,7 +112,7 @@ def test_every_value_of_the_reference_is_the_default() -> None:
 
 
 def test_the_reference_loads_as_the_defaults() -> None:
-    reference = configfile.load(REFERENCE)
+    reference = loading.load(REFERENCE)
     assert dataclasses.replace(reference, output_dir="") == dataclasses.replace(Config(), output_dir="")
 
 
@@ -138,7 +138,7 @@ def test_every_example_is_a_config(key: str, tmp_path: Path) -> None:
     shown = yaml.safe_load(examples(key))
     assert list(shown) == [name]
     (tmp_path / "example.yaml").write_text(yaml.safe_dump({section: shown} if section else shown, sort_keys=False))
-    configfile.load(tmp_path / "example.yaml")
+    loading.load(tmp_path / "example.yaml")
 
 
 @pytest.mark.parametrize(("key", "cls"), entries(Config), ids=str)
@@ -153,7 +153,7 @@ def test_every_key_of_a_list_entry_stands_in_an_example_with_a_comment(key: str,
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path: Path) -> None:
-    configfile.load(path)
+    loading.load(path)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -183,7 +183,7 @@ SIZES = {
 
 
 def shipped(name: str) -> Config:
-    return configfile.load(CONFIGS / f"wan2.1-t2v-{name}.yaml")
+    return loading.load(CONFIGS / f"wan2.1-t2v-{name}.yaml")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_the_14b_on_a_small_card_holds_what_is_said() -> None:
 @pytest.mark.parametrize(("name", "trained"), [("joint", 138), ("24gb", 69)])
 def test_an_adapter_of_the_5b_has_the_parameters_that_are_said(name: str, trained: int) -> None:
     path = CONFIGS / f"wan2.2-ti2v-5b-{name}.yaml"
-    config = configfile.load(path)
+    config = loading.load(path)
     five = {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
     with torch.device("meta"):
         model = wan_model(WAN | five, streams=tuple(config.streams))
@@ -249,7 +249,7 @@ def test_an_adapter_of_the_5b_has_the_parameters_that_are_said(name: str, traine
 
 def test_the_image_to_video_config_has_the_parameters_that_are_said() -> None:
     path = CONFIGS / "wan2.1-i2v-14b-480p.yaml"
-    config = configfile.load(path)
+    config = loading.load(path)
     image = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
     with torch.device("meta"):
         model = wan_model(WAN | SIZES["14b"] | image, streams=tuple(config.streams))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transpixeler.config import PathKind, Range, UserError, is_path
+from transpixeler.config.sections import PathKind, Range, UserError, is_path
 
 Key = tuple[str, ...]
 COMMAND_LINE = "the command line"

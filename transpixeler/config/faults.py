@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from transpixeler.config import (
+from transpixeler.config.sections import (
     BESIDE_STREAMS,
     COLUMNS,
     FEATURES,

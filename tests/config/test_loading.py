@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.any_config import configs, fast, leaves, load, plain, values
-from transpixeler import configfile
-from transpixeler.config import Config, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # --- any config ------------------------------------------------------------------------------------------------------
 
@@ -28,11 +28,11 @@ def nested(key: str, value: Any) -> dict:
 @fast
 @given(configs)
 def test_a_config_written_back_reads_as_an_equal_one(config: Config) -> None:
-    assert load(configfile.dump(config)) == config
+    assert load(loading.dump(config)) == config
 
 
 def test_a_file_of_nothing_is_the_defaults() -> None:
-    assert load("") == load("# nothing here\n") == load({}) == configfile.from_overrides([])
+    assert load("") == load("# nothing here\n") == load({}) == loading.from_overrides([])
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_paths_stand_relative_to_the_file_that_says_them(tmp_path: Path, monkeyp
     (tmp_path / "base/base.yaml").write_text("data: {train: clips}\nmodel: {path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers}\n")
     (tmp_path / "mine.yaml").write_text("base: base/base.yaml\ndata: {eval: held_out, cache_dir: /fast/cache}\n")
     monkeypatch.chdir(tmp_path / "base")
-    config = configfile.load("../mine.yaml", ["output_dir=out", "model.fuse=[./a.safetensors]"])
+    config = loading.load("../mine.yaml", ["output_dir=out", "model.fuse=[./a.safetensors]"])
     assert config.data.train[0].path == str(tmp_path / "base/clips")
     assert Path(config.data.eval[0].path).resolve() == tmp_path / "held_out"
     assert config.data.cache_dir == "/fast/cache"
@@ -165,7 +165,7 @@ def test_an_override_equals_the_same_value_in_the_file(tree: dict, data: st.Data
         return  # on the command line these are YAML
     if key.count(".") > 1:  # a name of the user's in a table may have dots of its own
         return
-    assert configfile.from_overrides([f"{key}={typed(value)}"]) == load(nested(key, value))
+    assert loading.from_overrides([f"{key}={typed(value)}"]) == load(nested(key, value))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_an_override_equals_the_same_value_in_the_file(tree: dict, data: st.Data
     ],
 )
 def test_an_override_is_read_by_the_type_of_its_key(override: str, key: str, value: object) -> None:
-    found: Any = configfile.from_overrides([override])
+    found: Any = loading.from_overrides([override])
     for name in key.split("."):
         found = getattr(found, name)
     assert found == value and type(found) is type(value)
@@ -202,31 +202,31 @@ def test_an_override_reaches_into_a_list() -> None:
 @pytest.mark.parametrize("brief", ["clips", {"path": "clips"}, ["clips"]], ids=["path", "source", "list"])
 def test_an_override_reaches_into_a_data_set_that_is_written_in_brief(brief: Any, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({"data": {"train": brief}}))
-    (source,) = configfile.load(tmp_path / "a.yaml", ["data.train.0.repeats=3", "data.train.0.name=x"]).data.train
+    (source,) = loading.load(tmp_path / "a.yaml", ["data.train.0.repeats=3", "data.train.0.name=x"]).data.train
     assert (source.path, source.repeats, source.name) == (str(tmp_path / "clips"), 3, "x")
 
 
 def test_an_override_of_one_name_leaves_the_others_of_a_default() -> None:
-    assert configfile.from_overrides(["streams.seg=_mask"]).streams == {"rgb": "", "seg": "_mask"}
+    assert loading.from_overrides(["streams.seg=_mask"]).streams == {"rgb": "", "seg": "_mask"}
     assert load("", overrides=("streams.depth=_depth", "streams.seg=null")).streams == {"rgb": "", "depth": "_depth"}
     assert load("objective:\n", overrides=("objective.tasks.rgb_to_aux=1",)).objective.tasks == {
         "joint": 1.0,
         "rgb_to_aux": 1.0,
     }
-    assert configfile.from_overrides(["data.frames.1=81"]).data.frames == (1, 81)
+    assert loading.from_overrides(["data.frames.1=81"]).data.frames == (1, 81)
     assert Config().streams == {"rgb": "", "seg": "_seg"}
 
 
 def test_an_override_reaches_into_a_stream_that_is_a_bare_suffix() -> None:
     scaled = "streams.seg.scale=2"
     in_file = load("streams: {rgb: '', seg: _seg, depth: _d}", overrides=(scaled,))
-    for found in (in_file, configfile.from_overrides([scaled])):
+    for found in (in_file, loading.from_overrides([scaled])):
         assert found.suffixes["seg"] == "_seg" and found.scales[:2] == (1, 2)
     with pytest.raises(UserError, match=r"streams.rgb.scale: the others are laid over rgb"):
-        configfile.from_overrides(["streams.rgb.scale=2"])
+        loading.from_overrides(["streams.rgb.scale=2"])
     with pytest.raises(UserError, match=r"streams.seg.scale: 9 is out of range"):
-        configfile.from_overrides(["streams.seg={suffix: _seg, scale: 9}"])
+        loading.from_overrides(["streams.seg={suffix: _seg, scale: 9}"])
 
 
 def test_the_last_override_wins() -> None:
-    assert configfile.from_overrides(["seed=1", "seed=2"]).seed == 2
+    assert loading.from_overrides(["seed=1", "seed=2"]).seed == 2

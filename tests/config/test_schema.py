@@ -12,11 +12,12 @@ import yaml
 
 from tests.support.pages import DOCS, blocks
 from tests.support.schema import faults
-from transpixeler import cli, configfile
-from transpixeler.config import UserError
-from transpixeler.configschema import config_schema
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.schema import config_schema
+from transpixeler.config.sections import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCHEMA = config_schema()
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -43,7 +44,7 @@ def test_the_configs_of_the_guides_are_valid() -> None:
 
 
 def test_a_whole_config_that_is_written_out_is_valid() -> None:
-    assert found(yaml.safe_load(configfile.dump(configfile.from_overrides([])))) == []
+    assert found(yaml.safe_load(loading.dump(loading.from_overrides([])))) == []
 
 
 # Each is checked by the program too, so that the two cannot part.
@@ -79,7 +80,7 @@ BAD = (
 def test_what_the_program_takes_is_valid(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").touch()
     (tmp_path / "c.yaml").write_text(text)
-    configfile.load(tmp_path / "c.yaml")
+    loading.load(tmp_path / "c.yaml")
     assert found(yaml.safe_load(text)) == []
 
 
@@ -87,7 +88,7 @@ def test_what_the_program_takes_is_valid(text: str, tmp_path: Path) -> None:
 def test_what_the_program_refuses_is_not_valid(text: str, key: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError, match=key):
-        configfile.load(tmp_path / "c.yaml")
+        loading.load(tmp_path / "c.yaml")
     faulty = found(yaml.safe_load(text))
     assert any(key.split(".")[0] in fault for fault in faulty), faulty
 

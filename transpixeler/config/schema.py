@@ -1,6 +1,6 @@
 """Describe the config to editors: the dataclasses go in, a JSON schema (draft 7) of a YAML file comes out.
 
-It accepts what `configfile` accepts of one file. What only a whole config can show, such as a stream that is not
+It accepts what `loading` accepts of one file. What only a whole config can show, such as a stream that is not
 there, is left to the program.
 """
 
@@ -12,9 +12,9 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from transpixeler.config import Config, Range, family_names
-from transpixeler.configfile import plain
-from transpixeler.configtypes import fields_of
+from transpixeler.config.loading import plain
+from transpixeler.config.sections import Config, Range, family_names
+from transpixeler.config.values import fields_of
 
 Schema = dict[str, Any]
 NUMBER_TEXT = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"  # YAML 1.1 reads 1e-4 as text
@@ -109,7 +109,7 @@ def _list(items: Schema) -> Schema:
 
 def _explained() -> dict[str, str]:
     """Return by key what configs/reference.yaml says of it; nothing where the package stands without it."""
-    path = Path(__file__).parents[1] / "configs" / "reference.yaml"
+    path = Path(__file__).parents[2] / "configs" / "reference.yaml"
     found: dict[str, str] = {}
     above: list[tuple[int, str]] = []
     said: list[str] = []

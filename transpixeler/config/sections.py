@@ -1,6 +1,6 @@
 """Define every key that a user can set: one frozen dataclass per section, with defaults and limits.
 
-`configfile` reads YAML and the command line into these. Torch is never imported here, so that an error in a config
+`loading` reads YAML and the command line into these. Torch is never imported here, so that an error in a config
 shows at once.
 """
 

@@ -15,9 +15,9 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from transpixeler.config import Config, StreamConfig, UserError
-from transpixeler.configfaults import faults
-from transpixeler.configtypes import COMMAND_LINE, DEFAULTS, Key, Raw, Tree, fields_of, in_full, kind_of, to_dataclass
+from transpixeler.config.faults import faults
+from transpixeler.config.sections import Config, StreamConfig, UserError
+from transpixeler.config.values import COMMAND_LINE, DEFAULTS, Key, Raw, Tree, fields_of, in_full, kind_of, to_dataclass
 
 MERGE_KEY = "tag:yaml.org,2002:merge"  # `<<: *other`
 MOST_VALUES = 100_000  # of a file with its aliases written out; ours have some hundreds

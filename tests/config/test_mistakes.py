@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.any_config import EXAMPLES, TEXT, configs, fast, leaves, load, plain
-from transpixeler import cli, configfile
-from transpixeler.config import Config, UserError
+from transpixeler import cli
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # (what the file says, overrides, what the one line must name)
 MISTAKES = {
@@ -137,15 +138,15 @@ def test_a_fault_names_the_file_that_brought_it_in(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("lora: {rank: 0, alpha: 2}\n")
     (tmp_path / "mine.yaml").write_text("base: base.yaml\nlora: {alpha: 4}\n")
     with pytest.raises(UserError, match=r"lora\.rank.*base\.yaml"):
-        configfile.load(tmp_path / "mine.yaml")
+        loading.load(tmp_path / "mine.yaml")
     with pytest.raises(UserError, match=r"lora\.rank.*the command line"):
-        configfile.load(tmp_path / "mine.yaml", ["lora.rank=-1"])
+        loading.load(tmp_path / "mine.yaml", ["lora.rank=-1"])
 
 
 @fast
 @given(configs, st.data())
 def test_no_text_ever_ends_in_a_traceback(config: Config, data: st.DataObject) -> None:
-    lines = configfile.dump(config).splitlines()
+    lines = loading.dump(config).splitlines()
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(lines) - 1))
         noise = data.draw(st.one_of(st.text("ab01:-[]{},#&*!|>'\"%@` ~.\n\t", max_size=6), st.text(max_size=6)))
@@ -161,7 +162,7 @@ def test_no_text_ever_ends_in_a_traceback(config: Config, data: st.DataObject) -
 @given(st.sampled_from([key for key, _ in leaves(plain(Config()))]), TEXT)
 def test_no_override_ever_ends_in_a_traceback(key: str, text: str) -> None:
     try:
-        configfile.from_overrides([f"{key}={text}"])
+        loading.from_overrides([f"{key}={text}"])
     except UserError as error:
         assert str(error).strip() and "\n" not in str(error), error
 

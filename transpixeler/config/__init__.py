@@ -1,0 +1,1 @@
+"""Say what a user may set: every key with its limits, read from YAML and the command line, told to editors."""

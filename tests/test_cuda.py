@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import restore_flash_attention_impl
 
 from tests.support import tiny
 from transpixeler import cli
+from transpixeler.config.sections import UserError
 from transpixeler.models import linear, lora
-from transpixeler.models.attention import attention, available_kernels, pick_kernel
+from transpixeler.models.attention import PACKAGES, attention, available_kernels, pick_kernel
 from transpixeler.parallel import devices, runtime
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
+from transpixeler.parallel.devices import forget_peak
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.training import ema
 
@@ -72,14 +75,31 @@ def test_the_cpu_gives_the_same(here: Runtime) -> None:
     assert alike(on_gpu, gradients(alone, "model.dtype=float32")) > 0.9999
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash", "cudnn", "efficient", "flex"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "cudnn", "efficient", "flex", "fa3", "fa4"])
 def test_every_kernel_runs_forward_and_backward(here: Runtime, kernel: str) -> None:
     assert kernel in available_kernels(here.device)
+    try:
+        pick_kernel(kernel, here.device, torch.bfloat16, 128)
+    except UserError as error:
+        if kernel not in PACKAGES:
+            raise
+        pytest.skip(str(error))
     q, k, v = (torch.randn(1, 256, 4, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     expected = torch.autograd.grad(attention(q, k, v, "math").float().square().sum(), (q, k, v))
     found = torch.autograd.grad(attention(q, k, v, kernel).float().square().sum(), (q, k, v))
     for ours, theirs in zip(found, expected):
         assert alike(ours.float().flatten(), theirs.float().flatten()) > 0.999
+    restore_flash_attention_impl(_raise_warn=False)
+
+
+def test_a_bias_on_keys_takes_no_row_for_each_query(here: Runtime) -> None:
+    """4,000 queries and keys with a row each would take 31 MiB, and each head's as much where torch pads it."""
+    q, k, v = (torch.randn(1, 3999, 2, 64, device=here.device, dtype=torch.bfloat16) for _ in range(3))
+    bias = torch.zeros(1, 3999, device=here.device)
+    before = torch.cuda.memory_allocated()
+    forget_peak(here.device)
+    attention(q, k, v, "sdpa", bias)
+    assert torch.cuda.max_memory_allocated() - before < 8 * 2**20
 
 
 def test_offloaded_blocks_stream_and_train(here: Runtime) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, _registry, restore_flash_attention_impl
 
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from transpixeler.models.attention import allowed, pick_kernel
+from transpixeler.config.sections import UserError
+from transpixeler.models import attention
+from transpixeler.models.attention import KERNELS, allowed, pick_kernel
 from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
@@ -39,6 +42,26 @@ def test_torch_chooses_the_kernel_but_not_cudnn_where_it_may_give_nan(keys: int,
 
 def test_auto_leaves_the_choice_to_torch() -> None:
     assert pick_kernel("auto", CPU, torch.float32, 24) == "sdpa"
+
+
+def test_a_kernel_of_a_package_takes_the_place_of_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is pretended and so is the package; torch's own register is the real one."""
+    taken = []
+    handle = SimpleNamespace(remove=lambda: taken.append("removed"))
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: taken.append("FA3") or handle)
+    monkeypatch.setattr(attention, "available_kernels", lambda device: ("sdpa", "flash", "fa3"))
+    for _ in range(2):  # each step asks; it is put there once
+        assert pick_kernel("fa3", CPU, torch.float32, 24) == "fa3"
+    assert taken == ["FA3"] and KERNELS["fa3"] == [SDPBackend.FLASH_ATTENTION]
+    restore_flash_attention_impl()
+    assert taken == ["FA3", "removed"]
+
+
+def test_a_kernel_whose_package_is_not_there_is_refused_by_the_package_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "available_kernels", lambda device: ("sdpa", "flash", "fa3", "fa4"))
+    for kernel, package in (("fa3", "flash_attn_interface"), ("fa4", r"flash_attn")):
+        with pytest.raises(UserError, match=rf"model\.attention: {kernel} comes from the package {package}, .*install"):
+            pick_kernel(kernel, CPU, torch.float32, 24)
 
 
 @pytest.fixture

@@ -28,12 +28,13 @@ from typing import Any
 import harness
 import torch
 from torch import Tensor
+from torch.nn.attention import restore_flash_attention_impl
 
-from transpixeler.config.sections import LoraConfig
+from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.demo.write import write_demo
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
-from transpixeler.models.attention import attention, available_kernels
+from transpixeler.models.attention import attention, available_kernels, pick_kernel
 from transpixeler.models.backbone import Flow, apply_dtypes
 from transpixeler.models.costs import Costs, activation_bytes, step_flops
 from transpixeler.models.lora import inject
@@ -150,24 +151,27 @@ def cuda_tests(bench: Bench) -> Iterator[Line]:
 def kernels(bench: Bench) -> Iterator[Line]:
     """Race attention's kernels; a kernel that does not run says why."""
     heads, head = bench.sizes.heads, bench.sizes.head
-    for keys in bench.sizes.keys:
-        shape = 1, keys, heads, head
-        q, k, v, grad = (torch.randn(shape, device=bench.device, dtype=bench.dtype) for _ in range(4))
-        for tensor in (q, k, v):
-            tensor.requires_grad_()
-        for kernel in available_kernels(bench.device):
-            if kernel != "math" or bench.device.type == "cpu":  # which would hold all scores
-                yield {"keys": keys, "kernel": kernel, **_raced(bench, kernel, (q, k, v), grad)}
+    for kernel in available_kernels(bench.device):  # those that take the place of flash come last
+        if kernel == "math" and bench.device.type != "cpu":  # which would hold all scores
+            continue
+        for keys in bench.sizes.keys:
+            shape = 1, keys, heads, head
+            q, k, v, grad = (torch.randn(shape, device=bench.device, dtype=bench.dtype) for _ in range(4))
+            for tensor in (q, k, v):
+                tensor.requires_grad_()
+            yield {"keys": keys, "kernel": kernel, **_raced(bench, kernel, (q, k, v), grad)}
+    restore_flash_attention_impl(_raise_warn=False)
 
 
 def _raced(bench: Bench, kernel: str, qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> Line:
     q, k, v = qkv
     try:
+        pick_kernel(kernel, bench.device, bench.dtype, q.shape[-1])
         out = attention(q, k, v, kernel)
         forward = bench.seconds(partial(attention, q, k, v, kernel))
         backward = bench.seconds(partial(torch.autograd.grad, out, qkv, grad, retain_graph=True))
         (found, *_) = torch.autograd.grad(out, qkv, grad)
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         return {"does_not_run": str(error).splitlines()[0]}
     work = q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
     rates = {"forward": FLASH[0] * work / forward / 1e12, "backward": FLASH[1] * work / backward / 1e12}

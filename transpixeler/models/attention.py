@@ -26,7 +26,11 @@ KERNELS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "math": [SDPBackend.MATH],
+    "fa3": [SDPBackend.FLASH_ATTENTION],
+    "fa4": [SDPBackend.FLASH_ATTENTION],
 }
+# Newer flash kernels, which torch takes from a package in place of its own for the rest of the process.
+PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn"}
 # cuDNN's backward pass on Hopper was reported to give NaN where a row's scores are far below zero and the number of
 # keys leaves this remainder: torch then chooses among the others.
 CUDNN_TILE, CUDNN_REMAINDER = 128, 64
@@ -49,7 +53,7 @@ SAVED_OPS = (
 def available_kernels(device: torch.device) -> tuple[str, ...]:
     """List the values of `model.attention` that run forward and backward on a device."""
     if device.type == "cuda":
-        return ("sdpa", "flash", "cudnn", "efficient", "math", "flex")
+        return ("sdpa", "flash", "cudnn", "efficient", "math", "flex", *PACKAGES)
     return ("sdpa", "flash", "math")
 
 
@@ -63,11 +67,27 @@ def pick_kernel(kernel: str, device: torch.device, dtype: torch.dtype, head_dim:
         return "flash" if _runs("flash", device, dtype, head_dim) else "math"
     if kernel == "auto":
         return "sdpa"
+    if kernel in PACKAGES and kernel in available_kernels(device):
+        _activate(kernel)
     if kernel not in available_kernels(device) or not _runs(kernel, device, dtype, head_dim):
-        there = [name for name in available_kernels(device) if _runs(name, device, dtype, head_dim)]
+        others = [name for name in available_kernels(device) if name not in PACKAGES]
+        there = [name for name in others if _runs(name, device, dtype, head_dim)]
         what = f"{str(dtype).removeprefix('torch.')} and heads of {head_dim} on this {device.type}"
         raise UserError(f"model.attention: {kernel} does not run in {what}; there are {', '.join(('auto', *there))}")
     return kernel
+
+
+def _activate(kernel: str) -> None:
+    """Put a package's kernel in the place of torch's flash attention, if it is not there already."""
+    package, kernels = PACKAGES[kernel], torch.nn.attention
+    try:
+        if kernels.current_flash_attention_impl() != kernel.upper():
+            kernels.activate_flash_attention_impl(kernel.upper())
+    except (ImportError, RuntimeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"model.attention: {kernel} comes from the package {package}, which does not serve here ({error}); "
+            "install it for this version of torch and CUDA, or set model.attention=auto"
+        ) from error
 
 
 @cache
@@ -88,7 +108,8 @@ def _runs(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tensor | None = None) -> Tensor:
     """Softmax attention; a bias, `[keys]` or `[B, keys]`, is added to each key's logit."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    mask = None if bias is None else bias.to(q.dtype).expand(len(q), -1)[:, None, None].expand(-1, -1, q.shape[2], -1)
+    # One row for all queries: torch broadcasts it, and pads no more than this row where a kernel wants it aligned.
+    mask = None if bias is None else bias.to(q.dtype).expand(len(q), -1)[:, None, None]
     if q.is_meta:  # keep no scores, as kernels of devices do; what torch picks on meta would
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         return flash(q, k, v, attn_mask=mask)[0].transpose(1, 2)

@@ -26,6 +26,7 @@ ORDER = (
     ),
     *(
         "sampling",
+        "scoring",
         "evaluation",
         "publishing",
         "training",

@@ -61,6 +61,7 @@ EXAMPLES = {
         'transpixeler sample output/latest --rgb clip.mp4 --prompt "grey smoke rises"',
         'transpixeler sample --model base --prompt "a boat" --size 832x480x33',
     ),
+    "scorer": ("transpixeler scorer my.yaml", "torchrun --nproc-per-node 4 -m transpixeler scorer my.yaml --resume"),
     "inspect": ("transpixeler inspect clips", "transpixeler inspect my.yaml --out page.html"),
     "export": (
         "transpixeler export output/latest --format comfyui --out mine.safetensors",
@@ -114,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_train(commands)
     _add_eval(commands)
+    _add_scorer(commands)
     _add_sample(commands)
     _add_inspect(commands)
     _add_export(commands)
@@ -282,6 +284,13 @@ def _add_eval(commands: Any) -> None:
         metavar="DIR",
         help="the folder to write (default: RUN/eval/STEP, or STEP-raw for raw weights)",
     )
+
+
+def _add_scorer(commands: Any) -> None:
+    text = "Train a scorer on a config's clips: which caption and which companion belong to a video. See eval.scorer."
+    parser = _add(commands, "scorer", "train a scorer of videos against captions and companions", text)
+    _add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the training in OUTPUT_DIR/scorer")
 
 
 def _add_ema(parser: argparse.ArgumentParser) -> None:

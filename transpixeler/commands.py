@@ -126,6 +126,17 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _scorer(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from transpixeler.scoring.training import train_scorer
+
+    with _running(config) as runtime:
+        file = train_scorer(config, runtime, resume=arguments.resume)
+        if runtime.is_main:
+            print(printable(shown_path(file)))
+    return 0
+
+
 def _sample(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -277,6 +288,7 @@ COMMANDS: dict[str, Command] = {
     "cache": _cache,
     "train": _train,
     "eval": _eval,
+    "scorer": _scorer,
     "sample": _sample,
     "inspect": _inspect,
     "export": _export,

@@ -284,6 +284,7 @@ class EvalConfig:
     clips: Natural = 0
     micro_batch: Count = 1
     samples: Natural = 4
+    scorer: LocalPath = ""
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,20 @@ class SampleConfig:
     background: LocalPath = ""
     upsample: Literal["guided", "plain"] = "guided"
     rgb_memory: Literal["auto", "device", "host", "off"] = "auto"
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    steps: Count = 2000
+    global_batch: Count = 64
+    lr: Positive = 1e-3
+    warmup_steps: Natural = 100
+    weight_decay: NonNegative = 0.1
+    every_steps: Count = 200
+    patch: Count = 4
+    width: Count = 256
+    layers: Count = 4
+    heads: Count = 4
 
 
 @dataclass(frozen=True)
@@ -333,6 +348,7 @@ class Config:
     hub: HubConfig = HubConfig()
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
+    scorer: ScorerConfig = ScorerConfig()
     log: LogConfig = LogConfig()
 
     @property

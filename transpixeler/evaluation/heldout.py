@@ -32,6 +32,7 @@ from transpixeler.sampling.requests import Maker, list_requests
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.texts import cached_prompts
 from transpixeler.sampling.video import Video, check_formats, name_part, write_video
+from transpixeler.scoring.scores import Scores
 
 logger = logging.getLogger("transpixeler")
 
@@ -71,6 +72,8 @@ class Evaluator:
         self.frames = Frames(self.model, self.mesh.device, upsample=config.sample.upsample)
         self.maker = Maker(config, self.model, self.frames, self.texts)
         self.measures = Measures(config, self.held_out, self.frames)
+        file, streams = config.eval.scorer, tuple(config.streams)
+        self.scores = Scores(file, streams, self.model, self.mesh.device) if file else None
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +100,9 @@ class Evaluator:
                 request, piece = plan[number]
                 streams = self.frames.decode(latents, request.layout)
                 mine[number] = self.measures.of_video(piece, streams, given=request.given)
+                if self.scores is not None:
+                    of = request.layout, request.fields
+                    mine[number] |= self.scores.of_video(latents, *of, caption=request.prompt)
                 said = {**facts, "task": _task(piece, request), "metrics": mine[number]}
                 self._write(folder, request, streams, said)
                 mine[number] |= self.measures.drift(request, folder, base)

@@ -1,0 +1,40 @@
+"""Score sampled videos by a trained scorer: latents and a caption in; cosines by name out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transpixeler.config.sections import UserError
+from transpixeler.flow.objective import Fields
+from transpixeler.models.family import ModelFolder
+from transpixeler.models.streams import StreamLayout
+from transpixeler.scoring.file import check_made_for, read_scorer
+
+
+class Scores:
+    """A scorer on a device."""
+
+    def __init__(self, path: str, streams: tuple[str, ...], model: ModelFolder, device: torch.device) -> None:
+        """streams: of the videos that will come; the scorer must know them all by these names."""
+        file = Path(path).expanduser()
+        self.scorer, self.facts = read_scorer(file)
+        check_made_for(file, self.facts, model)
+        if unknown := [name for name in streams if name not in self.facts.sizes.streams]:
+            known = ", ".join(self.facts.sizes.streams)
+            raise UserError(f"eval.scorer: {file} knows the streams {known}, and not {', '.join(unknown)}")
+        self.places = [self.facts.sizes.streams.index(name) for name in streams]
+        self.scorer.to(device).eval()
+        self.device = device
+
+    @torch.no_grad()
+    def of_video(self, latents: Tensor, layout: StreamLayout, fields: Fields, *, caption: str) -> dict[str, float]:
+        """Return the cosine of packed latents' RGB with its caption, where it has one, and with each companion."""
+        videos = layout.videos(latents[None].to(self.device, torch.float32))
+        rgb, *others = (self.scorer.embed_video(video, place) for video, place in zip(videos, self.places, strict=True))
+        found = {f"score_{name}": other for name, other in zip(layout.names[1:], others, strict=True)}
+        if caption:
+            found["score_caption"] = self.scorer.embed_caption(fields[self.facts.field][None].to(self.device))
+        return {name: float((rgb * other).sum()) for name, other in found.items()}

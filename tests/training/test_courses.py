@@ -40,8 +40,8 @@ def steps(folder: Path) -> list[int]:
 def test_what_torch_draws_by_itself_is_drawn_again_after_a_resume(demo: Path, tmp_path: Path) -> None:
     short = ("lora.dropout=0.3", "train.max_steps=4", "checkpoint.every_steps=2")
     whole = trainings.run(demo, tmp_path / "whole", *short)
-    trainings.run(demo, tmp_path / "part", *short, "train.max_steps=2")
-    part = trainings.run(demo, tmp_path / "part", *short, resume="")
+    killed = trainings.as_killed(whole, 2, tmp_path / "part")
+    part = trainings.run(demo, tmp_path / "part", *short, resume=str(killed))
     assert trainings.exact(part) == trainings.exact(whole)
 
 
@@ -112,8 +112,8 @@ def test_an_optimizer_of_another_library_resumes_with_all_that_it_knows(demo: Pa
         "checkpoint.every_steps=2",
     )
     whole = trainings.run(demo, tmp_path / "whole", *short)
-    trainings.run(demo, tmp_path / "part", *short, "train.max_steps=2")
-    part = trainings.run(demo, tmp_path / "part", *short, resume="")
+    killed = trainings.as_killed(whole, 2, tmp_path / "part")
+    part = trainings.run(demo, tmp_path / "part", *short, resume=str(killed))
     assert trainings.exact(part) == trainings.exact(whole)
     one, other = (trainings.tensors(folder, 4, tmp_path) for folder in (part, whole))
     assert trainings.difference(one, other) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.ranks import RanksFailed
-from tests.training.trainings import difference, exact, layout, run, tensors
+from tests.training.trainings import as_killed, difference, exact, layout, run, tensors
 from transpixeler.config import loading
 from transpixeler.data.catalog import catalog
 from transpixeler.data.encode import find_missing
@@ -50,18 +50,18 @@ def test_a_step_has_its_buckets_own_batch_and_epochs_hold_other_clips(whole: Pat
 def test_another_layout_takes_the_same_steps(
     demo: Path, place: Path, whole: Path, tmp_path: Path, shape: tuple
 ) -> None:
-    words = (*DRAWN, f"data.cache_dir={place / 'cache'}", *layout(*shape))
+    words = (*DRAWN, "train.max_steps=6", f"data.cache_dir={place / 'cache'}", *layout(*shape))
     folder = run(demo, tmp_path, *words, ranks=2)
-    ours, theirs = exact(folder), exact(whole)
+    ours, theirs = exact(folder), exact(whole)[:6]
+    assert {line["epoch"] for line in ours} >= {1, 2}
     assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True)) < 1e-6
-    assert difference(tensors(folder, 9, tmp_path), tensors(whole, 9, tmp_path)) < 1e-5
+    assert difference(tensors(folder, 6, tmp_path), tensors(whole, 6, tmp_path)) < 1e-5
 
 
 def test_a_stop_in_the_middle_of_an_epoch_changes_nothing(demo: Path, place: Path, whole: Path, tmp_path: Path) -> None:
     words = (*DRAWN, f"data.cache_dir={place / 'cache'}")
-    run(demo, tmp_path, *words, "train.max_steps=6")
-    folder = run(demo, tmp_path, *words, resume="")
+    folder = run(demo, tmp_path, *words, resume=str(as_killed(whole, 6, tmp_path)))
     assert exact(folder) == exact(whole)
     assert difference(tensors(folder, 9, tmp_path), tensors(whole, 9, tmp_path)) == 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,22 @@ def tensors(folder: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+def as_killed(folder: Path, step: int, place: Path) -> Path:
+    """Copy a run into a folder as a kill after a step's checkpoint would have left it."""
+    copied = shutil.copytree(folder, place / folder.name, symlinks=True)
+    whole = checkpoint.candidates(copied / "checkpoints")
+    assert step in map(checkpoint.step_of, whole)
+    for later in whole:
+        if checkpoint.step_of(later) > step:
+            shutil.rmtree(later)
+    for saved in copied.glob("step*"):
+        if int(saved.name.removeprefix("step")) > step:
+            shutil.rmtree(saved)
+    lines = [json.dumps(line) for line in metrics(copied) if line["step"] <= step]
+    (copied / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return copied
 
 
 def layout(pipeline: int, replicate: int, shard: int, context: int = 1) -> tuple[str, ...]:

@@ -6,16 +6,16 @@ import errno
 import fcntl
 import os
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.ranks import run_ranks
+from tests.support.ranks import fork, run_ranks
 from transpixeler.adapters.saved import CONFIG
 from transpixeler.config import loading
 from transpixeler.config.sections import Config, UserError
@@ -25,35 +25,31 @@ from transpixeler.runs.folder import Run
 from transpixeler.runs.lock import LOCK, RunLock
 
 ONE = Runtime(0, 1, 0, torch.device("cpu"))
-ROOT = Path(__file__).parents[2]
-TRAINS = """
-import sys, time, torch
-from transpixeler.config import loading
-from transpixeler.parallel.runtime import Runtime
-from transpixeler.runs import opening
-resume = sys.argv[2] if len(sys.argv) > 2 else None
-config = loading.from_overrides([f"output_dir={sys.argv[1]}", "run_name=mine"])
-run = opening.open_run(config, Runtime(0, 1, 0, torch.device("cpu")), resume)
-print("open", flush=True)
-time.sleep(600)
-"""
 
 
 def config(output: Path) -> Config:
     return loading.from_overrides([f"output_dir={output}", "run_name=mine"])
 
 
+def _open_and_wait(output: Path) -> None:
+    run = opening.open_run(config(output), ONE, None)
+    (output / "open").touch()
+    time.sleep(600)
+    run.close()
+
+
 @contextmanager
-def training(output: Path, *resume: str) -> Iterator[subprocess.Popen[str]]:
+def training(output: Path) -> Iterator[BaseProcess]:
     """Start a process that has opened the run, and kill it at the end."""
-    command = [sys.executable, "-c", TRAINS, str(output), *resume]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = fork(_open_and_wait, output)
     try:
-        assert process.stdout is not None and process.stdout.readline() == "open\n"
+        while not (output / "open").exists():
+            assert process.is_alive()
+            time.sleep(0.01)
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def test_a_run_that_trains_is_not_resumed_by_another(tmp_path: Path) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.support.ranks import run_ranks
+from tests.training.trainings import Forked
 from transpixeler import cli
 from transpixeler.config import loading
 from transpixeler.config.sections import UserError
@@ -152,8 +150,7 @@ def test_a_call_that_is_killed_goes_on_to_the_same_files(run: Path, tmp_path: Pa
     words = ["--prompts", listed(tmp_path, *lines)]
     sample(run, tmp_path / "whole", *words)
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "transpixeler", "sample", str(run), *SAMPLE, *words, "--out", str(out)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    process = Forked(["sample", str(run), *SAMPLE, *words, "--out", str(out)], tmp_path / "said")
     while not list(out.glob("000-*/sample.json")):
         assert process.poll() is None
         time.sleep(0.005)

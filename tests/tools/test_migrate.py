@@ -301,13 +301,12 @@ def test_odd_sizes_are_no_traceback(home: Path, capsys, value: str) -> None:
     assert "\n" not in capsys.readouterr().err.strip()
 
 
-def test_a_yaml_that_is_there_stays_and_the_tool_stands_by_itself(home: Path) -> None:
-    command = [sys.executable, TOOLS / "migrate.py", home / "configs/train.toml", "--root", home]
-    out = home / "ours.yaml"
-    done = subprocess.run([*command, "--out", out], capture_output=True, text=True)
+def test_a_yaml_that_is_there_stays_and_the_tool_stands_by_itself(home: Path, capsys) -> None:
+    words = [home / "configs/train.toml", "--root", home, "--out", home / "ours.yaml"]
+    done = subprocess.run([sys.executable, TOOLS / "migrate.py", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    again = subprocess.run([*command, "--out", out], capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.startswith(f"migrate: {out}: already exists")
+    assert migrate(*words) == 2
+    assert capsys.readouterr().err.startswith(f"migrate: {home / 'ours.yaml'}: already exists")
 
 
 def test_python_without_a_toml_reader_is_told(home: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ family writes a formula.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import cache, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -84,24 +85,28 @@ def measure(model: Backbone, block: nn.Module) -> KeptBytes:
         _layout(model, [own + (place == longer) for place, own in enumerate(shortest)]) for longer in range(-1, count)
     ]
     wide = model.matmul_dtype.itemsize / torch.float32.itemsize
-    return KeptBytes(*(_kept(model, block, layouts, share) for share in (1.0, wide)))
+    saved = cache(partial(_saved, model, block))
+    return KeptBytes(*(_kept(model, block, layouts, partial(_bytes, saved, share)) for share in (1.0, wide)))
 
 
-def _kept(model: Backbone, block: nn.Module, layouts: Sequence[StreamLayout], share: float) -> Kept:
-    """Draw the lines; the first layout has no longer stream. share: of the bytes that are wider than matmuls."""
-    line = _line(layouts, [_bytes(model, block, layout, share) for layout in layouts])
+def _kept(
+    model: Backbone, block: nn.Module, layouts: Sequence[StreamLayout], bytes_of: Callable[[StreamLayout], float]
+) -> Kept:
+    """Draw the lines; the first layout has no longer stream."""
+    line = _line(layouts, [bytes_of(layout) for layout in layouts])
     copy = _text_copy(model, block)
     if not copy or len(model.streams) == 1:
         return line
     equal = [_layout(model, [frames] * len(model.streams)) for frames in (1, 2)]
-    more = [_bytes(model, block, layout, share) - line.bytes(layout.lengths) for layout in equal]
+    more = [bytes_of(layout) - line.bytes(layout.lengths) for layout in equal]
     by_token = (more[1] - more[0]) / (equal[1].tokens - equal[0].tokens)
     fixed = more[0] - by_token * equal[0].tokens - (len(model.streams) - 1) * copy
     return line._replace(copies=Copies(copy, fixed, by_token))
 
 
-def _bytes(model: Backbone, block: nn.Module, layout: StreamLayout, share: float) -> float:
-    narrow, rest = _saved(model, block, layout)
+def _bytes(saved: Callable[[StreamLayout], tuple[int, int]], share: float, layout: StreamLayout) -> float:
+    """Add up what is saved. share: of the bytes that are wider than matmuls."""
+    narrow, rest = saved(layout)
     return narrow + share * rest
 
 

@@ -108,7 +108,7 @@ def test_costs_count_each_matmul_once() -> None:
     tokens, width, text, blocks = layout.tokens, 32, 128, 2
     streams = tokens * width * (6 * width + 8 * width) * blocks + tokens * width * 4 * 2
     words = text * (2 * width * width * blocks + 24 * width + width * width)
-    flops = forward_flops(Costs.of(model), layout.lengths)
+    flops = forward_flops(Costs.of(model, kept=False), layout.lengths)
     assert flops.linear == 2 * (streams + words)
     assert flops.attention == 4 * width * blocks * (tokens * tokens + tokens * text)
 

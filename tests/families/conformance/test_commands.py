@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.families.conformance.conftest import train
 from tests.support.families.cases import Case
-from tests.training.trainings import difference, exact, metrics, tensors
+from tests.training.trainings import as_killed, difference, exact, metrics, tensors
 from transpixeler import cli
 from transpixeler.adapters.files import read_adapter
 from transpixeler.adapters.readers import readers
@@ -26,6 +26,7 @@ from transpixeler.models.family import open_model
 from transpixeler.publishing import hub
 from transpixeler.sampling.saves import find_save
 
+BRIEF = ("sample.steps=1", "sample.guidance=0")
 KINDS = {"lora": (), "full": ("lora.enabled=false", "model.trainable=['*']", "optim.lr=0.001")}
 
 
@@ -96,7 +97,7 @@ def test_a_run_goes_on_bit_for_bit(
     case: Case, kind: str, world: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     straight = request.getfixturevalue("run") if kind == "lora" else train(world, tmp_path / "straight", *KINDS[kind])
-    first = train(world, tmp_path / "parts", *KINDS[kind], "train.max_steps=1")
+    first = as_killed(straight, 1, tmp_path / "parts")
     second = train(world, tmp_path / "parts", *KINDS[kind], "--resume", str(first))
     assert second == first and exact(second) == exact(straight) and len(metrics(second)) == 2
     assert all(math.isfinite(line["loss"]) for line in metrics(second))
@@ -122,7 +123,7 @@ def test_a_run_is_sampled(case: Case, run: Path, tmp_path: Path) -> None:
 
 def test_first_and_last_frames_are_given(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = copied.parent  # last frames are encoded into its cache
-    tasks = ("objective.tasks={image_to_video: 1, ends_to_videos: 1}", "eval.every_epochs=1")
+    tasks = ("objective.tasks={image_to_video: 1, ends_to_videos: 1}", "eval.every_epochs=1", *BRIEF)
     geometry = open_model(ModelConfig(path=str(world / "model"))).geometry
     if geometry.stills or not geometry.first_alone:
         assert cli.main(["train", str(world / "config.yaml"), f"output_dir={tmp_path}", *tasks]) == 2
@@ -153,7 +154,7 @@ def test_a_companion_of_half_the_size_goes_the_whole_way(
     case: Case, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frames = f"data.frames=[{case.frames[1]}]"
-    half = ("streams.seg={suffix: _seg, scale: 2}", "train.max_steps=1", frames, "eval.every_epochs=1")
+    half = ("streams.seg={suffix: _seg, scale: 2}", "train.max_steps=1", frames, "eval.every_epochs=1", *BRIEF)
     assert cli.main(["plan", str(copied), "--device", "a100", "--json", frames]) == 0
     whole = json.loads(capsys.readouterr().out)
     assert cli.main(["plan", str(copied), "--device", "a100", "--json", *half]) == 0
@@ -165,7 +166,7 @@ def test_a_companion_of_half_the_size_goes_the_whole_way(
     assert read_adapter(saved).metadata["scales"] == "1,2"
     alone, out = shutil.copy(saved, tmp_path / "alone.safetensors"), tmp_path / "out"  # whose header says the scale
     words = ["sample", str(alone), "--model", str(copied.parent / "model"), "--prompt", "a red circle"]
-    settings = (f"sample.size=[64,64,{case.frames[1]}]", "sample.steps=1", "sample.guidance=0")
+    settings = (f"sample.size=[64,64,{case.frames[1]}]", *BRIEF)
     assert cli.main([*words, "--out", str(out), *settings]) == 0
     assert {(video.width, video.height) for video in map(probe, out.rglob("*.mp4"))} == {(64, 64)}
     assert cli.main([*words, "--out", str(out), *settings, "streams.seg.scale=1"]) == 2

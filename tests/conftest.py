@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +24,15 @@ torch.set_num_threads(1)  # results are the same bit for bit, and each worker ha
 gc.set_threshold(20_000, 20, 20)
 
 
-def pytest_collection_finish() -> None:
-    gc.collect()
-    gc.freeze()
+_modules = [0]  # how many there were when garbage was last told to leave alone what is there
+
+
+def pytest_runtest_setup() -> None:
+    """Take libraries that were loaded since out of each later search for garbage, of which a training makes several."""
+    if len(sys.modules) > _modules[0] + 100:
+        gc.collect()
+        gc.freeze()
+        _modules[0] = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

@@ -189,6 +189,22 @@ def test_the_card_says_what_is_in_the_base(tmp_path: Path) -> None:
     assert "added: other" not in hub.pack(str(save_adapter(tmp_path / "step40")), TERMS).files["README.md"].decode()
 
 
+@pytest.mark.parametrize("pictures", [("image",), ("image", "last_image")])
+def test_the_card_of_a_base_that_is_shown_pictures_shows_it_some(tmp_path: Path, pictures: tuple[str, ...]) -> None:
+    save = save_adapter(tmp_path / "step30", streams=1)
+    card = hub.pack(str(save), TERMS).files["README.md"].decode()
+    assert "pipe = WanPipeline.from_pretrained(" in card and 'pipe("…").frames' in card and "load_image" not in card
+    adapter = adapter_files.read_adapter(save)
+    told = {**adapter.metadata, "pictures": ",".join([*pictures, "x=exit()"])}
+    adapter_files.write_adapter(dataclasses.replace(adapter, metadata=told), save)
+    card = hub.pack(str(save), TERMS).files["README.md"].decode()
+    assert "from diffusers import WanImageToVideoPipeline\n" in card and "exit" not in card
+    last = ', last_image=load_image("last.png")' * ("last_image" in pictures)
+    assert f'pipe(image=load_image("first.png"){last}, prompt="…").frames[0]' in card
+    assert "pipeline_tag: image-to-video" in card
+    assert f"--image first.png{' --last last.png' * ('last_image' in pictures)} --prompt" in card
+
+
 def test_a_whole_models_card_says_nothing_of_programs_that_do_not_read_it(tmp_path: Path) -> None:
     for streams in (1, 2):
         save = save_model(tmp_path / str(streams) / "step30", base=tmp_path / "wan", streams=streams)

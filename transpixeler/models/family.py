@@ -147,6 +147,11 @@ class ModelFolder(ABC):
         """The model's whole transformers, that for the most noise first; most models have one."""
         return (ONLY,)
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Return by which arguments diffusers' pipeline takes the pictures that the model is made to be shown."""
+        return ()
+
     @abstractmethod
     def diffusers_config(self) -> dict[str, Any]:
         """Return the transformer's config.json as diffusers writes it."""
@@ -234,6 +239,7 @@ class Family:
     transformer_class: str  # of diffusers
     pipeline_class: str
     example: str  # a Hub id that a message may name
+    image_pipeline_class: str = ""  # for models that are shown pictures, where diffusers has another for these
     makes: Literal["video", "image"] = "video"
     experts: tuple[str, ...] = ()  # names of those that its models may have, as diffusers' pipeline orders them
     shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # published configs, in diffusers' words

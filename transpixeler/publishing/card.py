@@ -20,7 +20,6 @@ import yaml
 from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config.sections import Config
 from transpixeler.data.buckets import batch_sizes
-from transpixeler.models.family import Family
 from transpixeler.publishing.received import own_samples, read_manifest, read_metrics, sample_files
 from transpixeler.runs.folder import SAMPLES
 from transpixeler.sampling.files import STILL
@@ -28,6 +27,7 @@ from transpixeler.sampling.saves import SavedModel
 
 SHOWN_SAMPLES = 4
 MEAN_STEPS = 100  # last steps that the loss is averaged over
+_PICTURES = {"image": "first.png", "last_image": "last.png"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ class Card:
     def plain(self) -> bool:
         """Return whether programs that know nothing of streams can load it."""
         return len(self.streams) == 1 and (self.model.adapter is None or self.model.adapter.is_plain)
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """Return a file for each picture that the base is shown, by its name in diffusers' pipeline."""
+        adapter, weights, family = self.model.adapter, self.model.weights, self.model.family
+        if not family.image_pipeline_class:
+            return {}
+        said = adapter.metadata.get("pictures", "").split(",") if adapter is not None else ()
+        shown = said if weights is None else family.open(str(weights.parent)).pictures
+        return {name: file for name, file in _PICTURES.items() if name in shown}
 
     @property
     def elsewhere(self) -> bool:
@@ -125,7 +135,7 @@ def _header(card: Card) -> str:
     fields: dict[str, Any] = {"license": card.license}
     if card.base:
         fields |= {"base_model": card.base, "base_model_relation": "adapter" if adapter else "finetune"}
-    task = f"text-to-{card.model.family.makes}"
+    task = f"{'image' if card.pictures else 'text'}-to-{card.model.family.makes}"
     fields |= {"library_name": "diffusers" if card.plain and card.elsewhere else "transpixeler", "pipeline_tag": task}
     kind = ["lora"] if adapter else []
     fields["tags"] = [task, card.model.family.name, "transpixeler", *kind]
@@ -174,7 +184,8 @@ def _sample_section(card: Card) -> list[str]:
 def _use_section(card: Card) -> list[str]:
     base, size = card.base or "PATH_OF_THE_BASE", card.config.sample.size
     sized = f" --size {'x'.join(map(str, size))}" if size else ""
-    ours = f'transpixeler sample {card.repo} --model {base}{sized} --prompt "…"'
+    shown = "".join(f" --{name.removesuffix('_image')} {file}" for name, file in card.pictures.items())
+    ours = f'transpixeler sample {card.repo} --model {base}{sized}{shown} --prompt "…"'
     lines = ["## Use", *_fused_note(card), "### transpixeler", f"```sh\n{ours}\n```"]
     if not card.elsewhere:
         return [*lines, f"diffusers and ComfyUI do not know {card.model.family.title}: use the command above."]
@@ -183,7 +194,7 @@ def _use_section(card: Card) -> list[str]:
     if card.plain:
         whole = f'{card.model.family.transformer_class}.from_pretrained("{card.repo}", subfolder="transformer")'
         lora = "\n".join(_load_line(card, name) for name in card.model.adapters)
-        lines.append(_python(card.model.family, whole if full else lora, base, full=full))
+        lines.append(_python(card, whole if full else lora, base, full=full))
         comfy = f"Put `{ADAPTER_FILE}` into `models/loras` and load it with `LoraLoaderModelOnly` on the base model."
         if len(card.experts) > 1:
             comfy = (
@@ -227,15 +238,19 @@ def _fused_note(card: Card) -> list[str]:
     return [text] if names and card.model.weights is None else []
 
 
-def _python(family: Family, line: str, base: str, *, full: bool) -> str:
+def _python(card: Card, line: str, base: str, *, full: bool) -> str:
+    family, shown = card.model.family, card.pictures
     load = f"transformer = {line}\n" if full else ""
     given = ", transformer=transformer" if full else ""
-    names = ", ".join([family.pipeline_class, *([family.transformer_class] if full else [])])
-    after, name = "" if full else f"{line}\n", family.pipeline_class
+    name = family.image_pipeline_class if shown else family.pipeline_class
+    names = ", ".join([name, *([family.transformer_class] if full else [])])
+    loader = "from diffusers.utils import load_image\n" if shown else ""
+    pictures = "".join(f'{each}=load_image("{file}"), ' for each, file in shown.items())
+    prompt, after = f'{pictures}prompt="…"' if shown else '"…"', "" if full else f"{line}\n"
     return (
-        f"```python\nimport torch\nfrom diffusers import {names}\n\n{load}"
+        f"```python\nimport torch\nfrom diffusers import {names}\n{loader}\n{load}"
         f'pipe = {name}.from_pretrained("{base}"{given}, torch_dtype=torch.bfloat16).to("cuda")\n{after}'
-        f'{family.makes} = pipe("…").{"images" if family.makes == "image" else "frames"}[0]\n```'
+        f"{family.makes} = pipe({prompt}).{'images' if family.makes == 'image' else 'frames'}[0]\n```"
     )
 
 

@@ -76,8 +76,10 @@ class Saver:
         shutil.rmtree(folder.with_name(ASIDE) / folder.name, ignore_errors=True)
 
     def _metadata(self, step: int, *, averaged: bool) -> dict[str, str]:
+        pictures = open_model(self.config.model).pictures
         return {
             "base_model": self.config.model.path,
+            **({"pictures": ",".join(pictures)} if pictures else {}),
             **({"expert": self.config.model.expert} if self.config.model.expert != ALL else {}),
             **({"fuse": json.dumps(self.config.model.fuse, default=asdict)} if self.config.model.fuse else {}),
             "streams": ",".join(self.config.streams),

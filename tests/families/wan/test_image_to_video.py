@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,6 +18,7 @@ from torch import Tensor
 from tests.families.wan.pipelines import CLIP, CPU, FIVE, image_to_video, layout_of, made, run, write_image_to_video
 from tests.support.models import move, wan_model
 from transpixeler import cli
+from transpixeler.adapters.files import read_adapter
 from transpixeler.config import loading
 from transpixeler.config.sections import LoraConfig, ModelConfig, UserError
 from transpixeler.data.encode import encode_missing
@@ -346,6 +348,8 @@ log: {{tensorboard: false}}
 def test_it_caches_trains_evaluates_and_samples(
     form: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from diffusers import WanImageToVideoPipeline
+
     from transpixeler.demo.scenes import Format, scenes
     from transpixeler.demo.write import write_pairs
 
@@ -374,6 +378,9 @@ def test_it_caches_trains_evaluates_and_samples(
         assert cli.main(["train", str(config), wrong]) == 2
     said = capsys.readouterr().err
     assert ("give --last too" if form == "last" else "shown a first frame alone") in said
+    pictures = ["image", "last_image"][: 1 + (form == "last")]
+    assert read_adapter(latest).metadata["pictures"] == ",".join(pictures)
+    assert set(pictures) < set(inspect.signature(WanImageToVideoPipeline.__call__).parameters)
     assert "say image_to_video" in said and "streams.seg.scale: this model takes given frames in channels" in said
 
 

@@ -140,6 +140,12 @@ class WanFolder(ModelFolder):
     def fields(self) -> tuple[Field, ...]:
         return fields_of(self._checked)
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        if not self._checked.condition_channels:
+            return ()
+        return ("image", "last_image") if self._checked.shows_last else ("image",)
+
     def diffusers_config(self) -> dict[str, Any]:
         return diffusers_config(self.config)
 
@@ -215,6 +221,7 @@ FAMILY = Family(
     lora_targets=WanModel.lora_targets,
     transformer_class="WanTransformer3DModel",
     pipeline_class="WanPipeline",
+    image_pipeline_class="WanImageToVideoPipeline",
     example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     experts=EXPERTS,
     shapes={"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, "14b": {"num_layers": 40}},

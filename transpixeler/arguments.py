@@ -364,6 +364,9 @@ def _add_export(commands: Any) -> None:
     parser.add_argument(
         "--stream", default="seg", help="the stream that another program's joint adapter was trained for (default: seg)"
     )
+    parser.add_argument(
+        "--only", default="", metavar="COMPANION", help="of an adapter of several companions, this one beside the RGB"
+    )
     _add_ema(parser)
 
 

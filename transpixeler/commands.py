@@ -239,6 +239,7 @@ def _export(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         alpha=arguments.alpha,
         stream=arguments.stream,
+        companion=arguments.only,
     )
     print(printable("\n".join(map(shown_path, made))))
     return 0

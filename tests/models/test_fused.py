@@ -82,8 +82,16 @@ def linear() -> Linear:
     return Linear(24, 16).double().requires_grad_(False)
 
 
-def within(linear: Linear, *, gelu: bool = True) -> Callable[..., Tensor]:
-    return lambda x, down, up: project(x, linear, down, up, scale=1.5, scope=SCOPE, gelu=gelu)
+def within(linear: Linear, *, gelu: bool = True, needs_output: bool = True) -> Callable[..., Tensor]:
+    how = {"scale": 1.5, "start": SCOPE.start, "runs": [SCOPE.stop - SCOPE.start]}
+    return lambda x, down, up: project(
+        x,
+        linear,
+        [(down, up, None)],
+        **how,
+        gelu=gelu,
+        needs_output=needs_output,  # type: ignore[arg-type]
+    )
 
 
 def spelled_out(linear: Linear) -> Callable[..., Tensor]:
@@ -116,7 +124,7 @@ def test_without_a_wanted_result_the_same_is_kept_and_nothing_multiplied(linear:
 
     leaves = tensors((2, 24, 24), (4, 24), (16, 4))
     with FlopCounterMode(display=False) as counter:
-        y = project(*leaves[:1], linear, *leaves[1:], scope=SCOPE, gelu=True, needs_output=False)
+        y = within(linear, needs_output=False)(*leaves)
     assert counter.get_total_flops() == 0 and y.shape == (2, 24, 16)
 
 

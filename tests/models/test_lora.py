@@ -91,7 +91,7 @@ def test_the_fused_projection_equals_the_spelled_out_one(dtype: torch.dtype, tol
     for fused in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, down, up)]
         if fused:
-            y = project(leaves[0], linear, *leaves[1:], scale=1.5, scope=slice(10, 25))
+            y = project(leaves[0], linear, [(leaves[1], leaves[2], None)], scale=1.5, start=10, runs=[15])
         else:
             part = 1.5 * leaves[0][:, 10:25].to(wide) @ leaves[1].T @ leaves[2].T
             y = F.linear(leaves[0].to(wide), linear.weight.to(wide), linear.bias.to(wide)) + F.pad(part, (0, 0, 10, 5))

@@ -86,7 +86,7 @@ class Limit:
             self._adapter(name, linear, rows // 2, again=again)
 
     def _adapter(self, name: str, linear: LoraLinear, rows: int, *, again: bool) -> None:
-        down, up = linear.lora_A.detach(), linear.lora_B.detach()
+        down, up = (tensor.detach() for tensor in linear.pairs[0][:2])
         x, y = self.tensor("x", 2 * rows, down.shape[1])[:rows], self.tensor("y", 2 * rows, up.shape[0])[:rows]
         inner, grad = self.tensor("inner", rows, len(down)), self.tensor("gx", 2 * rows, down.shape[1])[:rows]
         for _ in range(1 + again):

@@ -19,11 +19,30 @@ from transpixeler.models.streams import Scope
 
 MAGNITUDE = "lora_magnitude"
 TENSORS = ("lora_A", "lora_B", MAGNITUDE)  # of a target
+_OWN = "@"  # between a linear's name and that of the stream whose own matrices these are
+
+
+def target_of(linear: str, stream: str) -> str:
+    """`blocks.0.ffn.0`, `seg` → `blocks.0.ffn.0@seg`: the target of what a stream has for itself."""
+    return linear + _OWN + stream if stream else linear
+
+
+def linear_of(target: str) -> str:
+    return target.partition(_OWN)[0]
+
+
+def stream_of(target: str) -> str:
+    """Return the stream whose own matrices a target's are; nothing of those that several streams share."""
+    return target.partition(_OWN)[2]
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Trained weights by internal name; a target is the name of the linear that they adapt."""
+    """Trained weights by internal name.
+
+    A target is the name of the linear that they adapt, `blocks.0.ffn.0`; where streams have matrices of their own, with
+    the stream's, `blocks.0.ffn.0@seg`.
+    """
 
     # "blocks.0.self_attn.q.lora_A" [r, in], "….lora_B" [out, r]; of a DoRA also "….lora_magnitude", [out] of the rows'
     # norms, or [1, in] of the columns' in other programs' older files
@@ -62,6 +81,13 @@ class Adapter:
     def is_plain(self) -> bool:
         """Tell whether any program may apply it to every token: a plain LoRA."""
         return not self.stream_embeddings and all(scope == "all" for scope in self.scopes.values())
+
+    @property
+    def own_streams(self) -> tuple[str, ...]:
+        """Return the streams that have matrices of their own, in the order that they were trained in."""
+        named = dict.fromkeys(stream for target in self.targets if (stream := stream_of(target)))
+        order = self.metadata.get("streams", "").split(",")
+        return tuple(sorted(named, key=lambda name: order.index(name) if name in order else len(order)))
 
     @property
     def is_dora(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.bases import on_trained_base
+from transpixeler.adapters.companion import only
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import merge_adapter, read_fused, save_file, with_norms_of_base
 from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
@@ -32,14 +33,17 @@ def export_command(
     base: str | Path = "",
     alpha: float | None = None,
     stream: str = "seg",
+    companion: str = "",
 ) -> list[Path]:
     """`transpixeler export`: an adapter, or a run's newest save, in another spelling or merged into its base.
+
+    companion: the one that is kept of several.
 
     Of a save of several experts, each is written: to FILE_NAME.safetensors, or into OUT/NAME.
     """
     if format not in (*FORMATS, MERGED):
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}, {MERGED}")
-    export = partial(_export_one, format=format, base=base, alpha=alpha, stream=stream)
+    export = partial(_export_one, format=format, base=base, alpha=alpha, stream=stream, companion=companion)
     parts, out = expert_folders(Path(path)), Path(out)
     if not parts:
         return [export(path, out=out)]
@@ -51,11 +55,14 @@ def export_command(
 
 
 def _export_one(
-    path: str | Path, *, format: str, out: Path, base: str | Path, alpha: float | None, stream: str
+    path: str | Path, *, format: str, out: Path, base: str | Path, alpha: float | None, stream: str, companion: str
 ) -> Path:
     if (Path(path) / MODEL_FOLDER).is_dir():
+        if companion:
+            raise UserError(f"--only: {path} holds a whole model, whose streams share their weights; leave it out")
         return _export_model(Path(path), format=format, out=Path(out), base=str(base))
     adapter = read_adapter(path, alpha=alpha, stream=stream)
+    adapter = only(adapter, companion) if companion else adapter
     over_base = format == COMFYUI and adapter.is_dora and adapter.is_plain and not adapter.must_fuse
     if over_base or format == MERGED:
         base = base or adapter.metadata.get("base_model", "")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transpixeler.adapters import peft_config
-from transpixeler.adapters.adapter import MAGNITUDE, TENSORS, Adapter
+from transpixeler.adapters.adapter import MAGNITUDE, TENSORS, Adapter, stream_of
 from transpixeler.adapters.joined import join_parts
 from transpixeler.adapters.peft_config import CONFIG_FILE, most
 from transpixeler.adapters.readers import is_one_file, with_whole_blocks
@@ -30,6 +30,7 @@ from transpixeler.adapters.spelling import (
     SCALED_BIAS_CHANGE,
     Spelling,
     is_known,
+    mark,
     parse,
 )
 from transpixeler.adapters.tensorfile import open_tensors, save_tensors
@@ -43,7 +44,7 @@ from transpixeler.models.streams import Scope
 VERSION = "1"
 
 # header keys that the tensors decide
-_DERIVED = ("format", "version", "kind", "rank", "alpha", "scope", "scopes", "folded", "zeros")
+_DERIVED = ("format", "version", "kind", "rank", "alpha", "scope", "scopes", "per_stream", "folded", "zeros")
 _PUBLISHED_EMBEDDINGS = ("diffusion_model.modality_embedding", "transformer.modality_embedding")
 _PUBLISHED_UNMASKED = ("cross_attn.k", "cross_attn.v", "cross_attn.o")
 
@@ -105,7 +106,7 @@ def _spelled(adapter: Adapter, spelling: Spelling) -> dict[str, Tensor]:
     stored, names = {}, adapter.family.names
     marked = "" if adapter.is_plain else OURS
     for target in adapter.targets:
-        whole_name = marked + spelling.module(target, names)
+        whole_name = (marked and mark(target)) + spelling.module(target, names)
         folded = 1.0 if spelling.alpha else adapter.scale(target)
         for module, up in split_rows(adapter.up(target), whole_name).items():
             stored[module + spelling.down] = adapter.down(target).clone()  # safetensors stores no tensor twice
@@ -136,7 +137,8 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
     """Return what a reader needs beside the tensors; every value a string, as safetensors wants it."""
     assert not set(adapter.metadata) & set(_DERIVED), "these follow from the tensors"
     ranks = {target: adapter.rank(target) for target in adapter.targets}
-    scope = most(adapter.scopes.values(), "all")
+    shared = {target: own for target, own in adapter.scopes.items() if not stream_of(target)}
+    scope = most(shared.values(), adapter.own_streams or "all")
     fields = {
         "format": "adapter",
         "version": VERSION,
@@ -145,11 +147,13 @@ def _header(adapter: Adapter, *, folded: bool) -> dict[str, str]:
         "scope": _scope_text(scope),
         **adapter.metadata,
     }
-    odd = {target: _scope_text(own) for target, own in adapter.scopes.items() if own != scope}
+    odd = {target: _scope_text(own) for target, own in shared.items() if own != scope}
     if odd:
         fields["scopes"] = json.dumps(odd)
     if adapter.is_dora:
         fields["kind"] = "dora"
+    if adapter.own_streams:
+        fields["per_stream"] = ",".join(adapter.own_streams)
     if folded:
         fields["folded"] = json.dumps(dict(adapter.alphas))
     return {"format": "pt"} | {OURS + key: value for key, value in fields.items()}
@@ -375,4 +379,5 @@ def _scopes(file: Path, header: Mapping[str, str], targets: Iterable[str], *, pu
         return {target: "all" if target.endswith(_PUBLISHED_UNMASKED) else "aux" for target in targets}
     default = _scope_of(file, header.get(f"{OURS}scope", "all"))
     odd = {target: _scope_of(file, text) for target, text in _header_value(file, header, "scopes", {}).items()}
-    return {target: odd.get(target, default) for target in targets}
+    own = {target: (stream,) for target in targets if (stream := stream_of(target))}
+    return {target: own.get(target, odd.get(target, default)) for target in targets}

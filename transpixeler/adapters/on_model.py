@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from transpixeler.adapters.adapter import TENSORS, Adapter
+from transpixeler.adapters.adapter import TENSORS, Adapter, linear_of, stream_of, target_of
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family
 from transpixeler.models.lora import LoraLinear, inject, is_adapter, load_adapter, lora_linears
 from transpixeler.models.names import UnknownName
-from transpixeler.models.streams import Scope
+from transpixeler.models.streams import Scope, scope_span
 from transpixeler.models.weights import assign
 
 STREAM_EMBEDDING = "embed.stream_embedding."
@@ -43,12 +43,23 @@ def inject_adapter(model: Backbone, adapter: Adapter) -> None:
     """Give a whole model (on meta too) the linears that an adapter needs, with its ranks, strengths and scopes."""
     if not adapter.targets:
         return
-    ranks = {target: adapter.rank(target) for target in adapter.targets}
-    kind = "dora" if adapter.is_dora else "lora"
-    config = LoraConfig(targets=adapter.targets, ranks=ranks, scope="all", kind=kind)
-    inject(model, config, scopes=adapter.scopes)
-    for target, module in lora_linears(model):
-        module.scale = adapter.scale(target)
+    scopes, scales = linear_scopes(adapter, model.streams), {linear_of(t): adapter.scale(t) for t in adapter.targets}
+    ranks = {linear_of(target): adapter.rank(target) for target in adapter.targets}
+    own, kind = bool(adapter.own_streams), "dora" if adapter.is_dora else "lora"
+    config = LoraConfig(targets=tuple(scopes), ranks=ranks, scope="all", kind=kind, per_stream=own)
+    inject(model, config, scopes=scopes)
+    for linear, module in lora_linears(model):
+        module.scale = scales[linear]
+
+
+def linear_scopes(adapter: Adapter, streams: Sequence[str]) -> dict[str, Scope]:
+    """Return the scope of each linear: where streams have matrices of their own, all of these streams."""
+    named: dict[str, list[str]] = {}
+    for target in adapter.targets:
+        if stream := stream_of(target):
+            named.setdefault(linear_of(target), []).append(stream)
+    own = {linear: _words(scope_span(tuple(names), streams), streams) for linear, names in named.items()}
+    return {linear_of(target): own.get(linear_of(target), scope) for target, scope in adapter.scopes.items()}
 
 
 def apply_adapter(model: Backbone, adapter: Adapter) -> None:
@@ -67,11 +78,31 @@ def apply_adapter(model: Backbone, adapter: Adapter) -> None:
     if not linears and model.embed is not None and model.head is not None:
         inject_adapter(model, adapter)
         linears = dict(lora_linears(model))
-    tensors = dict(adapter.tensors)
-    for target, module in linears.items():
-        if target in adapter.alphas and adapter.scale(target) != module.scale:
-            tensors[f"{target}.lora_B"] = adapter.up(target) * (adapter.scale(target) / module.scale)
+    tensors = {_parameter(target, kind): adapter.tensors[f"{target}.{kind}"] for target, kind in _held(adapter)}
+    for linear, module in linears.items():
+        for stream in module.own or ("",):
+            own = target_of(linear, stream)
+            target = own if own in adapter.alphas else linear  # from what all streams share, each starts with a copy
+            if target not in adapter.alphas:
+                continue
+            for kind in TENSORS:
+                if (given := adapter.tensors.get(f"{target}.{kind}")) is not None:
+                    same = kind != "lora_B" or adapter.scale(target) == module.scale
+                    tensors[_parameter(own, kind)] = given if same else given * (adapter.scale(target) / module.scale)
+                if target != own:
+                    tensors.pop(_parameter(target, kind), None)
     load_adapter(model, tensors | embeddings, assign=assign)
+
+
+def _held(adapter: Adapter) -> list[tuple[str, str]]:
+    """Return the (target, kind) of each tensor of an adapter."""
+    return [(t, kind) for t in adapter.targets for kind in TENSORS if f"{t}.{kind}" in adapter.tensors]
+
+
+def _parameter(target: str, kind: str) -> str:
+    """`blocks.0.ffn.0@seg`, `lora_A` → `blocks.0.ffn.0.lora_A.seg`, as a model's parameter is named."""
+    stream = stream_of(target)
+    return f"{linear_of(target)}.{kind}" + (f".{stream}" if stream else "")
 
 
 def adapter_of(model: Backbone, metadata: Mapping[str, str], *, values: Mapping[str, Tensor] | None = None) -> Adapter:
@@ -81,15 +112,20 @@ def adapter_of(model: Backbone, metadata: Mapping[str, str], *, values: Mapping[
     """
     parameters = dict(model.named_parameters())
     given = values or {}
-    linears = dict(lora_linears(model))
-    names = [f"{target}.{kind}" for target in linears for kind in TENSORS if f"{target}.{kind}" in parameters]
-    embeddings = [name for name in parameters if name.startswith(STREAM_EMBEDDING)]
-    held = {name: whole_tensor(given.get(name, parameters[name])) for name in names + embeddings}
+    linears = {target_of(name, own): m for name, m in lora_linears(model) for own in m.own or ("",)}
+    names = {f"{t}.{kind}": _parameter(t, kind) for t, kind in product(linears, TENSORS)}
+    names = {ours: there for ours, there in names.items() if there in parameters}
+    names |= {name: name for name in parameters if name.startswith(STREAM_EMBEDDING)}
+    held = {ours: whole_tensor(given.get(there, parameters[there])) for ours, there in names.items()}
     return Adapter(
-        tensors={name: held[name] for name in names},
+        tensors={name: tensor for name, tensor in held.items() if not name.startswith(STREAM_EMBEDDING)},
         alphas={target: _single(module.scale * module.rank) for target, module in linears.items()},
-        scopes={target: _scope(module, model.streams) for target, module in linears.items()},
-        stream_embeddings={name.removeprefix(STREAM_EMBEDDING): held[name] for name in embeddings},
+        scopes={target: _scope(target, module, model.streams) for target, module in linears.items()},
+        stream_embeddings={
+            name.removeprefix(STREAM_EMBEDDING): tensor
+            for name, tensor in held.items()
+            if name.startswith(STREAM_EMBEDDING)
+        },
         metadata={"family": model.family} | dict(metadata),
     )
 
@@ -104,7 +140,14 @@ def _single(number: float) -> float:
     return torch.tensor(number, dtype=torch.float32).item()
 
 
-def _scope(module: LoraLinear, streams: Sequence[str]) -> Scope:
-    if module.span is None:
+def _scope(target: str, module: LoraLinear, streams: Sequence[str]) -> Scope:
+    if stream := stream_of(target):
+        return (stream,)
+    return "all" if module.span is None else _words(module.span, streams)
+
+
+def _words(span: tuple[int, int], streams: Sequence[str]) -> Scope:
+    """Return the scope that a span of streams is, in the words of a config."""
+    if span == (0, len(streams)):
         return "all"
-    return "aux" if module.span == (1, len(streams)) else tuple(streams[slice(*module.span)])
+    return "aux" if span == (1, len(streams)) else tuple(streams[slice(*span)])

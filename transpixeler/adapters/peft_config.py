@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.adapter import Adapter, linear_of
 from transpixeler.config.sections import UserError
 from transpixeler.files import read_json
 from transpixeler.models.names import pieces
@@ -35,7 +35,7 @@ def beside(adapter: Adapter, ours: Mapping[str, str]) -> str:
         "base_model_name_or_path": adapter.metadata.get("base_model", ""),
         "r": int(ours["rank"]),
         "lora_alpha": float(ours["rank" if "folded" in ours else "alpha"]),
-        "target_modules": sorted({target.split(".", 2)[-1] for target in adapter.targets}),
+        "target_modules": sorted({linear_of(target).split(".", 2)[-1] for target in adapter.targets}),
     }
     if adapter.is_dora:
         config["use_dora"] = True
@@ -47,13 +47,15 @@ def in_header(adapter: Adapter) -> dict[str, str]:
 
     It folds every scale into the weights before, so that each alpha is its rank.
     """
+    if not adapter.is_plain:
+        return {}
     names = adapter.family.names
     ranks = {
         part.name: adapter.rank(target)
         for target in adapter.targets
         for part in pieces(names.module(target, source="internal", to="diffusers"))
     }
-    if not adapter.is_plain or len(set(ranks.values())) < 2:
+    if len(set(ranks.values())) < 2:
         return {}
     rank = most(ranks.values(), 0)
     odd = {module: own for module, own in ranks.items() if own != rank}

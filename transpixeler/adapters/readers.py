@@ -25,7 +25,8 @@ def readers(adapter: Adapter, format: str) -> tuple[str, ...]:
     if "scales" in adapter.metadata:
         return ()  # no other program's latents hold streams of several sizes
     if not adapter.is_plain:
-        return () if adapter.is_dora else loaders.joint_read_by.get(format, ())  # our nodes know pairs alone
+        known = not adapter.is_dora and not adapter.own_streams  # our nodes know pairs alone, shared by their streams
+        return loaders.joint_read_by.get(format, ()) if known else ()
     found = [p for p in loaders.read_by.get(format, ()) if _applies_all(adapter, p, format)]
     if format in loaders.whole_blocks and with_whole_blocks(adapter) is None:
         return tuple(program for program in found if program != DIFFUSERS)

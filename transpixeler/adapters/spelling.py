@@ -2,18 +2,21 @@
 
 A format is a prefix, one of the family's spellings of modules, and the endings of the three tensors. A joint adapter,
 which acts on some streams only, is kept from programs that know no streams by a prefix of its own: they refuse it, or
-find nothing of theirs in it, instead of patching weights that all streams share.
+find nothing of theirs in it, instead of patching weights that all streams share. Where streams have matrices of their
+own, that prefix says whose they are: `transpixeler.stream.seg.diffusion_model.blocks.0.…`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
-from transpixeler.adapters.adapter import MAGNITUDE
+from transpixeler.adapters.adapter import MAGNITUDE, linear_of, stream_of, target_of
 from transpixeler.models.names import Names, UnknownName
 
 OURS = "transpixeler."  # of header keys, of a joint adapter's keys, and of what is no LoRA weight
 EMBEDDING = f"{OURS}stream_embedding."
+_MARK = re.compile(r"transpixeler\.(?:stream\.([\w-]+)\.)?")  # of a joint adapter's keys; of a stream's own matrices
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "base_model.model.")
 _FLAT_PREFIX = "lora_unet_"
 DORA_SCALE = ".dora_scale"
@@ -54,7 +57,13 @@ class Spelling(NamedTuple):
 
     def module(self, target: str, names: Names) -> str:
         """Return the stored name of the module that a target names internally."""
-        return self.prefix + names.module(target, source="internal", to=self.modules)
+        return self.prefix + names.module(linear_of(target), source="internal", to=self.modules)
+
+
+def mark(target: str) -> str:
+    """Return what keeps a joint adapter's keys from other programs, with the stream whose own matrices they are of."""
+    stream = stream_of(target)
+    return f"{OURS}stream.{stream}." if stream else OURS
 
 
 FORMATS = {
@@ -71,6 +80,7 @@ class Key(NamedTuple):
     """The key of a tensor in its parts."""
 
     before: str  # the prefixes, ours first
+    stream: str  # whose own matrices they are of, where it says so
     module: str  # in the family's spelling
     ending: str
     flat: bool
@@ -81,25 +91,25 @@ class Key(NamedTuple):
 
 
 def split_key(key: str) -> Key:
-    """`transformer.blocks.0.ffn.0.lora_A.weight` → (`transformer.`, `blocks.0.ffn.0`, `.lora_A.weight`, False)."""
+    """`transformer.blocks.0.ffn.0.lora_A.weight` → (`transformer.`, ``, `blocks.0.ffn.0`, `.lora_A.weight`, False)."""
     ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
     if ending is None:
         raise UnknownName(key)
-    ours = OURS if key.startswith(OURS) else ""
-    module = key.removesuffix(ending).removeprefix(OURS)
+    marked = _MARK.match(key)
+    ours, stream = (marked[0], marked[1] or "") if marked else ("", "")
+    module = key.removesuffix(ending).removeprefix(ours)
     flat = module.startswith(_FLAT_PREFIX)
     if ending in _TABLE_OF:
         module += ("_" if flat else ".") + _TABLE_OF[ending]
     prefix = _FLAT_PREFIX if flat else next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
-    return Key(ours + prefix, module.removeprefix(prefix), ending, flat)
+    return Key(ours + prefix, stream, module.removeprefix(prefix), ending, flat)
 
 
 def parse(key: str, names: Names) -> tuple[str, str]:
     """`lora_unet_blocks_0_ffn_0.lora_down.weight` → (`blocks.0.ffn.0`, `lora_A`), in any spelling of the family."""
     parts = split_key(key)
-    if parts.flat:
-        return names.module(parts.module, source="flat", to="internal"), parts.kind
-    return names.read_module(parts.module), parts.kind
+    flat = parts.flat and names.module(parts.module, source="flat", to="internal")
+    return target_of(flat or names.read_module(parts.module), parts.stream), parts.kind
 
 
 def is_known(key: str, names: Names) -> bool:

@@ -113,6 +113,7 @@ class LoraConfig:
     rank_stabilized: bool = False
     dropout: Fraction = 0.0
     scope: Literal["aux", "all"] | tuple[str, ...] = "aux"
+    per_stream: bool = False
     targets: tuple[str, ...] = ()  # the family's
     ranks: dict[str, Count] = field(default_factory=dict)
     init_from: HubPath = ""
@@ -120,7 +121,8 @@ class LoraConfig:
     def __str__(self) -> str:
         """Return what is trained, as logs and plans say it."""
         kind = "a DoRA" if self.kind == "dora" else "a LoRA"
-        return f"{kind} of rank {self.rank}" if self.enabled else "the model's own weights"
+        each = " for each stream" if self.per_stream else ""
+        return f"{kind} of rank {self.rank}{each}" if self.enabled else "the model's own weights"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class LinearCost(NamedTuple):
     discarded: bool = False  # the block's last projection: no backward pass asks for its output
     image: int = 0  # tokens of an image encoder, where it reads them
     dora: bool = False  # the adapter also has norms of the changed weight's rows
+    pairs: int = 1  # the adapter's matrices: one pair, or one for each stream of the span
 
     def tokens(self, lengths: Sequence[int], text: int) -> int:
         return {"streams": sum(lengths), "text": text, "both": sum(lengths) + text, "image": self.image}.get(
@@ -59,7 +60,7 @@ class LinearCost(NamedTuple):
     def norm_flops(self) -> float:
         """Return what the norms of a DoRA's rows take in a microbatch, whatever its tokens: W Aᵀ, A Aᵀ, B A Aᵀ."""
         products = self.inputs * self.outputs + self.rank * (self.inputs + self.outputs)
-        return 2 * self.rank * products if self.dora else 0
+        return 2 * self.rank * products * self.pairs if self.dora else 0
 
     def discarded_flops(self, lengths: Sequence[int], text: int) -> float:
         """Return what a recomputation leaves out; a DoRA's gradient needs the scope's outputs."""
@@ -156,8 +157,8 @@ def _block(block: Block, image: int) -> BlockCost:
         if isinstance(module, Linear):
             cost = LinearCost(module.in_features, module.out_features, block.reads(name), image=image)
             if isinstance(module, LoraLinear):
-                dora = module.lora_magnitude is not None
-                cost = cost._replace(rank=module.rank, span=module.span, dora=dora)
+                dora, pairs = module.lora_magnitude is not None, len(module.pairs)
+                cost = cost._replace(rank=module.rank, span=module.span, dora=dora, pairs=pairs)
             found.append(cost._replace(discarded=id(module) in last))
     return BlockCost(tuple(found), block.attends)
 

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transpixeler.models.lowrank import add_product_, product, stacked, summed_product, summed_products
 from transpixeler.models.streams import Tokens, span_slice
 
 INT8 = "int8"
+Pair = tuple[Tensor, Tensor, Tensor | None]  # A [r, in], B [out, r], and of a DoRA the norms [out] of its rows
 
 
 def dequantize(data: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -96,20 +98,20 @@ def scope_copy(x: Tensor, tokens: Tokens, *linears: Linear) -> Tensor | None:
 def project(
     x: Tensor,
     linear: Linear,
-    down: Tensor | None = None,
-    up: Tensor | None = None,
-    magnitude: Tensor | None = None,
+    pairs: Sequence[Pair] = (),
     norm: Tensor | None = None,
     *,
     scale: float = 1.0,
-    scope: slice = slice(0, 0),
+    start: int = 0,
+    runs: Sequence[int] = (0,),
     part: Tensor | None = None,
     gelu: bool = False,
     needs_output: bool = True,
 ) -> Tensor:
     """Project all tokens by the frozen base, and add the adapter's projection of the scope's.
 
-    magnitude: of a DoRA, the norms that the scope's rows of the weight are to have; norm: those of the base's.
+    pairs: the adapter's matrices, one pair for each of `runs`, which are tokens from `start` on.
+    norm: of a DoRA, the norms of the base's rows.
     `part`, a copy of the scope's tokens, is what is kept for the backward pass; a view would keep all tokens alive.
     With `gelu`, what goes into it is kept instead, and what comes out of it is made again on the scope alone.
     """
@@ -117,8 +119,9 @@ def project(
         weight, weight_scale, kind = linear.weight_data, linear.weight_scale, linear.quantized
     else:
         weight, weight_scale, kind = linear.weight, None, ""
-    adapter = down, up, magnitude, norm, scale, scope.start, scope.stop
-    return _Project.apply(x, weight, weight_scale, kind, linear.bias, *adapter, part, gelu, needs_output)
+    adapter = [tensor for tensors in zip(*pairs, strict=True) for tensor in tensors if tensor is not None]
+    how = norm, scale, start, tuple(runs), part, gelu, needs_output
+    return _Project.apply(x, weight, weight_scale, kind, linear.bias, *how, *adapter)
 
 
 class _Trained(torch.autograd.Function):
@@ -136,7 +139,7 @@ class _Trained(torch.autograd.Function):
         grad_x = grad @ _rebuilt(weight, None, "", grad.dtype) if _asked(ctx, 0) else None
         grad_weight = None
         if _asked(ctx, 1):
-            grad_weight = _summed_product(rows.mT[None], x.flatten(0, -2)[None], weight.dtype)
+            grad_weight = summed_product(rows.mT[None], x.flatten(0, -2)[None], weight.dtype)
         return grad_x, grad_weight, rows.sum(0, dtype=torch.float32) if _asked(ctx, 2) else None
 
 
@@ -158,58 +161,72 @@ class _Project(torch.autograd.Function):
 
     a is x, or GELU(x), whose own derivative is then taken in the same breath. With a magnitude m, all but b is
     multiplied by m / ‖W + s·B A‖ in the scope, row by row; the norm counts as constant in the backward pass.
+    The scope is a run of tokens for each pair of matrices: adapter holds every A, then every B, then every m.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, weight_scale, kind, bias, down, up, magnitude, norm, scale, start, stop, part, gelu, wanted
-    ):
-        ctx.kind, ctx.scale, ctx.scope, ctx.gelu = kind, scale, slice(start, stop), gelu
+    def forward(ctx, x, weight, weight_scale, kind, bias, norm, scale, start, runs, part, gelu, wanted, *adapter):
+        stop = start + sum(runs)
+        ctx.kind, ctx.scale, ctx.runs, ctx.scope, ctx.gelu = kind, scale, runs, slice(start, stop), gelu
+        down, up, magnitude = _parts(adapter, runs)
         a, full, inner, factor, made = activated(x, gelu and wanted), None, None, None, None
-        if down is not None and (wanted or not gelu or magnitude is not None):
+        if down and (wanted or not gelu or magnitude):
             alone = gelu and not wanted  # then the scope's alone go through GELU
             part = activated(a[:, start:stop], alone) if part is None or alone else part
-            inner = F.linear(part, down.to(x.dtype))  # [B, Ts, r]
-        if wanted or magnitude is not None:
+            inner = product(part, stacked(down).to(x.dtype).mT, runs)  # [B, Ts, r]
+        if wanted or magnitude:
             full = _full(weight, weight_scale, kind, x.dtype)
         y = x.new_empty(*x.shape[:-1], weight.shape[0]) if full is None or not wanted else _linear(a, full, bias)
-        if magnitude is not None:
-            assert full is not None and down is not None
+        if magnitude:
+            assert full is not None
             made = _scope_of(y, start, stop) if wanted else _linear(part, full, bias)
-            factor = row_factors(magnitude, norm, adapted_norms(full, norm, down, up, scale))
-            _scale_rows_(made, factor, bias)
+            norms = [adapted_norms(full, norm, *pair, scale) for pair in zip(down, up, strict=True)]
+            factor = torch.stack([row_factors(m, norm, own) for m, own in zip(magnitude, norms, strict=True)])
+            for own, each in zip(made.split(runs, 1), factor.unbind(0), strict=True):
+                _scale_rows_(own, each, bias)
         if inner is not None and (wanted or made is not None):
-            scaled = (up * scale if factor is None else up * scale * factor[:, None]).to(x.dtype)  # [out, r]
+            scaled = stacked(up) * scale if factor is None else stacked(up) * scale * factor[:, :, None]
             target = y[:, start:stop] if made is None else made
-            target.baddbmm_(inner, scaled.t().expand(x.shape[0], -1, -1))
+            add_product_(target, inner, scaled.to(x.dtype).mT, runs)
         kept = (x, None, None) if gelu else (None, part, inner)
-        rows = (None, None, None, None) if magnitude is None else (bias, magnitude, factor, made)
-        ctx.save_for_backward(weight, weight_scale, down, up, *kept, *rows)
+        rows = (bias, factor, made) if magnitude else (None, None, None)
+        ctx.save_for_backward(weight, weight_scale, *kept, *rows, *adapter)
         return y
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, weight_scale, down, up, x, part, inner, bias, magnitude, factor, made = ctx.saved_tensors
-        dtype, grad_x, grad_inner, grad_down, grad_up, grad_magnitude = grad.dtype, None, None, None, None, None
-        if magnitude is not None:
-            grad_magnitude = _magnitude_gradient(grad[:, ctx.scope], made, bias, magnitude)
+        weight, weight_scale, x, part, inner, bias, factor, made, *adapter = ctx.saved_tensors
+        down, up, magnitude = _parts(adapter, ctx.runs)
+        dtype, grad_x, grad_inner, matrices, grads = grad.dtype, None, None, None, []
+        if magnitude:
+            along = grad[:, ctx.scope].split(ctx.runs, 1), made.split(ctx.runs, 1), magnitude
+            grads = [_magnitude_gradient(g, of, bias, m) for g, of, m in zip(*along, strict=True)]
             grad = grad.clone()
-            grad[:, ctx.scope].mul_(factor)  # from here on, of what is not yet multiplied
-        if down is not None:
+            for own, each in zip(grad[:, ctx.scope].split(ctx.runs, 1), factor.unbind(0), strict=True):
+                own.mul_(each)  # from here on, of what is not yet multiplied
+        if down:
+            matrices = stacked(down).to(dtype)
             if ctx.gelu:
                 part = activated(x[:, ctx.scope], True)
-                inner = F.linear(part, down.to(dtype))
+                inner = product(part, matrices.mT, ctx.runs)
             grad_part = grad[:, ctx.scope]
-            grad_inner = grad_part @ (up * ctx.scale).to(dtype)  # [B, Ts, r]
-            grad_down = _summed_product(grad_inner.mT, part, down.dtype)
-            grad_up = _summed_product(grad_part.mT, inner, up.dtype) * ctx.scale
+            grad_inner = product(grad_part, (stacked(up) * ctx.scale).to(dtype), ctx.runs)  # [B, Ts, r]
+            grad_down = summed_products(grad_inner, part, ctx.runs, down[0].dtype)
+            grad_up = summed_products(grad_part, inner, ctx.runs, up[0].dtype) * ctx.scale
+            grads = [*grad_down.unbind(0), *grad_up.unbind(0), *grads]
             del part  # before the widest tensor of the block is made
         if _asked(ctx, 0):
             grad_x = grad @ _rebuilt(weight, weight_scale, ctx.kind, dtype)
-            if down is not None and grad_inner is not None:
-                grad_x[:, ctx.scope].baddbmm_(grad_inner, down.to(dtype).expand(grad.shape[0], -1, -1))
+            if matrices is not None and grad_inner is not None:
+                add_product_(grad_x[:, ctx.scope], grad_inner, matrices, ctx.runs)
             grad_x = _through_gelu(grad_x, x) if ctx.gelu else grad_x
-        return grad_x, None, None, None, None, grad_down, grad_up, grad_magnitude, *([None] * 7)
+        return grad_x, *([None] * 11), *grads
+
+
+def _parts(adapter: Sequence[Tensor], runs: Sequence[int]) -> tuple[Sequence[Tensor], ...]:
+    """Return every A, every B and every magnitude, of which there may be none."""
+    count = len(runs)
+    return adapter[:count], adapter[count : 2 * count], adapter[2 * count :]
 
 
 def _scope_of(y: Tensor, start: int, stop: int) -> Tensor:
@@ -246,18 +263,6 @@ def _magnitude_gradient(grad: Tensor, made: Tensor, bias: Tensor | None, magnitu
     if bias is not None:
         along = along - bias.to(magnitude.dtype) * grad.sum((0, 1), dtype=magnitude.dtype)
     return torch.where(magnitude != 0, along / magnitude, 0.0)
-
-
-def _summed_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, m, T] · [B, T, n] → [m, n], summed over the batch too, in `dtype`.
-
-    A GPU adds in fp32 whatever it multiplies; a sum over ten thousands of tokens is not rounded to bf16 at its end.
-    """
-    if a.dtype == dtype:
-        return torch.bmm(a, b).sum(0)
-    if dtype == torch.float32 and a.is_cuda:
-        return torch.bmm(a, b, out_dtype=dtype).sum(0)
-    return torch.bmm(a.to(dtype), b.to(dtype)).sum(0)
 
 
 def _full(weight: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:

@@ -1,15 +1,17 @@
 """The adapter: low-rank matrices beside frozen linears, on the tokens of some streams.
 
 In: a model and a `LoraConfig`. Out: the same model whose targeted linears are `LoraLinear` under their old names, with
-nothing trainable but the adapter (`….lora_A`, `….lora_B`, of a DoRA `….lora_magnitude`, the stream embeddings). First
-values are a pure function of (seed, name) and the base, so they are the same on any layout.
+nothing trainable but the adapter (`….lora_A`, `….lora_B`, of a DoRA `….lora_magnitude`, the stream embeddings). Where
+streams have matrices of their own, these are `….lora_A.STREAM` and so on. First values are a pure function of (seed,
+name) and the base, so they are the same on any layout.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
 
@@ -22,6 +24,7 @@ from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.linear import (
     Linear,
+    Pair,
     activated,
     adapted_norms,
     dequantize,
@@ -34,7 +37,8 @@ from transpixeler.models.streams import Scope, scope_span, span_slice
 Setting = TypeVar("Setting")
 
 Assign = Callable[[nn.Parameter, Tensor], None]
-MAGNITUDE = ".lora_magnitude"
+DOWN, UP, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude"
+_OF_LINEAR = re.compile(rf"(?P<linear>.+)\.(?P<part>{DOWN}|{UP}|{MAGNITUDE})(?:\.(?P<stream>[\w-]+))?")
 
 
 class LoraLinear(Linear):
@@ -42,9 +46,12 @@ class LoraLinear(Linear):
 
     dora: the rows of the changed weight have trained norms, `lora_magnitude`, which start as the base's. Those stay
     beside it as `weight_norm`, a frozen parameter, so that they are sharded as the weight's rows are.
+    own: the streams of the span, where each has matrices of its own; what trains is then held by their names.
     """
 
-    lora_magnitude: nn.Parameter | None
+    lora_A: nn.Parameter | nn.ParameterDict
+    lora_B: nn.Parameter | nn.ParameterDict
+    lora_magnitude: nn.Parameter | nn.ParameterDict | None
     weight_norm: nn.Parameter | None
 
     def __init__(
@@ -56,6 +63,7 @@ class LoraLinear(Linear):
         dropout: float = 0.0,
         span: tuple[int, int] | None = None,
         dora: bool = False,
+        own: Sequence[str] = (),
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.quantized = base.in_features, base.out_features, base.quantized
@@ -63,16 +71,33 @@ class LoraLinear(Linear):
         for parameter in self._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
-        device = next(base.parameters()).device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
+        like = {"device": next(base.parameters()).device, "dtype": torch.float32}
+        self.own = tuple(own)
+        self.lora_A = self._held(lambda: torch.empty(rank, base.in_features, **like))
+        self.lora_B = self._held(lambda: torch.zeros(base.out_features, rank, **like))
         self.lora_magnitude = self.weight_norm = None
         if dora:
-            norms = torch.empty(2, base.out_features, device=device, dtype=torch.float32)
-            self.lora_magnitude = nn.Parameter(norms[0].clone())
-            self.weight_norm = nn.Parameter(norms[1].clone(), requires_grad=False)
+            self.lora_magnitude = self._held(lambda: torch.empty(base.out_features, **like))
+            self.weight_norm = nn.Parameter(torch.empty(base.out_features, **like), requires_grad=False)
         self.rank, self.scale, self.dropout, self.span = rank, scale, dropout, span
         self.train(base.training)
+
+    def _held(self, make: Callable[[], Tensor]) -> nn.Parameter | nn.ParameterDict:
+        if not self.own:
+            return nn.Parameter(make())
+        return nn.ParameterDict({stream: nn.Parameter(make()) for stream in self.own})
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Return the matrices, and a DoRA's norms: one pair, or one for each stream of the span."""
+        parts = self.lora_A, self.lora_B, self.lora_magnitude
+        if not self.own:
+            return [cast(Pair, parts)]
+        return [cast(Pair, tuple(part and part[name] for part in cast(Any, parts))) for name in self.own]
+
+    def runs(self, scope: slice, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens of the scope that each pair acts on."""
+        return lengths[slice(*cast(tuple, self.span))] if self.own else (scope.stop - scope.start,)
 
     def scope(self, x: Tensor, lengths: tuple[int, ...]) -> slice:
         """Return the slice of x's tokens that the adapter acts on; by its length, as some inputs are of text alone."""
@@ -90,25 +115,29 @@ class LoraLinear(Linear):
         scope, how = self.scope(x, lengths), {"gelu": gelu, "needs_output": needs_output}
         if scope.start == scope.stop and not torch.is_grad_enabled():  # a run of tokens without any in scope
             return project(x, self, gelu=gelu, needs_output=needs_output)
+        runs = self.runs(scope, lengths)
         if not (self.training and self.dropout):
-            adapter = self.lora_A, self.lora_B, self.lora_magnitude, self.weight_norm
-            return project(x, self, *adapter, scale=self.scale, scope=scope, part=part, **how)
+            pairs = self.pairs, self.weight_norm
+            return project(x, self, *pairs, scale=self.scale, start=scope.start, runs=runs, part=part, **how)
         x = activated(x, gelu)
         y = project(x, self) if self.quantized else F.linear(x, self.weight, self.bias)
-        inner = F.linear(F.dropout(x[:, scope], self.dropout), self.lora_A.to(x.dtype))
-        low = F.linear(inner, (self.lora_B * self.scale).to(x.dtype))
-        changed = y[:, scope] + low
-        if self.lora_magnitude is not None:
-            factor = row_factors(self.lora_magnitude, cast(Tensor, self.weight_norm), self._norms(x.dtype))
-            changed = factor * changed + (0 if self.bias is None else (1 - factor) * self.bias)
+        each = zip(x[:, scope].split(runs, 1), y[:, scope].split(runs, 1), self.pairs, strict=True)
+        changed = torch.cat([self._dropped(*one) for one in each], dim=1)
         # in place, autograd refuses a y that needs no gradient itself, as of text
         return y.slice_scatter(changed.to(y.dtype), 1, scope.start, scope.stop)
 
-    @torch.no_grad()
-    def _norms(self, dtype: torch.dtype) -> Tensor:
-        return adapted_norms(
-            full_weight(self, dtype), cast(Tensor, self.weight_norm), self.lora_A, self.lora_B, self.scale
-        )
+    def _dropped(self, x: Tensor, y: Tensor, pair: Pair) -> Tensor:
+        """Return what a pair makes of its tokens x and of the base's y, with some of its inputs dropped."""
+        down, up, magnitude = pair
+        inner = F.linear(F.dropout(x, self.dropout), down.to(x.dtype))
+        changed = y + F.linear(inner, (up * self.scale).to(x.dtype))
+        if magnitude is None:
+            return changed
+        norm = cast(Tensor, self.weight_norm)
+        with torch.no_grad():
+            norms = adapted_norms(full_weight(self, x.dtype), norm, down, up, self.scale)
+        factor = row_factors(magnitude, norm, norms)
+        return factor * changed + (0 if self.bias is None else (1 - factor) * self.bias)
 
 
 # -- which linears, with which rank and scope
@@ -157,6 +186,20 @@ def _span(name: str, scope: Scope, model: Backbone) -> tuple[int, int] | None:
     return span
 
 
+def _own_streams(name: str, span: tuple[int, int] | None, model: Backbone) -> tuple[str, ...]:
+    """Return the streams that get matrices of their own; none where one pair acts on a single stream anyway."""
+    streams = model.streams[slice(*span)] if span else model.streams
+    block = model.blocks[name.split(".")[1]]
+    assert isinstance(block, Block)
+    if span is None and (read := block.reads(inside(name))) != "streams":
+        what = {"both": "text too", "image": "image"}.get(read, "text")
+        raise UserError(
+            f"lora.per_stream: {inside(name)} acts on the {what}, which belongs to no stream; leave it out of "
+            "lora.targets, or use `lora.scope: aux`"
+        )
+    return tuple(streams) if len(streams) > 1 else ()
+
+
 def inject(
     model: Backbone, config: LoraConfig, *, seed: int = 0, scopes: Mapping[str, Scope] | None = None
 ) -> list[str]:
@@ -176,9 +219,10 @@ def inject(
         alpha = rank if config.alpha is None else config.alpha
         scale = alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
         span = _span(name, _last_match(name, scopes, config.scope), model)
-        dora = config.kind == "dora"
-        adapted = LoraLinear(linear, rank=rank, scale=scale, dropout=config.dropout, span=span, dora=dora)
-        model.set_submodule(name, adapted)
+        own = _own_streams(name, span, model) if config.per_stream else ()
+        span = span or ((0, len(own)) if own else None)
+        how = {"rank": rank, "scale": scale, "dropout": config.dropout, "dora": config.kind == "dora"}
+        model.set_submodule(name, LoraLinear(linear, **how, span=span, own=own))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))
     model.rgb_forward_only = _leaves_rgb_alone(model)
@@ -200,7 +244,13 @@ def lora_linears(model: nn.Module) -> list[tuple[str, LoraLinear]]:
 
 
 def is_adapter(name: str) -> bool:
-    return name.endswith((".lora_A", ".lora_B", ".lora_magnitude")) or ".stream_embedding." in f".{name}"
+    return _OF_LINEAR.fullmatch(name) is not None or ".stream_embedding." in f".{name}"
+
+
+def part_of(name: str) -> str:
+    """`blocks.0.self_attn.q.lora_A.seg` → `lora_A`; nothing where the name is of no adapted linear."""
+    found = _OF_LINEAR.fullmatch(name)
+    return found["part"] if found else ""
 
 
 def is_base(name: str) -> bool:
@@ -214,7 +264,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def first_value(name: str, shape: torch.Size, *, seed: int) -> Tensor:
     """Make an adapter parameter's whole first value: A kaiming-uniform from (seed, name), all else zero."""
-    if not name.endswith(".lora_A"):
+    if part_of(name) != DOWN:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
@@ -237,7 +287,7 @@ def reset_adapter(model: nn.Module, *, seed: int, assign: Assign = _copy) -> Non
             assign(parameter, first_value(name, parameter.shape, seed=seed))
     for _, module in lora_linears(model):
         if module.weight_norm is not None and not module.weight_norm.is_meta:
-            for parameter in (module.weight_norm, module.lora_magnitude):
+            for parameter in (module.weight_norm, *(magnitude for *_, magnitude in module.pairs)):
                 _copy(_local(parameter), torch.linalg.vector_norm(_local_weight(module), dim=1))
 
 
@@ -259,9 +309,8 @@ def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assi
     A DoRA that starts from a LoRA takes the norms that its rows have, so that it computes what that does.
     """
     ours = adapter_parameters(model)
-    needed = [name for name in ours if name.endswith((".lora_A", ".lora_B"))]
-    if any(name.endswith(MAGNITUDE) for name in tensors) and needed and not any(n.endswith(MAGNITUDE) for n in ours):
-        raise UserError("lora.init_from: the adapter is a DoRA: set lora.kind=dora")
+    needed = [name for name in ours if part_of(name) in (DOWN, UP)]
+    _check_kind(needed, ours, tensors)
     wrong = [f"{name} is missing" for name in needed if name not in tensors]
     wrong += [
         f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
@@ -271,7 +320,7 @@ def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assi
     wrong += [f"{name} has no place" for name in tensors if name not in ours and _lives_here(model, name)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        downs = {name.removesuffix(".lora_A"): t.shape[0] for name, t in tensors.items() if name.endswith(".lora_A")}
+        downs = {name.partition(f".{DOWN}")[0]: len(t) for name, t in tensors.items() if part_of(name) == DOWN}
         parts = ", ".join(dict.fromkeys(target.split(".", 2)[-1] for target in downs))
         ranks = ", ".join(map(str, sorted(set(downs.values()))))
         raise UserError(
@@ -282,11 +331,33 @@ def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assi
         if name in tensors:
             assign(parameter, tensors[name])
     for name, module in lora_linears(model):
-        if module.lora_magnitude is not None and f"{name}{MAGNITUDE}" not in tensors:
-            down = tensors[f"{name}.lora_A"].to(module.lora_B.device, torch.float32)
-            low = module.scale * _local(module.lora_B) @ down
-            weight = _local_weight(module).to(low.device)  # which may wait in host memory
-            _copy(_local(module.lora_magnitude), torch.linalg.vector_norm(weight + low, dim=1))
+        if module.lora_magnitude is not None:
+            for place, pair in enumerate(module.pairs):
+                end = f".{module.own[place]}" if module.own else ""
+                if f"{name}.{MAGNITUDE}{end}" not in tensors:
+                    _start_magnitude(module, pair, tensors[f"{name}.{DOWN}{end}"])
+
+
+def _check_kind(needed: Sequence[str], ours: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter whose norms, or whose matrices for each stream, have no place at all in what is trained."""
+    kinds = [
+        ("the adapter is a DoRA: set lora.kind=dora", lambda name: part_of(name) == MAGNITUDE),
+        (
+            "the adapter has matrices for each stream: set lora.per_stream=true",
+            lambda name: (found := _OF_LINEAR.fullmatch(name)) is not None and found["stream"] is not None,
+        ),
+    ]
+    for told, is_one in kinds:
+        if any(map(is_one, tensors)) and needed and not any(map(is_one, ours)):
+            raise UserError(f"lora.init_from: {told}")
+
+
+def _start_magnitude(module: LoraLinear, pair: Pair, down: Tensor) -> None:
+    """Give the rows of a pair the norms that they have. down: its whole A, of which this rank may hold a part."""
+    _, up, magnitude = pair
+    low = module.scale * _local(up) @ down.to(up.device, torch.float32)
+    weight = _local_weight(module).to(low.device)  # which may wait in host memory
+    _copy(_local(magnitude), torch.linalg.vector_norm(weight + low, dim=1))
 
 
 def _lives_here(model: Backbone, name: str) -> bool:

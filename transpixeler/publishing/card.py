@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import yaml
 
+from transpixeler.adapters.on_model import linear_scopes
 from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config.sections import Config
 from transpixeler.data.buckets import batch_sizes
@@ -272,7 +273,7 @@ def _figures(card: Card) -> dict[str, Any]:
         "clips": card.manifest.get("clips", {}).get("train", ""),
         "batch": " or ".join(map(str, batch_sizes(config))),
         "optimizer": f"{optim.name}, rate {optim.lr:g}, {optim.schedule}",
-        "adapter": f"rank {lora.rank}, scope {_scopes(card)}, on {targets}" if lora.enabled else "",
+        "adapter": f"rank {lora.rank}{_each(card)}, scope {_scopes(card)}, on {targets}" if lora.enabled else "",
         "tasks": ", ".join(f"{name} {share:g}" for name, share in config.objective.tasks.items()),
         "frames a second": f"{config.data.fps:g}",
         "fill of transparent RGB": config.data.fill,
@@ -291,8 +292,14 @@ def _figures(card: Card) -> dict[str, Any]:
 def _scopes(card: Card) -> str:
     """Name the adapter's scopes; where training started from another adapter, they may not be the config's."""
     adapter = card.model.adapter
-    own = adapter.scopes.values() if adapter is not None else ()
+    own = linear_scopes(adapter, card.streams).values() if adapter is not None else ()
     return " and ".join(scope for scope, _ in Counter(map(str, own)).most_common()) or str(card.config.lora.scope)
+
+
+def _each(card: Card) -> str:
+    """Name the streams that have matrices of their own, if any."""
+    adapter = card.model.adapter
+    return f" for each of {', '.join(adapter.own_streams)}" if adapter is not None and adapter.own_streams else ""
 
 
 def _mean(values: Sequence[float | None]) -> str:

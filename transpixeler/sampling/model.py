@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from transpixeler.adapters.adapter import Adapter
+from transpixeler.adapters.adapter import Adapter, linear_of
 from transpixeler.adapters.bases import over_base
 from transpixeler.adapters.files import read_adapter, read_experts
 from transpixeler.adapters.merge import FusedSource, read_fused
-from transpixeler.adapters.on_model import apply_adapter, inject_adapter
+from transpixeler.adapters.on_model import apply_adapter, inject_adapter, linear_scopes
 from transpixeler.config.sections import Config, UserError
 from transpixeler.models import lora
 from transpixeler.models.backbone import Backbone
@@ -91,7 +91,8 @@ def _read_initial(config: Config, wanted: Sequence[Expert]) -> dict[str, Adapter
 
 def initial_scopes(config: Config, adapters: Mapping[str, Adapter]) -> dict[str, Scope]:
     """Return, by target, the scopes of the initial adapters that differ from `lora.scope`."""
-    own = {target: scope for adapter in adapters.values() for target, scope in adapter.scopes.items()}
+    streams = [*config.streams]
+    own = {t: scope for adapter in adapters.values() for t, scope in linear_scopes(adapter, streams).items()}
     return {target: scope for target, scope in own.items() if scope != config.lora.scope}
 
 
@@ -186,9 +187,9 @@ def _check_fits(adapter: Adapter, model: Backbone, name: str, base: str) -> None
         target: (adapter.up(target).shape[0], adapter.down(target).shape[1]) for target in adapter.targets
     }
     found: dict[str, tuple[int, ...]] = {
-        target: (linears[target].out_features, linears[target].in_features)
+        target: (linears[linear_of(target)].out_features, linears[linear_of(target)].in_features)
         for target in adapter.targets
-        if target in linears
+        if linear_of(target) in linears
     }
     for stream, embedding in adapter.stream_embeddings.items():
         name_there = f"embed.stream_embedding.{stream}"

@@ -86,3 +86,16 @@ def test_a_block_keeps_what_the_sum_says(case: Case, mode: str, dtype: torch.dty
     lengths = model.layout(larger(case)).lengths
     for said, block in zip(Costs.of(model).kept, model.blocks, strict=True):
         assert said.eager.bytes(lengths) == pytest.approx(kept(model, case, block), rel=0.01), block
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_streams_with_matrices_of_their_own_cost_and_keep_what_is_said(kind: str) -> None:
+    case = CASES["wan"]
+    model = case.model(3)
+    inject(model, LoraConfig(rank=4, kind=kind, per_stream=True))  # type: ignore[arg-type]
+    assert forward_flops(Costs.of(model), model.layout(case.large).lengths).total == pytest.approx(
+        counted(model, case), rel=0.01
+    )
+    lengths = model.layout(larger(case)).lengths
+    for said, block in zip(Costs.of(model).kept, model.blocks, strict=True):
+        assert said.eager.bytes(lengths) == pytest.approx(kept(model, case, block), rel=0.01), block

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.support.families.cases import CASES, STREAMS, example
+from tests.support.families.cases import CASES, example
 from tests.support.ranks import run_ranks
 from tests.support.seeded import SeededSource
 from tests.support.tiny import config
@@ -32,6 +32,8 @@ KINDS = {
     "full": ("lora.enabled=false", "optim.lr=0.1"),
     "blind": ("model.rgb_attends_aux=false",),  # RGB runs forward only
 }
+# three streams, of which one is at half the size in every other step
+OWN = ("lora.per_stream=true", "streams={rgb: '', seg: _seg, depth: _depth}")
 CONTEXT = "parallel.context=2"
 ONE_TEXT = "no gradient of the text crosses a cut"
 Result = dict[str, Any]  # losses, norms of gradients, and parameters before the first step and after the last
@@ -73,7 +75,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _make(name: str, config: Config, twin: str) -> Backbone:
-    model = CASES[name].make(streams=STREAMS[:2], rgb_attends_aux=config.model.rgb_attends_aux)
+    model = CASES[name].make(streams=tuple(config.streams), rgb_attends_aux=config.model.rgb_attends_aux)
     if twin == ONE_TEXT:
         model.carried = 1
         model.__class__ = _detaching(type(model))
@@ -169,6 +171,22 @@ def test_steps_are_the_same_on_any_layout(name: str, kind: str, ranks: int) -> N
     runs = {run: (*overrides, *KINDS[kind]) for run, overrides in LAYOUTS[kind, ranks].items()}
     found = {run: difference(result, alone(name, kind)) for run, result in train(ranks, name, runs).items()}
     assert max(found.values()) < 1e-6, found
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name in ("wan", "hunyuan")])
+def test_streams_with_matrices_of_their_own_learn_the_same_on_any_layout(name: str) -> None:
+    """The one with text in the sequence, the other without; a DoRA makes of them all that a LoRA does, and norms."""
+    for kind, layouts in {"dora": LAYOUTS["dora", 2], "lora": {"(1,1,2)": layout(1, 1, 2)}}.items():
+        keys = (*OWN, *KINDS[kind])
+        one = train(1, name, {"alone": keys, "again": (*keys, "parallel.recompute=attention")})
+        runs = {run: (*overrides, *keys) for run, overrides in layouts.items()}
+        found = {run: difference(result, one["alone"]) for run, result in train(2, name, runs).items()}
+        found["again"] = difference(one["again"], one["alone"])
+        assert max(found.values()) < 1e-6, found
+        learned = one["alone"]["parameters"]
+        ups = [name for name in learned if name.endswith("lora_B.seg")]
+        assert ups and all(learned[up].any() for up in ups)
+        assert not any(torch.equal(learned[up], learned[up.replace(".seg", ".depth")]) for up in ups)
 
 
 @pytest.mark.parametrize("kind", KINDS)

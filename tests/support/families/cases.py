@@ -128,7 +128,8 @@ def example(case: Case, model: Backbone, config: Config, step: int, slots: range
     if step % 2:
         channels, frames, height, width = shape
         small = (channels, frames, height // 2, width // 2)
-        layout = replace(layout, shapes=(shape, small), scales=(1, 2), lasts=(0,))
+        shapes, count = (shape, small, shape), len(names)
+        layout = replace(layout, shapes=shapes[:count], scales=(1, 2, 1)[:count], lasts=(0,))
     ids = [f"sample{step}-{slot}" for slot in slots]
     rows = [_fields(model.fields, 1, draws.generator("fields", name)) for name in ids]
     return objective.prepare(

@@ -33,7 +33,8 @@ function time(seconds) {
 function heading() {
   const { config, manifest } = data, layout = manifest.layout ?? {}, ranks = Object.values(layout).reduce((a, b) => a * b, 1);
   const kind = config.lora?.kind === "dora" ? "DoRA" : "LoRA";
-  const adapter = config.lora?.enabled === false ? "The whole model" : `A ${kind} of rank ${config.lora?.rank} on ${scope(config.lora?.scope)}`;
+  const each = config.lora?.per_stream ? " for each stream" : "";
+  const adapter = config.lora?.enabled === false ? "The whole model" : `A ${kind} of rank ${config.lora?.rank}${each} on ${scope(config.lora?.scope)}`;
   const model = String(manifest.model?.path ?? config.model?.path ?? "").split("/").filter(Boolean).slice(-2).join("/");
   const parts = [
     `${adapter}, trained on ${plural(manifest.clips?.train ?? 0, "clip")}`,

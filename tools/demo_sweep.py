@@ -56,10 +56,12 @@ ROWS = (
     Row("rank 4", ("lora.rank=4",)),
     Row("rank 16", ("lora.rank=16",)),
     Row("rank 64", ("lora.rank=64",)),
+    Row("a DoRA of the same rank", ("lora.kind=dora",)),
     Row("scope all", ("lora.scope=all",)),
     Row("the RGB does not attend the companion", ("model.rgb_attends_aux=false",)),
     Row("joint alone, no matting", ("objective.tasks={joint: 1.0, rgb_to_aux: null}",)),
     Row("three streams", depth=True),
+    Row("three streams, each companion its own matrices", ("lora.per_stream=true",), depth=True),
 )
 COLUMNS = {
     "alpha_iou": "alpha on the RGB's shape, IoU",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.models import TINY, inputs, move, tiny
+from transpixeler.adapters.command import export_command
 from transpixeler.adapters.files import write_adapter
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config.sections import LoraConfig
@@ -277,6 +278,14 @@ def test_smaller_companions_are_refused(tmp_path: Path, node) -> None:
     with pytest.raises(ValueError, match=r"its companions are smaller than RGB.*`transpixeler sample`"):
         node.read_adapter(file)
     assert node.read_adapter(stored(trained(2), tmp_path / "b.safetensors", scales="1,1"))
+
+
+def test_matrices_of_each_companion_are_refused_and_those_of_one_are_read(tmp_path: Path, node) -> None:
+    file = stored(trained(3, per_stream=True), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"seg,depth have matrices of their own.*`transpixeler export --only depth`"):
+        node.read_adapter(file)
+    (alone,) = export_command(file, format="comfyui", out=tmp_path / "depth.safetensors", companion="depth")
+    assert {target.span for target in node.read_adapter(alone).targets.values()} == {(1, 2)}
 
 
 def test_a_latent_holds_the_streams_and_comes_apart(node) -> None:

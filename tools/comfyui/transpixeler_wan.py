@@ -93,6 +93,11 @@ def read_adapter(path: str | Path) -> AdapterFile:
         stored = {_unmarked(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if f"{HEADER}scope" not in header:
         raise ValueError(f"{path}: not an adapter of transpixeler; `transpixeler export --format comfyui` makes one")
+    if own := header.get(f"{HEADER}per_stream"):
+        raise ValueError(
+            f"{path}: {own} have matrices of their own, which these nodes do not know; `transpixeler export --only "
+            f"{own.split(',')[-1]}` writes a file of one that they read"
+        )
     if other := [key for key in stored if not _is_own(key)]:
         raise ValueError(f"{path}: {other[0]} is no name of ours; `transpixeler export --format comfyui` gives those")
     if any(scale != "1" for scale in header.get(f"{HEADER}scales", "1").split(",")):

@@ -165,9 +165,7 @@ def diffusers_velocity(form: str, transformer: Any, layout: StreamLayout, given:
 @pytest.mark.parametrize("format", FORMATS)
 @every_form
 @torch.no_grad()
-def test_diffusers_pipeline_reads_a_plain_adapter_as_the_export_says(
-    form: str, format: str, tmp_path: Path
-) -> None:
+def test_diffusers_pipeline_reads_a_plain_adapter_as_the_export_says(form: str, format: str, tmp_path: Path) -> None:
     model = adapted(form, 1)
     adapter = adapter_of(model, {})
     assert "diffusers" in readers(adapter, format)

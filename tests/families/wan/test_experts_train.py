@@ -29,20 +29,23 @@ KEYS = (
 )
 
 
+LONG = "train.max_steps=20"
+
+
 def train(project: Path, output: Path, *overrides: str, ranks: int = 1, resume: str | None = None) -> Path:
     return trainings.run(project, output, *KEYS, *overrides, ranks=ranks, resume=resume)
 
 
 @pytest.fixture(scope="module")
 def alone(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(project, tmp_path_factory.mktemp("alone"), "checkpoint.keep=9", "checkpoint.every_steps=1")
+    return train(project, tmp_path_factory.mktemp("alone"), LONG, "checkpoint.keep=9", "checkpoint.every_steps=1")
 
 
 def test_a_step_leaves_the_other_expert_as_it_was(alone: Path, tmp_path: Path) -> None:
     steps = [line for line in trainings.metrics(alone) if "expert" in line]
     assert {line["expert"] for line in steps} == {"high", "low"}
-    found = [trainings.tensors(alone, step, tmp_path) for step in range(5, 13)]
-    for before, after, line in zip(found, found[1:], steps[5:], strict=False):
+    found = [trainings.tensors(alone, step, tmp_path) for step in range(12, 21)]
+    for before, after, line in zip(found, found[1:], steps[12:], strict=False):
         changed = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
         assert changed == {line["expert"]}, "weights, moments and averages of the idle one stay, to the last bit"
     for line in steps:  # bins of the noise level, of which the high expert has the last alone
@@ -52,10 +55,10 @@ def test_a_step_leaves_the_other_expert_as_it_was(alone: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("layout", [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
 def test_any_layout_trains_the_same(layout: tuple[int, int, int], alone: Path, project: Path, tmp_path: Path) -> None:
-    other = train(project, tmp_path, *trainings.layout(*layout), ranks=2)
+    other = train(project, tmp_path, LONG, *trainings.layout(*layout), ranks=2)
     for one, two in zip(trainings.exact(alone), trainings.exact(other), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-6) and one["samples"] == two["samples"]
-    assert trainings.difference(trainings.tensors(alone, 12, tmp_path), trainings.tensors(other, 12, tmp_path)) < 1e-6
+    assert trainings.difference(trainings.tensors(alone, 20, tmp_path), trainings.tensors(other, 20, tmp_path)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [(), ("lora.kind=dora", "model.quantize=int8")], ids=["lora", "dora, int8"])
@@ -74,12 +77,12 @@ def test_weights_that_wait_elsewhere_come_back_the_same(kind: tuple[str, ...], p
 
 
 def test_a_killed_run_goes_on_bitwise(alone: Path, project: Path, tmp_path: Path) -> None:
-    killed = trainings.start(project, tmp_path / "out", *KEYS)
+    killed = trainings.start(project, tmp_path / "out", *KEYS, LONG)
     trainings.wait_for_step(killed, tmp_path / "out", 6)
     trainings.end(killed)
-    found = train(project, tmp_path / "out", resume="")
+    found = train(project, tmp_path / "out", LONG, resume="")
     assert trainings.exact(alone) == trainings.exact(found)
-    assert trainings.difference(trainings.tensors(alone, 12, tmp_path), trainings.tensors(found, 12, tmp_path)) == 0
+    assert trainings.difference(trainings.tensors(alone, 20, tmp_path), trainings.tensors(found, 20, tmp_path)) == 0
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def test_it_goes_on_bit_for_bit_and_on_shards(three: Path, tmp_path: Path) -> No
     assert difference(raw, mean) > 0
     card = hub.pack(str(whole), hub.Terms("a/b", base="c/d")).files["README.md"]
     assert isinstance(card, bytes) and "for each of seg, depth, scope aux, on" in card.decode()
+    assert "`transpixeler export a/b --format comfyui --only depth --out depth/`" in card.decode()
     video = ("--prompt", "a red circle", "sample.steps=1", "sample.guidance=0", "sample.size=[64,64,9]")
     assert cli.main(["sample", str(whole), "--out", str(tmp_path / "out"), *video]) == 0
     alone = tmp_path / "depth.safetensors"

@@ -193,9 +193,10 @@ def _own_streams(name: str, span: tuple[int, int] | None, model: Backbone) -> tu
     assert isinstance(block, Block)
     if span is None and (read := block.reads(inside(name))) != "streams":
         what = {"both": "text too", "image": "image"}.get(read, "text")
+        way_out = ", or use `lora.scope: aux`" if read == "both" else ""
         raise UserError(
             f"lora.per_stream: {inside(name)} acts on the {what}, which belongs to no stream; leave it out of "
-            "lora.targets, or use `lora.scope: aux`"
+            f"lora.targets{way_out}"
         )
     return tuple(streams) if len(streams) > 1 else ()
 

@@ -210,11 +210,25 @@ def _use_section(card: Card) -> list[str]:
             "diffusers generates one stream and cannot make the companions. Use the command above: it writes every "
             "stream as a video, and RGBA files with the alpha inside."
         )
-        node = "the streams need the custom node of transpixeler's `tools/comfyui`"
-        comfy = f"Put `{ADAPTER_FILE}` into `models/loras`; {node}."
-        if max(card.config.scales) > 1:
-            comfy = "The companions are smaller than RGB, which ComfyUI's latents cannot hold. Use the command above."
+        comfy = _joint_in_comfyui(card)
     return lines if full else [*lines, "### ComfyUI", comfy]
+
+
+def _joint_in_comfyui(card: Card) -> str:
+    """Tell how ComfyUI takes an adapter of several streams, or why it does not."""
+    adapter, put = card.model.adapter, f"Put `{ADAPTER_FILE}` into `models/loras`"
+    node = "the streams need the custom node of transpixeler's `tools/comfyui`"
+    if max(card.config.scales) > 1:
+        return "The companions are smaller than RGB, which ComfyUI's latents cannot hold. Use the command above."
+    if adapter is not None and adapter.is_dora:
+        return "No custom node reads a DoRA of several streams. Use the command above."
+    if adapter is not None and adapter.own_streams:
+        only = f"transpixeler export {card.repo} --format comfyui --only {card.streams[-1]} --out {card.streams[-1]}/"
+        return (
+            "Each stream has matrices of its own, which the custom node does not know. Write one companion by itself, "
+            f"as with `{only}`. {put}; {node}."
+        )
+    return f"{put}; {node}."
 
 
 def _load_line(card: Card, expert: str) -> str:

@@ -17,6 +17,7 @@ from tests.training.trainings import FAST
 from transpixeler import cli
 from transpixeler.config import loading
 from transpixeler.config.sections import UserError
+from transpixeler.parallel import sight
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import opening
 from transpixeler.training import identity, trainer
@@ -173,7 +174,7 @@ def test_a_host_with_other_code_is_refused_before_anything_is_encoded(demo: Path
 
 
 def _with_own_folder(rank: int, world_size: int, folders: list[Path]) -> str:
-    opening.SHOWN_SECONDS = 0.5
+    sight.SECONDS = 0.5
     config = loading.from_overrides([f"output_dir={folders[rank]}", "run_name=mine"])
     with pytest.raises(UserError) as told:
         opening.open_run(config, Runtime(rank, world_size, rank, torch.device("cpu")), None)

@@ -227,6 +227,16 @@ def cache_folders(config: Config) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(cache_folder(source, config) for source in sources))
 
 
+def own_folders(found: Catalog, config: Config) -> dict[Path, Path]:
+    """Return this rank's cache folder for each of rank 0's, whose config may name others."""
+    own = cache_folders(config)
+    if len(own) != len(found.folders):
+        raise UserError(
+            f"data.cache_dir: rank 0 keeps {len(found.folders)} caches, this one {len(own)}; set it on all or none"
+        )
+    return dict(zip(found.folders, own))
+
+
 def cache_folder(source: SourceConfig, config: Config) -> Path:
     if config.data.cache_dir:
         return Path(config.data.cache_dir).expanduser().absolute()

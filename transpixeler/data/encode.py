@@ -26,10 +26,11 @@ import torch
 
 from transpixeler.config.sections import Config, UserError
 from transpixeler.data.cache.records import DTYPE, Cache, CacheWriter, Record
-from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob, catalog
+from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob, catalog, own_folders
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.features.take import take
+from transpixeler.data.hosts import Hosts, find_hosts
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part, encode_part, part_shape
@@ -37,7 +38,7 @@ from transpixeler.data.progress import Progress
 from transpixeler.data.ranks import Ranks, connected, portable
 from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode_blank
 from transpixeler.data.sources.pairs import decode_pair
-from transpixeler.data.work import Work, clips_used, missing_work, only, share
+from transpixeler.data.work import Work, clips_used, folders_by_key, missing_work, only, share
 from transpixeler.flow.objective import all_lasts
 from transpixeler.models.family import ModelFolder, caption_fields
 from transpixeler.parallel.runtime import Runtime
@@ -63,15 +64,18 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
     """Return the train and eval sets of a config, with every record in the cache."""
     with connected(runtime) as ranks:
         found = ranks.from_main(partial(catalog, config, model))
+        folders = own_folders(found, config)
+        hosts = find_hosts(ranks, [*folders.values()])
         outcomes: list[Outcome] = []
         bad: dict[Keys, str] = {}
-        while work := ranks.from_main(partial(_find_work, config, model, found, bad)):
-            done = _encode_on_all(config, model, ranks, work)
+        while work := _find_work(config, model, found, bad, hosts):
+            done = _encode_on_all(config, model, ranks, work, folders)
             outcomes += done
             fresh = {keys: reason for other in done for keys, reason in other.bad.items()}
             if not fresh:
                 break
             bad |= fresh  # others may share a record with these, or be drawn in their place, so look again
+        hosts.fill(lambda: folders_by_key(_used(config, model, found, bad), folders))
     datasets = _datasets(config, model, found, bad)
     if runtime.is_main:
         _summarise(datasets, outcomes)
@@ -82,24 +86,34 @@ def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[
     """Return the train and eval sets of a config, and what `encode_missing` would encode of them."""
     with connected(runtime) as ranks:
         found = ranks.from_main(partial(catalog, config, model))
-        work = ranks.from_main(partial(_find_work, config, model, found, {}))
+        work = _find_work(config, model, found, {}, Hosts(ranks))
     datasets = _datasets(config, model, found, {}, whole=False)
     if runtime.is_main:
         _summarise(datasets, [])
     return datasets, work
 
 
-def _find_work(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str]) -> Work:
-    if config.data.draw == "epoch":
-        data = _datasets(config, model, found, bad, whole=False)
-        found = only(found, [*clips_used(config, data.train), *data.eval.items])
-    return missing_work(found, without=bad)
+def _find_work(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str], hosts: Hosts) -> Work:
+    """Return what no host has. A collective call."""
+    used = partial(_used, config, model, found, bad)
+    elsewhere = hosts.held_elsewhere(lambda: folders_by_key(used(), own_folders(found, config)))
+    return hosts.ranks.from_main(lambda: missing_work(used(), without=bad, elsewhere=elsewhere))
 
 
-def _encode_on_all(config: Config, model: ModelFolder, ranks: Ranks, work: Work) -> list[Outcome]:
+def _used(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str]) -> Catalog:
+    """Return what this run takes of a catalog."""
+    if config.data.draw == "once":
+        return found
+    data = _datasets(config, model, found, bad, whole=False)
+    return only(found, [*clips_used(config, data.train), *data.eval.items])
+
+
+def _encode_on_all(
+    config: Config, model: ModelFolder, ranks: Ranks, work: Work, folders: Mapping[Path, Path]
+) -> list[Outcome]:
     outcome, own = Outcome(), None
     try:
-        _encode(config, model, ranks.runtime, work, outcome)
+        _encode(config, model, ranks.runtime, work, _Writers(f"rank{ranks.runtime.rank}", outcome, folders))
     except Exception as fault:  # sent to all ranks before it is raised, so that none waits for this one
         own, outcome.fault = fault, portable(fault, ranks.runtime.rank)
     outcomes = ranks.gather(outcome)
@@ -114,11 +128,11 @@ def _encode_on_all(config: Config, model: ModelFolder, ranks: Ranks, work: Work)
 # --- one rank's share ------------------------------------------------------------------------------------------------
 
 
-def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, outcome: Outcome) -> None:
+def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, writers: _Writers) -> None:
     clips = share(work.clips, rank=runtime.rank, ranks=runtime.world_size)
     texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
     blanks = share(work.blanks, rank=runtime.rank, ranks=runtime.world_size)
-    with _Writers(f"rank{runtime.rank}", outcome) as writers, _one_thread(runtime.device):
+    with writers, _one_thread(runtime.device):
         _take(config, model, [*_given(clips), *_given(texts)], writers)
         clips, texts = [job for job in clips if not job.given], [job for job in texts if not job.given]
         if clips or blanks:
@@ -233,15 +247,15 @@ def _ahead(
 class _Writers:
     """One writer for each folder, opened at its first record."""
 
-    def __init__(self, name: str, outcome: Outcome) -> None:
+    def __init__(self, name: str, outcome: Outcome, folders: Mapping[Path, Path]) -> None:
         self.outcome = outcome
-        self._name = name
+        self._name, self._folders = name, folders
         self._stack = ExitStack()
         self._open: dict[Path, CacheWriter] = {}
 
     def put(self, folder: Path, records: Sequence[Record]) -> None:
         if folder not in self._open:
-            self._open[folder] = self._stack.enter_context(CacheWriter(folder, self._name))
+            self._open[folder] = self._stack.enter_context(CacheWriter(self._folders[folder], self._name))
         self._open[folder].put(records)
         self.outcome.records += len(records)
         self.outcome.bytes += sum(record.value.nbytes for record in records)
@@ -287,7 +301,8 @@ def _datasets(
     config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str], *, whole: bool = True
 ) -> Datasets:
     """Return both sets without clips that are bad. whole: every record must be in the cache."""
-    cache, streams, empty = Cache(*found.folders), tuple(config.streams), found.empty_text_keys
+    folders, streams, empty = [*own_folders(found, config).values()], tuple(config.streams), found.empty_text_keys
+    cache = Cache(*folders)
     lasts = all_lasts(config.objective, streams, model.fields)
     sets: dict[str, Dataset] = {}
     for name, items in found.items.items():
@@ -305,8 +320,8 @@ def _datasets(
         keys += [key for item in used if item.shown for key in item.shown.all]
         if absent := cache.missing([*keys, *found.empty_text_keys]):
             raise UserError(
-                f"{found.folders[0]}: {len(absent)} records are not on {platform.node()}. Hosts must share the cache "
-                "folder (data.cache_dir); if they do, `cache --gc` has removed them meanwhile: start again"
+                f"{folders[0]}: {len(absent)} records are not on {platform.node()}: `cache --gc` has removed them "
+                "meanwhile, or its disk shows them late; start again"
             )
     return Datasets(sets["train"], sets["eval"])
 

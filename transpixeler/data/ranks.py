@@ -13,6 +13,8 @@ import torch.distributed as dist
 from transpixeler.config.sections import Fault, UserError
 from transpixeler.parallel.runtime import Runtime
 
+FOREVER = timedelta(days=7)  # as long as one rank may read a large data set while the others wait
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -58,7 +60,7 @@ def connected(runtime: Runtime) -> Iterator[Ranks]:
     if runtime.world_size == 1:
         yield Ranks(runtime, None)
         return
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    group = dist.new_group(backend="gloo", timeout=FOREVER)
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
     try:
         yield Ranks(runtime, group)

@@ -6,8 +6,9 @@ Of clips that are drawn anew each epoch, only those count that the epochs of thi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from transpixeler.config.sections import Config
@@ -41,11 +42,15 @@ class Work:
         return taken
 
 
-def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
-    """Return the jobs that lack a record, each with only the parts that lack one."""
+def missing_work(found: Catalog, *, without: Container[Keys] = (), elsewhere: Container[bytes] = ()) -> Work:
+    """Return the jobs that lack a record, each with only the parts that lack one. elsewhere: keys of no need."""
     cache = Cache(*found.folders)
     jobs = [job for job in found.clips if job.latent_keys not in without]
-    absent = set(cache.missing([key for job in jobs for key in (*job.keys.values(), *job.shown_keys.values())]))
+
+    def missing(keys: Sequence[bytes]) -> set[bytes]:
+        return {key for key in cache.missing(keys) if key not in elsewhere}
+
+    absent = missing([key for job in jobs for key in (*job.keys.values(), *job.shown_keys.values())])
     clips: list[ClipJob] = []
     for job in jobs:
         keys = {part: key for part, key in job.keys.items() if key in absent}
@@ -53,13 +58,23 @@ def missing_work(found: Catalog, *, without: Container[Keys] = ()) -> Work:
         absent.difference_update(keys.values(), shown.values())  # the same content twice is encoded once
         if keys or shown:
             clips.append(replace(job, keys=keys, shown_keys=shown))
-    texts = set(cache.missing([key for job in found.texts for key in job.all_keys]))
-    blanks = set(cache.missing([job.key for job in found.blanks]))
+    texts = missing([key for job in found.texts for key in job.all_keys])
+    blanks = missing([job.key for job in found.blanks])
     return Work(
         tuple(clips),
         tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys) and job.all_keys not in without),
         tuple(job for job in found.blanks if job.key in blanks),
     )
+
+
+def folders_by_key(found: Catalog, own: Mapping[Path, Path]) -> dict[bytes, Path]:
+    """Return the cache folder of each record on this rank. own: its folders, by those of the catalog."""
+    places = {job.key: own[job.folder] for job in found.blanks}
+    for text in found.texts:
+        places |= dict.fromkeys(text.all_keys, own[text.folder])
+    for clip in found.clips:
+        places |= dict.fromkeys([*clip.keys.values(), *clip.shown_keys.values()], own[clip.folder])
+    return places
 
 
 def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from transpixeler.files import read_json, write_text
 from transpixeler.models.family import open_model
 from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime, run_stamp
+from transpixeler.parallel.sight import comes_in_sight
 from transpixeler.runs import checkpoint
 from transpixeler.runs.controls import CONTROL_FILES
 from transpixeler.runs.folder import ASIDE, JOB, METRICS, ORIGIN, STRAIGHT_ON, Going, Run, configured_run
@@ -47,7 +47,6 @@ FIXED = (
 FREE_IN_FIXED = ("lora.dropout", "lora.init_from")
 OF_OPTIMIZER = ("optim.name", "optim.bf16_parameters")  # free where the optimizer begins anew
 SHARED = ".shared"  # a file that shows which hosts see a run's folder
-SHOWN_SECONDS = 5.0  # until a network disk shows a new file to every host
 # These say where a run writes and what it runs on; they do not change what it trains.
 UNTOLD = (
     "output_dir",
@@ -218,10 +217,7 @@ def _check_shared(folder: Path, runtime: Runtime) -> None:
     if runtime.is_main:
         mark.touch()
     runtime.barrier()
-    deadline = time.monotonic() + SHOWN_SECONDS
-    while not (seen := mark.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    blind = [host for host, sees in runtime.gather((platform.node(), seen)) if not sees]
+    blind = [host for host, sees in runtime.gather((platform.node(), comes_in_sight(mark))) if not sees]
     if runtime.is_main:
         mark.unlink(missing_ok=True)
     if blind:

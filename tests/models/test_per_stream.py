@@ -198,6 +198,7 @@ def test_scopes_say_which_streams_have_their_own() -> None:
         UserError, match=r"lora\.per_stream: cross_attn\.k acts on the text, which belongs to no stream"
     ):
         inject(tiny(3), replace(AUX, scope="all", targets=("cross_attn.k",)))
+    inject(tiny(1), replace(AUX, scope="all", targets=("cross_attn.k",)))  # which has one stream alone
 
 
 def test_it_starts_from_a_lora_of_its_own_and_another_kind_is_refused() -> None:

@@ -189,6 +189,8 @@ def _span(name: str, scope: Scope, model: Backbone) -> tuple[int, int] | None:
 def _own_streams(name: str, span: tuple[int, int] | None, model: Backbone) -> tuple[str, ...]:
     """Return the streams that get matrices of their own; none where one pair acts on a single stream anyway."""
     streams = model.streams[slice(*span)] if span else model.streams
+    if len(streams) == 1:
+        return ()
     block = model.blocks[name.split(".")[1]]
     assert isinstance(block, Block)
     if span is None and (read := block.reads(inside(name))) != "streams":
@@ -198,7 +200,7 @@ def _own_streams(name: str, span: tuple[int, int] | None, model: Backbone) -> tu
             f"lora.per_stream: {inside(name)} acts on the {what}, which belongs to no stream; leave it out of "
             f"lora.targets{way_out}"
         )
-    return tuple(streams) if len(streams) > 1 else ()
+    return tuple(streams)
 
 
 def inject(

@@ -364,9 +364,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument(
         "--stream", default="seg", help="the stream that another program's joint adapter was trained for (default: seg)"
     )
-    parser.add_argument(
-        "--only", default="", metavar="COMPANION", help="of an adapter of several companions, this one beside the RGB"
-    )
+    parser.add_argument("--only", default="", metavar="COMPANION", help="of several companions, write this one's alone")
     _add_ema(parser)
 
 

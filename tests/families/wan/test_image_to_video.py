@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from fractions import Fraction
@@ -348,8 +347,6 @@ log: {{tensorboard: false}}
 def test_it_caches_trains_evaluates_and_samples(
     form: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from diffusers import WanImageToVideoPipeline
-
     from transpixeler.demo.scenes import Format, scenes
     from transpixeler.demo.write import write_pairs
 
@@ -378,9 +375,7 @@ def test_it_caches_trains_evaluates_and_samples(
         assert cli.main(["train", str(config), wrong]) == 2
     said = capsys.readouterr().err
     assert ("give --last too" if form == "last" else "shown a first frame alone") in said
-    pictures = ["image", "last_image"][: 1 + (form == "last")]
-    assert read_adapter(latest).metadata["pictures"] == ",".join(pictures)
-    assert set(pictures) < set(inspect.signature(WanImageToVideoPipeline.__call__).parameters)
+    assert read_adapter(latest).metadata["pictures"] == ("image,last_image" if form == "last" else "image")
     assert "say image_to_video" in said and "streams.seg.scale: this model takes given frames in channels" in said
 
 

@@ -85,6 +85,7 @@ class ModelConfig:
     encoders: HubPath = ""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Literal["none", "fp8", "int8"] = "none"
+    quantize_encoders: Literal["none", "int8", "fp8", "nf4"] = "none"
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "math", "flex", "fa3", "fa4"] = "auto"
     rgb_attends_aux: bool = True
     trainable: tuple[str, ...] = ("*",)

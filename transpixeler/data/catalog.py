@@ -14,19 +14,28 @@ from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.dataset import Item, ShownKeys
 from transpixeler.data.draws import Draws
 from transpixeler.data.features.needs import Needs
-from transpixeler.data.keys import given_part_keys, given_text_keys, keys_of_shown, latent_keys, part_keys, text_keys
+from transpixeler.data.keys import (
+    first_frame,
+    given_part_keys,
+    given_text_keys,
+    keys_of_shown,
+    latent_keys,
+    part_keys,
+    text_keys,
+)
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import files_of
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part
+from transpixeler.data.pictures import Picture
 from transpixeler.data.prompts import sampled_texts
 from transpixeler.data.shown import BlankJob
 from transpixeler.data.sources.candidate import NOT_GIVEN, TEXT_COLUMN, Features, TextRow
 from transpixeler.data.sources.pairs import Sample, source_names
 from transpixeler.data.survey import Survey, survey
-from transpixeler.flow.objective import all_lasts
+from transpixeler.flow.objective import all_lasts, views
 from transpixeler.models.conditions import shown_fields
-from transpixeler.models.family import Digest, ModelFolder
+from transpixeler.models.family import Digest, ModelFolder, sees_frames
 
 Keys = tuple[bytes, ...]  # of a caption's fields, in the model's order
 
@@ -47,6 +56,7 @@ class ClipJob:
     keys: Mapping[Part, bytes]  # of those to encode
     shown: ShownKeys | None = None
     shown_keys: Mapping[tuple[str, int], bytes] = field(default_factory=dict)  # by field and stream, of those to encode
+    picture: Picture | None = None  # that its caption is read beside, where a text encoder sees
 
     @property
     def given(self) -> bool:
@@ -67,6 +77,8 @@ class TextJob:
     folder: Path
     features: Features = NOT_GIVEN  # with `text`: the file that they are taken from
     alone: bool = False  # of a row that gives nothing else, so no clip can be left out for it
+    picture: Picture | None = None  # that it is read beside, by an encoder that sees; None: a black one
+    lacks: tuple[str, ...] = ()  # fields whose records are to be made
 
     @property
     def given(self) -> bool:
@@ -109,9 +121,9 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
         raise UserError("data.train names no source; give a folder of pairs or a manifest")
     folders = cache_folders(config)
     hashes = {folder: FileHashes(folder) for folder in folders}
-    made_with = Fingerprints(model, hashes[folders[0]].digest)
+    made_with = Fingerprints(config, model, hashes[folders[0]].digest)
     found = {name: surveyed(config, model, name) for name in SETS}
-    texts_of = Texts(model, made_with, hashes[folders[0]], [row for one in found.values() for row in one.texts])
+    texts_of = Texts(config, model, made_with, hashes[folders[0]], [row for one in found.values() for row in one.texts])
     clips: dict[tuple[bytes, ...], ClipJob] = {}
     texts: dict[Keys, TextJob] = {}
     items: dict[str, tuple[Item, ...]] = {}
@@ -119,10 +131,11 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
         sources: tuple[SourceConfig, ...] = getattr(config.data, name)
         names, own = source_names(sources), []
         for job in _clip_jobs(config, model, sources, found[name], hashes, made_with):
-            text = texts_of.job(job.sample.caption, job.folder, job.sample.features)
+            both = texts_of.of_clip(job)
             clips.setdefault(job.latent_keys, job)
-            texts.setdefault(text.all_keys, text)
-            item = _item(job, text, sources[job.sample.source].repeats, names[job.sample.source])
+            for text in both:
+                texts.setdefault(text.all_keys, text)
+            item = _item(job, both, sources[job.sample.source].repeats, names[job.sample.source])
             shown = name == "eval" and not job.given
             own.append(replace(item, origin=(job.sample, job.clip)) if shown else item)
         items[name] = tuple(own)
@@ -143,9 +156,11 @@ class Fingerprints(dict[str, str]):
     Each is found when it is asked for: where all features are given, no encoder needs to be here.
     """
 
-    def __init__(self, model: ModelFolder, digest: Digest) -> None:
+    def __init__(self, config: Config, model: ModelFolder, digest: Digest) -> None:
         super().__init__()
         self.model, self.digest = model, digest
+        kind = config.model.quantize_encoders
+        self.quantized = "" if kind == "none" else f" {kind}"  # of text encoders
 
     def __missing__(self, source: str) -> str:
         found = {
@@ -153,7 +168,7 @@ class Fingerprints(dict[str, str]):
             "image": self.model.image_fingerprint,
             "caption": self.model.text_fingerprint,
         }
-        self[source] = found[source](self.digest)
+        self[source] = found[source](self.digest) + (self.quantized if source == "caption" else "")
         return self[source]
 
 
@@ -161,17 +176,34 @@ class Texts:
     """Make the jobs of texts: from a row's own features, from a row that gives a text's alone, or to be encoded."""
 
     def __init__(
-        self, model: ModelFolder, made_with: Mapping[str, str], hashes: FileHashes, rows: Sequence[TextRow]
+        self,
+        config: Config,
+        model: ModelFolder,
+        made_with: Mapping[str, str],
+        hashes: FileHashes,
+        rows: Sequence[TextRow],
     ) -> None:
-        self.model, self.made_with, self.hashes = model, made_with, hashes
+        self.config, self.model, self.made_with, self.hashes = config, model, made_with, hashes
         self.alone = {row.text: row.features for row in rows}
 
-    def job(self, text: str, folder: Path, features: Features = NOT_GIVEN) -> TextJob:
+    def job(self, text: str, folder: Path, features: Features = NOT_GIVEN, picture: Picture | None = None) -> TextJob:
+        """Return the job of a text. picture: that it is read beside; None: a black one."""
         own = features if features.text else self.alone.get(text, NOT_GIVEN)
         if own.text is not None:
             keys = given_text_keys(self.hashes.digest(own.text), self.model.fields)
             return TextJob(keys, text, folder, own, alone=own is not features)
-        return TextJob(text_keys(self.model.clean_caption(text), self._encoder(text), self.model.fields), text, folder)
+        cleaned, key = self.model.clean_caption(text), picture.key if picture else None
+        keys = text_keys(cleaned, self._encoder(text), self.model.fields, picture=key)
+        return TextJob(keys, text, folder, picture=picture)
+
+    def of_clip(self, job: ClipJob) -> tuple[TextJob, ...]:
+        """Return the jobs of a clip's caption: one, or beside its first frame and beside none where tasks want both."""
+        told = job.sample.caption, job.folder, job.sample.features
+        if job.picture is None:
+            return (self.job(*told),)
+        config, video = self.config, job.clip.frames > 1
+        seen, unseen = views(config.objective, tuple(config.streams), video=video)
+        return (*[self.job(*told, job.picture)] * seen, *[self.job(*told)] * unseen)
 
     def _encoder(self, text: str) -> str:
         try:
@@ -244,14 +276,15 @@ def cache_folder(source: SourceConfig, config: Config) -> Path:
     return (path if path.is_dir() else path.parent) / "cache"
 
 
-def _item(job: ClipJob, text: TextJob, repeats: int, source: str) -> Item:
+def _item(job: ClipJob, texts: Sequence[TextJob], repeats: int, source: str) -> Item:
     return Item(
         id=job.id,
         sample_id=job.sample.id,
-        caption=text.caption,
+        caption=texts[0].caption,
         bucket=job.bucket,
         latent_keys=job.latent_keys,
-        text_keys=text.all_keys,
+        text_keys=texts[0].all_keys,
+        unseen_text_keys=texts[1].all_keys if len(texts) > 1 else (),
         repeats=repeats,
         source=source,
         shown=job.shown,
@@ -283,6 +316,8 @@ def _clip_jobs(
             shown = keys_of_shown(fields, tuple(content.values()), bucket, encoders)
             each = {(name, n): key for name, own in shown.own.items() for n, key in enumerate(own)}
             job = replace(job, shown=shown, shown_keys=each)
+        if sees_frames(model.fields):
+            job = replace(job, picture=first_frame(sample, clip, digests=digests, fill=fill))
         jobs.append(job)
     return jobs
 

@@ -45,7 +45,13 @@ class Item:
     repeats: int = 1
     source: str = ""  # name of the data set it comes from
     shown: ShownKeys | None = None
+    unseen_text_keys: tuple[bytes, ...] = ()  # where captions are read beside a picture: for tasks that give none
     origin: tuple[Sample, Clip] | None = None  # the files behind an eval clip, to measure the loss by encoding
+
+    @property
+    def all_keys(self) -> tuple[tuple[bytes, ...], ...]:
+        """Return the keys of its latents and of its texts."""
+        return self.latent_keys, self.text_keys, self.unseen_text_keys
 
 
 @dataclass(frozen=True)

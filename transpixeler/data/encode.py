@@ -38,15 +38,15 @@ from transpixeler.data.progress import Progress
 from transpixeler.data.ranks import Ranks, connected, portable
 from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode_blank
 from transpixeler.data.sources.pairs import decode_pair
+from transpixeler.data.texts import encode_texts
 from transpixeler.data.work import Work, clips_used, folders_by_key, missing_work, only, share
 from transpixeler.flow.objective import all_lasts
-from transpixeler.models.family import ModelFolder, caption_fields
+from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
 DECODERS = 4  # clips that a rank decodes at a time
 KINDS_SHOWN = 10  # kinds of reasons for skipping that the summary lists
-TEXTS_AT_ONCE = 16  # written together, with one fsync for all
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, wr
         if clips or blanks:
             _encode_clips(config, model, runtime, clips, blanks, writers)
         if texts:
-            _encode_texts(config, model, runtime, texts, writers)
+            encode_texts(config, model, runtime, texts, writers.put, partial(_refuse, config, writers))
 
 
 def _given(jobs: Sequence[ClipJob] | Sequence[TextJob]) -> list[ClipJob | TextJob]:
@@ -147,17 +147,18 @@ def _given(jobs: Sequence[ClipJob] | Sequence[TextJob]) -> list[ClipJob | TextJo
 
 def _take(config: Config, model: ModelFolder, jobs: Sequence[ClipJob | TextJob], writers: _Writers) -> None:
     """Write the records of clips and captions that are given as features."""
-
-    def refuse(job: ClipJob | TextJob, reason: BadMedia) -> None:
-        if config.data.on_bad == "error" or (isinstance(job, TextJob) and job.alone):
-            raise UserError(f"{reason}; mend it{' or set data.on_bad=skip' * (config.data.on_bad == 'error')}")
-        name = job.id if isinstance(job, ClipJob) else f"the caption {job.caption[:60]!r}"
-        logger.warning("%s is skipped: %s", name, reason)
-        writers.outcome.bad[job.latent_keys if isinstance(job, ClipJob) else job.all_keys] = str(reason)
-
     before = writers.outcome.records
-    take(jobs, Needs.of(config, model), writers.put, refuse)
+    take(jobs, Needs.of(config, model), writers.put, partial(_refuse, config, writers))
     writers.outcome.taken += writers.outcome.records - before
+
+
+def _refuse(config: Config, writers: _Writers, job: ClipJob | TextJob, reason: BadMedia) -> None:
+    """Leave out a job that cannot be done, or end here where that is asked."""
+    if config.data.on_bad == "error" or (isinstance(job, TextJob) and job.alone):
+        raise UserError(f"{reason}; mend it{' or set data.on_bad=skip' * (config.data.on_bad == 'error')}")
+    name = job.id if isinstance(job, ClipJob) else f"the caption {job.caption[:60]!r}"
+    logger.warning("%s is skipped: %s", name, reason)
+    writers.outcome.bad[job.latent_keys if isinstance(job, ClipJob) else job.all_keys] = str(reason)
 
 
 def _encode_clips(
@@ -201,26 +202,6 @@ def _check(latents: Mapping[Part, torch.Tensor], shapes: Mapping[Part, tuple[int
         assert latent.shape == shapes[part], (part, latent.shape, shapes[part])
         if not latent.isfinite().all():
             raise BadMedia(f"its {part.stream} stream gives values that are not finite when it is encoded")
-
-
-def _encode_texts(
-    config: Config, model: ModelFolder, runtime: Runtime, jobs: Sequence[TextJob], writers: _Writers
-) -> None:
-    """Encode captions, and write a record for each field."""
-    dtype = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
-    encoder = model.load_text_encoder(device=runtime.device, dtype=dtype)
-    kinds = {field.name: "text" if field.length else "vector" for field in caption_fields(model.fields)}
-    with Progress("captions", len(jobs), 0, shown=runtime.is_main, ranks=runtime.world_size) as progress:
-        for start in range(0, len(jobs), TEXTS_AT_ONCE):
-            some = jobs[start : start + TEXTS_AT_ONCE]
-            values = encoder.encode([job.caption for job in some])
-            for folder in dict.fromkeys(job.folder for job in some):
-                rows = [(job, found) for job, found in zip(some, values) if job.folder == folder]
-                parts = [(name, key, found[name]) for job, found in rows for name, key in job.keys.items()]
-                writers.put(folder, [Record(kinds[name], key, value.to(DTYPE)) for name, key, value in parts])
-            progress.step(len(some))
-    del encoder
-    _free(runtime.device)
 
 
 def _decode(job: ClipJob, *, fill: Fill, threads: int) -> dict[str, np.ndarray]:
@@ -306,8 +287,8 @@ def _datasets(
     lasts = all_lasts(config.objective, streams, model.fields)
     sets: dict[str, Dataset] = {}
     for name, items in found.items.items():
-        faults = {item.id: bad.get(item.latent_keys, bad.get(item.text_keys)) for item in items}
-        reasons = {name: reason for name, reason in faults.items() if reason is not None}
+        faults = {item.id: [bad[keys] for keys in item.all_keys if keys in bad] for item in items}
+        reasons = {name: found[0] for name, found in faults.items() if found}
         kept = tuple(item for item in items if item.id not in reasons)
         skipped = (*found.skipped[name], *reasons.items())
         told = found.notes.get(name, ())
@@ -316,7 +297,7 @@ def _datasets(
         if not whole:
             continue
         used = clips_used(config, data) if name == "train" else kept
-        keys = [key for item in used for key in (*item.latent_keys, *item.text_keys)]
+        keys = [key for item in used for some in item.all_keys for key in some]
         keys += [key for item in used if item.shown for key in item.shown.all]
         if absent := cache.missing([*keys, *found.empty_text_keys]):
             raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import IMAGE_ENDINGS, LINEAR_ENDINGS, ending_of, spans_files
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part
+from transpixeler.data.pictures import Picture
 from transpixeler.data.sources.candidate import latent_column
 from transpixeler.data.sources.pairs import Sample
-from transpixeler.models.family import Field
+from transpixeler.models.family import Field, caption_fields
 
 FEATURES_VERSION = 1  # raised when features are read in another way
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
@@ -98,6 +100,13 @@ def _linear(path: Path) -> bool:
     return ending_of(path) in LINEAR_ENDINGS
 
 
+def first_frame(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill) -> Picture:
+    """Return a clip's first frame, with a key for its pixels: extended colours are those of all the frames."""
+    least = clip if sample.rgba and fill.policy == "extend" else replace(clip, frames=1)
+    made = latent_keys(sample, least, digests=digests, fill=fill, vae="")
+    return Picture(sample, least, fill, next(iter(made.values())))
+
+
 def keys_of_shown(
     fields: Sequence[Field], content: Sequence[bytes], bucket: Bucket, encoders: Mapping[str, str]
 ) -> ShownKeys:
@@ -125,16 +134,20 @@ def _rate(sample: Sample, clip: Clip) -> str:
     return f"{clip.fps}, {'timed' if sample.media.fps else 'counted'}"
 
 
-def text_keys(caption: str, encoder: str, fields: Sequence[Field]) -> dict[str, bytes]:
-    """Return a key for each field that comes from captions."""
+def text_keys(caption: str, encoder: str, fields: Sequence[Field], *, picture: bytes | None = None) -> dict[str, bytes]:
+    """Return a key for each field that comes from captions. picture: of the one that it is read beside; None: black."""
     parts: dict[str, Any] = {"encoder": ENCODER_VERSION, "weights": encoder, "dtype": "bfloat16", "caption": caption}
-    return {field.name: _hash(what=field.name, **parts) for field in fields if field.source == "caption"}
+    beside = {"beside": picture.hex() if picture else "black"}
+    return {
+        field.name: _hash(what=field.name, **parts, **(beside if field.source == "caption+image" else {}))
+        for field in caption_fields(fields)
+    }
 
 
 def given_text_keys(file: str, fields: Sequence[Field]) -> dict[str, bytes]:
     """Return the same for features that are given. file: a hash of its content."""
     parts: dict[str, Any] = {"features": FEATURES_VERSION, "dtype": "bfloat16", "file": file}
-    return {field.name: _hash(what=f"given {field.name}", **parts) for field in fields if field.source == "caption"}
+    return {field.name: _hash(what=f"given {field.name}", **parts) for field in caption_fields(fields)}
 
 
 def _hash(**parts: object) -> bytes:

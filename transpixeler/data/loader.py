@@ -42,6 +42,7 @@ class Batch:
     empty: Fields  # those of an empty caption, without the batch
     ids: tuple[str, ...]  # of the whole global batch
     slots: range  # positions in the global batch that this rank holds
+    unseen: Fields | None = None  # of captions read beside no picture, where others are beside the first frame
     shown: Shown | None = None  # what the clips can be shown of given frames, where the model takes that
 
 
@@ -68,6 +69,7 @@ class Assembler:
             latents=self._latents(mine, layout),
             fields=self._fields([item.text_keys for item in mine]),
             empty=self._empty,
+            unseen=self._fields([item.unseen_text_keys for item in mine]) if chosen[0].unseen_text_keys else None,
             shown=self._shown(mine, layout) if self.shown else None,
             ids=tuple(item.id for item in chosen),
             slots=slots,

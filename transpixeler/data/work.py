@@ -60,9 +60,10 @@ def missing_work(found: Catalog, *, without: Container[Keys] = (), elsewhere: Co
             clips.append(replace(job, keys=keys, shown_keys=shown))
     texts = missing([key for job in found.texts for key in job.all_keys])
     blanks = missing([job.key for job in found.blanks])
+    wanted = (job for job in found.texts if not texts.isdisjoint(job.all_keys) and job.all_keys not in without)
     return Work(
         tuple(clips),
-        tuple(job for job in found.texts if not texts.isdisjoint(job.all_keys) and job.all_keys not in without),
+        tuple(replace(job, lacks=tuple(n for n, key in job.keys.items() if key in texts)) for job in wanted),
         tuple(job for job in found.blanks if job.key in blanks),
     )
 
@@ -101,7 +102,8 @@ def clips_used(config: Config, data: Dataset, order: Order | None = None) -> tup
 def only(found: Catalog, items: Iterable[Item]) -> Catalog:
     """Return a catalog with the jobs that some clips need, and those that need no clip."""
     kept = list(items)
-    latents, texts = {item.latent_keys for item in kept}, {item.text_keys for item in kept}
+    latents = {item.latent_keys for item in kept}
+    texts = {keys for item in kept for keys in (item.text_keys, item.unseen_text_keys)}
     texts |= {found.empty_text_keys, *found.prompts.values()}
     blanks = {key for item in kept if item.shown for key in item.shown.blank.values()}
     return replace(

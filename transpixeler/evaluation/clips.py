@@ -116,7 +116,8 @@ def at_all_times(batch: Batch, config: Config, task: Task, expert: Expert = ONLY
 
 def all_fields(batch: Batch, task: Task) -> Fields:
     """Return the fields of a batch's clips under a task: those of captions, and what is shown of given frames."""
+    fields = objective.told(batch.fields, batch.unseen, [task] * len(batch.latents), batch.layout)
     if batch.shown is None:
-        return batch.fields
+        return fields
     ends = ([streams] * len(batch.latents) for streams in (task.shown, task.shown_last))
-    return {**batch.fields, **batch.shown.values(batch.layout, *ends)}
+    return {**fields, **batch.shown.values(batch.layout, *ends)}

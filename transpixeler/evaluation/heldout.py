@@ -28,9 +28,9 @@ from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.guidance import check_guidance
-from transpixeler.sampling.requests import Maker, list_requests
+from transpixeler.sampling.requests import Maker, list_requests, seen_pictures
 from transpixeler.sampling.sampler import Sampler
-from transpixeler.sampling.texts import cached_prompts
+from transpixeler.sampling.texts import cached_prompts, encode_prompts
 from transpixeler.sampling.video import Video, check_formats, name_part, write_video
 from transpixeler.scoring.scores import Scores
 
@@ -68,6 +68,9 @@ class Evaluator:
             check_formats(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
         self.texts = cached_prompts(config, data, self.model)
+        if beside := seen_pictures(config, self.prompts, self.model):
+            seen = encode_prompts(config, (), self.model, runtime, beside=beside)
+            self.texts = replace(self.texts, beside=seen.beside)
         self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model)
         self.frames = Frames(self.model, self.mesh.device, upsample=config.sample.upsample)
         self.maker = Maker(config, self.model, self.frames, self.texts)

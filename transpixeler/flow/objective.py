@@ -106,6 +106,10 @@ class Task:
     def gives(self) -> bool:
         return bool(self.given or self.first or self.last or self.shown or self.shown_last)
 
+    def reveals(self, *, video: bool) -> bool:
+        """Tell whether it gives stream 0's first frame, beside which captions may be read. video: of several."""
+        return 0 in self.given or (video and (0 in self.first or 0 in self.shown))
+
     def cut(self, layout: StreamLayout) -> StreamLayout:
         """Return the layout whose given frames have times of their own, where others are left to make."""
         return with_lasts(cut_first(layout, self.first), self.last)
@@ -177,6 +181,12 @@ def all_lasts(config: ObjectiveConfig, streams: Sequence[str], fields: Sequence[
     if shows_frames(fields):
         return ()
     return tuple(sorted(frozenset().union(*(task.last for task in trained(config, streams)))))
+
+
+def views(config: ObjectiveConfig, streams: Sequence[str], *, video: bool) -> tuple[bool, bool]:
+    """Tell whether some trained task gives a clip's first frame, and whether some does not. video: of several."""
+    found = [task.reveals(video=video) for task in trained(config, streams)]
+    return any(found), not all(found)
 
 
 def tasks_of_step(
@@ -292,10 +302,13 @@ def prepare(
     slots: Sequence[int],
     batch: int,
     shift: float,
+    unseen: Fields | None = None,
     shown: Shown | None = None,
     expert: str = "",
 ) -> Example:
     """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields.
+
+    unseen: the fields of captions that are read beside no picture, where others are read beside the first frame.
 
     shown: what the samples can be shown of given frames, where a model takes that in channels. expert: that the step
     trains; the config's limits are its own.
@@ -314,7 +327,7 @@ def prepare(
     for row, task in enumerate(drawn):
         places = task.groups(layout)
         times[row, places] = free[row, places] = 0
-    fields = with_dropped_captions(config, fields, empty, keys)
+    fields = with_dropped_captions(config, told(fields, unseen, drawn, layout), empty, keys)
     if shown is not None:
         ends = [task.shown for task in drawn], [task.shown_last for task in drawn]
         fields = {**fields, **shown.values(layout, *ends)}
@@ -341,6 +354,17 @@ def with_noisy_firsts(
         noisy = noisy.clone() if noisy is latents else noisy
         noisy[row] = torch.lerp(latents[row].float(), noise[row], layout.spread(amounts)[0]).to(latents.dtype)
     return noisy
+
+
+def told(fields: Fields, unseen: Fields | None, drawn: Sequence[Task], layout: StreamLayout) -> Fields:
+    """Return the captions' fields, those read beside no picture in samples whose first frame is not given."""
+    if unseen is None:
+        return fields
+    video = layout.shapes[0][1] > layout.patch[0]
+    rows = torch.tensor([not task.reveals(video=video) for task in drawn])
+    return {
+        name: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), unseen[name], value) for name, value in fields.items()
+    }
 
 
 def with_dropped_captions(config: ObjectiveConfig, fields: Fields, empty: Fields, keys: Keys) -> Fields:

@@ -51,6 +51,16 @@ def start_noise(layout: StreamLayout, seed: int) -> Tensor:
     return torch.cat(parts)[None]
 
 
+def with_trace(noise: Tensor, layout: StreamLayout, firsts: Mapping[int, Tensor], share: float) -> Tensor:
+    """Return noise [1, N] with a share of given first frames in every frame; firsts: latents [C, 1, H, W] by stream."""
+    parts = layout.unpack(noise)
+    traced = [
+        torch.lerp(part, firsts[one.stream].to(part)[None], share) if one.stream in firsts and not one.alone else part
+        for one, part in zip(layout.segments, parts, strict=True)
+    ]
+    return layout.pack([part.expand(-1, *one.shape) for one, part in zip(layout.segments, traced, strict=True)])
+
+
 @torch.no_grad()
 def denoise(
     velocity: Velocity,

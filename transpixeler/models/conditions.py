@@ -90,6 +90,17 @@ def with_stills(fields: Sequence[Field], layout: StreamLayout, made: Tensor, val
     return made
 
 
+def shown_firsts(fields: Sequence[Field], layout: StreamLayout, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Return by stream the first frames [C, 1, H, W] that are shown as stills."""
+    found: dict[int, Tensor] = {}
+    for field in fields:
+        if field.stills:
+            shown = with_channels(layout, field.width).unpack(values[field.name][None])
+            pairs = zip(layout.segments, shown, strict=True)
+            found |= {one.stream: part[0, field.mask :, :1] for one, part in pairs if bool(part[0, 0, 0].any())}
+    return found
+
+
 def kept_layout(field: Field, layout: StreamLayout) -> StreamLayout:
     """Return the layout of what is encoded of a field "clip": latents without masks; of stills, the two ends."""
     layout = with_channels(layout, field.width - field.mask)
@@ -108,7 +119,12 @@ def given_frames(field: Field, cells: Sequence[int]) -> Tensor:
 
 
 def shown_fields(fields: Sequence[Field]) -> tuple[Field, ...]:
-    """Return the fields that come from frames."""
+    """Return the fields that come from frames alone."""
+    return tuple(field for field in fields if field.source in ("clip", "image"))
+
+
+def fields_from_frames(fields: Sequence[Field]) -> tuple[Field, ...]:
+    """Return the fields that frames have a part in."""
     return tuple(field for field in fields if field.source != "caption")
 
 

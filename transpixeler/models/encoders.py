@@ -51,6 +51,29 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def load_image_processor(folder: Path) -> Any:
+    """Load the processor of CLIP's pictures from its folder."""
+    with naming_damage(folder):
+        return image_processor_class().from_pretrained(folder, local_files_only=True)
+
+
+def image_processor_class() -> Any:
+    """Return the processor that works with Pillow: later versions' default takes torchvision where that is installed.
+
+    Its pixels differ a little, and a record must not depend on what else is installed.
+    """
+    import transformers
+
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+def picture_pixels(processor: Any, picture: Tensor) -> Tensor:
+    """Return what CLIP takes [1, 3, H', W'] of a picture uint8 [H, W, 3]."""
+    from PIL import Image
+
+    return processor(images=Image.fromarray(picture.cpu().numpy()), return_tensors="pt")["pixel_values"]
+
+
 @contextmanager
 def same_bits_every_time() -> Iterator[None]:
     """Keep convolution kernels from being picked by timing, else two runs would cache different latents."""
@@ -82,6 +105,11 @@ class Encoder:
     def __init__(self, network: Network, hashed: Callable[[], str], *, device: torch.device) -> None:
         self.network, self._hashed = network.eval().requires_grad_(False), hashed
         self.to(device)
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """Return what it holds on the device."""
+        return (self.network,)
 
     @property
     def fingerprint(self) -> str:
@@ -159,10 +187,7 @@ class ClipImageEncoder(Encoder):
         return torch.cat([self._encode(frame) for frame in frames])
 
     def _encode(self, frame: Tensor) -> Tensor:
-        from PIL import Image
-
-        pixels = self.processor(images=Image.fromarray(frame.cpu().numpy()), return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.device, self.network.dtype)
+        pixels = picture_pixels(self.processor, frame).to(self.device, self.network.dtype)
         with same_bits_every_time():
             return self.network(pixels, output_hidden_states=True).hidden_states[-2][0].float()
 
@@ -193,59 +218,96 @@ class T5TextEncoder(Encoder):
         return self.network(input_ids=tokens.input_ids.to(self.device)).last_hidden_state[0]
 
 
-class TextAndClipEncoder(Encoder, ABC):
-    """Rows of a text, by one network, and CLIP's one vector of it."""
+class ClipTextEncoder(Encoder):
+    """CLIP's one vector of a text."""
 
-    clip_length = 77
+    length = 77
+
+    def __init__(self, network: Network, tokenizer: Any, hashed: Callable[[], str], *, device: torch.device) -> None:
+        super().__init__(network, hashed, device=device)
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return each text's vector [width]."""
+        rows = (padded_tokens(self.tokenizer, text, self.length).to(self.device) for text in texts)
+        return [{"pooled": self.network(input_ids=ids).pooler_output[0]} for ids in rows]
+
+
+class TextAndClipEncoder(Encoder, ABC):
+    """Rows of a text, by one network, and CLIP's one vector of it; without `clip` the rows alone."""
 
     def __init__(
-        self, network: Network, clip: Network, tokenizers: tuple[Any, Any], length: int, hashed: Callable[[], str],
-        *, device: torch.device,
+        self, network: Network, tokenizer: Any, clip: ClipTextEncoder | None, length: int,
+        hashed: Callable[[], str], *, device: torch.device,
     ) -> None:  # fmt: skip
-        """tokenizers: of the network and of CLIP. length: tokens of the network's text, at most."""
-        self.clip, self.tokenizers, self.length = clip.eval().requires_grad_(False), tokenizers, length
+        """tokenizer: of the network. length: tokens of its text, at most."""
+        self.tokenizer, self.clip, self.length = tokenizer, clip, length
         super().__init__(network, hashed, device=device)
 
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        return self.network, *(self.clip.networks if self.clip else ())
+
     def to(self: P, device: torch.device) -> P:
-        self.clip.to(device)
+        if self.clip is not None:
+            self.clip.to(device)
         return super().to(device)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Return each text's rows [length, width] and its vector [width]."""
-        return [self._encode(text) for text in texts]
+        return [self.fields_of(text, self.rows) for text in texts]
 
-    def _encode(self, text: str) -> dict[str, Tensor]:
-        words, clip = self.tokenizers
-        rows, ids = self.rows(words, text), self.padded(clip, text, self.clip_length)
-        return {"text": rows, "pooled": self.clip(input_ids=ids).pooler_output[0]}
+    def fields_of(self, text: str, rows: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return a text's fields, its rows by a function like `rows`."""
+        (vector,) = self.clip.encode([text]) if self.clip else ({},)
+        return {"text": rows(text), **vector}
 
     @abstractmethod
-    def rows(self, tokenize: Any, text: str) -> Tensor:
+    def rows(self, text: str) -> Tensor:
         """Return the network's rows of a text, [length, width]."""
 
-    def padded(self, tokenize: Any, text: str, length: int) -> Tensor:
-        """Return a text's tokens [1, length] on the device."""
-        padded = {"padding": "max_length", "truncation": True, "max_length": length}
-        return tokenize(text, return_tensors="pt", **padded).input_ids.to(self.device)
+
+def padded_tokens(tokenize: Any, text: str, length: int) -> Tensor:
+    """Return a text's tokens, [1, length]."""
+    return tokenize(text, return_tensors="pt", padding="max_length", truncation=True, max_length=length).input_ids
 
 
 class T5AndClipTextEncoder(TextAndClipEncoder):
     """T5's rows of a text padded to its whole length, padding attended as any token, and CLIP's one vector."""
 
-    def rows(self, tokenize: Any, text: str) -> Tensor:
-        return self.network(input_ids=self.padded(tokenize, text, self.length)).last_hidden_state[0]
+    def rows(self, text: str) -> Tensor:
+        ids = padded_tokens(self.tokenizer, text, self.length).to(self.device)
+        return self.network(input_ids=ids).last_hidden_state[0]
+
+
+PARTS = ROWS, VECTOR = "text", "pooled"  # fields of a text encoder and of CLIP beside it, each a part by itself
+
+
+def load_clip_text(
+    network: Path, tokenizer: Path, hashed: Callable[[], str], *, device: torch.device, dtype: torch.dtype
+) -> ClipTextEncoder:
+    """Load CLIP's text encoder from its folder."""
+    from transformers import CLIPTextModel
+
+    return ClipTextEncoder(
+        load_network(CLIPTextModel, network, dtype=dtype), load_tokenizer(tokenizer), hashed, device=device
+    )
 
 
 def load_t5_and_clip(
     *, t5: tuple[Path, Path], clip: tuple[Path, Path], length: int, hashed: Callable[[], str], device: torch.device,
-    dtype: torch.dtype,
-) -> T5AndClipTextEncoder:  # fmt: skip
-    """Load both encoders. t5, clip: the folders of a network and of its tokenizer, which may be the same."""
-    from transformers import CLIPTextModel, T5EncoderModel
+    dtype: torch.dtype, part: str = "",
+) -> T5AndClipTextEncoder | ClipTextEncoder:  # fmt: skip
+    """Load both encoders, or one. t5, clip: the folders of a network and of its tokenizer, which may be the same."""
+    from transformers import T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break the caller's own
-    networks = load_network(T5EncoderModel, t5[0], dtype=dtype), load_network(CLIPTextModel, clip[0], dtype=dtype)
-    tokenizers = load_tokenizer(t5[1]), load_tokenizer(clip[1])
-    return T5AndClipTextEncoder(*networks, tokenizers, length, hashed, device=device)
+    how: dict[str, Any] = {"device": device, "dtype": dtype}
+    if part == VECTOR:
+        return load_clip_text(*clip, hashed, **how)
+    second = None if part == ROWS else load_clip_text(*clip, hashed, **how)
+    network, tokenizer = load_network(T5EncoderModel, t5[0], dtype=dtype), load_tokenizer(t5[1])
+    return T5AndClipTextEncoder(network, tokenizer, second, length, hashed, device=device)

@@ -51,16 +51,20 @@ class Field:
     "image": an image encoder's tokens of stream 0's first frame. A model with a field of either is shown given frames
     so, and not by a time of their own. `last`: the last frame is given with the first. `stills`: either or both may be
     given, each encoded by itself, in its place among zeros.
+
+    "caption+image": a text encoder's rows of the caption beside stream 0's first frame. A black picture stands for a
+    frame that a task does not give, and beside an empty caption.
     """
 
     name: str  # also the kind of its cache records
     width: int
     length: int | None = None
     masked: bool = False
-    source: Literal["caption", "clip", "image"] = "caption"
+    source: Literal["caption", "caption+image", "clip", "image"] = "caption"
     mask: int = 0
     last: bool = False
     stills: bool = False
+    least: int = 0  # rows that a record has before those of the caption: of a picture
     droppable: bool = True  # caption dropout replaces it by that of an empty caption
 
     @property
@@ -98,6 +102,11 @@ class TextEncoder(Protocol):
     """Captions to the fields that come from them."""
 
     @property
+    def networks(self) -> Sequence[Any]:
+        """Return the networks that it holds on the device."""
+        ...
+
+    @property
     def fingerprint(self) -> str: ...
 
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -105,6 +114,14 @@ class TextEncoder(Protocol):
         ...
 
     def to(self, device: torch.device) -> TextEncoder: ...
+
+
+class SeeingTextEncoder(TextEncoder, Protocol):
+    """The same, of a model with a field of the source "caption+image"; `encode` gives captions beside black."""
+
+    def encode_beside(self, texts: Sequence[str], pictures: Sequence[Tensor | None]) -> list[dict[str, Tensor]]:
+        """Return for each text its fields beside a picture, uint8 [H, W, 3]; None: a black one."""
+        ...
 
 
 class ImageEncoder(Protocol):
@@ -126,6 +143,8 @@ class ModelFolder(ABC):
     family: Family
     path: str  # as the user gave it: the transformer, and all else where `encoders` is not given
     encoders: str  # where VAE, text and image encoders lie
+    text_parts: tuple[str, ...] = ("",)  # networks that read captions, each by its one field; "": one makes all fields
+    text_places: tuple[str, ...] = ("text_encoder",)  # their folders beside the other encoders, in the same order
 
     # -- without loading a weight
 
@@ -176,6 +195,11 @@ class ModelFolder(ABC):
         """Return the mean and deviation of each channel of raw latents, where a config at hand tells them."""
         return None
 
+    @property
+    def image_trace(self) -> float:
+        """Return the share of given first frames' latents in the noise that a video starts from."""
+        return 0.0
+
     # -- noise levels of a video of so many tokens, those of companions not counted
 
     def shift_of(self, grid: Grid) -> float:
@@ -220,6 +244,11 @@ class ModelFolder(ABC):
     @abstractmethod
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder: ...
 
+    def load_text_part(self, part: str, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        """Load one of these networks, whose encoder makes its own field alone."""
+        assert not part, f"{self.family.title} has one network"
+        return self.load_text_encoder(device=device, dtype=dtype)
+
     def load_image_encoder(self, *, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
         """Load what makes the tokens of fields that come from images."""
         raise NotImplementedError(f"{self.family.title} has no image encoder")
@@ -254,8 +283,13 @@ def length_of(name: str) -> str:
 
 
 def caption_fields(fields: Sequence[Field]) -> tuple[Field, ...]:
-    """Return the fields that come from captions; they stand before the others."""
-    return tuple(field for field in fields if field.source == "caption")
+    """Return the fields that come from captions, alone or beside a picture; they stand before the others."""
+    return tuple(field for field in fields if field.source in ("caption", "caption+image"))
+
+
+def sees_frames(fields: Sequence[Field]) -> bool:
+    """Tell whether captions are read beside their clip's first frame."""
+    return any(field.source == "caption+image" for field in fields)
 
 
 def find_family(name: str) -> Family:

@@ -212,7 +212,7 @@ class Embed(nn.Module):
     def __init__(self, sizes: Sizes, patch: Grid, fields: Sequence[Field], streams: Sequence[str]) -> None:
         super().__init__()
         text, pooled, *_ = fields
-        self.sizes, self.patch = sizes, patch
+        self.sizes, self.patch, self.masked = sizes, patch, text.masked
         self.img_in = nn.Linear(sizes.channels * math.prod(patch), sizes.width)
         self.txt_in = Linear(text.width, sizes.width)
         self.time_in = Embedder(sizes.time_frequencies, sizes.width)
@@ -225,21 +225,26 @@ class Embed(nn.Module):
         x: Tensor,
         timesteps: Tensor,
         text: Tensor,
-        *lengths_and_pooled: Tensor,
+        *others: Tensor,
         layout: StreamLayout,
         dtype: torch.dtype,
     ) -> Flow:
-        *lengths, pooled = lengths_and_pooled
+        """others: the lengths of masked text, pooled text, and what a model is shown beside the latents."""
+        lengths, (pooled, *shown) = others[: self.masked], others[self.masked :]
         words = self.read_text(text.to(dtype), lengths, timesteps[:, layout.text_group])
-        return self.embed(x, layout).to(dtype), words, self.vectors(timesteps, pooled), *lengths
+        return self.embed(x, layout, *shown).to(dtype), words, self.vectors(timesteps, pooled), *lengths
 
     def vectors(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """[B, G] and [B, width] → [B, G, D]."""
         vectors = self.time_in(self._sinusoid(timesteps))
         if self.guidance_in is not None:
             guidance = torch.tensor(self.sizes.guidance, device=timesteps.device)
-            vectors = vectors + self.guidance_in(self._sinusoid(guidance))
+            vectors = vectors + self.guided(timesteps, self.guidance_in(self._sinusoid(guidance)))
         return vectors + self.vector_in(pooled.float())[:, None]
+
+    def guided(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
+        """Return the guidance's vector [D] for time groups [B, G]: the same for all."""
+        return guidance
 
     def read_text(self, text: Tensor, lengths: Sequence[Tensor], times: Tensor) -> Tensor:
         """[B, L, width of text] → [B, L, D]. lengths: of masked text, [B]. times: [B], of the text."""
@@ -248,10 +253,14 @@ class Embed(nn.Module):
     def _sinusoid(self, values: Tensor) -> Tensor:
         return sinusoid(values, self.sizes.time_frequencies)
 
-    def embed(self, x: Tensor, layout: StreamLayout) -> Tensor:
-        """[B, N] → [B, T, D]."""
+    def latents(self, x: Tensor, layout: StreamLayout, *shown: Tensor) -> Sequence[Tensor]:
+        """Return the latents [B, C, F, H, W] of each segment, as patches are made of them."""
+        return layout.unpack(x)
+
+    def embed(self, x: Tensor, layout: StreamLayout, *shown: Tensor) -> Tensor:
+        """[B, N] → [B, T, D]. shown: [B, N'] of fields that stand beside the latents."""
         biases = [0.0, *(self.stream_embedding[name] for name in layout.names[1:])]
-        patches = [self.img_in(patchify(part.float(), self.patch)) for part in layout.unpack(x)]
+        patches = [self.img_in(patchify(part.float(), self.patch)) for part in self.latents(x, layout, *shown)]
         pairs = zip(patches, layout.segments, strict=True)
         return torch.cat([patch + biases[segment.stream] for patch, segment in pairs], dim=1)
 

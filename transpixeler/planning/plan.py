@@ -28,12 +28,13 @@ from transpixeler.flow.experts import Split
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.conditions import kept_layout
 from transpixeler.models.experts import chosen_experts
-from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model
+from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model, sees_frames
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, devices, shard
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning import estimates
+from transpixeler.planning.caching import text_encoder_bytes
 from transpixeler.planning.estimates import Estimate, KeptWhole, Load, Machine, Memory, Part
 from transpixeler.planning.layouts import RECOMPUTE_MODES, Fit, fits, fits_by_waiting
 from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
@@ -85,6 +86,7 @@ class Plan:
     drawn: int  # clips of the training set that the run's epochs take
     cache_latents: int
     cache_texts: int
+    caching: Mapping[str, int]  # bytes of each network that reads captions, by folder; one is on the device at a time
     fits: tuple[Fit, ...]
     scan_seconds: float
 
@@ -129,7 +131,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *RECOMPUTE_MODES])},
         drawn=len(used.items),
         cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (used, evaluation)),
-        cache_texts=_text_bytes(folder, {item.caption for item in (*train.items, *evaluation.items)} | {""}),
+        cache_texts=_text_bytes(config, folder, [*train.items, *evaluation.items]),
+        caching=text_encoder_bytes(folder, config.model.quantize_encoders),
         fits=tuple(_fits(config, folder, estimate, loads, machine)),
         scan_seconds=scan_seconds,
     )
@@ -214,13 +217,22 @@ def _layout(config: Config, geometry: Geometry, bucket: Bucket, fields: Sequence
     )
 
 
-def _text_bytes(folder: ModelFolder, captions: set[str]) -> int:
-    """Estimate the records of captions: one row a token, or one a caption."""
-    rows = [1 + len(caption) // LETTERS_PER_TOKEN for caption in captions]
+def _text_bytes(config: Config, folder: ModelFolder, items: Sequence[Item]) -> int:
+    """Estimate the records of captions: one row a token, or one a caption; beside pictures, of each clip."""
+    plain, beside = {""}, list[str]()
+    for item in items:
+        seen, unseen = objective.views(config.objective, tuple(config.streams), video=item.bucket[0] > 1)
+        beside += [item.caption] * seen
+        plain |= {item.caption} if unseen or not sees_frames(folder.fields) else set()
     return BF16_BYTES * sum(
-        field.width * sum(min(field.length, n) if field.length else 1 for n in rows)
+        field.width * sum(_rows(field, text) for text in (*plain, *beside * (field.source == "caption+image")))
         for field in caption_fields(folder.fields)
     )
+
+
+def _rows(field: Field, text: str) -> int:
+    """Estimate the rows of a text's record."""
+    return min(field.length, field.least + 1 + len(text) // LETTERS_PER_TOKEN) if field.length else 1
 
 
 def _fits(
@@ -304,7 +316,7 @@ def plain(plan: Plan) -> dict[str, Any]:
         "recompute": plan.recompute,
         "kept_whole": [kept._asdict() for kept in plan.kept_whole],
         "memory": {mode: memory._asdict() | {"total": memory.total} for mode, memory in plan.memory.items()},
-        "cache": {"latents": plan.cache_latents, "texts": plan.cache_texts},
+        "cache": {"latents": plan.cache_latents, "texts": plan.cache_texts, "encoders": dict(plan.caching)},
         "layouts": [
             {"settings": list(way.settings), "memory": way.memory.total, "seconds_step": way.seconds, "why": way.why}
             for way in plan.fits

@@ -31,6 +31,7 @@ def _head(plan: Plan) -> list[str]:
         "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",
         "time": _time(plan),
         "cache": f"{_bytes(plan.cache_latents)} of latents{_drawn(plan)}, about {_bytes(plan.cache_texts)} of texts",
+        **({"caching": _caching(plan)} if plan.caching else {}),
         "scan": f"{plan.scan_seconds:.2g} s to probe the files",
     }
     if config.parallel.keep_gb:
@@ -52,6 +53,14 @@ def _time(plan: Plan) -> str:
     hours = plan.seconds_step * plan.steps / 3600
     assumed = f"at {estimates.UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s on {gpus} × {plan.device} (an assumption)"
     return f"{plan.seconds_step:.3g} s a step, {hours:.3g} h in all, {assumed}"
+
+
+def _caching(plan: Plan) -> str:
+    """Say what the networks that read captions take while they fill the cache."""
+    each = ", then ".join(f"{_bytes(size)} of {name}" for name, size in plan.caching.items())
+    kind = plan.config.model.quantize_encoders
+    how = "in bf16" if kind == "none" else f"in {kind}"
+    return f"{each}, {how}, one at a time on the device while texts are encoded"
 
 
 def _drawn(plan: Plan) -> str:

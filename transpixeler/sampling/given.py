@@ -41,6 +41,12 @@ class GivenFrames:
     last: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @property
+    def seen(self) -> np.ndarray | None:
+        """Return the first frame of RGB, [H, W, 3], where it is given: some text encoders read prompts beside it."""
+        found = self.clips.get(0, self.first.get(0))
+        return None if found is None else found[0]
+
+    @property
     def pictures(self) -> dict[int, np.ndarray]:
         """Return the first frames with their last ones, by stream."""
         return {n: np.concatenate([one, self.last.get(n, one[:0])]) for n, one in self.first.items()}

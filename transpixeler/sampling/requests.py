@@ -17,7 +17,7 @@ from transpixeler.config.sections import Config, Size
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt
 from transpixeler.flow.objective import Fields, Task
 from transpixeler.models.conditions import shows_stills
-from transpixeler.models.family import ModelFolder
+from transpixeler.models.family import ModelFolder, sees_frames
 from transpixeler.models.streams import StreamLayout
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.given import check_given_files, read_given
@@ -79,6 +79,19 @@ class _Setting:
     shown: frozenset[int] = frozenset()
     shown_last: frozenset[int] = frozenset()
     unshown: Fields = field(default_factory=dict)
+    seen: np.ndarray | None = None  # the picture that prompts are read beside
+
+
+def seen_pictures(config: Config, requests: Sequence[Request], model: ModelFolder) -> list[tuple[str, np.ndarray]]:
+    """Return the prompts that a text encoder reads beside a given first frame, with that."""
+    found, frames = [], dict[tuple[Size, GivenFiles], np.ndarray | None]()
+    for one in requests if sees_frames(model.fields) else ():
+        width, height, count = one.size
+        if one.given.named and (one.size, one.given) not in frames:
+            frames[one.size, one.given] = read_given(one.given, config, model, (count, height, width)).seen
+        if (picture := frames.get((one.size, one.given))) is not None:
+            found.append((one.prompt, picture))
+    return found
 
 
 class Maker:
@@ -96,7 +109,7 @@ class Maker:
         return Video(
             request.name,
             request.prompt,
-            {**self.texts.by_prompt[request.prompt], **setting.fields},
+            {**self.texts.of(request.prompt, setting.seen), **setting.fields},
             request.seed,
             setting.layout,
             setting.given,
@@ -133,7 +146,8 @@ class Maker:
         parts = (found.clips, {}, {}) if shown else (found.clips, found.first, found.last)
         whole, first, last = (self._encoded(part) for part in parts)
         layout = Task("", given=frozenset(whole), first=frozenset(first), last=frozenset(last)).cut(shape)
-        return _Setting(layout, found.clips, first | whole, last, shown, *ends, unshown)
+        seen = found.seen if sees_frames(self.model.fields) else None
+        return _Setting(layout, found.clips, first | whole, last, shown, *ends, unshown, seen)
 
     def _encoded(self, part: Mapping[int, np.ndarray]) -> dict[int, Tensor]:
         return {stream: self.frames.encode(one, scale=self.config.scales[stream]) for stream, one in part.items()}

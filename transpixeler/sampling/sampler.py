@@ -20,8 +20,8 @@ from transpixeler.config.sections import SampleConfig
 from transpixeler.data.progress import Progress
 from transpixeler.data.prompts import follows_text
 from transpixeler.flow.objective import Fields
-from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
-from transpixeler.models.conditions import with_stills
+from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise, with_trace
+from transpixeler.models.conditions import shown_firsts, with_stills
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import Grid, StreamLayout
 from transpixeler.parallel.experts import AnyEngine
@@ -65,7 +65,7 @@ class Sampler:
 
     def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
         solver = self._solver(video.layout.grids[0])
-        noise = start_noise(video.layout, video.seed).to(self.mesh.device)
+        noise = self._start(video).to(self.mesh.device)
         guidance = Guidance.of(self.config, self.model)
         texts = video.fields, self._negative(video)
         velocity = guided(self.engine, video.layout, *texts, guidance=guidance, unshown=video.unshown)
@@ -74,6 +74,16 @@ class Sampler:
             made = denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
         shown = video.shown or video.shown_last
         return with_stills(self.model.fields, video.layout, made, video.fields) if shown else made
+
+    def _start(self, video: Video) -> Tensor:
+        """Return the noise [1, N] that a video starts from, of some models with a trace of its given first frames."""
+        noise, share = start_noise(video.layout, video.seed), self.model.image_trace
+        if not share:
+            return noise
+        cut = [stream for stream in video.given if video.layout.cuts and video.layout.cuts[stream]]
+        firsts = {stream: video.given[stream][:, :1] for stream in cut}
+        firsts |= shown_firsts(self.model.fields, video.layout, video.fields) if video.shown else {}
+        return with_trace(noise, video.layout, firsts, share)
 
     def _negative(self, video: Video) -> Fields | None:
         """Return the fields that guidance leads away from; None where it leads nowhere, as without any."""

@@ -23,10 +23,10 @@ from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.given import given_light
 from transpixeler.sampling.guidance import check_guidance
 from transpixeler.sampling.model import fit_layout, open_engine
-from transpixeler.sampling.requests import Maker, Request, Videos, list_requests
+from transpixeler.sampling.requests import Maker, Request, Videos, list_requests, seen_pictures
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel
-from transpixeler.sampling.texts import encode_prompts
+from transpixeler.sampling.texts import Told, encode_prompts
 from transpixeler.sampling.video import Video, check_formats
 
 
@@ -49,7 +49,7 @@ class Session:
         self.source, self.runtime = replace(source, config=config), runtime
         self.model: ModelFolder = open_model(config.model)
         self._opened: tuple[meshes.Mesh, AnyEngine] | None = None
-        self._texts: dict[str, Mapping[str, Tensor]] = {}  # those that were encoded, by prompt
+        self._texts: dict[Told, Mapping[str, Tensor]] = {}  # those that were encoded, by prompt
         check_given(config, self.model)
 
     def with_sample(self, sample: SampleConfig) -> SavedModel:
@@ -71,7 +71,8 @@ class Session:
             return
         config = source.config
         texts = texts_of(config.sample, [(one.prompt, one.negative) for one in requests])
-        found = encode_prompts(config, texts, self.model, self.runtime, self._texts)
+        beside = seen_pictures(config, requests, self.model)
+        found = encode_prompts(config, texts, self.model, self.runtime, self._texts, beside=beside)
         frames = Frames(self.model, self.runtime.device, upsample=config.sample.upsample)
         maker = Maker(config, self.model, frames, found)
         maker.known(requests[0])  # the VAE's work comes before the model takes its memory

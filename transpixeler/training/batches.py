@@ -53,6 +53,7 @@ def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tup
         ids=[batch.ids[slot] for slot in batch.slots],
         slots=batch.slots,
         batch=len(batch.ids),
+        unseen=batch.unseen,
         shown=batch.shown,
         shift=shift,
         expert=expert.name,

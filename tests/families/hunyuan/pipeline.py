@@ -23,6 +23,12 @@ TINY: dict[str, Any] = {
     "num_layers": 2,
     "num_single_layers": 2,
 }
+FORMS: dict[str, dict[str, Any]] = {
+    "latent_concat": {"image_condition_type": "latent_concat", "in_channels": 9, "guidance_embeds": False},
+    "token_replace": {"image_condition_type": "token_replace"},
+}
+FIRST = 2  # tokens before the template's own
+SIDE = 48  # pixels of the pictures that the language model sees
 
 
 def published(**overrides: Any) -> Any:
@@ -34,65 +40,108 @@ def published(**overrides: Any) -> Any:
     return model
 
 
-def write_pipeline(folder: Path, **overrides: Any) -> None:
-    """Write a pipeline of random weights in diffusers' layout."""
-    from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
+def write_pipeline(folder: Path, form: str = "", **overrides: Any) -> None:
+    """Write a pipeline of random weights in diffusers' layout; form: the `image_condition_type`, if any."""
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import HunyuanVideoPipeline
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import HunyuanVideoImageToVideoPipeline
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel
+    from transformers import CLIPTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = _llama_tokenizer()
+    tokenizer = _llama_tokenizer(form)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        sizes = {"hidden_size": TINY["text_embed_dim"], "intermediate_size": 32, "num_attention_heads": 2}
-        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **sizes, **ends))
-        width = TINY["pooled_projection_dim"]
-        narrow = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        ends = {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63}
-        clip = CLIPTextModel(CLIPTextConfig(**narrow, **ends))
-        vae = AutoencoderKLHunyuanVideo(
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=TINY["in_channels"],
-        )
+        llama, clip, vae = (llava if form else _llama)(tokenizer), _clip(), _vae()
     words = {letter: place for place, letter in enumerate(_clip_words())}
     parts = folder / "tokenizer_2"
     parts.mkdir(parents=True)
     (parts / "vocab.json").write_text(json.dumps(words))
     (parts / "merges.txt").write_text("#version: 0.2\n")
-    HunyuanVideoPipeline(
+    image = {"image_processor": _processor()} if form else {}
+    (HunyuanVideoImageToVideoPipeline if form else HunyuanVideoPipeline)(
         tokenizer=tokenizer,
         text_encoder=llama.eval(),
         tokenizer_2=CLIPTokenizer(str(parts / "vocab.json"), str(parts / "merges.txt"), model_max_length=77),
         text_encoder_2=clip.eval(),
         vae=vae,
-        transformer=published(**overrides),
+        transformer=published(**(FORMS[form] if form else {}), **overrides),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        **image,
     ).save_pretrained(folder)
 
 
-def _llama_tokenizer() -> Any:
-    """Make a tokenizer that gives the template 95 tokens before the caption, as the published one does."""
-    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as DEFAULT
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+SIZES = {"hidden_size": TINY["text_embed_dim"], "intermediate_size": 32, "num_attention_heads": 2}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def _llama(tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **SIZES, **ENDS))
+
+
+def llava(tokenizer: Any) -> Any:
+    """Make a language model with a vision tower that makes 24×24 tokens of a picture, as the published one does."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=SIDE, patch_size=2, **narrow)
+    text = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, **SIZES, **ENDS)
+    image = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": 0}
+    made = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **image))
+    move(made, seed=6)
+    return made
+
+
+def _clip() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    width = TINY["pooled_projection_dim"]
+    narrow = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPTextModel(CLIPTextConfig(**narrow, vocab_size=64, bos_token_id=62, eos_token_id=63, pad_token_id=63))
+
+
+def _vae() -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
+
+    channels = TINY["in_channels"]
+    return AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=channels
+    )
+
+
+def _processor() -> Any:
+    from transpixeler.models.encoders import image_processor_class
+
+    return image_processor_class()(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+
+
+def _llama_tokenizer(form: str) -> Any:
+    """Make a tokenizer that gives the template as many tokens before the caption as the published one does.
+
+    A picture's mark is the sixth token.
+    """
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as text
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as image
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    before, _, _ = DEFAULT["template"].partition("{}")
-    pieces = re.findall(r"<\|\w+\|>|\w+|[^\w\s]", before)
+    template = (image if form else text).DEFAULT_PROMPT_TEMPLATE
+    before, _, _ = template["template"].partition("{}")
+    pieces = re.findall(r"<\|?\w+\|?>|\w+|[^\w\s]", before)
     special = ["<pad>", "<|begin_of_text|>", "<|end_of_text|>", "<unk>", *sorted({p for p in pieces if p[0] == "<"})]
     special = [*dict.fromkeys([*special, "<|eot_id|>"])]
     letters = [*string.printable[:94], *(f"##{letter}" for letter in string.printable[:94])]
     words = {word: place for place, word in enumerate(dict.fromkeys([*special, *letters, *pieces]))}
     made = Tokenizer(models.WordPiece(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    first = DEFAULT["crop_start"] - len(pieces)  # the published one counts line breaks, and the parts of long words
-    made.post_processor = processors.TemplateProcessing(
-        single=" ".join(["<|begin_of_text|>"] * first + ["$A"]), special_tokens=[("<|begin_of_text|>", 1)]
-    )
+    # the published one counts line breaks, and the parts of long words
+    more = template["crop_start"] - FIRST - len(pieces)
+    made.normalizer = normalizers.Replace("Describe", f"Describe {'. ' * more}")
+    single = " ".join(["<|begin_of_text|>"] * FIRST + ["$A", "<|end_of_text|>"][: 2 if form else 1])
+    ends = [("<|begin_of_text|>", 1), ("<|end_of_text|>", 2)]
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token="<pad>",

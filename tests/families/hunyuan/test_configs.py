@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from transpixeler import cli
 from transpixeler.config import loading
 from transpixeler.data.buckets import Bucket
 from transpixeler.families.hunyuan.config import CLASS, HunyuanConfig, diffusers_config
-from transpixeler.families.hunyuan.model import HunyuanModel
+from transpixeler.families.hunyuan.family import FAMILY
+from transpixeler.families.hunyuan.model import HunyuanModel, fields
 from transpixeler.models.costs import step_flops
 from transpixeler.models.geometry import USUAL
 from transpixeler.parallel import build
@@ -27,7 +29,8 @@ def figures(name: str, bucket: tuple[int, int, int], *overrides: str, shard: int
     """Return GB of memory, PFLOP a pair and trained numbers."""
     config = loading.load(CONFIGS / f"hunyuanvideo-{name}.yaml", list(overrides))
     streams = tuple(config.streams)
-    model = build.shape(config, lambda: HunyuanModel(HunyuanConfig(), streams=streams), torch.bfloat16)
+    shape = HunyuanConfig.read(FAMILY.shapes["13b-i2v" if name == "i2v-rgba" else "13b"])
+    model = build.shape(config, lambda: HunyuanModel(shape, streams=streams), torch.bfloat16)
     estimate = Estimate.of(model, config, dtype=torch.bfloat16, compiled=False)
     layout = USUAL.layout(streams, (1,) * len(streams), bucket)
     recompute = config.parallel.recompute
@@ -65,6 +68,17 @@ def test_the_config_for_a_small_card_holds_what_is_said() -> None:
     assert f"{work:.1f} PFLOP a pair" in text
 
 
+def test_the_config_for_images_holds_what_is_said() -> None:
+    text, bucket = said("i2v-rgba"), (33, 544, 960)
+    memory, work, _ = figures("i2v-rgba", bucket)
+    assert f"{memory:.1f} GB in all" in text and memory * 1e9 < USABLE_MEMORY * 80 * 2**30
+    assert f"recompute: full takes {figures('i2v-rgba', bucket, 'parallel.recompute=full')[0]:.1f}." in text
+    assert f"a pair takes {work:.1f} PFLOP" in text
+    (field, _) = fields(HunyuanConfig.read(FAMILY.shapes["13b-i2v"]))
+    assert f"{(field.length or 0) * 4096 * 2 / 1e6:.1f} MB of text a clip" in text
+    assert f"{field.length} rows, of which {field.least} are the image's" in text
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the published configs, and no weight."""
@@ -88,11 +102,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["joint", "24gb"])
+@pytest.mark.parametrize("name", ["joint", "24gb", "i2v-rgba"])
 def test_plan_takes_the_config(
     name: str, folder: Path, demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    data = (f"data.train={demo / 'data/train'}", f"data.cache_dir={tmp_path}", "data.upscale=true", "data.frames=[17]")
+    if name == "i2v-rgba":
+        shutil.copytree(folder, folder := tmp_path / "model")
+        shape = diffusers_config(FAMILY.shapes["13b-i2v"])
+        (folder / "transformer/config.json").write_text(json.dumps(shape))
+    train = f"[{{path: {demo / 'data/rgba'}, rgba: true}}]" if name == "i2v-rgba" else demo / "data/train"
+    data = (f"data.train={train}", f"data.cache_dir={tmp_path}", "data.upscale=true", "data.frames=[17]")
     config = CONFIGS / f"hunyuanvideo-{name}.yaml"
     asked = ["plan", str(config), f"model.path={folder}", f"output_dir={tmp_path}", *data, "--json"]
     assert cli.main([*asked, "--device", "h100" if name == "joint" else "4090"]) == 0

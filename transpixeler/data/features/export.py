@@ -20,7 +20,7 @@ from transpixeler.data.dataset import Dataset, Datasets, Item
 from transpixeler.data.features.files import LAST, header, row_of
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column
 from transpixeler.files import check_place, whole, writing_to
-from transpixeler.models.conditions import shown_fields
+from transpixeler.models.conditions import fields_from_frames
 from transpixeler.models.family import ModelFolder, caption_fields
 
 OPTION = "--export"
@@ -43,7 +43,7 @@ def check_export(folder: Path, config: Config, model: ModelFolder) -> None:
             f"{OPTION}: a row of features is of one bucket, and data.draw=epoch draws among several; set "
             "data.draw=once, or take the cache's folder itself to the other machine"
         )
-    if shown := shown_fields(model.fields):
+    if shown := fields_from_frames(model.fields):
         names = " and ".join(field.name for field in shown)
         raise UserError(
             f"{OPTION}: this model is shown given frames ({names}), which manifests of features cannot hold; take the "

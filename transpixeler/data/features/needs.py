@@ -21,7 +21,7 @@ from transpixeler.data.media.errors import BadMedia, check_size
 from transpixeler.data.names import printable
 from transpixeler.data.sources.candidate import TEXT_COLUMN, Features, latent_column
 from transpixeler.flow.objective import all_lasts
-from transpixeler.models.conditions import shown_fields
+from transpixeler.models.conditions import fields_from_frames
 from transpixeler.models.family import Field, ModelFolder, caption_fields
 from transpixeler.models.geometry import USUAL, Geometry
 
@@ -57,7 +57,7 @@ class Needs:
 
     def media(self, features: Features) -> Media:
         """Return what the latents of a row decode to; refuse those that no video of this model encodes to."""
-        if shown := shown_fields(self.fields or ()):
+        if shown := fields_from_frames(self.fields or ()):
             names = " and ".join(field.name for field in shown)
             raise BadMedia(
                 f"{features.row} gives latents, but this model is also shown given frames ({names}), which are encoded "

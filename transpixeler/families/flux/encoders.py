@@ -17,6 +17,7 @@ from torch import Tensor
 from transpixeler.families.flux.config import TEXT_LEN
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
+    ClipTextEncoder,
     LatentVae,
     T5AndClipTextEncoder,
     fingerprint,
@@ -65,9 +66,9 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> F
 
 
 def load_text_encoder(
-    path: str | Path, *, device: torch.device, dtype: torch.dtype, length: int = TEXT_LEN
-) -> T5AndClipTextEncoder:
-    """length: tokens of T5's text."""
+    path: str | Path, *, device: torch.device, dtype: torch.dtype, length: int = TEXT_LEN, part: str = ""
+) -> T5AndClipTextEncoder | ClipTextEncoder:
+    """length: tokens of T5's text. part: the field of one of the two networks, to load it alone."""
     folder = _text_folder(path)
     return load_t5_and_clip(
         t5=(folder / "text_encoder_2", folder / "tokenizer_2"),
@@ -76,6 +77,7 @@ def load_text_encoder(
         hashed=partial(text_fingerprint, path),
         device=device,
         dtype=dtype,
+        part=part,
     )
 
 

@@ -18,6 +18,7 @@ from transpixeler.families.flux import encoders
 from transpixeler.families.flux.config import CLASS, PATCH, STRIDE, FluxConfig, diffusers_config
 from transpixeler.families.flux.model import FluxModel, fields
 from transpixeler.families.flux.names import NAMES, config_from_shapes
+from transpixeler.models.encoders import PARTS
 from transpixeler.models.family import (
     Family,
     Field,
@@ -45,7 +46,8 @@ _SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.
 class FluxFolder(PipelineFolder):
     """One FLUX.1 model on disk."""
 
-    library = encoders
+    library, text_parts = encoders, PARTS
+    text_places = ("text_encoder_2", "text_encoder")
 
     def __init__(self, path: str, encoders: str = "") -> None:
         self.family, self.path, self.encoders = FAMILY, path, encoders or path
@@ -98,8 +100,11 @@ class FluxFolder(PipelineFolder):
         return FluxModel(self._checked, streams=streams, rgb_attends_aux=rgb_attends_aux, kernel=attention)
 
     def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        return self.load_text_part("", device=device, dtype=dtype)
+
+    def load_text_part(self, part: str, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         length = self._checked.text_length
-        return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype, length=length)
+        return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype, length=length, part=part)
 
 
 def _is_flux(path: Path) -> bool:

@@ -7,10 +7,9 @@ off what the language model says of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,14 @@ from torch import Tensor
 from transpixeler.families.hunyuan.config import TEXT_LEN
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
+    ROWS,
+    VECTOR,
+    ClipTextEncoder,
     LatentVae,
     TextAndClipEncoder,
     fingerprint,
     folder_with,
+    load_clip_text,
     load_network,
     load_tokenizer,
 )
@@ -58,9 +61,9 @@ class HunyuanVae(LatentVae):
 class HunyuanTextEncoder(TextAndClipEncoder):
     """A language model's rows for the caption, as many as it has tokens, and CLIP's one vector."""
 
-    def rows(self, tokenize: Any, text: str) -> Tensor:
+    def rows(self, text: str) -> Tensor:
         limit = {"truncation": True, "max_length": self.length}
-        ids = tokenize(TEMPLATE.format(text), return_tensors="pt", **limit).input_ids
+        ids = self.tokenizer(TEMPLATE.format(text), return_tensors="pt", **limit).input_ids
         found = self.network(input_ids=ids.to(self.device), output_hidden_states=True).hidden_states[LAYER]
         return found[0, TEMPLATE_LEN:]
 
@@ -75,17 +78,25 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> H
     return HunyuanVae(network, (torch.zeros_like(deviation), deviation), partial(vae_fingerprint, path), device=device)
 
 
-def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> HunyuanTextEncoder:
-    from transformers import CLIPTextModel, LlamaModel
+def load_text_encoder(
+    path: str | Path, *, device: torch.device, dtype: torch.dtype, part: str = ""
+) -> HunyuanTextEncoder | ClipTextEncoder:
+    """part: the field of one of the two networks, to load it alone."""
+    from transformers import LlamaModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would break the caller's own
-    folder = _text_folder(path)
+    folder, hashed = text_folder(path), partial(text_fingerprint, path)
+    if part == VECTOR:
+        return load_clip(folder, hashed, device=device, dtype=dtype)
     llama = load_network(LlamaModel, folder / "text_encoder", dtype=dtype)
-    clip = load_network(CLIPTextModel, folder / "text_encoder_2", dtype=dtype)
-    tokenizers = load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2")
-    length, hashed = TEMPLATE_LEN + TEXT_LEN, partial(text_fingerprint, path)
-    return HunyuanTextEncoder(llama, clip, tokenizers, length, hashed, device=device)
+    tokenizer, length = load_tokenizer(folder / "tokenizer"), TEMPLATE_LEN + TEXT_LEN
+    clip = None if part == ROWS else load_clip(folder, hashed, device=device, dtype=dtype)
+    return HunyuanTextEncoder(llama, tokenizer, clip, length, hashed, device=device)
+
+
+def load_clip(folder: Path, hashed: Callable[[], str], *, device: torch.device, dtype: torch.dtype) -> ClipTextEncoder:
+    return load_clip_text(folder / "text_encoder_2", folder / "tokenizer_2", hashed, device=device, dtype=dtype)
 
 
 def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
@@ -95,7 +106,7 @@ def vae_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
 
 def text_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:
     """Hash all that cached texts depend on, without loading a weight."""
-    return fingerprint(_text_folder(path), _TEXT_FILES, digest)
+    return fingerprint(text_folder(path), _TEXT_FILES, digest)
 
 
 def vae_geometry(path: str | Path) -> tuple[Grid, int]:
@@ -111,5 +122,5 @@ def _vae_folder(path: str | Path, *, only: Sequence[str] = _VAE_FILES) -> Path:
     return folder_with(path, [(VAE_CONFIG,)], "VAE", only=only, example=EXAMPLE)
 
 
-def _text_folder(path: str | Path) -> Path:
-    return folder_with(path, [_TEXT_CONFIGS], "pair of text encoders", only=_TEXT_FILES, example=EXAMPLE)
+def text_folder(path: str | Path, *, only: Sequence[str] = _TEXT_FILES, example: str = EXAMPLE) -> Path:
+    return folder_with(path, [_TEXT_CONFIGS], "pair of text encoders", only=only, example=example)

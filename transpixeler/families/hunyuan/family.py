@@ -11,12 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transpixeler.families.hunyuan import encoders
+import torch
+
+from transpixeler.families.hunyuan import encoders, llava
 from transpixeler.families.hunyuan.config import (
     CLASS,
+    EVERY,
+    IMAGE_PIPELINE,
+    IMAGE_TRACE,
+    LATENT_CONCAT,
     PATCH,
     PIPELINE,
     SHIFT,
+    TOKEN_REPLACE,
     USE,
     HunyuanConfig,
     diffusers_config,
@@ -24,10 +31,14 @@ from transpixeler.families.hunyuan.config import (
 from transpixeler.families.hunyuan.model import HunyuanModel, fields
 from transpixeler.families.hunyuan.names import NAMES, config_from_shapes
 from transpixeler.models.damage import naming_damage
+from transpixeler.models.encoders import PARTS
 from transpixeler.models.family import (
+    Digest,
     Family,
     Field,
     SamplingDefaults,
+    TextEncoder,
+    file_digest,
 )
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.pipeline_folder import (
@@ -47,7 +58,8 @@ from transpixeler.models.weights import WeightSource
 class HunyuanFolder(PipelineFolder):
     """One HunyuanVideo model on disk."""
 
-    library = encoders
+    library, text_parts = encoders, PARTS
+    text_places = ("text_encoder", "text_encoder_2")
 
     def __init__(self, path: str, encoders: str = "") -> None:
         self.family, self.path, self.encoders = FAMILY, path, encoders or path
@@ -56,9 +68,18 @@ class HunyuanFolder(PipelineFolder):
     def config(self) -> Mapping[str, Any]:
         place = resolve(self.path, only=(*CONFIGS, INDEX))
         if place.is_file():
-            return config_by_shapes(place, NAMES, config_from_shapes, title="HunyuanVideo")
-        check_pipeline(place, self.path, made_for=PIPELINE, use=USE)
-        return read_published(place, self.path)
+            return self._config_of_file(place)
+        config = read_published(place, self.path)
+        made_for = IMAGE_PIPELINE if config.get("image_condition_type") else PIPELINE
+        check_pipeline(place, self.path, made_for=made_for, use=USE)
+        return config
+
+    def _config_of_file(self, place: Path) -> dict[str, Any]:
+        """Return the config of a file, which its encoders tell: replacing tokens changes the shape of no weight."""
+        config = config_by_shapes(place, NAMES, config_from_shapes, title="HunyuanVideo")
+        if config["image_condition_type"] is None and llava.sees_pictures(self.encoders):
+            config["image_condition_type"] = TOKEN_REPLACE
+        return config
 
     @cached_property
     def _checked(self) -> HunyuanConfig:
@@ -67,7 +88,7 @@ class HunyuanFolder(PipelineFolder):
     @cached_property
     def geometry(self) -> Geometry:
         stride, channels = encoders.vae_geometry(self.encoders)
-        self.check_channels(channels, self._checked.in_channels)
+        self.check_channels(channels, self._checked.out_channels)
         return Geometry(stride, channels, PATCH)
 
     @cached_property
@@ -84,6 +105,27 @@ class HunyuanFolder(PipelineFolder):
     def sampling_shift(self, tokens: int) -> float:
         with naming_damage(Path(self.encoders) / SCHEDULER):
             return float(self.scheduler.get("shift", SHIFT))
+
+    @property
+    def image_trace(self) -> float:
+        return IMAGE_TRACE if self._image_type else 0.0
+
+    @property
+    def _image_type(self) -> str | None:
+        return self._checked.image_condition_type
+
+    def text_fingerprint(self, digest: Digest = file_digest) -> str:
+        library = llava if self._image_type else encoders
+        return library.text_fingerprint(self.encoders, digest)
+
+    def load_text_encoder(self, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        return self.load_text_part("", device=device, dtype=dtype)
+
+    def load_text_part(self, part: str, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "part": part}
+        if kind := self._image_type:
+            return llava.load_text_encoder(self.encoders, every=EVERY[kind], **how)
+        return encoders.load_text_encoder(self.encoders, **how)
 
     def build(
         self,
@@ -115,5 +157,9 @@ FAMILY = Family(
     transformer_class=CLASS,
     pipeline_class=PIPELINE,
     example=encoders.EXAMPLE,
-    shapes={"13b": {}},
+    shapes={
+        "13b": {},
+        "13b-i2v": {"image_condition_type": TOKEN_REPLACE},
+        "13b-i2v-33ch": {"image_condition_type": LATENT_CONCAT, "in_channels": 33, "guidance_embeds": False},
+    },
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transpixeler.families.hunyuan.config import LATENT_CONCAT, MASK_CHANNELS
 from transpixeler.models.names import Loaders, Names, Row
 
 WIDTH = 3072  # of the published model
@@ -104,6 +105,7 @@ NAMES = Names(
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the config of an original file, which comes without one, from shapes by internal name."""
     width, channels, *_ = shapes["embed.img_in.weight"]
+    out = shapes["head.linear.weight"][0] // 4
     head_dim = shapes["blocks.0.img.q_norm"][0]
     numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
     refiner = [int(name.split(".")[3]) for name in shapes if name.startswith("embed.txt_in.blocks.")]
@@ -115,9 +117,10 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,
         "in_channels": channels,
-        "out_channels": shapes["head.linear.weight"][0] // 4,
+        "out_channels": out,
         "text_embed_dim": shapes["embed.txt_in.input.weight"][1],
         "pooled_projection_dim": shapes["embed.vector_in.in_layer.weight"][1],
         "guidance_embeds": "embed.guidance_in.in_layer.weight" in shapes,
         "rope_axes_dim": (head_dim - 2 * side, side, side),
+        "image_condition_type": LATENT_CONCAT if channels == 2 * out + MASK_CHANNELS else None,
     }

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transpixeler.families.opensora.config import TEXT_LEN
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import (
+    ClipTextEncoder,
     LatentVae,
     Network,
     T5AndClipTextEncoder,
@@ -64,7 +65,10 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> O
     return OpenSoraVae(network, scale, partial(vae_fingerprint, path), device=device)
 
 
-def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> T5AndClipTextEncoder:
+def load_text_encoder(
+    path: str | Path, *, device: torch.device, dtype: torch.dtype, part: str = ""
+) -> T5AndClipTextEncoder | ClipTextEncoder:
+    """part: the field of one of the two networks, to load it alone."""
     folder = _text_folder(path)
     clip, t5, clip_words, t5_words = (folder / part for part in _PARTS)
     if not (folder / _CONFIGS[0]).is_file():
@@ -72,7 +76,13 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
         clip = clip_words = folder / CLIP_FOLDER
     hashed = partial(text_fingerprint, path)
     return load_t5_and_clip(
-        t5=(t5, t5_words), clip=(clip, clip_words), length=TEXT_LEN, hashed=hashed, device=device, dtype=dtype
+        t5=(t5, t5_words),
+        clip=(clip, clip_words),
+        length=TEXT_LEN,
+        hashed=hashed,
+        device=device,
+        dtype=dtype,
+        part=part,
     )
 
 

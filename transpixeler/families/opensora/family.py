@@ -12,16 +12,20 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transpixeler.config.sections import UserError
 from transpixeler.families.opensora import encoders
 from transpixeler.families.opensora.config import CLASS, PATCH, STRIDE, OpenSoraConfig, published_config
 from transpixeler.families.opensora.model import OpenSoraModel, fields
 from transpixeler.families.opensora.names import NAMES, config_from_shapes, is_opensora
+from transpixeler.models.encoders import PARTS
 from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.family import (
     Family,
     Field,
     SamplingDefaults,
+    TextEncoder,
 )
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.pipeline_folder import (
@@ -44,7 +48,8 @@ _FEW, _MANY = (256, 1.0), (4096, 3.0)
 class OpenSoraFolder(PipelineFolder):
     """One Open-Sora 2 on disk."""
 
-    library = encoders
+    library, text_parts = encoders, PARTS
+    text_places = ("text_encoder_2", "text_encoder")
 
     def __init__(self, path: str, encoders: str = "") -> None:
         self.family, self.path, self.encoders = FAMILY, path, encoders or path
@@ -107,6 +112,9 @@ class OpenSoraFolder(PipelineFolder):
 
     def sampling_shift_of(self, grid: Grid) -> float:
         return self.shift_of(grid)
+
+    def load_text_part(self, part: str, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        return encoders.load_text_encoder(self.encoders, device=device, dtype=dtype, part=part)
 
     def build(
         self,

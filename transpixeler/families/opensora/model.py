@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from transpixeler.families.opensora.config import MASK_CHANNELS, PATCH, TEXT_LEN, TIME_FREQUENCIES, OpenSoraConfig
-from transpixeler.models.backbone import Flow
 from transpixeler.models.conditions import shown_fields, with_channels
 from transpixeler.models.family import Field
 from transpixeler.models.mmdit import Embed, MMDiT, Sizes
@@ -25,21 +24,12 @@ class ShownEmbed(Embed):
         self.shown_channels = sum(field.width for field in shown_fields(fields))
         self.cond_in = nn.Linear(self.shown_channels * math.prod(patch), sizes.width) if self.shown_channels else None
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        *pooled_and_shown: Tensor,
-        layout: StreamLayout,
-        dtype: torch.dtype,
-    ) -> Flow:
-        pooled, *shown = pooled_and_shown
-        hidden = self.embed(x, layout)
-        if self.cond_in is not None:
-            parts = with_channels(layout, self.shown_channels).unpack(*shown)
-            hidden = hidden + torch.cat([self.cond_in(patchify(part.float(), self.patch)) for part in parts], dim=1)
-        return hidden.to(dtype), self.txt_in(text.to(dtype)), self.vectors(timesteps, pooled)
+    def embed(self, x: Tensor, layout: StreamLayout, *shown: Tensor) -> Tensor:
+        hidden = super().embed(x, layout)
+        if self.cond_in is None:
+            return hidden
+        parts = with_channels(layout, self.shown_channels).unpack(*shown)
+        return hidden + torch.cat([self.cond_in(patchify(part.float(), self.patch)) for part in parts], dim=1)
 
 
 class OpenSoraModel(MMDiT):

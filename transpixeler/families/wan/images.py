@@ -16,7 +16,14 @@ from torch import Tensor
 
 from transpixeler.config.sections import UserError
 from transpixeler.models.damage import naming_damage
-from transpixeler.models.encoders import ClipImageEncoder, Network, fingerprint, load_network
+from transpixeler.models.encoders import (
+    ClipImageEncoder,
+    Network,
+    fingerprint,
+    image_processor_class,
+    load_image_processor,
+    load_network,
+)
 from transpixeler.models.family import Digest, file_digest
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import load_pickled
@@ -47,8 +54,7 @@ def load_image_encoder(path: str | Path, *, device: torch.device, dtype: torch.d
     folder = _folder(path)
     if (folder / _CONFIG).exists():
         network = load_network(CLIPVisionModel, folder / "image_encoder", dtype=dtype)
-        with naming_damage(folder / "image_processor"):
-            processor = _processor_class().from_pretrained(folder / "image_processor", local_files_only=True)
+        processor = load_image_processor(folder / "image_processor")
     else:
         state = load_pickled(folder / CLIP_FILE)
         with naming_damage(folder / CLIP_FILE):
@@ -59,18 +65,8 @@ def load_image_encoder(path: str | Path, *, device: torch.device, dtype: torch.d
         network.to(dtype)
         # Wan's own code squeezes a picture into the square, where diffusers' processor crops it
         square = {"height": config.image_size, "width": config.image_size}
-        processor = _processor_class()(size=square, do_center_crop=False)
+        processor = image_processor_class()(size=square, do_center_crop=False)
     return ClipImageEncoder(network, processor, partial(image_fingerprint, folder), device=device)
-
-
-def _processor_class() -> Any:
-    """Return the processor that works with Pillow: later versions' default takes torchvision where that is installed.
-
-    Its pixels differ a little, and a record must not depend on what else is installed.
-    """
-    import transformers
-
-    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 
 def image_fingerprint(path: str | Path, digest: Digest = file_digest) -> str:

@@ -55,6 +55,8 @@ class ToyVae:
 class ToyTextEncoder:
     """A vector for each word, and one for the caption."""
 
+    networks = ()
+
     def __init__(self, folder: Path, config: ToyConfig, *, device: torch.device) -> None:
         self.folder, self.config, self.device = folder, config, device
         config = read_config(folder / TEXT_FILE)

@@ -12,20 +12,21 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from clients.tiny import HUNYUAN, LTX, WAN, Tiny, original_weights, trained, write_base
 from tooling import run
 
-from transpixeler.config.sections import LoraConfig, UserError
+from transpixeler.config.sections import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from transpixeler.adapters.adapter import Adapter
     from transpixeler.models.backbone import Backbone
@@ -34,22 +35,18 @@ if TYPE_CHECKING:
 NAME = "ComfyUI"
 PARTS = ("comfy/sd.py", "comfy/lora.py", "comfy/model_detection.py")
 TOLERANCE = 1e-5
-NODES = Path(__file__).parents[1] / "comfyui/transpixeler_wan.py"
+NODES = Path(__file__).parents[1] / "comfyui/transpixeler"
 KINDS = {"plain": ("rgb",), "joint": ("rgb", "seg")}
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """A tiny model of a family; ComfyUI takes the widths of heads, texts and times for granted."""
+class Read:
+    """Say how ComfyUI reads a tiny model."""
 
-    family: str
-    config: dict[str, Any]
-    shape: tuple[int, int, int, int]  # of latents: channels, frames, height, width
-    text: tuple[int, int]
+    tiny: Tiny
     found: str  # the class that ComfyUI should take it for
     loader: str  # ComfyUI's function that reads a merged file
     velocity: Callable[..., Tensor]  # ComfyUI's model, latents, t, fields without lengths → velocity
-    more: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json that diffusers does not know
 
 
 def _wan_velocity(model: Any, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
@@ -71,20 +68,24 @@ def _hunyuan_velocity(model: Any, latents: Tensor, time: Tensor, text: Tensor, p
     return model(latents, 1000 * time, text, pooled, None, guidance, mask, transformer_options={})
 
 
-WAN = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 64}
-LTX = {"num_attention_heads": 32, "attention_head_dim": 4, "cross_attention_dim": 128, "num_layers": 2}
-HUNYUAN = {"num_attention_heads": 2, "num_layers": 2, "num_single_layers": 2}
-FROM_0_9_5 = {"causal_temporal_positioning": True}  # which ComfyUI reads from the header, in this loader alone
+def flux_velocity(model: Any, latents: Tensor, time: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
+    """Run ComfyUI's FLUX.1, which is of images."""
+    import torch
+
+    guidance = torch.tensor([3.5])
+    return model(latents[:, :, 0], time, text, pooled, guidance, transformer_options={})[:, :, None]
+
+
 MODELS = (
-    Tiny("wan", WAN, (16, 2, 4, 4), (512, 4096), "WAN21_T2V", "load_diffusion_model", _wan_velocity),
-    Tiny("ltx", LTX, (128, 2, 3, 4), (128, 4096), "LTXV", "load_checkpoint_guess_config", _ltx_velocity, FROM_0_9_5),
-    Tiny("hunyuan", HUNYUAN, (16, 2, 4, 4), (256, 4096), "HunyuanVideo", "load_diffusion_model", _hunyuan_velocity),
+    Read(WAN, "WAN21_T2V", "load_diffusion_model", _wan_velocity),
+    Read(LTX, "LTXV", "load_checkpoint_guess_config", _ltx_velocity),
+    Read(HUNYUAN, "HunyuanVideo", "load_diffusion_model", _hunyuan_velocity),
 )
 
 
 def comfyui(argv: Sequence[str]) -> None:
     """Print a line for every family and export; raise SystemExit(1) where one is not read as it says."""
-    client = _imported(_parser().parse_args(argv).comfyui)
+    client = imported(_parser().parse_args(argv).comfyui)
     good = True
     with tempfile.TemporaryDirectory() as folder:
         for line in _lines(client, Path(folder)):
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _imported(folder: Path) -> ModuleType:
+def imported(folder: Path) -> ModuleType:
     """Import the `comfy` of a folder, on the CPU."""
     absent = [part for part in PARTS if not (folder / part).is_file()]
     if absent:
@@ -125,59 +126,18 @@ def _imported(folder: Path) -> ModuleType:
 def _lines(client: ModuleType, folder: Path) -> Iterator[dict[str, Any]]:
     from transpixeler.adapters.spelling import FORMATS
 
-    for tiny in MODELS:
-        base = folder / tiny.family
-        write_base(tiny, base)
+    for read in MODELS:
+        base = write_base(read.tiny, folder / read.tiny.family)
         for kind, streams in KINDS.items():
-            model, adapter = trained(tiny, base, streams)
+            model, adapter = trained(read.tiny, base, streams)
+            told = {"family": read.tiny.family, "adapter": kind}
             for format in FORMATS:
-                yield {"family": tiny.family, "adapter": kind} | _patched(client, base, adapter, format)
-            told = {"family": tiny.family, "adapter": kind}
+                yield told | _patched(client, base, adapter, format)
             if kind == "plain":
-                yield told | _merged(client, tiny, base, model, adapter)
+                yield told | _merged(client, read, base, model, adapter)
             else:
                 for format in adapter.family.names.loaders.joint_read_by:
-                    yield told | _through_nodes(client, tiny, base, model, adapter, format)
-
-
-# -- ours
-
-
-def write_base(tiny: Tiny, folder: Path) -> None:
-    """Write a transformer of random weights in diffusers' layout."""
-    import diffusers
-    import torch
-
-    from transpixeler.models.family import find_family
-
-    torch.manual_seed(0)
-    model: nn.Module = getattr(diffusers, find_family(tiny.family).transformer_class)(**tiny.config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "transformer")  # pyright: ignore[reportCallIssue]  diffusers' own method
-    config = folder / "transformer/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | tiny.more))
-
-
-def trained(tiny: Tiny, base: Path, streams: Sequence[str]) -> tuple[Backbone, Adapter]:
-    """Return a model whose adapter has moved, and the adapter: of every default linear, at a scale that is not 1."""
-    import torch
-
-    from transpixeler.adapters.on_model import adapter_of
-    from transpixeler.models.family import find_family
-    from transpixeler.models.lora import inject
-    from transpixeler.models.weights import WeightSource, load_weights
-
-    family = find_family(tiny.family)
-    model = family.open(str(base)).build(streams=streams)
-    load_weights(model, WeightSource(base, family.internal_names))
-    inject(model, LoraConfig(rank=4, alpha=6.0, scope="all" if len(streams) == 1 else "aux"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name or "stream_embedding" in name:
-                parameter.normal_(std=0.1)
-    return model.eval(), adapter_of(model, {"base_model": str(base), "streams": ",".join(streams)})
+                    yield told | _through_nodes(client, read, base, model, adapter, format)
 
 
 # -- ComfyUI's
@@ -187,10 +147,7 @@ def _loaded(client: ModuleType, base: Path, family: Family) -> tuple[dict[str, T
     """Return a base's weights under their original names, and ComfyUI's model of them."""
     import torch
 
-    from transpixeler.models.weights import WeightSource
-
-    source = WeightSource(base, family.internal_names)
-    state = {family.names.parameter(n, source="internal", to="original"): source.read(n) for n in source.names()}
+    state = original_weights(base, family)
     return state, client.sd.load_diffusion_model_state_dict(dict(state), model_options={"dtype": torch.float32})
 
 
@@ -228,39 +185,45 @@ def _patched(client: ModuleType, base: Path, adapter: Adapter, format: str) -> d
 
 
 def _through_nodes(
-    client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter: Adapter, format: str
+    client: ModuleType, read: Read, base: Path, model: Backbone, adapter: Adapter, format: str
 ) -> dict[str, Any]:
     """Load a joint adapter as our own node does; compare the velocity of all streams with ours."""
     from transpixeler.adapters.files import write_adapter
 
-    spec = importlib.util.spec_from_file_location(NODES.stem, NODES)
-    assert spec is not None and spec.loader is not None
-    nodes = importlib.util.module_from_spec(spec)
-    sys.modules[NODES.stem] = nodes  # where dataclasses look for it
-    spec.loader.exec_module(nodes)
+    nodes = our_nodes()
     file = write_adapter(adapter, base / f"{format}.safetensors", format=format)
-    patcher = nodes.patched(_loaded(client, base, adapter.family)[1], nodes.read_adapter(file), 1.0)
+    patcher, _ = nodes.put_on(_loaded(client, base, adapter.family)[1], nodes.read_adapter(file), 1.0, "")
     patcher.patch_model()
-    error = _velocity_error(tiny, patcher.model.diffusion_model, model)
+    error = velocity_error(read, patcher.model.diffusion_model, model)
     return {"format": format, "by": "our nodes", "error": error, "as_said": error < TOLERANCE}
 
 
-def _velocity_error(tiny: Tiny, theirs: Any, model: Backbone) -> float:
+def our_nodes() -> ModuleType:
+    """Import the nodes as ComfyUI does: a folder, under any name."""
+    spec = importlib.util.spec_from_file_location("custom_nodes.transpixeler", NODES / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = package
+    spec.loader.exec_module(package)
+    return package.nodes
+
+
+def velocity_error(read: Read, theirs: Any, model: Backbone) -> float:
     """Return the largest difference of two velocities, by the largest value; streams lie along ComfyUI's frames."""
     import torch
 
-    layout, time = model.layout(tiny.shape), torch.tensor([0.4])
+    tiny, layout, time = read.tiny, model.layout(read.tiny.shape), torch.tensor([0.4])
     x, text = torch.randn(1, layout.elements), torch.randn(1, *tiny.text)
     lengths = [torch.tensor(tiny.text[:1])] if model.fields[0].masked else []
     vectors = [torch.randn(1, field.width) for field in model.fields[1:]]
     with torch.no_grad():
         ours = model(x, time.expand(1, len(layout.groups)), text, *lengths, *vectors, layout=layout)
         latents, wanted = (torch.cat(layout.unpack(values), dim=2) for values in (x, ours))
-        found = tiny.velocity(theirs, latents, time, text, *vectors)
+        found = read.velocity(theirs, latents, time, text, *vectors)
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
-def _merged(client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter: Adapter) -> dict[str, Any]:
+def _merged(client: ModuleType, read: Read, base: Path, model: Backbone, adapter: Adapter) -> dict[str, Any]:
     """Load a merged file as ComfyUI's node for it does; compare its velocity with ours."""
     import torch
 
@@ -269,7 +232,7 @@ def _merged(client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter
     file = merge_adapter(adapter.family.open(str(base)), [adapter], base / "merged.safetensors")
     told: dict[str, Any] = {"format": "merged"}
     try:
-        loaded = getattr(client.sd, tiny.loader)(str(file), model_options={"dtype": torch.float32})
+        loaded = getattr(client.sd, read.loader)(str(file), model_options={"dtype": torch.float32})
         patcher = loaded[0] if isinstance(loaded, tuple) else loaded
     except RuntimeError as fault:
         return told | {"fault": str(fault).splitlines()[0], "as_said": False}
@@ -279,8 +242,8 @@ def _merged(client: ModuleType, tiny: Tiny, base: Path, model: Backbone, adapter
     there = found.diffusion_model.state_dict()
     told |= {"class": type(found.model_config).__name__}
     told |= {"missing": len(there.keys() - stored), "left_over": len(stored - there.keys())}
-    error = _velocity_error(tiny, found.diffusion_model, model)
-    good = told["class"] == tiny.found and not told["missing"] and not told["left_over"] and error < TOLERANCE
+    error = velocity_error(read, found.diffusion_model, model)
+    good = told["class"] == read.found and not told["missing"] and not told["left_over"] and error < TOLERANCE
     return told | {"error": error, "as_said": good}
 
 

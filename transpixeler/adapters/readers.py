@@ -22,8 +22,6 @@ DIFFUSERS, COMFYUI = "diffusers", "ComfyUI"
 def readers(adapter: Adapter, format: str) -> tuple[str, ...]:
     """Return the other programs that read an adapter in a format, and apply all of it as it was trained."""
     loaders = adapter.family.names.loaders
-    if "scales" in adapter.metadata:
-        return ()  # no other program's latents hold streams of several sizes
     if not adapter.is_plain:
         known = not adapter.is_dora and not adapter.own_streams  # our nodes know pairs alone, shared by their streams
         return loaders.joint_read_by.get(format, ()) if known else ()

@@ -48,7 +48,12 @@ HUNYUAN = Tiny(
     (16, 2, 4, 4),
     (256, 4096),
 )
-FLUX = Tiny("flux", {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}, (16, 1, 4, 6), (512, 4096))
+FLUX = Tiny(
+    "flux",
+    {"num_attention_heads": 2, "num_layers": 2, "num_single_layers": 2, "guidance_embeds": True},
+    (16, 1, 4, 6),
+    (512, 4096),
+)
 
 
 def write_base(tiny: Tiny, folder: Path, *, seed: int = 0) -> Path:

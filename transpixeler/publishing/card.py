@@ -218,8 +218,6 @@ def _joint_in_comfyui(card: Card) -> str:
     """Tell how ComfyUI takes an adapter of several streams, or why it does not."""
     adapter, put = card.model.adapter, f"Put `{ADAPTER_FILE}` into `models/loras`"
     node = "the streams need the custom node of transpixeler's `tools/comfyui`"
-    if max(card.config.scales) > 1:
-        return "The companions are smaller than RGB, which ComfyUI's latents cannot hold. Use the command above."
     if adapter is not None and adapter.is_dora:
         return "No custom node reads a DoRA of several streams. Use the command above."
     if adapter is not None and adapter.own_streams:

@@ -71,7 +71,10 @@ EXAMPLES = {
         "transpixeler push output/latest --repo user/name --dry-run",
         "transpixeler push output/latest --repo user/name --public",
     ),
-    "report": ("transpixeler report output/latest",),
+    "report": (
+        "transpixeler report output/latest",
+        "transpixeler report output/first output/second --out compare.html",
+    ),
     "schema": ("transpixeler schema --out config.schema.json",),
     "completion": (
         "transpixeler completion bash > ~/.local/share/bash-completion/completions/transpixeler",
@@ -382,9 +385,18 @@ def _add_push(commands: Any) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    text = "Write RUN/report.html: curves, held-out losses, alpha metrics, sample videos, speed and skipped clips."
-    parser = _add(commands, "report", "write a run's report page", text)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, such as OUTPUT_DIR/latest")
+    text = (
+        "Write RUN/report.html: curves, held-out losses, alpha metrics, sample videos, speed and skipped clips. Of "
+        "several runs: a page with their samples side by side, their curves over each other, and what differs."
+    )
+    parser = _add(commands, "report", "write a run's report page, or compare runs", text)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, such as OUTPUT_DIR/latest")
+    parser.add_argument(
+        "--out",
+        default="",
+        metavar="PAGE",
+        help="the file or folder to write (default: RUN/report.html, of several runs compare.html)",
+    )
 
 
 def _add_schema(commands: Any) -> None:

@@ -144,6 +144,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if "=" in path and not Path(path).exists():  # an override in the place of the source
         path, overrides = "", [path, *overrides]
     from transpixeler.data.prompts import GivenFiles
+    from transpixeler.publishing.sheet_page import write_sheet_page
     from transpixeler.sampling.command import SampleOptions, sample_command
     from transpixeler.sampling.saves import base_model_alone, load_saved
 
@@ -158,8 +159,9 @@ def _sample(arguments: argparse.Namespace) -> int:
         asked_layout=_asks_layout(overrides),
     )
     with _running(source.config) as runtime:
-        sample_command(source, runtime, options)
+        made = sample_command(source, runtime, options)
         if runtime.is_main:
+            write_sheet_page(Path(options.out), made.folders)
             print(printable(options.out))
     return 0
 
@@ -248,9 +250,14 @@ def _export(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from transpixeler.publishing import report
+    from transpixeler.publishing import compare, report
 
-    print(printable(shown_path(report.write_report(Path(arguments.run)))))
+    runs, out = [Path(run) for run in arguments.runs], Path(arguments.out) if arguments.out else None
+    if len(runs) > 1:
+        made = compare.write_comparison(runs, out or Path(compare.PAGE))
+    else:
+        made = report.write_report(runs[0], out=out / report.PAGE if out and out.is_dir() else out)
+    print(printable(shown_path(made)))
     return 0
 
 

@@ -1,8 +1,6 @@
 """The page shows what is wrong with a data set, and it works in a browser."""
 
 import re
-import shutil
-import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,18 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.browser import chromium, needs_browser
 from transpixeler import cli
 from transpixeler.config.sections import DataConfig, SourceConfig
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.write import write_mp4, write_png, write_webm_alpha
 from transpixeler.models.geometry import USUAL
 from transpixeler.publishing import dataset
-from transpixeler.publishing.dataset import FLAGS, Inspection, inspect_dataset
+from transpixeler.publishing.dataset import inspect_dataset
+from transpixeler.publishing.inspection import FLAGS, Inspection
 
 STREAMS = {"rgb": "", "seg": "_seg"}
 NEEDS = Needs(USUAL, {"rgb": 1, "seg": 1})
 DATA = DataConfig(resolutions=((96, 64),), frames=(1, 5), fill="black")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def film(kind: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -166,25 +165,15 @@ def test_a_page_goes_into_a_folder_and_a_place_that_takes_none_is_told_before_th
         assert f"--out: {place} cannot be written" in capsys.readouterr().err
 
 
-def browse(page: Path, *arguments: str) -> str:
-    quiet = [
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        f"--user-data-dir={page.parent / 'profile'}",
-    ]
-    command = [CHROMIUM, *quiet, *arguments, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_browser
 def test_a_browser_shows_the_page_and_filters_it(report: Inspection) -> None:
     shot = report.page.with_name("page.png")
-    browse(report.page, f"--screenshot={shot}", "--window-size=1280,1600")
+    chromium(report.page, f"--screenshot={shot}", "--window-size=1280,1600")
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     orange = (np.abs(pixels - (220, 120, 40)).max(axis=2) < 20).sum()
     assert orange > 3000, "the discs are not to be seen"
     clicking = report.page.with_name("click.html")
     click = "<script>document.querySelector('[data-flag=\"blank alpha\"]').click()</script>"
     clicking.write_text(report.page.read_text() + click)
-    dom = browse(clicking, "--dump-dom")
+    dom = chromium(clicking, "--dump-dom")
     assert "1 of 7 shown" in dom and len(re.findall(r"<article[^>]* hidden(?=[ >=])", dom)) == 6

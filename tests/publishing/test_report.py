@@ -5,21 +5,19 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.support.browser import CHROMIUM, browse, needs_browser
 from transpixeler import cli
 from transpixeler.config import loading
-from transpixeler.config.sections import Config, LogConfig, ModelConfig, UserError
-from transpixeler.publishing import report
-from transpixeler.runs.telemetry import Telemetry
+from transpixeler.config.sections import Config, ModelConfig, UserError
+from transpixeler.publishing import page, report
 from transpixeler.sampling.files import write_sample
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TIMES = ("0.1", "0.5", "0.9")
 SKIPPED = [["fx/017", "the mask has 16 frames, the video 17"], ["fx/044", "<script>alert(1)</script> & more"]]
 
@@ -144,19 +142,19 @@ def test_each_expert_has_a_curve_of_its_own(tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_run_can_leave_the_value_that_holds_it(run: Path) -> None:
-    page = report.render(report.gather(run) | {"evals": [{"step": 1, "eval": {"x": {"metrics": {"psnr": math.inf}}}}]})
-    value = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    text = report.render(report.gather(run) | {"evals": [{"step": 1, "eval": {"x": {"metrics": {"psnr": math.inf}}}}]})
+    value = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert value and json.loads(value[1])["changed"][1][1] == "/models/Wan</script>"
     assert json.loads(value[1])["evals"][0]["eval"]["x"]["metrics"]["psnr"] is None
-    assert "<script>alert" not in page
-    assert not re.search(r"""(src|href)\s*=\s*["']?https?:|@import|fetch\(""", page)
+    assert "<script>alert" not in text
+    assert not re.search(r"""(src|href)\s*=\s*["']?https?:|@import|fetch\(""", text)
 
 
 def test_small_videos_are_held_by_the_page_and_large_ones_named_by_their_place(run: Path, monkeypatch) -> None:
     held = report.gather(run)["samples"][0]["videos"]
     assert list(held) == ["rgb", "seg", "checkerboard"]
     assert all(source.startswith("data:video/mp4;base64,") for source in held.values())
-    monkeypatch.setattr(report, "EMBEDDED_FILE", 10)
+    monkeypatch.setattr(page, "EMBEDDED_FILE", 10)
     named = report.gather(run)["samples"][0]["videos"]
     assert named["seg"] == "samples/step00000030/001/seg.mp4" and (run / named["seg"]).is_file()
 
@@ -177,67 +175,28 @@ def test_a_config_without_a_run_is_told_apart(run: Path, tmp_path: Path) -> None
 
 # --- in a browser ----------------------------------------------------------------------------------------------------
 
-FRAMES = "".join(f'<iframe id="w{w}" style="width:{w}px;height:900px" src="PAGE"></iframe>' for w in (390, 1280))
-HOST = f"""<!doctype html><pre id=found></pre>{FRAMES}<script>
-const found = {{}};
-onmessage = event => {{
-  const name = [...document.querySelectorAll("iframe")].find(f => f.contentWindow === event.source).id;
-  found[name] = event.data;
-  document.getElementById("found").textContent = JSON.stringify(found);
-}};
-</script>"""
-WATCH = """<script>
-window.faults = [];
-onerror = (message, file, line) => faults.push(`${message} at ${line}`);
-if (innerWidth < 500) ResizeObserver = class { observe() {} }; // as in a browser too busy to have drawn a frame
-</script>"""
-PROBE = """<script>
-onload = () => setTimeout(() => {
-  const all = selector => [...document.querySelectorAll(selector)], one = selector => document.querySelector(selector);
-  const wide = all("main *, nav").filter(n => !n.closest(".scroll, nav div, pre, svg"))
-    .filter(n => n.getBoundingClientRect().right > innerWidth + 1).map(n => `${n.tagName}.${n.className}`);
-  const latest = all("video").map(v => v.src), slider = one("#steps input");
+LOOK = """
+  const latest = all("video.thumb").map(v => v.src), slider = one("#steps input");
   if (slider) { slider.value = 0; slider.oninput(); }
   const chart = one("#training svg"), box = chart?.getBoundingClientRect();
   chart?.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2, clientY: box.top + 20 }));
   const lines = id => all(`#${id} path.curve`).map(p => p.getAttribute("d")).filter(d => d.includes("L")).length;
-  parent.postMessage({
-    faults, wide, title: document.title, lines: Object.fromEntries(all("section").map(s => [s.id, lines(s.id)])),
+  return {
+    wide: overflowing("body"), title: document.title,
+    lines: Object.fromEntries(all("section").map(s => [s.id, lines(s.id)])),
     text: Object.fromEntries(all("section, header").map(s => [s.id || "header", s.textContent])),
-    videos: latest.length, changed: all("video").filter((v, i) => v.src !== latest[i]).length,
-    broken: all("video").filter(v => v.error).length, tip: one("#training .tip")?.textContent,
+    videos: latest.length, changed: all("video.thumb").filter((v, i) => v.src !== latest[i]).length,
+    broken: all("video.thumb").filter(v => v.error).length, tip: one("#training .tip")?.textContent,
     bad: one("main").textContent.match(/NaN|undefined|Infinity/g),
-  }, "*");
-}, 700);
-</script>"""
-
-
-def browse(page: Path) -> dict:
-    """What the page shows in frames of a phone's and a desk's width."""
-    text = page.read_text(encoding="utf-8")
-    probed = page.with_name("probed.html")
-    probed.write_text(text.replace("<title>", WATCH + "<title>", 1).replace("</html>", PROBE + "</html>"))
-    host = page.with_name("host.html")
-    host.write_text(HOST.replace("PAGE", probed.name))
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --virtual-time-budget=6000 --window-size=1800,1000 --dump-dom"
-    )
-    profile = page.with_name("profile")
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", host.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stdout[:2000]
-    import html
-
-    return json.loads(html.unescape(found[1]))
+  };
+"""
 
 
 @pytest.fixture(scope="module")
 def seen(run: Path) -> dict:
     if CHROMIUM is None:
         pytest.skip("chromium is not on PATH")
-    return browse(report.write_report(run))
+    return browse(report.write_report(run), LOOK)
 
 
 @pytest.mark.parametrize("width", ["w390", "w1280"])
@@ -277,77 +236,14 @@ def test_a_cursor_reads_all_curves_of_a_chart(seen: dict) -> None:
     assert re.fullmatch(r"step 1\dall[\d.]+ \([\d.]+\)rgb[\d.]+ \([\d.]+\)seg[\d.]+ \([\d.]+\)", seen["w1280"]["tip"])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH")
+@needs_browser
 def test_a_young_run_says_what_is_missing_and_a_fault_is_found(tmp_path: Path) -> None:
     run = write_run(tmp_path / "young", steps=0, samples=False)
     (run / "metrics.jsonl").write_text("")
     page = report.write_report(run)
-    found = browse(page)["w390"]
+    found = browse(page, LOOK)["w390"]
     assert found["faults"] == [] and found["bad"] is None and found["wide"] == []
     said = {"samples": "No sample", "training": "No step", "held-out": "Nothing was evaluated", "alpha": "No sample"}
     assert all(text in found["text"][part] for part, text in said.items())
     page.write_text(page.read_text().replace("function trainingPart() {", "function trainingPart() { gone();"))
-    assert "gone is not defined" in browse(page)["w390"]["faults"][0]
-
-
-# --- on TensorBoard --------------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_loses_no_line_of_metrics_and_stops_nobody(tmp_path: Path) -> None:
-    telemetry = Telemetry(tmp_path, LogConfig(tensorboard=False), step=0, total=3, name="x")
-    telemetry.write({"step": 1})
-    there = telemetry.metrics
-    with Path("/dev/full").open("ab", buffering=0) as telemetry.metrics:
-        for step in (2, 3):
-            telemetry.write({"step": step})
-    telemetry.metrics = there
-    telemetry.write({"step": 4})
-    telemetry.close()
-    told = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert told == [1, 2, 3, 4]
-
-
-def test_lines_that_a_full_disk_never_took_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    telemetry = Telemetry(tmp_path, LogConfig(tensorboard=False), step=0, total=2, name="x")
-    telemetry.metrics.close()
-    with Path("/dev/full").open("ab", buffering=0) as telemetry.metrics:
-        for step in (1, 2):
-            telemetry.write({"step": step})
-        telemetry.close()
-    kept, lost = caplog.messages
-    assert "kept until there is room" in kept and "its last 2 lines are lost" in lost
-
-
-def test_a_board_that_cannot_write_is_left(tmp_path: Path) -> None:
-    class Full:
-        def add_scalar(self, *_: object) -> None:
-            raise OSError(28, "No space left on device")
-
-    telemetry = Telemetry(tmp_path, LogConfig(tensorboard=False), step=0, total=1, name="x")
-    telemetry.board = Full()
-    for step in (1, 2):
-        telemetry.scalars(step, {"loss": 1.0})
-    telemetry.close()
-    assert telemetry.board is None
-
-
-def test_videos_stand_on_the_board(tmp_path: Path) -> None:
-    from PIL import Image
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    frames = np.zeros((7, 40, 1000, 3), np.uint8)
-    frames[..., 0] = np.arange(7)[:, None, None] * 40
-    telemetry = Telemetry(tmp_path, LogConfig(), step=0, total=1, name="x")
-    telemetry.video(3, "samples/star", frames, fps=8)
-    telemetry.close()
-    board = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
-    board.Reload()
-    assert set(board.Tags()["images"]) == {"samples/star"}
-    (video,) = board.Images("samples/star")
-    import io
-
-    gif = Image.open(io.BytesIO(video.encoded_image_string))
-    assert (gif.format, gif.n_frames, gif.info["duration"], video.step) == ("GIF", 7, 120, 3)
-    assert gif.size == (video.width, video.height) == (334, 14)
-    gif.seek(6)
-    assert abs(gif.convert("RGB").getpixel((5, 5))[0] - 240) <= 4
+    assert "gone is not defined" in browse(page, LOOK)["w390"]["faults"][0]

@@ -13,7 +13,7 @@ from tests.publishing.test_report import write_run
 from tests.support.saves import TERMS, save_adapter
 from transpixeler import cli
 from transpixeler.data.media.write import write_png
-from transpixeler.publishing import card, hub, report
+from transpixeler.publishing import card, compare, hub, report, sheet_page
 from transpixeler.sampling.files import write_sample
 
 ATTACKS = (
@@ -122,16 +122,22 @@ def test_captions_and_names_are_text_on_the_data_sets_page(tmp_path: Path) -> No
     assert cli.main(["inspect", str(folder), *words]) in (0, 2)
     page = _Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "onerror" not in page.attributes and "onclick" not in page.attributes
-    assert page.tags.count("script") == (tmp_path / "page.html").read_text().count("<script>") <= 1
+    assert page.tags.count("script") == 2 and page.tags.count("img") == 3 * len(ATTACKS)
     assert any("</script><script>alert(1)</script>" in text for text in page.text)
 
 
-def test_prompts_are_text_in_the_report(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", steps=3, samples=False)
+def test_prompts_are_text_in_the_pages_of_runs_and_samples(tmp_path: Path) -> None:
     rgb = np.zeros((1, 16, 16, 3), np.uint8)
     how = {"fps": Fraction(8), "formats": (), "alpha_mode": "straight"}
-    for number, attack in enumerate(ATTACKS):
-        write_sample(run / f"samples/step00000003/{number:03}", {"rgb": rgb}, facts={"prompt": attack}, **how)
-    page = _Page(report.write_report(run).read_text(encoding="utf-8"))
-    template = _Page((report.ASSETS / "report.html").read_text(encoding="utf-8"))
-    assert page.tags == template.tags and page.attributes == template.attributes
+    made: dict[str, list[_Page]] = {}
+    for name, prompts in (("plain", ("a boat",)), ("odd", ATTACKS)):
+        runs = [write_run(tmp_path / name / one, steps=3, samples=False) for one in ("a", f"b{prompts[0][:9]}")]
+        folders = [runs[1] / f"samples/step00000003/{number:03}" for number in range(len(prompts))]
+        for folder, prompt in zip(folders, prompts):
+            write_sample(folder, {"rgb": rgb}, facts={"prompt": prompt}, **how)
+        pages = (report.write_report(runs[1]), compare.write_comparison(runs, tmp_path / name))
+        for page in (*pages, sheet_page.write_sheet_page(runs[1], folders)):
+            made.setdefault(page.name, []).append(_Page(page.read_text(encoding="utf-8")))
+    assert set(made) == {"report.html", "compare.html", "sheet.html"}
+    for plain, odd in made.values():
+        assert odd.tags == plain.tags and odd.attributes == plain.attributes

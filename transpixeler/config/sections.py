@@ -330,6 +330,7 @@ class LogConfig:
     every_steps: Count = 1
     tensorboard: bool = True
     wandb: str = ""
+    report_seconds: NonNegative = 30.0
     peak_tflops: NonNegative = 0.0
 
 

@@ -65,6 +65,7 @@ SAMPLE_SHAPE: Shape = {
     "task": TEXT,
     "given": [TEXT],
     "metrics": {"*": NUMBER},
+    "alpha_histogram": [NUMBER],
     "files": {},
 }
 

@@ -6,10 +6,8 @@ value and needs no network; videos that are too large to embed are linked by the
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,9 @@ from typing import Any
 from transpixeler.adapters.saved import CONFIG
 from transpixeler.config import loading
 from transpixeler.config.sections import Config, SourceConfig, UserError
-from transpixeler.files import write_text
+from transpixeler.files import write_text, writing_to
+from transpixeler.publishing import page, words
+from transpixeler.publishing.page import Embedding
 from transpixeler.publishing.received import (
     check_within,
     own_samples,
@@ -27,26 +27,40 @@ from transpixeler.publishing.received import (
     sample_files,
 )
 from transpixeler.runs.folder import METRICS
+from transpixeler.runs.lock import is_trained
 
 PAGE = "report.html"
 CURVE_POINTS = 1200  # more are averaged in groups, as no screen shows them
-EMBEDDED_FILE, EMBEDDED_ALL = 1 << 20, 12 << 20  # most bytes of one video and of all that the page embeds
-ASSETS = Path(__file__).parent / "assets"
+REFRESH = 30.0  # seconds between readings of a page whose run is trained by another process
 NO_CURVES = ("step", "samples")  # keys of a metrics line that are not drawn
+STYLES = ("report.css", "player.css")
+SCRIPTS = ("chart.js", "player.js", "curves.js")
 
 
-def write_report(run: Path) -> Path:
-    """Write the page and return its path."""
+def write_report(run: Path, *, out: Path | None = None, live: float | None = None) -> Path:
+    """Write the page, RUN/report.html or `out`, and return its path.
+
+    live: seconds between writings while the run is trained, as often as the page reads itself again; 0: it has ended;
+    None: as the run's lock says.
+    """
+    check_run(run)
+    made = out or run / PAGE
+    if live is None:
+        live = REFRESH if is_trained(run) else 0.0
+    with writing_to(made, "--out"):
+        write_text(made, render(gather(run, Embedding(made), live=live)))
+    return made
+
+
+def check_run(run: Path) -> None:
+    """Refuse what is no run's folder."""
     for name in (CONFIG, METRICS):
         if not (run / name).is_file():
             raise UserError(f"{run}: holds no {name}, so it is no run's folder; give OUTPUT_DIR/latest or /RUN")
-    page = run / PAGE
-    write_text(page, render(gather(run)))
-    return page
 
 
-def gather(run: Path) -> dict[str, Any]:
-    """Collect everything that the page shows into one JSON value."""
+def gather(run: Path, embedding: Embedding | None = None, *, live: float = 0.0) -> dict[str, Any]:
+    """Collect everything that a page shows of a run into one JSON value. embedding: of RUN/report.html by default."""
     config = read_yaml(check_within(run / CONFIG, run))
     manifest = read_manifest(run)
     lines = read_metrics(run)
@@ -61,17 +75,23 @@ def gather(run: Path) -> dict[str, Any]:
         "last": {key: value for key, value in (steps[-1] if steps else {}).items() if key not in NO_CURVES},
         "seconds": sum(line.get("seconds", 0) for line in steps),
         "evals": [line for line in lines if "eval" in line],
-        "samples": list(_samples(run)),
+        "samples": list(_samples(run, embedding or Embedding(run / PAGE))),
+        "words": words.plain(),
+        "live": {"live": live, "written": time.time(), "words": _state(steps, manifest, live=live > 0)},
     }
 
 
+def _state(steps: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], *, live: bool) -> str:
+    """Say how far a run has come."""
+    done, total = steps[-1]["step"] if steps else 0, manifest.get("steps", 0)
+    if total and done >= total:
+        return f"done, {total:,} steps"
+    return f"{'training' if live else 'stopped'}, step {done:,}{f' of {total:,}' if total else ''}"
+
+
 def render(data: Mapping[str, Any]) -> str:
-    """Fill the template with its scripts and the value; nothing in the value can end the script that holds it."""
-    value = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    page = (ASSETS / "report.html").read_text(encoding="utf-8")
-    for name in ("chart.js", "report.js"):
-        page = page.replace(f"/* {name} */", (ASSETS / name).read_text(encoding="utf-8"))
-    return page.replace("<!-- title -->", html.escape(data["name"])).replace("<!-- data -->", value)
+    """Return the page of a gathered value."""
+    return page.build(data["name"], styles=STYLES, scripts=(*SCRIPTS, "live.js", "report.js"), value=data)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -102,22 +122,13 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(f"{sum(known) / len(known):.6g}") if known else None
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity by None, as browsers' JSON has neither."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """List the keys whose value is not the default."""
-    default = dict(_flat(loading.plain(Config())))
-    return [(key, _brief(value)) for key, value in _flat(config) if default.get(key) != value]
+    default = dict(flattened(loading.plain(Config())))
+    return [(key, brief(value)) for key, value in flattened(config) if default.get(key) != value]
 
 
-def _brief(value: Any) -> Any:
+def brief(value: Any) -> Any:
     """Leave out the defaults in a list of data sets or rules."""
     if not isinstance(value, list):
         return value
@@ -126,34 +137,28 @@ def _brief(value: Any) -> Any:
     return [part["path"] if isinstance(part, dict) and list(part) == ["path"] else part for part in short]
 
 
-def _flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(tree, dict) or not tree or key == "streams":
         yield key, tree
         return
     for name, value in tree.items():
-        yield from _flat(value, f"{key}.{name}" if key else name)
+        yield from flattened(value, f"{key}.{name}" if key else name)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _samples(run: Path) -> Iterator[dict[str, Any]]:
+def _samples(run: Path, embedding: Embedding) -> Iterator[dict[str, Any]]:
     """Yield every sample that has videos, the latest step first; its videos are embedded as far as they fit."""
-    left = EMBEDDED_ALL
     made = sorted(own_samples(run), key=lambda sample: (sample[0], sample[1].name), reverse=True)
     for step, folder, facts in made:
-        videos = {}
-        for name, file in sample_files(folder, facts).items():
-            if file.suffix == ".mp4":
-                videos[name], used = _source(file, run, left)
-                left -= used
-        if videos:
-            yield facts | {"name": folder.name, "step": step, "videos": videos}
+        shown = shown_sample(folder, facts | {"step": step}, embedding)
+        if shown["videos"]:
+            yield shown
 
 
-def _source(path: Path, run: Path, left: int) -> tuple[str, int]:
-    """Return the source of a video on the page, and how many bytes the page grows by it."""
-    size = path.stat().st_size
-    if size > min(left, EMBEDDED_FILE):
-        return path.relative_to(run).as_posix(), 0
-    return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}", size
+def shown_sample(folder: Path, facts: Mapping[str, Any], embedding: Embedding) -> dict[str, Any]:
+    """Return what a page shows of a sample; a browser plays the mp4 files of it."""
+    files = {name: file for name, file in sample_files(folder, facts).items() if file.suffix == ".mp4"}
+    videos = {name: embedding.source(file) for name, file in files.items()}
+    return {"streams": []} | dict(facts) | {"name": folder.name, "videos": videos}

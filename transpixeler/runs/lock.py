@@ -58,6 +58,23 @@ class RunLock:
         self._file.flush()
 
 
+def is_trained(folder: Path) -> bool:
+    """Tell whether a process on this machine trains a run now. Only a lock that names its holder is tried."""
+    path = folder / LOCK
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                return False
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it may not be read, or the file system has no locks
+        return False
+    return False
+
+
 def take_lock(folder: Path, runtime: Runtime) -> RunLock | None:
     """Lock a run on rank 0, which alone gets the lock; on failure raise the same error on every rank. Collective."""
     lock, fault = None, ""

@@ -35,6 +35,7 @@ STILL = "still.png"
 Plate = Callable[[], Iterator[np.ndarray]]  # yields float32 [H,W,3] of linear light, a frame at a time
 CHECKER_SIDE = 8  # pixels
 CHECKER_LIGHT, CHECKER_DARK = 204, 153
+HISTOGRAM_BINS = 64  # four levels each: the first is transparent, the last opaque
 GRID_GAP = 4  # white pixels between the pictures of a grid
 
 
@@ -88,6 +89,12 @@ def alpha_of(aux: np.ndarray) -> np.ndarray:
     return np.rint(aux.mean(-1, dtype=np.float32)).astype(np.uint8)
 
 
+def histogram(alpha: np.ndarray) -> list[float]:
+    """Return the share of pixels of alpha uint8 [F,H,W] in each bin."""
+    counts = sum(np.bincount(frame.ravel() >> 2, minlength=HISTOGRAM_BINS) for frame in alpha)
+    return [float(f"{count / alpha.size:.4g}") for count in np.asarray(counts)]
+
+
 def over(rgb: np.ndarray, alpha: np.ndarray, ground: np.ndarray) -> np.ndarray:
     """Lay straight colour over a ground: uint8 [...,H,W,3]."""
     share = alpha[..., None].astype(np.float32) / 255
@@ -137,7 +144,8 @@ class _Sample:
     def facts(self) -> dict[str, Any]:
         frames, height, width, _ = self.rgb.shape
         size = {"width": width, "height": height, "frames": frames, "fps": str(self.fps)}
-        return {"streams": list(self.streams), **size, "alpha_mode": None if self.aux is None else self.alpha_mode}
+        found = {"streams": list(self.streams), **size, "alpha_mode": None if self.aux is None else self.alpha_mode}
+        return found if self.alpha is None else {**found, "alpha_histogram": histogram(self.alpha)}
 
     def frames(self, *, deep: bool = False) -> Iterator[np.ndarray]:
         """Yield frames [H,W,4] in the alpha mode, uint8 or, `deep`, uint16."""

@@ -21,11 +21,11 @@ from transpixeler.evaluation.measures import read_video
 from transpixeler.evaluation.results import scalars, summary
 from transpixeler.parallel import devices
 from transpixeler.parallel.experts import AnyEngine
-from transpixeler.publishing import report
 from transpixeler.runs import metrics_file
 from transpixeler.runs.controls import Stopped
 from transpixeler.runs.folder import METRICS, SAMPLES, Run, sample_folder
 from transpixeler.runs.telemetry import Telemetry
+from transpixeler.training.live_page import LivePage
 from transpixeler.training.schedule import Schedule
 from transpixeler.training.state import TrainingState
 
@@ -40,6 +40,7 @@ class Evaluation:
     state: TrainingState
     run: Path
     telemetry: Telemetry | None  # on rank 0
+    page: LivePage  # written on rank 0
     due: Callable[[int], bool]  # by the number of steps that are done
     on_eval: Callable[[int, Mapping[str, Any]], object] = lambda *_: None  # called on rank 0 with what was found
 
@@ -94,10 +95,7 @@ class Evaluation:
             telemetry.video(step, f"{file.parent.name}/{file.stem}", read_video(file), fps=fps)
         for line in summary(found):
             logger.info("step %d, held out: %s", step, line)
-        try:
-            report.write_report(self.run)
-        except Exception as fault:  # a page that fails for any reason must not end a training
-            logger.error("%s was not written: %s", self.run / report.PAGE, fault)
+        self.page.write()
         self.on_eval(step, found)
 
     def _evaluated_steps(self) -> set[int]:
@@ -113,10 +111,11 @@ def open_evaluation(
     schedule: Schedule,
     run: Run,
     telemetry: Telemetry | None,
+    page: LivePage,
     *,
     pause: Callable[[], object],
     on_eval: Callable[[int, Mapping[str, Any]], object] = lambda *_: None,
 ) -> Evaluation:
     """Build what evaluates the state on `data`. pause: as `Evaluator` takes it. on_eval: called with what is found."""
     evaluator = Evaluator(state.config, state.runtime, engine, data, pause=pause)
-    return Evaluation(evaluator, state, run.folder, telemetry, schedule.evaluation_due, on_eval)
+    return Evaluation(evaluator, state, run.folder, telemetry, page, schedule.evaluation_due, on_eval)

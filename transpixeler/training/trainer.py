@@ -29,6 +29,7 @@ from transpixeler.training.batches import micro_batch, open_loader
 from transpixeler.training.callbacks import NO_CALLBACKS, Callbacks
 from transpixeler.training.evaluation import open_evaluation
 from transpixeler.training.keeping import Keeper, TrainingFailed
+from transpixeler.training.live_page import LivePage
 from transpixeler.training.parts import build_parts, check
 from transpixeler.training.state import seed_torch
 from transpixeler.training.step_record import Recorder, StepTimes
@@ -93,6 +94,7 @@ class Trainer:
         self.keeper = Keeper(run, self.engine, self.state, self.schedule, on_save=callbacks.on_save)
         self.recorder = Recorder(config, self.engine, runtime.world_size)
         self.telemetry = telemetry.open_telemetry(run, config.log, self.state.step, self.schedule.total, runtime)
+        self.page = LivePage(run.folder, config.log.report_seconds)
         self.evaluation = open_evaluation(
             self.engine,
             self.state,
@@ -100,6 +102,7 @@ class Trainer:
             self.schedule,
             run,
             self.telemetry,
+            self.page,
             pause=self._stop_if_asked,
             on_eval=callbacks.on_eval,
         )
@@ -154,6 +157,7 @@ class Trainer:
             what = {"lr": lr, "micro_batch": size, "expert": example.expert}
             line = self.recorder.record(batch, example.layout, facts, times, **what)
             self.telemetry.step(line)
+            self.page.if_due()
             if self.callbacks.on_step(line) is True:
                 self.controls.save = self.controls.quit = True
 
@@ -185,3 +189,4 @@ class Trainer:
         self.keeper.close()
         if self.telemetry is not None:
             self.telemetry.close()
+            self.page.close()

@@ -3,30 +3,12 @@
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { top: 10, right: 12, bottom: 26 };
 
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node[name] = value;
-    else if (value !== null && value !== undefined) node.setAttribute(name, value);
-  }
-  node.append(...children.flat().filter(child => child !== null && child !== undefined));
-  return node;
-}
-
 function draw(parent, tag, attributes, text) {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   if (text !== undefined) node.textContent = text;
   parent.append(node);
   return node;
-}
-
-function short(value) {
-  if (value === null || value === undefined) return "–";
-  const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace("e+", "e").replace(/\.?0+e/, "e");
-  if (size >= 1000) return Math.round(value).toLocaleString("en");
-  return String(Number(value.toPrecision(4)));
 }
 
 function ticks(low, high, count) {
@@ -176,7 +158,7 @@ class Chart {
 }
 
 function key(s) {
-  return el("i", { class: s.dash ? "dash" : null, style: `border-color: ${s.color}` });
+  return el("i", { class: s.dash ? "key dash" : "key", style: `border-color: ${s.color}` });
 }
 
 function ending(s) {

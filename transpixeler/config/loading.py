@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -252,3 +252,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(v) for name, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def flattened(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a plain config by their keys, a.b; the table of streams is one."""
+    if not isinstance(tree, dict) or not tree or key == "streams":
+        yield key, tree
+        return
+    for name, value in tree.items():
+        yield from flattened(value, f"{key}.{name}" if key else name)
+
+
+def changed(config: Config) -> dict[str, Any]:
+    """Return the keys, a.b, whose values are not the defaults."""
+    default = dict(flattened(plain(Config())))
+    return {key: value for key, value in flattened(plain(config)) if default.get(key) != value}

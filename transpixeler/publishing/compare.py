@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transpixeler.config import loading
 from transpixeler.config.sections import UserError
 from transpixeler.files import write_text, writing_to
 from transpixeler.publishing import page, report, words
@@ -63,7 +64,7 @@ def _labels(runs: Sequence[Path]) -> list[str]:
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
     """List the keys that are not the same in all configs, each with its value in every one."""
-    flat = [dict(report.flattened(config)) for config in configs]
+    flat = [dict(loading.flattened(config)) for config in configs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in NAMES_ONLY]
     rows = [(key, [report.brief(one.get(key)) for one in flat]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]

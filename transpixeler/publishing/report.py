@@ -124,8 +124,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """List the keys whose value is not the default."""
-    default = dict(flattened(loading.plain(Config())))
-    return [(key, brief(value)) for key, value in flattened(config) if default.get(key) != value]
+    default = dict(loading.flattened(loading.plain(Config())))
+    return [(key, brief(value)) for key, value in loading.flattened(config) if default.get(key) != value]
 
 
 def brief(value: Any) -> Any:
@@ -135,14 +135,6 @@ def brief(value: Any) -> Any:
     unset = loading.plain(SourceConfig(""))
     short = [{k: v for k, v in p.items() if unset.get(k) != v} if isinstance(p, dict) else p for p in value]
     return [part["path"] if isinstance(part, dict) and list(part) == ["path"] else part for part in short]
-
-
-def flattened(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict) or not tree or key == "streams":
-        yield key, tree
-        return
-    for name, value in tree.items():
-        yield from flattened(value, f"{key}.{name}" if key else name)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -10,20 +10,21 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from transpixeler.config.sections import LogConfig, UserError
+from transpixeler.config import loading
+from transpixeler.config.sections import Config, LogConfig, UserError
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import metrics_file
+from transpixeler.runs.boards import NO_SETTINGS, Board, Clip, Settings, TensorBoard, Wandb
 from transpixeler.runs.folder import METRICS, Run
 
 logger = logging.getLogger("transpixeler")
 
-BOARD_SIDE = 480  # the longest side of a video on TensorBoard, in pixels
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal to draw a bar on
 
 
@@ -36,12 +37,17 @@ def check(config: LogConfig) -> None:
 class Telemetry:
     """All that a run's numbers are written to. Only rank 0 has one."""
 
-    def __init__(self, run: Path, config: LogConfig, *, step: int, total: int, name: str) -> None:
+    def __init__(
+        self, run: Path, config: LogConfig, *, step: int, total: int, name: str, settings: Settings = NO_SETTINGS
+    ) -> None:
         self.config = config
         self.metrics: IO[bytes] = metrics_file.reopen(run / METRICS, step)
         self.unwritten = b""  # what a full disk refused so far
-        self.board = _board(run, step) if config.tensorboard else None
-        self.wandb = _wandb(config.wandb, run, name) if config.wandb else None
+        self.boards: list[Board] = []
+        if config.tensorboard:
+            self.boards.append(TensorBoard(run, settings, step))
+        if config.wandb:
+            self.boards.append(Wandb(config.wandb, run, name, settings))
         self.bar = _bar(step, total)
         self.total = total
         self.trained_seconds, self.first_step = 0.0, step  # for the pace
@@ -73,38 +79,14 @@ class Telemetry:
         return None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Draw points on TensorBoard and wandb."""
+        """Draw points on the boards."""
+        for board in self.boards:
+            board.scalars(step, values)
 
-        def draw(board: Any) -> None:
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
-
-        self._on_board(draw)
-        if self.wandb is not None:
-            self.wandb.log(dict(values), step=step)
-
-    def _on_board(self, draw: Callable[[Any], object]) -> None:
-        """Draw, and give TensorBoard up on a full disk, which its writer's thread reports at a later call."""
-        if self.board is None:
-            return
-        try:
-            draw(self.board)
-        except OSError as fault:
-            logger.error("TensorBoard gets nothing more: %s", fault)
-            self.board = None
-
-    def video(self, step: int, name: str, frames: np.ndarray, *, fps: float) -> None:
-        """Show uint8 [F,H,W,3] frames as a GIF, the only form in which TensorBoard plays videos."""
-        if self.board is None:
-            return
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  made at run time
-
-        small = frames[:, :: (skip := 1 + max(frames.shape[1:3]) // (BOARD_SIDE + 1)), ::skip]
-        image = Summary.Image(
-            height=small.shape[1], width=small.shape[2], colorspace=3, encoded_image_string=_gif(small, fps)
-        )
-        shown = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._on_board(lambda board: board.file_writer.add_summary(shown, step))
+    def samples(self, step: int, clips: Sequence[Clip], *, read: Callable[[Path], np.ndarray], fps: float) -> None:
+        """Show videos on the boards. read: a file's frames, uint8 [F,H,W,3]."""
+        for board in self.boards if clips else ():
+            board.samples(step, clips, read=read, fps=fps)
 
     def close(self) -> None:
         if fault := self._flush():
@@ -112,9 +94,8 @@ class Telemetry:
         self.metrics.close()
         if self.bar is not None:
             self.bar.close()
-        self._on_board(lambda board: board.close())
-        if self.wandb is not None:
-            self.wandb.finish()
+        for board in self.boards:
+            board.close()
 
     def _progress(self, record: Mapping[str, Any]) -> None:
         self.trained_seconds += record["seconds"]
@@ -132,20 +113,12 @@ class Telemetry:
             logger.info("step %d of %d, %s, %.3g s a step, %s left", step, self.total, text, pace, left)
 
 
-def open_telemetry(run: Run, config: LogConfig, step: int, total: int, runtime: Runtime) -> Telemetry | None:
+def open_telemetry(run: Run, config: Config, step: int, total: int, runtime: Runtime) -> Telemetry | None:
     """Open everything on rank 0 from a step on. Lines of later steps, which will be trained again, are removed."""
-    return Telemetry(run.folder, config, step=step, total=total, name=run.name) if runtime.is_main else None
-
-
-def _gif(frames: np.ndarray, fps: float) -> bytes:
-    import io
-
-    from PIL import Image
-
-    first, *rest = map(Image.fromarray, frames)
-    out = io.BytesIO()
-    first.save(out, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-    return out.getvalue()
+    if not runtime.is_main:
+        return None
+    settings = Settings(loading.dump(config), loading.changed(config))
+    return Telemetry(run.folder, config.log, step=step, total=total, name=run.name, settings=settings)
 
 
 def _is_number(key: str, value: Any) -> bool:
@@ -163,15 +136,3 @@ def _bar(step: int, total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
-
-
-def _board(run: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run), purge_step=step + 1 if step else None)
-
-
-def _wandb(project: str, run: Path, name: str) -> Any:
-    import wandb  # pyright: ignore[reportMissingImports]  an optional extra
-
-    return wandb.init(project=project, name=name, id=name, dir=str(run), resume="allow")

@@ -22,9 +22,11 @@ from transpixeler.evaluation.results import scalars, summary
 from transpixeler.parallel import devices
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.runs import metrics_file
+from transpixeler.runs.boards import Clip
 from transpixeler.runs.controls import Stopped
-from transpixeler.runs.folder import METRICS, SAMPLES, Run, sample_folder
+from transpixeler.runs.folder import METRICS, SAMPLES, Run, read_facts, sample_folder
 from transpixeler.runs.telemetry import Telemetry
+from transpixeler.sampling.files import FACTS
 from transpixeler.training.live_page import LivePage
 from transpixeler.training.schedule import Schedule
 from transpixeler.training.state import TrainingState
@@ -91,12 +93,20 @@ class Evaluation:
         telemetry.write({"step": step, "eval": found})
         telemetry.scalars(step, dict(scalars(found)))
         fps = self.evaluator.config.data.fps
-        for file in sorted((self.run / SAMPLES / sample_folder(step)).glob("*/*.mp4")):
-            telemetry.video(step, f"{file.parent.name}/{file.stem}", read_video(file), fps=fps)
+        telemetry.samples(step, self._clips(step), read=read_video, fps=fps)
         for line in summary(found):
             logger.info("step %d, held out: %s", step, line)
         self.page.write()
         self.on_eval(step, found)
+
+    def _clips(self, step: int) -> list[Clip]:
+        """Return the samples of a step as boards show them."""
+        found = []
+        for path in sorted((self.run / SAMPLES / sample_folder(step)).glob(f"*/{FACTS}")):
+            facts = read_facts(path)
+            files = {file.stem: file for file in sorted(path.parent.glob("*.mp4"))}
+            found.append(Clip(path.parent.name, facts.get("prompt") or "", files, facts.get("metrics") or {}))
+        return found
 
     def _evaluated_steps(self) -> set[int]:
         """Return the steps whose evaluation is in metrics.jsonl."""

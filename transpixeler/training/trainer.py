@@ -93,7 +93,7 @@ class Trainer:
             write_manifest(run.folder, **overview.manifest_facts(model, self.engine, self.data, self.schedule))
         self.keeper = Keeper(run, self.engine, self.state, self.schedule, on_save=callbacks.on_save)
         self.recorder = Recorder(config, self.engine, runtime.world_size)
-        self.telemetry = telemetry.open_telemetry(run, config.log, self.state.step, self.schedule.total, runtime)
+        self.telemetry = telemetry.open_telemetry(run, config, self.state.step, self.schedule.total, runtime)
         self.page = LivePage(run.folder, config.log.report_seconds)
         self.evaluation = open_evaluation(
             self.engine,

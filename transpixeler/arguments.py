@@ -379,7 +379,7 @@ def _add_push(commands: Any) -> None:
     option("--repo", required=True, metavar="USER/NAME", help="the Hub repository; created if it does not exist")
     option("--public", action="store_true", help="create the repository as public (default: private)")
     option("--base", default="", metavar="USER/NAME", help="the base model's Hub id, if it was trained from a folder")
-    option("--license", default="apache-2.0", metavar="ID", help="license in the model card (default: apache-2.0)")
+    option("--license", default="", metavar="ID", help="license in the model card (default: that of the base)")
     option("--dry-run", action="store_true", help="print the files and the card without sending anything")
     _add_ema(parser)
 

@@ -118,7 +118,12 @@ def test_the_card_says_what_the_hub_asks_for(run: Path) -> None:
         "library_name": "transpixeler",
         "pipeline_tag": "text-to-video",
         "tags": ["text-to-video", "wan", "transpixeler", "lora", "joint-generation", "seg"],
+        "widget": [
+            {"text": f"a star, {name}", "output": {"url": f"samples/{name}/checkerboard.mp4"}}
+            for name in ("000", "001")
+        ],
     }
+    assert "\n<Gallery />\n" in card and all(one["output"]["url"] in parcel.files for one in header(card)["widget"])
     linked = [path for path in re.findall(r"\]\(([^)]+)\)", card) if not path.startswith("http")]
     assert linked and set(linked) <= set(parcel.files)
     assert "| steps | 30 |" in card and "held-out loss of rgb (held)" in card
@@ -143,7 +148,7 @@ def test_a_copy_that_a_user_keeps_beside_the_samples_is_left_alone(tmp_path: Pat
 def test_a_plain_adapters_card_loads_it_in_diffusers(tmp_path: Path) -> None:
     card = hub.pack(str(save_adapter(tmp_path / "step30", streams=1)), TERMS).files["README.md"].decode()
     assert header(card)["library_name"] == "diffusers"
-    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    _, program = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     compile(program, "card", "exec")
     assert 'load_lora_weights("me/flames", weight_name="adapter_model.safetensors")' in program
     assert "LoraLoaderModelOnly" in card
@@ -267,7 +272,7 @@ def test_a_hub_that_cannot_be_reached_is_a_fault(
 
 def test_a_card_that_the_hub_refuses_is_the_users_to_mend(run: Path, server: Hub) -> None:
     with pytest.raises(UserError, match="refuses me/flames"):
-        hub.push(hub.pack(str(run), dataclasses.replace(TERMS, license="")))
+        hub.push(hub.pack(str(run), dataclasses.replace(TERMS, license="No Licence!")))
 
 
 @pytest.mark.parametrize("options", [["--repo", "flames"], ["--repo", "me/flames", "--base", "/models/wan"]])

@@ -39,7 +39,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures, mattes = zip(*map(square, range(5)))
     folder = tmp_path_factory.mktemp("made") / "000"
     streams = {"rgb": np.stack(pictures), "seg": np.stack(mattes)}
-    facts = {"prompt": "a <b>square</b>", "seed": 3}
+    facts = {"prompt": "a <b>square</b>", "seed": 3, "steps": 50, "scheduler": "a name that is long for a phone"}
     write_sample(folder, streams, fps=Fraction(8), formats=("checkerboard",), alpha_mode="straight", facts=facts)
     return folder
 

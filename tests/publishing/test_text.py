@@ -13,7 +13,7 @@ from tests.publishing.test_report import write_run
 from tests.support.saves import TERMS, save_adapter
 from transpixeler import cli
 from transpixeler.data.media.write import write_png
-from transpixeler.publishing import card, compare, hub, report, sheet_page
+from transpixeler.publishing import compare, hub, markdown, report, sheet_page
 from transpixeler.sampling.files import write_sample
 
 ATTACKS = (
@@ -81,16 +81,16 @@ def test_a_prompt_is_text_in_the_card(attack: str, tmp_path: Path) -> None:
 def test_a_rendered_card_shows_a_prompt_and_a_value_as_they_are(attack: str) -> None:
     markdown_it = pytest.importorskip("markdown_it")
     renderer = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    for text in (f"> {card._inline(attack)}", f"| | |\n|---|---|\n| figure | {card._cell(attack)} |"):
+    for text in (f"> {markdown.inline(attack)}", f"| | |\n|---|---|\n| figure | {markdown.cell(attack)} |"):
         page = _Page(renderer.render(text))
         assert set(page.tags) <= {"blockquote", "p", "code", "table", "thead", "tbody", "tr", "th", "td"}
-        assert card._line(attack) in "".join(page.text).replace("figure", "")
+        assert markdown.line(attack) in "".join(page.text).replace("figure", "")
 
 
 def test_a_plain_prompt_stays_as_it_is() -> None:
     prompt = "a red ball drifts left, half transparent (slowly) at 50% – the artist’s self_attn.q"
-    assert card._inline(prompt) == card._cell(prompt) == prompt
-    assert card._cell("a|b") == r"`a\|b`" and card._cell("1.5 h of steps") == "1.5 h of steps"
+    assert markdown.inline(prompt) == markdown.cell(prompt) == prompt
+    assert markdown.cell("a|b") == r"`a\|b`" and markdown.cell("1.5 h of steps") == "1.5 h of steps"
 
 
 class _Page(html.parser.HTMLParser):

@@ -142,7 +142,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _validate(self, body: bytes) -> tuple[int, Any]:
         header = yaml.safe_load(json.loads(body)["content"].split("---")[1])
-        errors = [] if header.get("license") else [{"message": '"license" is missing'}]
+        known = re.fullmatch(r"[a-z0-9.+-]+", str(header.get("license")))
+        errors = [] if known else [{"message": '"license" must be one of the known ids'}]
+        errors += [
+            {"message": '"widget" needs an output'} for one in header.get("widget", ()) if not one["output"]["url"]
+        ]
         return 400 if errors else 200, {"errors": errors, "warnings": []}
 
     def _preupload(self, body: bytes, repo: str) -> tuple[int, Any]:

@@ -254,6 +254,22 @@ class ModelFolder(ABC):
         raise NotImplementedError(f"{self.family.title} has no image encoder")
 
 
+@dataclass(frozen=True)
+class License:
+    """A licence as the Hub names it; one that is `other` there has a name of its own, and a place where it lies."""
+
+    id: str
+    name: str = ""
+    link: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.name or self.id
+
+
+APACHE, UNKNOWN = License("apache-2.0"), License("unknown")
+
+
 @dataclass(frozen=True, eq=False)  # one object for each family
 class Family:
     """One architecture: its facts, and how a folder of it is told and opened."""
@@ -270,6 +286,8 @@ class Family:
     example: str  # a Hub id that a message may name
     image_pipeline_class: str = ""  # for models that are shown pictures, where diffusers has another for these
     makes: Literal["video", "image"] = "video"
+    license: License = UNKNOWN  # of its published weights, where their own folder does not say it
+    licenses: Mapping[str, License] = field(default_factory=dict)  # by Hub id, of those that have another
     experts: tuple[str, ...] = ()  # names of those that its models may have, as diffusers' pipeline orders them
     shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # published configs, in diffusers' words
 

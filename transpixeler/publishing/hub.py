@@ -20,7 +20,8 @@ from transpixeler.adapters.files import CONFIG_FILE
 from transpixeler.adapters.saved import ADAPTER_FILE, CONFIG, MODEL_FOLDER, expert_folders
 from transpixeler.config import loading
 from transpixeler.config.sections import REPO, Config, Fault, PathKind, UserError
-from transpixeler.publishing import card
+from transpixeler.publishing import card, card_facts
+from transpixeler.publishing.card_use import NODE_FOLDER
 from transpixeler.publishing.received import check_within, read_table, read_yaml
 from transpixeler.sampling.saves import Save, SavedModel, find_save, read_save
 
@@ -38,7 +39,7 @@ class Terms:
     repo: str
     private: bool = True
     base: str = ""
-    license: str = "apache-2.0"
+    license: str = ""  # that of the base
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,14 @@ def pack(source: str, terms: Terms, *, ema: bool | None = None) -> Parcel:
     origin = _base_of(found.config.model.encoders)  # of a base that was trained here, and is on no Hub
     base = base or (origin if found.weights else "")
     fused = _without_folders(list(found.config.model.fused_paths))
-    made = card.gather(found, found.run, repo=terms.repo, base=base, origin=origin, fused=fused, license=terms.license)
+    made = card_facts.gather(
+        found, found.run, repo=terms.repo, base=base, origin=origin, fused=fused, license=terms.license
+    )
     files: dict[str, Path | bytes] = {**_weights(found, save.path, base), CONFIG: _config(found.config, base)}
     files |= {path: file for sample in made.samples for path, file in sample.files.items()}
+    if made.node is not None:
+        parts = [file for file in made.node.rglob("*") if file.suffix in (".py", ".md", ".json")]
+        files |= {f"{NODE_FOLDER}/{file.relative_to(made.node.parent).as_posix()}": file for file in parts}
     files[CARD] = card.write(made).encode()
     return Parcel(terms, dict(sorted(files.items())), f"Step {found.step}" if found.step is not None else "Upload")
 
@@ -79,6 +85,8 @@ def listing(parcel: Parcel) -> str:
         lines.append(f"  {size:>13,}  {path}")
     text = parcel.files[CARD]
     assert isinstance(text, bytes)
+    if b"\nbase_model:" not in text:
+        lines.append("the card names no base_model, as its Hub id is not known: give it with --base USER/NAME")
     return "\n".join([*lines, "", f"{CARD}:", text.decode()])
 
 

@@ -147,7 +147,7 @@ def read_table(path: Path, shape: Shape) -> dict[str, Any]:
     return _checked(read_json(path), shape, str(path))
 
 
-class _NoAliases(yaml.SafeLoader):
+class NoAliases(yaml.SafeLoader):
     """Safe YAML without aliases: no run's config has one, and a few of them can stand for gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -160,7 +160,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a config as plain values, without the files that it may build on."""
     try:
         text = path.read_text(encoding="utf-8")
-        value = yaml.load(text, Loader=_NoAliases)
+        value = yaml.load(text, Loader=NoAliases)
     except (OSError, *BAD_YAML) as error:
         raise UserError(f"{path}: damaged, cannot be read: {_short(error)}") from None
     return _checked(value, {}, str(path))

@@ -26,7 +26,7 @@ MEASURES = {
     "psnr": Measure("PSNR", "of colour, in dB", more=True),
     "rgb_drift": Measure("RGB drift", "RGB against the base's"),
     "vae_psnr": Measure("VAE PSNR", "the VAE's own round trip", more=True),
-    "channel_spread": Measure("channel spread", "is the matte grey?", alone=True),
+    "channel_spread": Measure("channel spread", "colour left in the matte", alone=True),
     "edge_alignment": Measure("edge alignment", "matte edges on picture edges", more=True, alone=True),
     "fill_deviation": Measure("fill deviation", "colour under zero alpha", alone=True),
     "holes": Measure("holes", "see-through inside shapes", alone=True),
@@ -44,4 +44,4 @@ def in_words(name: str) -> str:
     known = MEASURES.get(name)
     if known is None:
         return name.replace("_", " ")
-    return f"{known.title}: {known.about}; {'more' if known.more else 'less'} is better"
+    return f"{known.title}, {known.about}, {'more' if known.more else 'less'} is better"

@@ -20,8 +20,10 @@ from transpixeler.families.flux.model import FluxModel, fields
 from transpixeler.families.flux.names import NAMES, config_from_shapes
 from transpixeler.models.encoders import PARTS
 from transpixeler.models.family import (
+    APACHE,
     Family,
     Field,
+    License,
     SamplingDefaults,
     TextEncoder,
 )
@@ -127,6 +129,12 @@ FAMILY = Family(
     transformer_class=CLASS,
     pipeline_class=PIPELINE,
     example=encoders.EXAMPLE,
+    license=License(
+        "other",
+        "flux-1-dev-non-commercial-license",
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+    ),
+    licenses={"black-forest-labs/FLUX.1-schnell": APACHE},
     makes="image",
     shapes={"dev": {"guidance_embeds": True}, "schnell": {"guidance_embeds": False}},
 )

@@ -36,6 +36,7 @@ from transpixeler.models.family import (
     Digest,
     Family,
     Field,
+    License,
     SamplingDefaults,
     TextEncoder,
     file_digest,
@@ -157,6 +158,9 @@ FAMILY = Family(
     transformer_class=CLASS,
     pipeline_class=PIPELINE,
     example=encoders.EXAMPLE,
+    license=License(
+        "other", "tencent-hunyuan-community", "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
+    ),
     shapes={
         "13b": {},
         "13b-i2v": {"image_condition_type": TOKEN_REPLACE},

@@ -19,6 +19,7 @@ from transpixeler.flow.draws import shifted
 from transpixeler.models.family import (
     Family,
     Field,
+    License,
     SamplingDefaults,
 )
 from transpixeler.models.geometry import Geometry
@@ -132,6 +133,7 @@ FAMILY = Family(
     transformer_class=CLASS,
     pipeline_class="LTXPipeline",
     example="Lightricks/LTX-Video-0.9.5",
+    license=License("other", "ltxv-open-weights", "https://huggingface.co/Lightricks/LTX-Video"),
     shapes={
         "2b": {"num_layers": 28},
         "13b": {"num_layers": _LAYERS_13B, "attention_head_dim": 128, "cross_attention_dim": 4096},

@@ -22,6 +22,7 @@ from transpixeler.families.opensora.names import NAMES, config_from_shapes, is_o
 from transpixeler.models.encoders import PARTS
 from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.family import (
+    APACHE,
     Family,
     Field,
     SamplingDefaults,
@@ -157,5 +158,6 @@ FAMILY = Family(
     transformer_class=CLASS,
     pipeline_class="",
     example=encoders.EXAMPLE,
+    license=APACHE,
     shapes={"11b": {"cond_embed": True}, "11b-t2v": {"cond_embed": False}},
 )

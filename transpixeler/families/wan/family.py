@@ -20,6 +20,7 @@ from transpixeler.families.wan.names import NAMES, config_from_shapes, image_set
 from transpixeler.models.damage import read_config
 from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.family import (
+    APACHE,
     Digest,
     Family,
     Field,
@@ -223,6 +224,7 @@ FAMILY = Family(
     pipeline_class="WanPipeline",
     image_pipeline_class="WanImageToVideoPipeline",
     example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    license=APACHE,
     experts=EXPERTS,
     shapes={"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, "14b": {"num_layers": 40}},
 )

@@ -341,10 +341,11 @@ def _is_cheap(command: Command) -> bool:
 
 @pytest.fixture(scope="module")
 def at_home(demo: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder after `make demo`: the demo, and a run of it that is the latest."""
+    """A working folder after `make demo`: the demo, a run of it that is the latest, and two to compare."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(demo, folder / "demo")
-    shutil.copytree(run, folder / "demo" / "output" / run.name)
+    for name in (run.name, "first", "second"):
+        shutil.copytree(run, folder / "demo" / "output" / name)
     (folder / "demo" / "output" / "latest").symlink_to(run.name)
     return folder
 

@@ -113,7 +113,7 @@ def test_the_node_goes_with_a_joint_adapter_and_no_other(run: Path, tmp_path: Pa
     parcel = hub.pack(str(run), TERMS)
     nodes = {path: file for path, file in parcel.files.items() if path.startswith(card_use.NODE_FOLDER)}
     folder = f"{card_use.NODE_FOLDER}/transpixeler"
-    assert f"]({folder})" in card_of(run) and {Path(path).suffix for path in nodes} == {".py", ".md", ".json"}
+    assert f"]({folder}/README.md)" in card_of(run) and {Path(path).suffix for path in nodes} == {".py", ".md", ".json"}
     assert "Joint Adapter" in Path(str(nodes[f"{folder}/nodes.py"])).read_text()
     plain = hub.pack(str(save_adapter(tmp_path / "step30", streams=1)), TERMS)
     assert not [path for path in plain.files if path.startswith(card_use.NODE_FOLDER)]

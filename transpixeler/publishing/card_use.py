@@ -84,8 +84,11 @@ def _joint_in_comfyui(card: Card) -> str:
         )
     if card.node is None:
         return f"{put}; {node}."
-    folder = f"[{card.node.name}]({NODE_FOLDER}/{card.node.name})"
-    return f"{put} and the folder {folder} into `custom_nodes`: its nodes make the streams, and it has example workflows."
+    folder = f"{NODE_FOLDER}/{card.node.name}"
+    nodes = f"[{folder}]({folder}/README.md)"
+    return (
+        f"{put} and the folder {nodes} into `custom_nodes`: its nodes make the streams, and it has example workflows."
+    )
 
 
 def _comfyui(card: Card) -> str:

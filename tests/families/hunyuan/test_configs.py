@@ -110,11 +110,11 @@ def test_plan_takes_the_config(
         shutil.copytree(folder, folder := tmp_path / "model")
         shape = diffusers_config(FAMILY.shapes["13b-i2v"])
         (folder / "transformer/config.json").write_text(json.dumps(shape))
-    train = f"[{{path: {demo / 'data/rgba'}, rgba: true}}]" if name == "i2v-rgba" else demo / "data/train"
-    data = (f"data.train={train}", f"data.cache_dir={tmp_path}", "data.upscale=true", "data.frames=[17]")
+    data = (f"data.train={demo / 'data/train'}", f"data.cache_dir={tmp_path}", "data.upscale=true", "data.frames=[17]")
     config = CONFIGS / f"hunyuanvideo-{name}.yaml"
     asked = ["plan", str(config), f"model.path={folder}", f"output_dir={tmp_path}", *data, "--json"]
-    assert cli.main([*asked, "--device", "h100" if name == "joint" else "4090"]) == 0
+    asked += ["streams.alpha=_seg"] if name == "i2v-rgba" else []  # the demo's pairs
+    assert cli.main([*asked, "--device", "4090" if name == "24gb" else "h100"]) == 0
     value = json.loads(capsys.readouterr().out)
     parameters = value["parameters"]
     base = parameters["all"] - parameters["trained"]  # with the scales of quantized weights, where there are

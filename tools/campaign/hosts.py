@@ -4,9 +4,10 @@ The hosts are Linux namespaces of this machine; torchrun starts one rank on each
 another base, other code or other data must be named in one line at the start, and both must end. Training whose cable
 is cut at a random step must end on both hosts within `parallel.timeout_minutes`, each with one line that says what to
 do; once the cable is back, `--resume` must come to the same adapter, bit for bit, as a training that nobody cut. A
-round is one cut. A torchrun that lost its store looks for it for minutes after its rank has ended, which is torch's own
-and is only counted (`torchruns_left`). It needs root and `ip`, `mount`, `nsenter` and `unshare`; without, it says so
-and exits with 2.
+round is one cut. Before, a host with a cache of its own is killed, and another torchrun started in its place: the job
+must take it in and come to the same adapter. A torchrun that lost its store looks for it for minutes after its rank has
+ended, which is torch's own and is only counted (`torchruns_left`). It needs root and `ip`, `mount`, `nsenter` and
+`unshare`; without, it says so and exits with 2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from campaign import QUIET, ROOT, Figures, command, environment, finished, kill, main, write_demo
-from namespaces import Host, lacking, two_hosts
+from namespaces import NAMES, Host, lacking, two_hosts
 
 STEPS = 16
 SHORT = 0.25  # parallel.timeout_minutes, where the cable is cut
@@ -84,35 +85,45 @@ def campaign(arguments: argparse.Namespace, folder: Path) -> Figures:
     for kind, differ in DIFFERENT.items():
         figures |= different_hosts(kind, differ, config, folder, figures)
     figures |= {"cuts": 0, "timeout_s": SHORT * 60, "told_s": [], "ended_s": [], "torchruns_left": 0}
-    figures |= {"resumed": 0, "bitwise": 0}
+    figures |= {"resumed": 0, "bitwise": 0, "replaced": 0}
     with two_hosts(folder) as hosts, training(hosts, config, folder / "whole") as job:
         _expect(job.wait(START) and not any(p.returncode for p in job.processes), "an uncut training", job, figures)
+    replaced(config, folder, figures)
     for _ in range(arguments.rounds):
         cut(config, folder, draw, figures)
     return figures
 
 
 @contextmanager
-def training(hosts: Sequence[Host], config: Path, output: Path, *words: str) -> Iterator[Job]:
-    """Start one training on both hosts with torchrun, and kill it at the end."""
-    launch = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "run", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", f"{hosts[0].name}:29500", "-m", "transpixeler", "train", str(config)]
-    launch += [*WORDS, f"output_dir={output}", "run_name=run", *words]
+def training(hosts: Sequence[Host], config: Path, output: Path, *words: str, apart: bool = False) -> Iterator[Job]:
+    """Start one training on both hosts with torchrun, and kill it at the end. apart: as `start` takes it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         outputs = [output.with_name(f"{output.name}.{host.name}.txt") for host in hosts]
-        processes = []
-        for host, file in zip(hosts, outputs, strict=True):
-            process = subprocess.Popen(
-                host.words(sys.executable, "-m", LAUNCHER, *launch),
-                env=environment(),
-                stdout=subprocess.DEVNULL,
-                stderr=stack.enter_context(file.open("wb")),
-                start_new_session=True,
-            )
-            stack.callback(kill, process)
-            processes.append(process)
-        yield Job(hosts, processes, outputs)
+        both = zip(hosts, outputs, strict=True)
+        yield Job(hosts, [start(stack, *one, config, output, *words, apart=apart) for one in both], outputs)
+
+
+def start(
+    stack: ExitStack, host: Host, said: Path, config: Path, output: Path, *words: str, apart: bool
+) -> subprocess.Popen[bytes]:
+    """Start one host's torchrun, which is killed at the end.
+
+    apart: each host has a cache of its own, and torchrun starts again what was lost, on another host as well.
+    """
+    launch = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "run", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", f"{NAMES[0]}:29500", "--max-restarts", str(int(apart))]
+    launch += ["-m", "transpixeler", "train", str(config), *WORDS, f"output_dir={output}", "run_name=run"]
+    launch += [f"data.cache_dir={output}.{host.name}.cache"] if apart else []
+    process = subprocess.Popen(
+        host.words(sys.executable, "-m", LAUNCHER, *launch, *words),
+        env={**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(apart))},
+        stdout=subprocess.DEVNULL,
+        stderr=stack.enter_context(said.open("ab")),
+        start_new_session=True,
+    )
+    stack.callback(kill, process)
+    return process
 
 
 # --- hosts that differ -----------------------------------------------------------------------------------------------
@@ -181,6 +192,23 @@ def different_hosts(kind: str, differ: Differ, config: Path, folder: Path, figur
             _expect(ended and len(job.seen) == len(named) == 1, f"{kind}: {pattern}", job, figures)
             _expect(all(process.returncode for process in job.processes), f"{kind}: both fail", job, figures)
     return {f"{kind}_named_s": round(named[0], 1) if named else None, f"{kind}_ended_s": took}
+
+
+# --- a host that is lost ---------------------------------------------------------------------------------------------
+
+
+def replaced(config: Path, folder: Path, figures: Figures) -> None:
+    """Kill one of two hosts with caches of their own, and start another in its place while the first one waits."""
+    output = folder / "replaced"
+    metrics = output / "run" / "metrics.jsonl"
+    with two_hosts(folder) as hosts, training(hosts, config, output, apart=True) as job, ExitStack() as stack:
+        _expect(job.wait(START, lambda: metrics.exists() and metrics.stat().st_size > 0), "a first step", job, figures)
+        hosts[1].kill()
+        job.processes[1] = start(stack, hosts[1], job.outputs[1], config, output, apart=True)
+        done = job.wait(START) and not any(process.returncode for process in job.processes)
+        _expect(done, "a host in the place of a lost one", job, figures)
+    figures["replaced"] += done and saved(output) == saved(folder / "whole")
+    _expect(figures["replaced"] == 1, "the same adapter", job, figures)
 
 
 # --- a cable that is cut ---------------------------------------------------------------------------------------------

@@ -51,11 +51,17 @@ class Host:
         running = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
         return [process for process in running if own and _network(process) == own]
 
-    def close(self) -> None:
-        """Kill everything that still runs on this host."""
+    def kill(self) -> None:
+        """Kill everything that runs on this host, which stays itself."""
         for process in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+            if process != self.holder.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill everything that still runs on this host, and end it."""
+        self.kill()
+        self.holder.kill()
         self.holder.communicate()
 
 

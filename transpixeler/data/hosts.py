@@ -39,7 +39,7 @@ class Hosts:
         if self.group is None:
             return set()
         folders = list_folders()
-        held = self._held(folders)[1:].any(axis=0)
+        held = np.logical_or.reduce(self._held(folders)[1:], axis=0)
         return {key for key, there in zip(folders, held, strict=True) if there}
 
     def fill(self, list_folders: Callable[[], Folders]) -> None:

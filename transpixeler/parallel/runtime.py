@@ -111,8 +111,9 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
         options: dict[str, Any] = {"device_id": where} if where.type == "cuda" else {}
         if "MASTER_ADDR" not in os.environ:  # no torchrun: a group of one needs no rendezvous
             options |= {"store": HashStore(), "rank": 0, "world_size": 1}
-        elif restarts := launch().restarts:
-            # torch 2.13 leaves the addresses of the failed attempt in the store, and ranks would try to reach them
+        elif (restarts := launch().restarts) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torch 2.13 leaves the addresses of the failed attempt in this store, and ranks would try to reach them;
+            # any other store is new in each attempt, and hosts that came later have counted fewer of these
             shared, _, _ = next(rendezvous("env://", timeout=timeout))
             options |= {"store": PrefixStore(f"restart{restarts}", shared), "rank": rank, "world_size": world_size}
         dist.init_process_group(backend, timeout=timeout, **options)

@@ -157,9 +157,11 @@ def _place(config: Config, runtime: Runtime, resume: str | None) -> tuple[Path |
     """Return (run folder, chosen checkpoint, whether this job trained it before), or nothing for a new run.
 
     When torchrun starts its processes again after a failure, they go on with the newest checkpoint of the run that
-    this job trained before, whatever the command says.
+    this job trained before, whatever the command says; also on a host that came in the place of a lost one. In a first
+    attempt, what rank 0 was told holds for all.
     """
-    mine = str(runtime.broadcast(str((_run_of_this_job(config) if runtime.is_main else None) or "")))
+    again, resume = max(runtime.gather(launch().restarts)) > 0, runtime.broadcast(resume)
+    mine = str(runtime.broadcast(str((_run_of_this_job(config) if again and runtime.is_main else None) or "")))
     if mine:
         logger.info("started again by torchrun: going on with %s", mine)
         return Path(mine), None, True
@@ -167,10 +169,9 @@ def _place(config: Config, runtime: Runtime, resume: str | None) -> tuple[Path |
 
 
 def _run_of_this_job(config: Config) -> Path | None:
-    """Return the run that earlier attempts of this job trained; None in a first attempt."""
-    here = launch()
-    marks = Path(config.output_dir).glob(f"*/{JOB}") if here.restarts else ()
-    mine = [mark for mark in marks if mark.read_text() == here.job and mark.with_name(CONFIG).is_file()]
+    """Return the run that earlier attempts of this job trained."""
+    marks = Path(config.output_dir).glob(f"*/{JOB}")
+    mine = [mark for mark in marks if mark.read_text() == launch().job and mark.with_name(CONFIG).is_file()]
     return max(mine, key=lambda mark: mark.stat().st_mtime).parent.resolve() if mine else None
 
 

@@ -27,10 +27,10 @@ def encode_on_hosts(rank: int, world_size: int, model: Path, data: Path, caches:
     sight.SECONDS, hosts.MESSAGE_BYTES, count = 0.3, 4096, 0
     whole = WanVae.encode
 
-    def counting(vae: WanVae, video: torch.Tensor) -> torch.Tensor:
+    def counting(self: WanVae, video: torch.Tensor) -> torch.Tensor:
         nonlocal count
         count += len(video)
-        return whole(vae, video)
+        return whole(self, video)
 
     WanVae.encode = counting
     setup = config(model, data, f"data.cache_dir={caches[rank // 2]}", *words)

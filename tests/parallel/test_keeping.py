@@ -15,7 +15,7 @@ from tests.support.families.cases import CASES, STREAMS
 from transpixeler.config import loading
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.backbone import Backbone
-from transpixeler.models.costs import Costs
+from transpixeler.models.costs import Costs, activation_bytes
 from transpixeler.models.kept import Kept
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import shard
@@ -112,3 +112,28 @@ def test_the_other_blocks_recompute_where_nothing_says_how() -> None:
     assert shard.recompute_mode(chosen, torch.device("cpu")) == "full"
     assert shard.recompute_mode(chosen, torch.device("cuda")) == "attention"
     assert shard.recompute_mode(parallel(), torch.device("cpu")) == "none"
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_auto_where_nothing_compiles_them_and_no_schedule_splits_the_backward_pass() -> None:
+    split = ("parallel.pipeline=2", "parallel.schedule=interleaved-zero-bubble")
+    assert shard.chunk_tokens(parallel(), compiled=False) == shard.CHUNK
+    assert shard.chunk_tokens(parallel(), compiled=True) == 0
+    assert shard.chunk_tokens(parallel("parallel.chunk=off"), compiled=False) == 0
+    assert shard.chunk_tokens(parallel(*split), compiled=False) == 0
+    assert shard.chunk_tokens(parallel("parallel.chunk=77"), compiled=True) == 77
+    with pytest.raises(UserError, match=r"parallel.chunk: 77 does not go with parallel.schedule=interleaved-zero"):
+        shard.chunk_tokens(parallel("parallel.chunk=77", *split), compiled=False)
+
+
+def test_what_a_piece_saves_is_known_beforehand() -> None:
+    model = CASES["wan"].model(2)
+    found, lengths = Costs.of(model), (4096, 4096)
+    whole, pieces, more = (
+        activation_bytes(found, lengths, size=4, recompute="full", chunk=chunk) for chunk in (0, 256, 8192)
+    )
+    assert pieces < 0.8 * whole and more == whole
+    kept = activation_bytes(found, lengths, size=4, chunk=256)
+    assert kept == activation_bytes(found, lengths, size=4), "blocks that keep everything are left whole"

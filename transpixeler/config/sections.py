@@ -246,6 +246,7 @@ class ParallelConfig:
     stages_per_rank: Count = 2
     split: tuple[int, ...] = ()
     recompute: Literal["auto", "none", "full", "attention", "offload"] | Count = "auto"
+    chunk: Literal["auto", "off"] | Count = "auto"
     keep_gb: NonNegative = 0.0
     host_gb: NonNegative = 0.0
     compile: Literal["auto", "on", "off"] = "auto"

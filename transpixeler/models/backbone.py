@@ -19,6 +19,7 @@ from transpixeler.config.sections import UserError
 from transpixeler.models.attention import companions_attention, self_attention
 from transpixeler.models.context import Context
 from transpixeler.models.family import Field
+from transpixeler.models.pieces import ByToken
 from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import Grid, StreamLayout, Tokens
 
@@ -35,6 +36,7 @@ class Block(nn.Module, ABC):
 
     recompute: Callable[..., Flow] | None = None
     keeps: Callable[[Flow, Tokens], bool] | None = None  # tells of which flows nothing is recomputed after all
+    chunk: int = 0  # tokens of a microbatch that go through `finish` at a time, where that costs nothing; 0 for all
     carried: int = 1  # tensors of the flow that it changes, the first ones; the same for all blocks of a model
     grouped: tuple[int, ...] = (1,)  # places in the flow of what has a row for each time group, [B, G, …]
     # its attentions: among streams, to text, or "joint": both in one; "image": to an image encoder's tokens
@@ -62,7 +64,22 @@ class Block(nn.Module, ABC):
         q, k, v, others = self.qkv(flow, tokens)
         seen = self_attention(q, k, v, tokens, self.text_lengths(flow))
         del q, k, v  # before the rest, which needs the memory
-        return self.finish(flow, seen, others, tokens)
+        return self.finish_by_token(flow, seen, others, tokens)
+
+    def finish_by_token(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
+        """Return the carried tensors of the flow, changed by what was seen, `chunk` tokens at a time."""
+        count = len(flow)
+
+        def run(part: Tokens, inputs: Flow) -> Flow:
+            return self.finish(inputs[:count], inputs[count], inputs[count + 1 :], part)
+
+        places, texts = frozenset((0, count)), frozenset(range(1, self.carried))
+        changes = tuple(range(self.carried))
+        return ByToken(run, self, tokens, places, texts, changes, self.chunk_for(tokens))(*flow, seen, *others)
+
+    def chunk_for(self, tokens: Tokens) -> int:
+        """Return `chunk` where pieces cost nothing: not where they would be computed again without being asked to."""
+        return 0 if tokens.keeps_inside else self.chunk
 
     @abstractmethod
     def qkv(self, flow: Flow, tokens: Tokens) -> QKV:
@@ -73,7 +90,10 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def finish(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
-        """Return the carried tensors of the flow, changed by what was seen `[B, T, H, d]`; others: made by `qkv`."""
+        """Return the carried tensors of the flow, changed by what was seen `[B, T, H, d]`; others: made by `qkv`.
+
+        It acts on each token by itself, and may be given some of them. others: then the same for all tokens.
+        """
 
     def text_lengths(self, flow: Flow) -> Tensor | None:
         """Return how many tokens of text that flows are valid, [B]; None where all are."""
@@ -91,7 +111,7 @@ class Block(nn.Module, ABC):
         with torch.no_grad():
             seen = self_attention(q, k, v, first, self.text_lengths(near))
             del q, k, v
-            rgb = self.finish(near, seen, tuple(others), first)
+            rgb = self.finish_by_token(near, seen, tuple(others), first)
         return rest, *rgb, *flow[self.carried + 1 :], *known
 
     def _beside_known_rgb(self, flow: Flow, tokens: Tokens) -> Flow:
@@ -114,7 +134,7 @@ class Block(nn.Module, ABC):
         q, k, v, others = self.qkv(far, rest)
         seen = companions_attention(q, k, v, rgb_k, rgb_v, tokens, self.text_lengths(far))
         del q, k, v
-        return self.finish(far, seen, others, rest)[0]
+        return self.finish_by_token(far, seen, others, rest)[0]
 
     def reads(self, linear: str) -> str:
         """Return what a linear of this block, by its name in it, reads.
@@ -166,9 +186,20 @@ def _for_groups(flow: Flow, groups: slice, facts: Flowing) -> Flow:
 class Head(nn.Module, ABC):
     """The last part of a model: tokens to velocity, first by themselves, then each in its place."""
 
+    chunk: int = 0  # tokens of a microbatch that it takes at a time; 0 for all
+
     def forward(self, *flow: Tensor, layout: StreamLayout) -> Tensor:
         """Return packed velocity [B, N]."""
         return self.pack(self.values(*flow, groups=layout.group_lengths), layout)
+
+    def values_by_token(self, flow: Flow, tokens: Tokens, facts: Flowing) -> Tensor:
+        """Return what `values` does, `chunk` tokens at a time."""
+
+        def run(part: Tokens, inputs: Flow) -> Flow:
+            return (self.values(*inputs, groups=part.groups),)
+
+        texts = frozenset(range(1, facts.carried))
+        return ByToken(run, self, tokens, frozenset((0,)), texts, chunk=self.chunk)(*flow)[0]
 
     @abstractmethod
     def values(self, *flow: Tensor, groups: Sequence[int]) -> Tensor:
@@ -288,14 +319,14 @@ class Backbone(nn.Module, ABC):
         """Turn tokens into packed velocity, RGB's by itself where it runs forward only."""
         assert self.head is not None
         if not self.rgb_forward_only:
-            values = self.head.values(*flow, groups=tokens.groups)
+            values = self.head.values_by_token(flow, tokens, self)
         else:
-            values = self.head.values(*companions_part(flow, tokens, self), groups=tokens.groups[tokens.rgb_groups :])
+            values = self.head.values_by_token(companions_part(flow, tokens, self), tokens.companions(), self)
             with torch.no_grad():
                 if tokens.rgb_known:  # it is given: nobody asks for its velocity
                     rgb = values.new_zeros(len(values), tokens.lengths[0], values.shape[2])
                 else:
-                    rgb = self.head.values(*rgb_part(flow, tokens, self), groups=tokens.groups[: tokens.rgb_groups])
+                    rgb = self.head.values_by_token(rgb_part(flow, tokens, self), tokens.rgb(), self)
             values = torch.cat([rgb, values], dim=1)
         return self.head.pack(values if tokens.shared is None else tokens.shared.gather(values), layout)
 

@@ -128,7 +128,7 @@ class Costs:
         """Return what counts for the memory of one of the ranks that share a sequence, and with it text that flows."""
         if ranks == 1 or "joint" not in self.blocks[0].attends:
             return self
-        kept = tuple(KeptBytes(each.eager.part(ranks), each.compiled.part(ranks)) for each in self.kept)
+        kept = tuple(KeptBytes(*(way.part(ranks) for way in each)) for each in self.kept)
         return replace(self, text=math.ceil(self.text / ranks), kept=kept)
 
     @property
@@ -318,16 +318,21 @@ def activation_bytes(
     recompute: Recompute = "none",
     compiled: bool = False,
     blocks: int | None = None,
+    chunk: float = 0.0,
 ) -> int:
     """Return one sample's bytes at the worst moment: what all blocks keep, and the work of the one whose turn it is.
 
-    blocks: how many a rank holds, all where None.
+    blocks: how many a rank holds, all where None. chunk: tokens of a sample that a block's end takes at a time.
     """
     count = len(costs.blocks) if blocks is None else blocks
     tokens = sum(lengths) + costs.text * ("joint" in costs.blocks[0].attends)  # what flows from block to block
     each = [kept.as_run(compiled=compiled).bytes(lengths) for kept in costs.kept]
     mean, most = sum(each) / len(each), max(each)
-    work = tokens * (2 * max(block.inner for block in costs.blocks) + 4 * costs.width) * size
+    share = 1.0 if recompute == "none" or not chunk else min(1.0, chunk / tokens)  # of the sequence, in a piece
+    if share < 1:
+        pieces = [kept.as_run(compiled=compiled, pieces=True).bytes(lengths) for kept in costs.kept]
+        most = max(piece + share * (whole - piece) for piece, whole in zip(pieces, each, strict=True))
+    work = tokens * (2 * share * max(block.inner for block in costs.blocks) + 4 * costs.width) * size
     entry = tokens * costs.width * size
     if recompute == "attention":
         attentions = max(len(block.attends) for block in costs.blocks)

@@ -20,6 +20,7 @@ from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.family import caption_fields
 from transpixeler.models.streams import StreamLayout
 
+PIECE = 8  # tokens, of sequences of tens
 META = torch.device("meta")
 
 
@@ -67,8 +68,12 @@ class KeptBytes(NamedTuple):
 
     eager: Kept
     compiled: Kept
+    eager_pieces: Kept  # where it is recomputed, and its end piece by piece, of which nothing is kept
+    compiled_pieces: Kept
 
-    def as_run(self, *, compiled: bool) -> Kept:
+    def as_run(self, *, compiled: bool, pieces: bool = False) -> Kept:
+        if pieces:
+            return self.compiled_pieces if compiled else self.eager_pieces
         return self.compiled if compiled else self.eager
 
 
@@ -85,8 +90,21 @@ def measure(model: Backbone, block: nn.Module) -> KeptBytes:
         _layout(model, [own + (place == longer) for place, own in enumerate(shortest)]) for longer in range(-1, count)
     ]
     wide = model.matmul_dtype.itemsize / torch.float32.itemsize
-    saved = cache(partial(_saved, model, block))
-    return KeptBytes(*(_kept(model, block, layouts, partial(_bytes, saved, share)) for share in (1.0, wide)))
+    whole, pieces = (cache(partial(_saved, model, each)) for each in (block, _in_pieces(block)))
+    lines = [
+        _kept(model, block, layouts, partial(_bytes, saved, share))
+        for saved in (whole, pieces)
+        for share in (1.0, wide)
+    ]
+    return KeptBytes(*lines)
+
+
+def _in_pieces(block: nn.Module) -> nn.Module:
+    """Return a block as it is in its recomputation, where that goes piece by piece."""
+    found = deepcopy(block)
+    if isinstance(found, Block):
+        found.chunk, found.recompute = PIECE, lambda compute, flow, tokens: compute(flow, tokens)
+    return found
 
 
 def _kept(

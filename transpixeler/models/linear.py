@@ -19,6 +19,7 @@ from transpixeler.models.streams import Tokens, span_slice
 
 INT8 = "int8"
 Pair = tuple[Tensor, Tensor, Tensor | None]  # A [r, in], B [out, r], and of a DoRA the norms [out] of its rows
+ALL = slice(None)
 
 
 def dequantize(data: Tensor, scale: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -45,10 +46,13 @@ class Linear(nn.Linear):
         *,
         gelu: bool = False,
         needs_output: bool = True,
+        rows: slice = ALL,
     ) -> Tensor:
+        """rows: of the weight, whose part of the output is wanted."""
         if self.quantized or not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            return project(x, self, gelu=gelu, needs_output=needs_output)
-        return _Trained.apply(activated(x, gelu), self.weight, self.bias)
+            return project(x, self, gelu=gelu, needs_output=needs_output, rows=rows)
+        weight, bias = _rows_of(rows, self.weight, self.bias)
+        return _Trained.apply(activated(x, gelu), weight, bias)
 
 
 def project_shared(x: Tensor, tokens: Tokens, *linears: Linear) -> list[Tensor]:
@@ -107,6 +111,7 @@ def project(
     part: Tensor | None = None,
     gelu: bool = False,
     needs_output: bool = True,
+    rows: slice = ALL,
 ) -> Tensor:
     """Project all tokens by the frozen base, and add the adapter's projection of the scope's.
 
@@ -119,9 +124,15 @@ def project(
         weight, weight_scale, kind = linear.weight_data, linear.weight_scale, linear.quantized
     else:
         weight, weight_scale, kind = linear.weight, None, ""
-    adapter = [tensor for tensors in zip(*pairs, strict=True) for tensor in tensors if tensor is not None]
+    weight, weight_scale, bias, norm = _rows_of(rows, weight, weight_scale, linear.bias, norm)
+    cut = [(down, *_rows_of(rows, *others)) for down, *others in pairs]
+    adapter = [tensor for tensors in zip(*cut, strict=True) for tensor in tensors if tensor is not None]
     how = norm, scale, start, tuple(runs), part, gelu, needs_output
-    return _Project.apply(x, weight, weight_scale, kind, linear.bias, *how, *adapter)
+    return _Project.apply(x, weight, weight_scale, kind, bias, *how, *adapter)
+
+
+def _rows_of(rows: slice, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tensors if rows == ALL else tuple(None if x is None else x[rows] for x in tensors)
 
 
 class _Trained(torch.autograd.Function):

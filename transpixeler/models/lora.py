@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.linear import (
+    ALL,
     Linear,
     Pair,
     activated,
@@ -111,33 +112,34 @@ class LoraLinear(Linear):
         *,
         gelu: bool = False,
         needs_output: bool = True,
+        rows: slice = ALL,
     ) -> Tensor:
-        scope, how = self.scope(x, lengths), {"gelu": gelu, "needs_output": needs_output}
+        scope = self.scope(x, lengths)
         if scope.start == scope.stop and not torch.is_grad_enabled():  # a run of tokens without any in scope
-            return project(x, self, gelu=gelu, needs_output=needs_output)
+            return project(x, self, gelu=gelu, needs_output=needs_output, rows=rows)
         runs = self.runs(scope, lengths)
         if not (self.training and self.dropout):
-            pairs = self.pairs, self.weight_norm
+            pairs, how = (self.pairs, self.weight_norm), {"gelu": gelu, "needs_output": needs_output, "rows": rows}
             return project(x, self, *pairs, scale=self.scale, start=scope.start, runs=runs, part=part, **how)
-        x = activated(x, gelu)
-        y = project(x, self) if self.quantized else F.linear(x, self.weight, self.bias)
+        x, bias = activated(x, gelu), None if self.bias is None else self.bias[rows]
+        y = project(x, self, rows=rows) if self.quantized else F.linear(x, self.weight[rows], bias)
         each = zip(x[:, scope].split(runs, 1), y[:, scope].split(runs, 1), self.pairs, strict=True)
-        changed = torch.cat([self._dropped(*one) for one in each], dim=1)
+        changed = torch.cat([self._dropped(*one, rows) for one in each], dim=1)
         # in place, autograd refuses a y that needs no gradient itself, as of text
         return y.slice_scatter(changed.to(y.dtype), 1, scope.start, scope.stop)
 
-    def _dropped(self, x: Tensor, y: Tensor, pair: Pair) -> Tensor:
+    def _dropped(self, x: Tensor, y: Tensor, pair: Pair, rows: slice) -> Tensor:
         """Return what a pair makes of its tokens x and of the base's y, with some of its inputs dropped."""
         down, up, magnitude = pair
         inner = F.linear(F.dropout(x, self.dropout), down.to(x.dtype))
-        changed = y + F.linear(inner, (up * self.scale).to(x.dtype))
+        changed = y + F.linear(inner, (up[rows] * self.scale).to(x.dtype))
         if magnitude is None:
             return changed
         norm = cast(Tensor, self.weight_norm)
         with torch.no_grad():
             norms = adapted_norms(full_weight(self, x.dtype), norm, down, up, self.scale)
-        factor = row_factors(magnitude, norm, norms)
-        return factor * changed + (0 if self.bias is None else (1 - factor) * self.bias)
+        factor = row_factors(magnitude, norm, norms)[rows]
+        return factor * changed + (0 if self.bias is None else (1 - factor) * self.bias[rows])
 
 
 # -- which linears, with which rank and scope

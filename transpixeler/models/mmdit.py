@@ -25,6 +25,7 @@ from transpixeler.models.fused import rotate
 from transpixeler.models.linear import FeedForward, Linear, project_seen, project_shared
 from transpixeler.models.modulation import add_gated, modulate, sinusoid
 from transpixeler.models.patches import patchify, unpatchify
+from transpixeler.models.pieces import is_cut
 from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
 
 EPS = 1e-6
@@ -175,16 +176,30 @@ class SingleBlock(TextFlows):
         hidden, text, vectors, *_ = flow
         groups = (*tokens.groups, text.shape[1])
         active = F.silu(torch.cat([vectors, vectors[:, tokens.text_group, None]], dim=1))
-        shift, scale, gate = self.mod(active).chunk(3, dim=-1)  # [B, G + 1, D]
-        both = torch.cat([hidden, text], dim=1)
-        x = modulate(both, shift, scale, groups=groups, eps=EPS).to(both.dtype)
+        modulation = self.mod(active)  # [B, G + 1, 3 · D]
+        both, x = self._normed(hidden, text, modulation, groups)
+        if is_cut(hidden, self.chunk_for(tokens)):  # `finish` makes the rest piece by piece
+            qkv = self.linear1(x, tokens.lengths, rows=slice(0, 3 * self.width))
+            return *self.heads.split(qkv, tokens.rope), (modulation,)
         qkv, mlp = self.linear1(x, tokens.lengths).split([3 * self.width, self.inner], dim=-1)
-        return *self.heads.split(qkv, tokens.rope), (both, mlp, gate)
+        return *self.heads.split(qkv, tokens.rope), (modulation, both, mlp)
+
+    def _normed(self, hidden: Tensor, text: Tensor, modulation: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return streams and text as one sequence, and that modulated."""
+        shift, scale, _ = modulation.chunk(3, dim=-1)
+        both = torch.cat([hidden, text], dim=1)
+        return both, modulate(both, shift, scale, groups=groups, eps=EPS).to(both.dtype)
 
     def finish(self, flow: Flow, seen: Tensor, others: Flow, tokens: Tokens) -> Flow:
-        (hidden, text, *_), (both, mlp, gate) = flow, others
-        y = self.linear2(torch.cat([seen.flatten(2), F.gelu(mlp, approximate="tanh")], dim=-1), tokens.lengths)
+        (hidden, text, *_), (modulation, *made) = flow, others
         groups = (*tokens.groups, text.shape[1])
+        if made:
+            both, mlp = made
+        else:
+            both, x = self._normed(hidden, text, modulation, groups)
+            mlp = self.linear1(x, tokens.lengths, rows=slice(3 * self.width, None))
+        gate = modulation.chunk(3, dim=-1)[2]
+        y = self.linear2(torch.cat([seen.flatten(2), F.gelu(mlp, approximate="tanh")], dim=-1), tokens.lengths)
         hidden, text = add_gated(both, y, gate, groups=groups).tensor_split([hidden.shape[1]], dim=1)
         return hidden, text
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -68,6 +69,14 @@ class Tokens(NamedTuple):
             shared=Shared(context, by_stream, text),
         )
 
+    def piece(self, start: int, stop: int) -> Tokens:
+        """Return what holds of a run of the streams' tokens; text may come after it."""
+        return self._replace(
+            rope=self.rope[start:stop],
+            lengths=_overlaps(self.lengths, start, stop),
+            groups=_overlaps(self.groups, start, stop),
+        )
+
     def whole(self) -> Tokens:
         """Return what attention among streams must know, which sees the tokens of all ranks."""
         return self if self.shared is None else self._replace(lengths=self.shared.lengths, shared=None)
@@ -106,9 +115,20 @@ class Tokens(NamedTuple):
         """Return how often a text key counts beside all streams' keys, so that more streams do not outweigh it."""
         return sum(self.lengths) / self.lengths[0]
 
+    @property
+    def keeps_inside(self) -> bool:
+        """Return whether what a block makes on its way is kept for the backward pass, and not made again."""
+        return self.copy_scope and torch.is_grad_enabled()
+
     def discards(self, gate: Tensor) -> bool:
         """Return whether a block's last output, which `gate` multiplies, is thrown away."""
         return self.recomputing and not gate.requires_grad  # a gate that trains needs what it multiplies
+
+
+def _overlaps(lengths: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
+    """Count the tokens between two places that each of the runs has there."""
+    ends = (0, *accumulate(lengths))
+    return tuple(max(0, min(end, stop) - max(begin, start)) for begin, end in pairwise(ends))
 
 
 def scope_span(scope: Scope, names: Sequence[str]) -> tuple[int, int]:

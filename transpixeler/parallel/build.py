@@ -53,6 +53,7 @@ def build_engine(
     whole = shape(config, make, dtype, scopes=scopes)
     costs = Costs.of(whole, kept=config.parallel.keep_gb > 0)
     ranges = pipeline.split_blocks(config.parallel, costs)
+    chunk = shard.chunk_tokens(config.parallel, compiled=shard.wants_compile(config.parallel, mesh.device))
     away = shard.waiting_places(config.parallel, len(costs.blocks))
     stages, waiting, host = [], [], host or shard.host_inputs(config.parallel)
     for index in pipeline.local_stages(config.parallel, mesh):
@@ -62,6 +63,7 @@ def build_engine(
         stage = pipeline.Stage(model)
         blocks = dict(zip(ranges[index], model.block_list(), strict=True))
         own = [block for place, block in blocks.items() if place in away]
+        shard.set_chunk(model, chunk)
         shard.wrap(stage, model.block_list(), config.parallel, mesh, waiting=own, host=host)
         _make_room(stage, own, config.parallel, mesh.device)
         fill(model, config, source, mesh.device)

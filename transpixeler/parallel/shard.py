@@ -18,13 +18,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.attention import SAVED_OPS
-from transpixeler.models.backbone import Block, Flow
+from transpixeler.models.backbone import Backbone, Block, Flow
 from transpixeler.models.streams import Tokens
 from transpixeler.parallel.hosted import Compute, HostInputs, flat
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.swap import spread
 
 REDUCE_ELEMENTS = 2**26  # one all-reduce carries at most 256 MiB
+CHUNK = 8192  # tokens that fill a GPU's matmuls, and whose feed-forward takes under 2 GiB in a model of 14B
 GRAPHS = 512  # that a compiled block may have: one a bucket and microbatch, for training and for evaluation
 
 
@@ -91,6 +92,27 @@ def host_inputs(config: ParallelConfig) -> HostInputs:
     return HostInputs(config.host_gb * 2**30 if config.host_gb else math.inf)
 
 
+def chunk_tokens(config: ParallelConfig, *, compiled: bool) -> int:
+    """Resolve `parallel.chunk`: tokens of a microbatch that are computed at a time; 0 for all.
+
+    compiled: whether blocks are, which `auto` then leaves to the compiler.
+    """
+    if isinstance(config.chunk, int):
+        if splits_backward(config):
+            raise UserError(
+                f"parallel.chunk: {config.chunk} does not go with parallel.schedule={config.schedule}, which runs the "
+                "backward pass in two parts; set auto"
+            )
+        return config.chunk
+    return 0 if config.chunk == "off" or compiled or splits_backward(config) else CHUNK
+
+
+def set_chunk(model: Backbone, chunk: int) -> None:
+    """Let blocks and head take so many tokens of a microbatch at a time; 0 for all."""
+    for part in (*model.block_list(), *([] if model.head is None else [model.head])):
+        part.chunk = chunk
+
+
 def set_recompute(blocks: Sequence[Block], mode: str | int, host: HostInputs | None = None) -> None:
     """Decide for each block what its forward keeps for the backward pass. host: for `offload`, if it is shared."""
     if isinstance(mode, int):
@@ -107,7 +129,8 @@ def _full(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    saved = op in SAVED_OPS and torch.is_grad_enabled()  # pieces run without: they are computed again, and alone
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _keep_attention(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:

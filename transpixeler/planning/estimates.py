@@ -24,7 +24,7 @@ from transpixeler.parallel.experts import DEVICE_SHARE
 from transpixeler.parallel.hosted import taken
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import in_flight, split_blocks, stage_count
-from transpixeler.parallel.shard import by_fsdp, reduces_often, waiting_places
+from transpixeler.parallel.shard import by_fsdp, chunk_tokens, reduces_often, waiting_places
 from transpixeler.parallel.swap import SLOTS
 
 UTILISATION = 0.45  # share of a device's peak that steps are assumed to reach, counting recomputation as work
@@ -245,13 +245,14 @@ class Estimate:
         share = load.batch // layout.data
         lengths = part(load.layout.lengths, layout)
         mode = "full" if isinstance(recompute, int) else recompute
-        once, twice = (self._of_blocks(count, lengths, mode, layout) for count in (1, 2))
+        chunk = chunk_tokens(self.config.parallel, compiled=self._is_compiled(recompute)) / micro
+        once, twice = (self._of_blocks(count, lengths, mode, layout, chunk) for count in (1, 2))
         work = max(0, 2 * once - twice)
         if layout.context > 1:  # embed makes all tokens, in fp32 and in the matmuls' dtype
             work = max(work, load.layout.tokens * self.costs.width * (FP32_BYTES + self.size))
-        kept = max(0, self._of_blocks(blocks, lengths, recompute, layout) - work)
+        kept = max(0, self._of_blocks(blocks, lengths, recompute, layout, chunk) - work)
         held = in_flight(self.config.parallel, layout.pipeline, rank, share // micro)
-        ending = sum(lengths[self.costs.rgb_forward_only :])
+        ending = min(sum(lengths[self.costs.rgb_forward_only :]), chunk or math.inf)
         head = 3 * FP32_BYTES * ending * self.costs.width  # its input, normed and modulated
         outer = 3 * FP32_BYTES * load.layout.elements  # the noisy input, the target and their difference
         hidden = sum(lengths) * self.costs.width * self.size
@@ -282,23 +283,28 @@ class Estimate:
         count = load.batch // layout.data // micro
         at_once = micro * in_flight(self.config.parallel, layout.pipeline, rank, count)
         places = [place for own in self._ranges(layout)[rank :: layout.pipeline] for place in own]
-        compiled = self.compiled and recompute != "offload"
-        kept = [self.costs.part(layout.context).kept[place].as_run(compiled=compiled) for place in places]
+        compiled, own = self._is_compiled(recompute), self.costs.part(layout.context)
+        kept = [own.kept[place].as_run(compiled=compiled) for place in places]
         blocks = fitting(kept, lengths, budget / at_once)
         held = at_once * sum(each.bytes(lengths) for each in kept[len(kept) - blocks :])
         one = micro * max(each.bytes(lengths) for each in kept)  # that is computed anew, after those are done with
         return KeptWhole(blocks, int(max(0, held - one)))
 
-    def _of_blocks(self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute, layout: Layout) -> int:
-        compiled = self.compiled and recompute != "offload"  # hooks on saved tensors cannot be compiled
+    def _of_blocks(
+        self, blocks: int, lengths: Sequence[int], recompute: costs.Recompute, layout: Layout, chunk: float
+    ) -> int:
         return costs.activation_bytes(
             self.costs.part(layout.context),
             lengths,
             size=self.size,
             recompute=recompute,
-            compiled=compiled,
+            compiled=self._is_compiled(recompute),
             blocks=blocks,
+            chunk=chunk,
         )
+
+    def _is_compiled(self, recompute: costs.Recompute) -> bool:
+        return self.compiled and recompute != "offload"  # hooks on saved tensors cannot be compiled
 
     def _example(self, layout: StreamLayout) -> int:
         """Return bytes of one sample's latents, noise and fields."""

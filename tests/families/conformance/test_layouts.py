@@ -35,6 +35,7 @@ KINDS = {
 # three streams, of which one is at half the size in every other step
 OWN = ("lora.per_stream=true", "streams={rgb: '', seg: _seg, depth: _depth}")
 CONTEXT = "parallel.context=2"
+CHUNK = "parallel.chunk=5"  # tokens of a microbatch: pieces begin and end inside of streams and time groups
 ONE_TEXT = "no gradient of the text crosses a cut"
 Result = dict[str, Any]  # losses, norms of gradients, and parameters before the first step and after the last
 
@@ -54,9 +55,9 @@ ADAPTED = {
 }
 OTHERS = {
     "(2,1,1)": layout(2, 1, 1),
-    "(1,2,1) offload": layout(1, 2, 1, "parallel.recompute=offload"),
-    "(1,1,2) full": layout(1, 1, 2, "parallel.recompute=full"),
-    "(1,1,1,2) attention": layout(1, 1, 1, CONTEXT, "parallel.recompute=attention"),
+    "(1,2,1) offload, pieces": layout(1, 2, 1, "parallel.recompute=offload", CHUNK),
+    "(1,1,2) full, pieces": layout(1, 1, 2, "parallel.recompute=full", CHUNK),
+    "(1,1,1,2) attention, pieces": layout(1, 1, 1, CONTEXT, "parallel.recompute=attention", CHUNK),
 }
 SCHEDULES = {name: layout(2, 1, 1, f"parallel.schedule={name}") for name in ("gpipe", "interleaved-1f1b")}
 LAYOUTS = {

@@ -1,5 +1,7 @@
+import gc
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -69,6 +71,41 @@ def test_a_single_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) 
         assert here.broadcast({"a": 1}) == {"a": 1} and here.gather(3) == [3]
         assert dist.get_world_size() == 1
     assert not dist.is_initialized()
+
+
+def _agree(rank: int, world_size: int) -> tuple[bool, bool, list[str], list[str], list[int]]:
+    here = runtime.Runtime(rank, world_size, rank, torch.device("cpu"))
+    mesh = meshes.build(meshes.Layout(2, 2, 1), here)
+    sent: list[object] = []
+    gather = dist.all_gather_object
+    dist.all_gather_object = lambda values, value, **how: sent.append(value) or gather(values, value, **how)
+    found = here.any(rank == 3), here.any(False), here.faults(""), here.faults("torn" if rank == 1 else "")
+    assert sent == ["torn" if rank == 1 else ""], "texts are sent only where there is one"
+    return *found, mesh.gather_stages(rank)
+
+
+def test_ranks_agree_by_a_number_and_stages_by_their_pipeline() -> None:
+    pipelines = [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert run_ranks(_agree, 4) == [(True, False, [], ["torn"], ranks) for ranks in pipelines]
+
+
+def test_shards_that_leave_a_machine_are_told() -> None:
+    crossing = meshes.crossing
+    assert crossing(meshes.Layout(1, 2, 8), 8) == crossing(meshes.Layout(1, 1, 16), 0) == ""
+    assert "parallel.shard: 16 takes 16 ranks, a machine has 8" in crossing(meshes.Layout(1, 1, 16), 8)
+    assert "shard: 4 × context 4 takes 16 ranks" in crossing(meshes.Layout(1, 1, 4, 4), 8)
+
+
+def _limits(rank: int, world_size: int) -> tuple[tuple[int, int], bool, int]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))
+    runtime.raise_file_limit()
+    with runtime.steady_garbage(2):
+        frozen = gc.get_freeze_count()
+    return resource.getrlimit(resource.RLIMIT_NOFILE), frozen > 10_000, gc.get_freeze_count()
+
+
+def test_a_rank_may_open_as_many_files_as_it_can_and_looks_at_old_objects_no_more() -> None:
+    assert run_ranks(_limits, 1) == [((512, 512), True, 0)]
 
 
 def _waits(rank: int, world_size: int, folder: Path) -> list[float]:

@@ -24,6 +24,7 @@ from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait
 from transpixeler.parallel.hosted import HostInputs
 from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.replicas import read_once
 from transpixeler.parallel.swap import Swap
 
 
@@ -66,7 +67,7 @@ def build_engine(
         shard.set_chunk(model, chunk)
         shard.wrap(stage, model.block_list(), config.parallel, mesh, waiting=own, host=host)
         _make_room(stage, own, config.parallel, mesh.device)
-        fill(model, config, source, mesh.device)
+        fill(model, config, read_once(source, mesh), mesh.device)
         stages.append(stage)
         waiting += own
     places = [place for index in pipeline.local_stages(config.parallel, mesh) for place in ranges[index]]

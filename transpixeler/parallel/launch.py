@@ -17,12 +17,14 @@ class Launch:
 
     job: str
     restarts: int  # attempts before this one
+    ranks_here: int = 0  # processes that torchrun started on this machine; 0: it did not
 
 
 def launch() -> Launch:
     """Return this process's attempt. Without torchrun each process is a job of its own."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Launch(_job(), int(restarts) if restarts.isdigit() else 0)
+    here = os.environ.get("LOCAL_WORLD_SIZE", "0")
+    return Launch(_job(), *(int(text) if text.isdigit() else 0 for text in (restarts, here)))
 
 
 def _job() -> str:

@@ -7,7 +7,9 @@ it is least. Weights are sharded over the ranks of both: those of a context hold
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.context import Context
+from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime
+
+logger = logging.getLogger("transpixeler")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,30 @@ class Mesh:
         """Tell one rank of all that work on the same samples, and so know the same of them."""
         return self.is_first_stage and not self.context_rank
 
+    def gather_stages(self, value: T) -> list[T]:
+        """Return the values of this rank's pipeline, by stage: the ranks of a stage know the same. Collective."""
+        values: list[Any] = [value] * self.layout.pipeline
+        if len(values) > 1:
+            dist.all_gather_object(values, value, group=self.pipeline_group)
+        return values
+
+
+def crossing(layout: Layout, on_a_machine: int) -> str:
+    """Return what to say of shards that lie on several machines, whose traffic then leaves these in every step."""
+    width = layout.shard * layout.context
+    if width <= on_a_machine or not on_a_machine:
+        return ""
+    return (
+        f"parallel.shard: {layout.shard}{f' × context {layout.context}' * (layout.context > 1)} takes {width} ranks, a "
+        f"machine has {on_a_machine}: weights cross machines in every step. Where memory allows, shard over "
+        f"{on_a_machine} and let parallel.replicate be 0"
+    )
+
 
 def build(layout: Layout, runtime: Runtime) -> Mesh:
     """Join the groups; a collective call."""
+    if runtime.is_main and (told := crossing(layout, launch().ranks_here)):
+        logger.warning("%s", told)
     p, r, s = layout.pipeline, layout.replicate, layout.shard * layout.context
     mesh = init_device_mesh(runtime.device.type, (p, r, s), mesh_dim_names=("pipeline", "replicate", "shard"))
     for group in mesh.get_all_groups():

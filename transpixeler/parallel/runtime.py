@@ -6,18 +6,19 @@ Everything above asks this value and never reads the environment itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
 import logging
 import os
 import random
+import resource
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,8 +67,20 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def any(self, flag: bool) -> bool:
+        """Return on every rank whether it is so on one: a number is reduced, however many ranks there are."""
+        if self.world_size == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+    def faults(self, fault: str) -> list[str]:
+        """Return the faults of all ranks, on every rank; a text is sent only where there is one."""
+        return [text for text in self.gather(fault) if text] if self.any(bool(fault)) else []
+
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value, in rank order, on every rank."""
+        """Return every rank's value, in rank order, on every rank. It grows with the ranks: not for every step."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -75,7 +88,7 @@ class Runtime:
         return values
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(*, timeout_minutes: float = 10.0, device: str | None = None) -> Iterator[Runtime]:
     """Join the process group that torchrun describes, and leave it when the work is done.
 
@@ -96,6 +109,7 @@ def running(*, timeout_minutes: float = 10.0, device: str | None = None) -> Iter
 def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtime:
     """Join the process group, set this rank's device and start logging."""
     _end_with_launcher()
+    raise_file_limit()
     rank, world_size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
     local_rank = _from_environment("LOCAL_RANK", 0)
     where = _device(device, local_rank)
@@ -120,6 +134,13 @@ def start(*, timeout_minutes: float = 10.0, device: str | None = None) -> Runtim
     log_to_terminal(rank)
     quiet_libraries()
     return Runtime(rank, world_size, local_rank, where, timeout)
+
+
+def raise_file_limit() -> None:
+    """Open as many files as the system allows: sockets to each rank of each group, shards and segments add up."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _end_with_launcher() -> None:
@@ -240,7 +261,7 @@ def _add(handler: logging.Handler, rank: int, form: str) -> logging.Handler:
 # --- garbage ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def steady_garbage(every: int) -> Iterator[Callable[[int], None]]:
     """Collect garbage on the same steps on all ranks; whenever one rank collects alone, all others wait for it."""
 
@@ -249,11 +270,13 @@ def steady_garbage(every: int) -> Iterator[Callable[[int], None]]:
             gc.collect(1)
 
     gc.collect()
+    gc.freeze()  # what the start has made stays: no later collection looks through it
     gc.disable()
     try:
         yield tick
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 def run_stamp() -> str:

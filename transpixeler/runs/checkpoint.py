@@ -103,7 +103,7 @@ def fault_of(folder: Path, runtime: Runtime) -> str:
         check(folder, part=runtime.rank, parts=runtime.world_size)
     except (CheckpointFault, OSError) as error:
         fault = str(error)
-    return next((found for found in runtime.gather(fault) if found), "")
+    return next(iter(runtime.faults(fault)), "")
 
 
 def latest(checkpoints: Path, runtime: Runtime) -> Path | None:

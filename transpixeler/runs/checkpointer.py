@@ -126,7 +126,7 @@ class Checkpointer:
         save, self._running = self._running, None
         if save.lost is not None:  # to ask the others would be to wait once more
             raise save.lost
-        faults = [fault for fault in self.runtime.gather(save.fault) if fault]
+        faults = self.runtime.faults(save.fault)
         if not faults:
             return ""
         last = candidates(self.folder)

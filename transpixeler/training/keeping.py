@@ -128,7 +128,7 @@ class Keeper:
                 f"{folder} was not written: {unsaved}; its weights are in the checkpoint {folder_name(steps)}: "
                 f"mend that, and --resume {self.run.folder} writes it"
             )
-        interrupted = any(self.runtime.gather(controls.interrupted))
+        interrupted = self.runtime.any(bool(controls.interrupted))
         if steps < total and interrupted:
             raise Interrupted(self.run.folder, steps)
         if steps < total:

@@ -36,7 +36,7 @@ def introduce(
 ) -> None:
     """Log what will be trained, on what and for how long. A collective call."""
     own = {name: (p.numel(), p.requires_grad) for name, p in engine.named_parameters()}
-    everyone = {name: it for part in runtime.gather(own) for name, it in part.items()}
+    everyone = {name: it for part in engine.mesh.gather_stages(own) for name, it in part.items()}
     if not runtime.is_main:
         return
     mesh, batches = engine.mesh, batch_sizes(config)

@@ -132,7 +132,7 @@ class Saver:
         """Yield every tensor on rank 0, in the same order on all ranks, gathered from shards and stages one by one."""
         own = {name: values.get(name, p) for name, p in self.engine.named_parameters()}
         described = {name: (tuple(t.shape), t.dtype, self.mesh.pipeline_rank) for name, t in own.items()}
-        everyone = {name: it for part in self.runtime.gather(described) for name, it in part.items()}
+        everyone = {name: it for part in self.mesh.gather_stages(described) for name, it in part.items()}
         for name in sorted(everyone):
             shape, dtype, stage = everyone[name]
             whole = None

@@ -70,7 +70,9 @@ class TrainingState:
         self.config, self.runtime, self.mesh = config, runtime, engine.mesh
         self.scopes, self.identity = beginning.scopes, identity
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in engine.named_parameters() if p.requires_grad}
-        optim.check_groups([name for part in runtime.gather(list(self.parameters)) for name in part], config.optim)
+        optim.check_groups(
+            [name for part in self.mesh.gather_stages(list(self.parameters)) for name in part], config.optim
+        )
         self.optimizer = optim.build(self.parameters, config.optim, self.mesh.data_group)
         for expert, adapter in beginning.adapters.items():
             for model in engine.by_expert[expert].models():
@@ -121,7 +123,7 @@ class TrainingState:
         """Return the numbers that an imported optimizer of any stage keeps; our own keep tensors alone."""
         if "." not in self.config.optim.name:
             return {}
-        parts = self.runtime.gather(optim.numbers(self.parameters, self.optimizer))
+        parts = self.mesh.gather_stages(optim.numbers(self.parameters, self.optimizer))
         return {name: values for part in reversed(parts) for name, values in part.items()}
 
     def resume(self, run: Run) -> None:

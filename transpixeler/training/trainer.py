@@ -180,7 +180,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Break off an evaluation, which may take longer than the machine waits after SIGTERM."""
-        if self.controls.started and any(self.state.runtime.gather(self.controls.poll()[1])):
+        if self.controls.started and self.state.runtime.any(self.controls.poll()[1]):
             raise Stopped
 
     def close(self) -> None:

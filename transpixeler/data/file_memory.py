@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import weakref
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from transpixeler.files import write_text
+import numpy as np
+
+from transpixeler.files import whole
 
 Fact = TypeVar("Fact")
 Stamp = tuple[int, int]  # size, time of change
@@ -36,11 +40,13 @@ class FileMemory(Generic[Fact]):
         self.path = path
         self._read, self._line, self._header = read, line, header
         self._folders: dict[str, str] = {}
-        self._known = self._load()
+        self._known = _Lines(path, header)
         self._fresh: dict[str, tuple[Stamp, Fact]] = {}
+        self._unsaved = False
 
     def recall(self, path: Path, stamp: Stamp) -> Fact | None:
-        known = self._known.get(self._name(path))
+        name = self._name(path)
+        known = self._fresh.get(name) or self._find(name)
         return known[1] if known is not None and known[0] == stamp else None
 
     def note(self, path: Path, stamp: Stamp, fact: Fact) -> None:
@@ -48,45 +54,95 @@ class FileMemory(Generic[Fact]):
         name = self._name(path)
         if time.time_ns() - stamp[1] > SETTLED_SECONDS * 1e9 and "\n" not in name:
             self._fresh[name] = (stamp, fact)
+            self._unsaved = True
 
     def save(self) -> bool:
         """Write what is new beside what another run has saved meanwhile; return False where that is impossible."""
-        if not self._fresh:
+        if not self._unsaved:
             return True
-        fresh, self._fresh = self._fresh, {}
-        self._known = self._load() | self._known | fresh
-        lines = [self._line(name, *known) for name, known in self._known.items()]
-        return write_memory(self.path, [self._header, *lines] if self._header else lines)
+        fresh, self._unsaved = dict(self._fresh), False
+        try:
+            with whole(self.path, synced=True) as unfinished, unfinished.open("wb") as out:
+                out.writelines(_lines([self._header] if self._header else []))
+                out.writelines(self._others(fresh))
+                out.writelines(_lines(self._line(name, *known) for name, known in fresh.items()))
+        except OSError:
+            return False
+        self._known = _Lines(self.path, self._header)
+        for name in fresh:
+            self._fresh.pop(name)
+        return True
+
+    def _others(self, fresh: Container[str]) -> Iterator[bytes]:
+        """Yield the lines of facts that the file holds now, but for those of fresh ones."""
+        for line in _raw_lines(self.path, self._header):
+            found = self._parsed(line)
+            if found is not None and found[0] not in fresh:
+                yield line
+
+    def _find(self, name: str) -> tuple[Stamp, Fact] | None:
+        for line in self._known.find(name):
+            found = self._parsed(line)
+            if found is not None and found[0] == name:
+                return found[1], found[2]
+        return None
+
+    def _parsed(self, line: bytes) -> tuple[str, Stamp, Fact] | None:
+        try:
+            return self._read(line[:-1].decode("utf-8", errors="surrogateescape"))
+        except (ValueError, ZeroDivisionError):  # torn or garbled
+            return None
 
     def _name(self, path: Path) -> str:
-        parent = str(path.parent)
+        parent, _, name = str(path).rpartition("/")  # as `path.parent` is slow, and there are millions
         if parent not in self._folders:
-            self._folders[parent] = os.path.relpath(parent, self.path.parent)
-        return os.path.join(self._folders[parent], path.name)  # noqa: PTH118  thousands of them
-
-    def _load(self) -> dict[str, tuple[Stamp, Fact]]:
-        lines, known = memory_lines(self.path), {}
-        if self._header:
-            lines = lines[1:] if lines[:1] == [self._header] else []
-        for line in lines:
-            with suppress(ValueError, ZeroDivisionError):  # torn or garbled
-                name, stamp, fact = self._read(line)
-                known[name] = (stamp, fact)
-        return known
+            self._folders[parent] = os.path.relpath(path.parent, self.path.parent)
+        return f"{self._folders[parent]}/{name}"
 
 
-def memory_lines(path: Path) -> list[str]:
-    """Return the whole lines of a memory; one that cannot be read is empty."""
+class _Lines:
+    """Find lines of a text file by the name at their ends, with 24 bytes of memory a line."""
+
+    def __init__(self, path: Path, header: str) -> None:
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError:  # lost, or someone else's: an empty memory
+            self._hashes, self._firsts = array("q"), array("q")
+            return
+        weakref.finalize(self, self._file.close)
+        lines = _raw_lines(path, header)
+        first = len(header.encode()) + 1 if header else 0
+        both: np.ndarray = np.fromiter(((hash(_tail(line)), len(line)) for line in lines), np.dtype((np.int64, 2)))
+        ends = first + np.cumsum(both[:, 1])
+        order = np.argsort(both[:, 0], kind="stable")
+        self._hashes = array("q", both[order, 0].tobytes())
+        self._firsts, self._ends = (array("q", part[order].tobytes()) for part in (ends - both[:, 1], ends))
+
+    def find(self, name: str) -> Iterator[bytes]:
+        """Yield the lines that may be a name's, the last of the file first."""
+        wanted = hash(_tail(name.encode("utf-8", errors="surrogateescape") + b"\n"))
+        place = bisect_right(self._hashes, wanted) - 1
+        while place >= 0 and self._hashes[place] == wanted:
+            first = self._firsts[place]
+            yield os.pread(self._file.fileno(), self._ends[place] - first, first)
+            place -= 1
+
+
+def _tail(line: bytes) -> bytes:
+    """Return what comes after the last tab; a name may hold tabs."""
+    return line[line.rfind(b"\t") + 1 :]
+
+
+def _raw_lines(path: Path, header: str) -> Iterator[bytes]:
+    """Yield the whole lines of a memory as they are; one that cannot be read, or has another header, is empty."""
     try:
-        return path.read_bytes().decode("utf-8", errors="surrogateescape").split("\n")[:-1]
+        with path.open("rb") as file:
+            if header and file.readline() != header.encode() + b"\n":
+                return
+            yield from (line for line in file if line.endswith(b"\n"))
     except OSError:
-        return []
+        return
 
 
-def write_memory(path: Path, lines: Iterable[str]) -> bool:
-    """Return False where the memory cannot be written: a folder of someone else's, a full disk."""
-    try:
-        write_text(path, "".join(f"{line}\n" for line in lines))
-    except OSError:
-        return False
-    return True
+def _lines(texts: Iterable[str]) -> Iterator[bytes]:
+    return (f"{text}\n".encode("utf-8", errors="surrogateescape") for text in texts)

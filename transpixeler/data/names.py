@@ -20,7 +20,11 @@ def _harmless(letter: str) -> bool:
 
 def is_utf8(text: str) -> bool:
     """Tell whether a text can be written as UTF-8; names of files and escapes in JSON may not."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def normal(name: str) -> str:

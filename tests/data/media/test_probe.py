@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from transpixeler.data.file_memory import memory_lines, write_memory
 from transpixeler.data.media.clip import Media
-from transpixeler.data.media.probe import Probes
+from transpixeler.data.media.probe import VERSION, Probes, _check
 from transpixeler.data.media.write import write_png
 
 
 def test_a_memory_of_another_version_is_forgotten(tmp_path: Path) -> None:
-    (tmp_path / "probes.tsv").write_text("0\nnonsense\n")
-    assert Probes(tmp_path)._memory._known == {}
+    image = tmp_path / "a.png"
+    write_png(image, np.zeros((16, 16, 3), np.uint8))
+    os.utime(image, (1e9, 1e9))
+    probes = Probes(tmp_path)
+    probes(image)
+    probes.save()
+    memory = tmp_path / "probes.tsv"
+    memory.write_text(memory.read_text().replace(f"{VERSION}\n", "0\n", 1))
+    again = Probes(tmp_path)
+    assert again(image) and again.opened == 1
 
 
 @pytest.fixture
@@ -53,13 +61,36 @@ def test_an_edited_line_is_no_fact(shift: int, looked_at: tuple[Path, Path, Medi
 
 def test_two_machines_may_remember_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one saves while this one does, under the same process id."""
-    replace = Path.replace
+    replace, machines = Path.replace, [Probes(tmp_path / "cache") for _ in range(2)]
+    for number, probes in enumerate(machines):
+        write_png(tmp_path / f"{number}.png", np.zeros((16, 16, 3), np.uint8))
+        os.utime(tmp_path / f"{number}.png", (1e9, 1e9))
+        probes(tmp_path / f"{number}.png")
 
     def late(part: Path, target: Path) -> Path:
         monkeypatch.setattr(Path, "replace", replace)
-        write_memory(target, ["theirs"])
+        machines[1].save()
         return replace(part, target)
 
     monkeypatch.setattr(Path, "replace", late)
-    assert write_memory(tmp_path / "memory.tsv", ["ours"])
-    assert memory_lines(tmp_path / "memory.tsv") == ["ours"]
+    machines[0].save()
+    again = Probes(tmp_path / "cache")
+    assert again(tmp_path / "0.png") and not again.opened, "whole, and the later of both"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["probes.tsv"]
+
+
+def test_a_large_memory_is_no_objects(looked_at: tuple[Path, Path, Media]) -> None:
+    """Two million lines as a dict of objects were a gigabyte on every start."""
+    image, memory, found = looked_at
+    line = memory.read_text().splitlines()[1]
+    before = line.split("\t", 1)[1]
+    lines = [before.replace("a.png", f"b{number}.png") for number in range(5000)]
+    memory.write_text(
+        "".join(f"{text}\n" for text in [str(VERSION), line, *(f"{_check(one)}\t{one}" for one in lines)])
+    )
+    tracemalloc.start()
+    again = Probes(memory.parent)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 5000 * 40, "bytes"
+    assert again(image) == found and not again.opened

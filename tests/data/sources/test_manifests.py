@@ -52,6 +52,31 @@ def test_manifests_name_the_files_of_each_stream(ending: str, clip: Path, tmp_pa
     assert "no path in column 'seg'" in told
 
 
+def test_a_folder_of_shards_is_one_source(clip: Path, tmp_path: Path) -> None:
+    add(tmp_path / "videos", clip, "a.mp4", "b.mp4", "c.mp4", caption=None)
+    (tmp_path / "shards" / "cache").mkdir(parents=True)
+    names = {"0.jsonl": "ab", "1.csv": "c", "2.jsonl": "ax"}
+    for shard, videos in names.items():
+        paths = [f"../videos/{name}.mp4" for name in videos]
+        write_rows(tmp_path / "shards" / shard, [{"rgb": path, "seg": path, "text": "t"} for path in paths])
+    (tmp_path / "shards" / "README.md").write_text("of the set")
+    result = found(tmp_path / "shards")
+    assert [sample.id.rpartition("/")[2] for sample in result.samples] == ["a", "a~2", "b", "c"]
+    (bad,) = result.bad
+    assert bad.reason == "is missing" and bad.id == "shards/../videos/x"
+    (tmp_path / "shards" / "2.jsonl").write_text("no row\n")
+    (bad,) = found(tmp_path / "shards").bad
+    assert bad.id == "shards/2.jsonl row 1" and bad.path.endswith("2.jsonl:1") and "not JSON" in bad.reason
+
+
+@pytest.mark.parametrize("other", ["a.mp4", "a.txt", "more"])
+def test_a_folder_that_holds_more_than_shards_is_a_folder_of_pairs(other: str, clip: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "list.jsonl", [{"rgb": str(clip), "seg": str(clip), "text": "t"}])
+    assert len(found(tmp_path).samples) == 1
+    (tmp_path / other).mkdir() if other == "more" else (tmp_path / other).touch()
+    assert not found(tmp_path).samples
+
+
 def test_repeats_of_a_video_take_no_other_samples_id(tmp_path: Path) -> None:
     names = ["clip", "clip", "clip~2", "clip", "clip~2", "clip~4", "clip"]
     for name in set(names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -42,7 +41,10 @@ class Media:
         """Return how many frames a resampling to `fps` yields."""
         if self.image or not self.fps:
             return self.frames
-        return max(1, math.ceil((self.duration - SLACK) * fps))
+        # ceil((duration - SLACK) * fps), in whole numbers, as fractions are slow and files are many
+        parts = self.duration.denominator * SLACK.denominator * fps.denominator
+        shown = self.duration.numerator * SLACK.denominator - self.duration.denominator * SLACK.numerator
+        return max(1, -(-shown * fps.numerator // parts))
 
 
 @dataclass(frozen=True, slots=True)

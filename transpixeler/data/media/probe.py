@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import zlib
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -65,8 +66,12 @@ def _read(line: str) -> tuple[str, Stamp, Media]:
     if check != _check(rest):
         raise ValueError("torn or edited")
     size, modified, frames, height, width, fps, duration, alpha, name = rest.split("\t", 8)
-    media = Media(int(frames), int(height), int(width), Fraction(fps), Fraction(duration), alpha == "1")
-    return name, (int(size), int(modified)), media
+    return name, (int(size), int(modified)), _media(frames, height, width, fps, duration, alpha)
+
+
+@lru_cache(maxsize=4096)  # files of a set are alike, and reading fractions takes longest
+def _media(frames: str, height: str, width: str, fps: str, duration: str, alpha: str) -> Media:
+    return Media(int(frames), int(height), int(width), Fraction(fps), Fraction(duration), alpha == "1")
 
 
 def _check(rest: str) -> str:

@@ -1,4 +1,4 @@
-"""Read a manifest (csv, tsv, jsonl, json, parquet): a path in, candidates out row by row.
+"""Read a manifest (csv, tsv, jsonl, json, parquet) or a folder of such shards: a path in, candidates out row by row.
 
 It may exceed memory, but for a list in JSON.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from typing import Any
 from transpixeler.config.sections import UserError
 from transpixeler.data.names import normal
 from transpixeler.data.sources.candidate import TEXT_COLUMN, BadSample, Candidate, Features, TextRow, latent_column
+from transpixeler.data.sources.folder import KNOWN_ENDINGS
 
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+SHARD_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # .json beside them describes the set
 CLAIMS = ("num_frames", "height", "width", "fps")
 NUMBER = re.compile(r"\d{1,18}(/\d{1,18}|(\.\d{0,24})?(e[+-]?\d{1,2})?)", re.ASCII | re.IGNORECASE)
 PRIMARY_ALIASES = ("video", "path")  # names that other tools give the first stream's column
@@ -30,14 +33,34 @@ Row = Mapping[str, Any] | str  # a row, or the reason why it cannot be read
 def manifest_candidates(
     path: Path, name: str, streams: Iterable[str], *, rgba: bool, columns: Mapping[str, str] | None = None
 ) -> Iterator[Candidate | TextRow | BadSample]:
-    """Yield a candidate for each row; a row that cannot be one is named by its number. columns: as `data.columns`."""
+    """Yield a candidate for each row; a row that cannot be one is named by its number. columns: as `data.columns`.
+
+    path: a manifest, or a folder of shards, which are read in the order of their names.
+    """
     streams, columns = tuple(streams), columns or {}
-    for number, row in rows(path, text=columns.get("text", "text")):
-        if isinstance(row, str):
-            found = row
-        else:
-            found = _found(row, path.parent, name, streams, number=number, rgba=rgba, columns=columns)
-        yield BadSample(f"{name}/row {number}", f"{path}:{number}", found) if isinstance(found, str) else found
+    shards = shards_of(path) if path.is_dir() else (path,)
+    for shard in shards:
+        of = f"{shard.name} " * (shard != path)
+        for number, row in rows(shard, text=columns.get("text", "text")):
+            told = f"{of}row {number}"
+            if isinstance(row, str):
+                found = row
+            else:
+                found = _found(row, shard.parent, name, streams, told=told, rgba=rgba, columns=columns)
+            yield BadSample(f"{name}/{told}", f"{shard}:{number}", found) if isinstance(found, str) else found
+
+
+def shards_of(folder: Path) -> tuple[Path, ...]:
+    """Return the shards of a manifest that a folder holds, sorted by name: none, if it holds media or other folders."""
+    shards = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            kind = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122  a folder may hold millions of files
+            if kind in KNOWN_ENDINGS or (entry.is_dir() and not entry.name.startswith(".") and entry.name != "cache"):
+                return ()
+            if kind in SHARD_ENDINGS and not entry.name.startswith("."):
+                shards.append(folder / entry.name)
+    return tuple(sorted(shards))
 
 
 def _found(
@@ -46,39 +69,39 @@ def _found(
     name: str,
     streams: tuple[str, ...],
     *,
-    number: int,
+    told: str,
     rgba: bool,
     columns: Mapping[str, str],
 ) -> Candidate | TextRow | str:
     """Return the sample or the text that a row names, or the reason why it names none."""
-    features = _features(row, folder, streams, number=number, columns=columns)
+    features = _features(row, folder, streams, told=told, columns=columns)
     if isinstance(features, str):
         return features
     paths = _video_paths(row, folder, streams[:1] if rgba else streams, columns)
-    own, told = features.latents or paths, columns.get("text", "text")
+    own, text = features.latents or paths, columns.get("text", "text")
     if (
-        isinstance(row.get(told), str)
+        isinstance(row.get(text), str)
         and isinstance(own, str)
         and features.text
         and _tells_no_video(row, streams, columns)
     ):
-        return TextRow(f"{name}/row {number}", row[told], features)
+        return TextRow(f"{name}/{told}", row[text], features)
     if isinstance(own, str):
         return own
     if rgba and not features.latents:
         own = [(stream, own[0][1]) for stream in streams]
-    if not isinstance(row.get(told), str):
-        return f"no caption in column {told!r}"
+    if not isinstance(row.get(text), str):
+        return f"no caption in column {text!r}"
     claims = _claims(row, columns)
     if isinstance(claims, str):
         return claims
     named = own if isinstance(paths, str) else paths
-    first = Path(_relative(named[0][1], folder))
-    if not first.name:
+    first = _stem(named[0][1], folder)
+    if not first:
         return f"its {streams[0]} path names no file"
     if features.latents and named is paths:
         claims = {}  # they are the video's, of which the latents may be a part
-    return Candidate(f"{name}/{normal(str(first.with_suffix('')))}", tuple(own), row[told], claims, features)
+    return Candidate(f"{name}/{normal(first)}", tuple(own), row[text], claims, features)
 
 
 def _video_paths(
@@ -101,7 +124,7 @@ def _tells_no_video(row: Mapping[str, Any], streams: Iterable[str], columns: Map
 
 
 def _features(
-    row: Mapping[str, Any], folder: Path, streams: Sequence[str], *, number: int, columns: Mapping[str, str]
+    row: Mapping[str, Any], folder: Path, streams: Sequence[str], *, told: str, columns: Mapping[str, str]
 ) -> Features | str:
     """Return the files of features that a row names, or the reason why they cannot be used."""
     found: dict[str, Path] = {}
@@ -118,7 +141,7 @@ def _features(
     if lacking and len(lacking) < len(ours):
         return f"no path in column {columns.get(lacking[0], lacking[0])!r}: give the latents of all streams, or of none"
     latents = () if lacking else tuple((stream, found[name]) for stream, name in zip(streams, ours))
-    return Features(f"row {number}", latents, found.get(TEXT_COLUMN))
+    return Features(told, latents, found.get(TEXT_COLUMN))
 
 
 def _claims(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Fraction] | str:
@@ -134,8 +157,17 @@ def _claims(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Fra
     return claims
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix().lstrip("/")
+def _stem(path: Path, folder: Path) -> str:
+    """Return a path relative to a folder, or without its root, and without its ending; "" where it names no file.
+
+    With texts alone: pathlib takes ten times as long, and there are millions.
+    """
+    whole, above = str(path), str(folder).rstrip("/") + "/"
+    relative = whole if above == "./" else whole.removeprefix(above)
+    relative = "" if path == folder else relative.lstrip("/")
+    dot = relative.rfind(".")
+    has_ending = relative.rfind("/") + 1 < dot < len(relative) - 1
+    return relative[:dot] if has_ending else relative
 
 
 def _number(value: Any) -> Fraction | None:

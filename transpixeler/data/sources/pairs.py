@@ -30,7 +30,7 @@ from transpixeler.data.names import is_utf8, printable
 from transpixeler.data.sources.candidate import NOT_GIVEN, BadSample, Candidate, Features, Note, TextRow, counted
 from transpixeler.data.sources.captions import caption_of
 from transpixeler.data.sources.folder import folder_candidates
-from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates
+from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates, shards_of
 
 Probe = Callable[[Path], Media]
 Offer = Candidate | TextRow | BadSample | Note
@@ -163,11 +163,18 @@ def _offered(
         raise UserError(f"{printable(str(path))}: the source cannot be read: {error}") from None
     if source.rgba and len(streams) > 2:
         raise UserError(f"{path}: rgba gives two streams, but streams names {', '.join(streams)}")
-    if path.is_dir():
+    if path.is_dir() and not _holds_shards(path):
         return folder_candidates(path, name, streams, rgba=source.rgba)
-    if path.suffix.lower() not in MANIFEST_ENDINGS:
+    if not path.is_dir() and path.suffix.lower() not in MANIFEST_ENDINGS:
         raise UserError(f"{path}: a source is a folder or a manifest ({', '.join(MANIFEST_ENDINGS)})")
     return manifest_candidates(path, name, streams, rgba=source.rgba, columns=columns)
+
+
+def _holds_shards(folder: Path) -> bool:
+    try:
+        return bool(shards_of(folder))
+    except OSError:  # listing it says why
+        return False
 
 
 def _distinct(offered: Iterable[Offer], taken: dict[str, int]) -> Iterator[Offer]:

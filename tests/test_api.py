@@ -22,6 +22,7 @@ from tests.support.pages import DOCS, blocks, rows
 from tests.support.ranks import run_ranks
 from tests.test_house import HEAVY
 from transpixeler import api, cli
+from transpixeler.data.media.write import write_png_sequence
 
 GUIDE = DOCS / "python.md"
 QUICK = {"steps": 1, "size": (64, 64, 5), "guidance": 2, "formats": ("png",)}
@@ -123,6 +124,23 @@ def _train(rank: int, world_size: int, config: Path, out: Path) -> tuple[str, li
     )
     more = ("save.every_steps=1", "save.every_epochs=0", "log.tensorboard=false", "sample.prompts=[]")
     return str(tp.train(config, *overrides, *more, callbacks=callbacks)), heard
+
+
+def test_a_clip_is_made_longer_and_its_own_frames_come_back_bit_for_bit(
+    run: Path, tmp_path: Path, alone: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, shown = tp.load(run), np.random.default_rng(0).integers(0, 256, (4, 64, 64, 4), np.uint8)
+    shown[..., 3] = 255  # straight colour is kept as it is where it is opaque
+    write_png_sequence(tmp_path / "clip", shown)
+    between = model.sample("a", between=tmp_path / "clip", factor=2, **QUICK)[0]  # in two windows of 5 frames
+    assert between.rgb.shape == (7, 64, 64, 3) and between.fps == 16
+    assert np.array_equal(between.rgb[::2], shown[..., :3])
+    assert not any(np.array_equal(frame, other) for frame in between.rgb[1::2] for other in shown[..., :3])
+    assert "the model was not trained for it: objective.tasks has no interpolate" in caplog.text
+    write_png_sequence(tmp_path / "three", shown[:3])
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a", "extend": "three"}')
+    with pytest.raises(tp.UserError, match="three has 3 frames at 16 fps; going on from them takes 5"):
+        model.sample(tmp_path / "lines.jsonl", **QUICK | {"size": (64, 64, 9)})
 
 
 def test_callbacks_hear_of_steps_evaluations_and_saves_and_may_end_a_training(demo: Path, tmp_path: Path) -> None:

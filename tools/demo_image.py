@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from transpixeler.demo.scenes import Attributes, Format, Scene, scenes
 from transpixeler.demo.write import RECIPE, clip_names, write_demo, write_pairs
 from transpixeler.evaluation import metrics
 from transpixeler.files import whole, write_text
-from transpixeler.flow.objective import Task
+from transpixeler.flow.tasks import Task
 from transpixeler.models.family import open_model
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
@@ -114,8 +114,8 @@ def colorless(attributes: Attributes) -> str:
     return f"a {attributes.shape} drifts {attributes.direction}, {attributes.opacity}"
 
 
-def write_clips(out: Path, count: int) -> None:
-    """Write the demo and, beside its own clips, those with colourless captions."""
+def write_clips(out: Path, count: int, *, caption: Callable[[Attributes], str] = colorless) -> None:
+    """Write the demo and, beside its own clips, those with captions of another kind."""
     asked = json.dumps({"clips": count, "recipe": RECIPE, "weights": weights_digest()})
     begun = out / "begun.json"
     if begun.is_file() and begun.read_text() != asked:
@@ -128,13 +128,13 @@ def write_clips(out: Path, count: int) -> None:
     with whole(out / "clips") as unfinished:
         write_pairs(unfinished, clips)
         for name, scene in zip(clip_names(clips), clips):
-            write_text(unfinished / f"{name}.txt", colorless(scene.attributes) + "\n")
+            write_text(unfinished / f"{name}.txt", caption(scene.attributes) + "\n")
 
 
-def train(out: Path, overrides: Sequence[str]) -> Path:
+def train(out: Path, overrides: Sequence[str], *, stages: Mapping[str, tuple[str, ...]] | None = None) -> Path:
     """Train the stages that are not there yet, each from the one before, and return the last one's run."""
     before: Path | None = None
-    for name, keys in STAGES.items():
+    for name, keys in (stages or STAGES).items():
         folder = out / "demo/output" / name
         if not any(folder.glob("step*")):  # a training that was stopped begins anew
             shutil.rmtree(folder, ignore_errors=True)

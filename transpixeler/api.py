@@ -141,17 +141,23 @@ class Model:
         alpha: str | Path = "",
         image: str | Path = "",
         last: str | Path = "",
+        between: str | Path = "",
+        factor: int = 0,
+        extend: str | Path = "",
+        frames: int = 0,
         **settings: Any,
     ) -> list[Sample]:
         """Make videos of prompts, or of a Path to a list of them; return them, and write their files to `out` if given.
 
-        count: videos of each prompt. rgb, alpha, image, last: files to start from. settings: keys of `sample`, such as
+        count: videos of each prompt. rgb, alpha, image, last: files to start from. between: a clip to make `factor`
+        times as many frames of; extend: one to go on from, to `frames` in all. settings: keys of `sample`, such as
         steps=20, seed=7, size=(832, 480, 33) or formats=("mov",).
         """
         runtime = _runtime(self.config)
         self._session = session = self._session or Session(self._source, runtime)
         source = session.with_sample(_with(self.config, settings).sample)
-        given = GivenFiles(rgb=str(rgb), alpha=str(alpha), image=str(image), last=str(last))
+        files = {"rgb": rgb, "alpha": alpha, "image": image, "last": last, "between": between, "extend": extend}
+        given = GivenFiles(**{name: str(path) for name, path in files.items()}, factor=factor, frames=frames)
         requests = session.requests(source, _prompts(prompts), given=given, count=count)
         if out:
             check_place(Path(out), "out")
@@ -163,7 +169,9 @@ class Model:
                 with writing_to(Path(out), "out"):
                     facts = facts_of(source, request, asked[one.number])
                     folder = write_video(Path(out), one.video, one.streams, source.config, facts, one.plate)
-            made.append(Sample(request.prompt, request.seed, one.streams, frame_rate(source.config), folder))
+            made.append(
+                Sample(request.prompt, request.seed, one.streams, one.video.fps or frame_rate(source.config), folder)
+            )
         return made
 
 

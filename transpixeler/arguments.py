@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from transpixeler import __version__
@@ -281,12 +282,8 @@ def _add_eval(commands: Any) -> None:
     what.add_argument("--adapter", default="", metavar="PATH", help="evaluate this adapter instead")
     what.add_argument("--base", action="store_true", help="evaluate the base model without an adapter")
     _add_ema(parser)
-    parser.add_argument(
-        "--out",
-        default="",
-        metavar="DIR",
-        help="the folder to write (default: RUN/eval/STEP, or STEP-raw for raw weights)",
-    )
+    text = "the folder to write (default: RUN/eval/STEP, or STEP-raw for raw weights)"
+    parser.add_argument("--out", default="", metavar="DIR", help=text)
 
 
 def _add_scorer(commands: Any) -> None:
@@ -309,25 +306,22 @@ def _add_sample(commands: Any) -> None:
     option("overrides", metavar="key=value", nargs="*", help="config keys to set, in place of the run's values")
     option("--model", default="", metavar="PATH", help="the base model, if it is not at the path it was trained from")
     option("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
-    option(
-        "--prompts",
-        default="",
-        metavar="FILE",
-        help="a text file with a prompt a line, or .jsonl: prompt, and seed, negative, size, reference, rgb, alpha, "
-        "image or last",
-    )
+    keys = "seed, negative, size, reference, rgb, alpha, image, last, between, factor, extend or frames"
+    text = f"a text file with a prompt a line, or .jsonl: prompt, and {keys}"
+    option("--prompts", default="", metavar="FILE", help=text)
     option("--resume", action="store_true", help="keep the videos in --out that are what is asked for, make the rest")
     option("--count", type=_count, default=1, metavar="N", help="videos per prompt, with increasing seeds (default: 1)")
-    option(
-        "--size",
-        default="",
-        metavar="WxHxF",
-        help="width, height and frames, such as 832x480x33; a CLIP is resized to it",
-    )
+    text = "width, height and frames, such as 832x480x33; a CLIP is resized to it"
+    option("--size", default="", metavar="WxHxF", help=text)
     option("--rgb", default="", metavar="CLIP", help="matting: make the other streams for the start of this video")
     option("--alpha", default="", metavar="CLIP", help="painting: make RGB for the start of this matte")
     option("--image", default="", metavar="FILE", help="the first frame: the video goes on from it, and from its alpha")
     option("--last", default="", metavar="FILE", help="the last frame, beside --image: the video ends with it")
+    option("--between", default="", metavar="CLIP", help="make frames between this clip's, and keep its own")
+    factor = partial(_count, above=1)
+    option("--factor", type=factor, default=0, metavar="K", help="with --between: K times the frames, and the rate")
+    option("--extend", default="", metavar="CLIP", help="go on from the end of this clip, and keep its frames")
+    option("--frames", type=_count, default=0, metavar="N", help="with --extend: frames of the video, the clip's too")
     option("--out", default="samples", metavar="DIR", help="the folder to write (default: samples)")
     option("--format", action="append", default=[], metavar="NAME", help="mov, webm, png, exr, …; may be repeated")
     for name in ("steps", "guidance", "shift", "seed", "scheduler", "alpha-mode", "background"):
@@ -335,9 +329,9 @@ def _add_sample(commands: Any) -> None:
     _add_ema(parser)
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+def _count(text: str, *, above: int = 0) -> int:
+    if not text.isdigit() or int(text) <= above:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above {above}")
     return int(text)
 
 
@@ -346,9 +340,8 @@ def _add_inspect(commands: Any) -> None:
     parser = _add(commands, "inspect", "check a data set and show every pair on one page", text)
     parser.add_argument("dataset", metavar="DATASET", help="a folder of pairs, a manifest, or a config")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys to set, such as data.fill=black")
-    parser.add_argument(
-        "--out", default="inspect.html", metavar="PAGE", help="the file or folder to write (default: inspect.html)"
-    )
+    text = "the file or folder to write (default: inspect.html)"
+    parser.add_argument("--out", default="inspect.html", metavar="PAGE", help=text)
 
 
 def _add_export(commands: Any) -> None:

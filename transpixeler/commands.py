@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transpixeler.data.upkeep import Report
     from transpixeler.parallel.runtime import Runtime
 
+GIVEN_OPTIONS = ("rgb", "alpha", "image", "last", "between", "factor", "extend", "frames")
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -155,7 +156,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         count=arguments.count,
         out=arguments.out,
         resume=arguments.resume,
-        given=GivenFiles(rgb=arguments.rgb, alpha=arguments.alpha, image=arguments.image, last=arguments.last),
+        given=GivenFiles(**{name: getattr(arguments, name) for name in GIVEN_OPTIONS}),
         asked_layout=_asks_layout(overrides),
     )
     with _running(source.config) as runtime:

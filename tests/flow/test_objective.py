@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transpixeler.config.sections import ObjectiveConfig, UserError
-from transpixeler.flow import draws, objective
+from transpixeler.flow import draws, objective, tasks
 from transpixeler.models.streams import StreamLayout
 
 LAYOUT = StreamLayout(("rgb", "seg"), ((2, 3, 4, 6), (2, 3, 2, 4)), (1, 2, 2))
@@ -65,16 +65,16 @@ ENDS = ObjectiveConfig(tasks={"ends_to_video": 1.0, "joint": 1.0, "rgb_to_aux": 
 
 
 def test_a_step_trains_tasks_with_last_frames_or_without_as_often_as_their_weights_say() -> None:
-    drawn = [objective.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=step) for step in range(400)]
+    drawn = [tasks.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=step) for step in range(400)]
     assert all(list(tasks) in (["ends_to_video"], ["joint", "rgb_to_aux"]) for tasks in drawn)
     assert 0.2 < sum("ends_to_video" in tasks for tasks in drawn) / len(drawn) < 0.3
-    assert drawn[7] == objective.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=7)
+    assert drawn[7] == tasks.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=7)
     alone = ObjectiveConfig(tasks={"joint": 1.0, "rgb_to_aux": 2.0})
-    assert objective.tasks_of_step(alone, LAYOUT.names, seed=1, step=7) == alone.tasks
+    assert tasks.tasks_of_step(alone, LAYOUT.names, seed=1, step=7) == alone.tasks
 
 
 def test_a_given_last_frame_is_clean_costs_nothing_and_is_there_only_where_it_is_given() -> None:
-    steps = [objective.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=step) for step in range(20)]
+    steps = [tasks.tasks_of_step(ENDS, LAYOUT.names, seed=1, step=step) for step in range(20)]
     ends = next(step for step, tasks in enumerate(steps) if "ends_to_video" in tasks)
     layout = LAYOUT.with_lasts([0])
     it = example(ENDS, [0, 1], step=ends, layout=layout)
@@ -145,7 +145,7 @@ def test_a_mixture_has_one_layout_and_the_loss_of_each_task() -> None:
 
 def test_an_image_is_not_given_to_itself() -> None:
     one = StreamLayout.equal(("rgb", "seg"), (2, 1, 4, 6), (1, 2, 2))
-    known = objective.tasks(("rgb", "seg"))
+    known = tasks.tasks(("rgb", "seg"))
     for name in ("images_to_videos", "ends_to_videos"):
         assert known[name].cut(one) == one and known[name].groups(one) == []
 
@@ -190,16 +190,16 @@ def test_stratified_times_fill_every_stratum() -> None:
 
 
 def test_tasks_of_three_streams() -> None:
-    known = objective.tasks(("rgb", "seg", "depth"))
+    known = tasks.tasks(("rgb", "seg", "depth"))
     assert known["aux_to_rgb"].given == {1, 2} and known["depth_to_rest"].given == {2} and not known["joint"].gives
     assert known["image_to_video"].first == {0} and known["images_to_videos"].first == {0, 1, 2}
     with pytest.raises(UserError, match=r"objective.tasks.rgb_to_alpha.*rgb_to_aux"):
-        objective.check_tasks(ObjectiveConfig(tasks={"rgb_to_alpha": 1.0}), ("rgb", "seg"))
+        tasks.check_tasks(ObjectiveConfig(tasks={"rgb_to_alpha": 1.0}), ("rgb", "seg"))
 
 
 def test_a_last_frame_is_given_without_a_first() -> None:
     it = example(ObjectiveConfig(tasks={"last_to_video": 1.0}), [0, 1], layout=LAYOUT.with_lasts([0]))
-    assert it.layout.lasts == (0,) and not it.layout.cuts
+    assert [one.stream for one in it.layout.beside] == [0] and not it.layout.cuts
     alone = [group.alone for group in it.layout.groups]
     given = (it.timesteps == 0).all(0).tolist()
     assert given == alone == [False, True, False] and not it.weights[:, 1].any() and (it.weights[:, [0, 2]] > 0).all()

@@ -121,7 +121,7 @@ def test_tasks_of_either_end_are_mixed_in_one_step() -> None:
     )
     tasks = {"joint": 1.0, "image_to_video": 1.0, "last_to_video": 1.0, "ends_to_videos": 1.0}
     made = example(ObjectiveConfig(tasks=tasks), given, list(range(8)))
-    assert not made.layout.lasts and not made.layout.cuts and (made.weights > 0).all(), "all frames are learned"
+    assert not made.layout.beside and not made.layout.cuts and (made.weights > 0).all(), "all frames are learned"
     masks = [part[:, 0].flatten(2)[:, :, 0] for part in with_channels(LAYOUT, 3).unpack(made.fields["shown"])]
     seen = {tuple(masks[0][row].tolist()) for row in range(8)}
     assert len(seen) >= 3 and all(mask[:, 1].eq(0).all() for mask in masks)

@@ -14,7 +14,7 @@ from transpixeler.families.wan.model import WanModel
 from transpixeler.models import backbone
 from transpixeler.models.attention import attention
 from transpixeler.models.lora import inject
-from transpixeler.models.streams import Segment, StreamLayout, Tokens, scope_span, span_slice
+from transpixeler.models.streams import LAST, Segment, StreamLayout, Tokens, scope_span, span_slice
 
 SHAPE = (4, 2, 4, 6)
 UNEQUAL = ((4, 2, 4, 6), (4, 2, 2, 4), (4, 1, 4, 6))
@@ -163,19 +163,30 @@ def test_outputs_and_all_gradients_equal_the_slow_reference(shapes, attends: boo
     compare(model, slow(model, layout, attends=attends, scope=scope), layout)
 
 
-SEGMENTED = StreamLayout(NAMES[:2], ((4, 3, 8, 4), (4, 3, 4, 2)), (1, 2, 2), scales=(1, 2), lasts=(0, 1))
+SCALED = StreamLayout(NAMES[:2], ((4, 3, 8, 4), (4, 3, 4, 2)), (1, 2, 2), scales=(1, 2))
+SEGMENTED = SCALED.with_lasts((0, 1))
+BETWEEN = SCALED.with_beside([(0, 3), (1, LAST)], 9)  # frames 3 and 6 of 9, at the latent times 0.75 and 1.5
 
 
+@pytest.mark.parametrize("layout", [SEGMENTED, BETWEEN], ids=["lasts", "between"])
 @pytest.mark.parametrize("attends", [True, False])
-def test_a_companion_at_another_scale_and_last_frames_equal_the_slow_reference(attends: bool) -> None:
+def test_a_companion_at_another_scale_and_frames_beside_equal_the_slow_reference(
+    attends: bool, layout: StreamLayout
+) -> None:
     model = adapted(2, attends=attends)
-    compare(model, slow(model, SEGMENTED, attends=attends, scope=(1,)), SEGMENTED)
+    compare(model, slow(model, layout, attends=attends, scope=(1,)), layout)
 
 
-@pytest.mark.parametrize("broken", ["scale", "first"])
+def test_frames_beside_stand_at_their_own_times_among_latent_frames() -> None:
+    assert [one.times for one in BETWEEN.beside] == [(0.75, 1.5), (2.0,)]
+    assert [segment.shape for segment in BETWEEN.segments] == [(4, 3, 8, 4), (4, 2, 8, 4), (4, 3, 4, 2), (4, 1, 4, 2)]
+    assert SCALED.with_beside([(0, 9)], 9) == SCALED, "frame 9 is not there"
+
+
+@pytest.mark.parametrize("broken", ["scale", "beside"])
 def test_the_slow_reference_sees_a_segment_in_another_place(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, positions = adapted(2), Segment.positions
-    right, usual = slow(model, SEGMENTED, attends=True, scope=(1,)), {"scale": 1, "first": 0}[broken]
+    right, usual = slow(model, SEGMENTED, attends=True, scope=(1,)), {"scale": 1, "beside": None}[broken]
     monkeypatch.setattr(Segment, "positions", lambda segment: positions(segment._replace(**{broken: usual})))
     with pytest.raises(AssertionError):
         compare(model, right, SEGMENTED)

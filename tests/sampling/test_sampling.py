@@ -28,8 +28,8 @@ from transpixeler.data.media.write import write_mp4
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES as wan_names
-from transpixeler.flow.objective import tasks
 from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
+from transpixeler.flow.tasks import tasks
 from transpixeler.models.family import open_model
 from transpixeler.models.geometry import USUAL
 from transpixeler.models.streams import StreamLayout
@@ -171,7 +171,7 @@ def test_first_and_last_frames_stay_as_they_are_and_their_times_are_zero() -> No
         return torch.ones_like(x)
 
     noise, solver = start_noise(layout, 0), make_solver("euler", steps=3, shift=1.0)
-    made = denoise(velocity, noise, layout, solver, given={0: first}, lasts={0: last})
+    made = denoise(velocity, noise, layout, solver, given={0: first}, beside={0: last})
     assert torch.equal(layout.videos(made)[0][0, :, :1], first) and torch.equal(layout.unpack(made)[1][0], last)
     assert [[time > 0 for time in times] for times in seen] == [[False, True, False, True]] * 3
     for video, same in zip(layout.videos(noise), alone.videos(start_noise(alone, 0)), strict=True):

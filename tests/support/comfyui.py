@@ -20,7 +20,7 @@ from transpixeler.adapters.on_model import adapter_of
 from transpixeler.config.sections import LoraConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES
-from transpixeler.flow.objective import Task
+from transpixeler.flow.tasks import Task
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 

@@ -37,7 +37,8 @@ class Reference:
                 self.part_of.append(part)
                 self.cell_of.append(cell)
                 middles = [segment.scale * n + (segment.scale - 1) / 2 for n in (row, column)]
-                self.place_of.append((frame + segment.first, *middles))
+                time = segment.beside.times[frame] if segment.beside else frame
+                self.place_of.append((time, *middles))
         total = len(self.stream_of)
         self.mask = torch.ones(total, total, dtype=torch.bool)
         if not attends:

@@ -46,8 +46,8 @@ def expected(
     start, found: ComfyUI's latents before and after sampling, as its VAE has them. shown: first frames that an
     image-to-video model is shown, by stream, encoded as videos that are grey else; -1: a video of grey alone.
     """
-    from transpixeler.flow.objective import Task
     from transpixeler.flow.solver import denoise, make_solver
+    from transpixeler.flow.tasks import Task
 
     asked = prompt[samplers[0]]["inputs"]
     experts = [models[name] for name in _adapters(prompt)]

@@ -21,7 +21,7 @@ from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.saved import MODEL_FOLDER
 from transpixeler.config.sections import UserError, family_names
 from transpixeler.files import read_json, whole, writing_to
-from transpixeler.flow.objective import generator
+from transpixeler.flow.draws import generator
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, ModelFolder, find_family
 from transpixeler.models.resolve import resolve

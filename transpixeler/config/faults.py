@@ -102,6 +102,8 @@ def _training_faults(config: Config) -> Iterator[tuple[str, str]]:
         yield "objective.t_min", f"must be below objective.t_max ({objective.t_max:g})"
     if sum(objective.tasks.values()) <= 0:
         yield "objective.tasks", "give at least one task a weight above zero, as in {joint: 1.0}"
+    if objective.interpolate_every == ():
+        yield "objective.interpolate_every", "give at least one, as in [2, 4]"
     if config.quantized and not lora.enabled:
         yield "model.quantize", "a quantized base cannot be fully fine-tuned: set lora.enabled=true, or none here"
     if lora.init_from and not lora.enabled:

@@ -57,6 +57,7 @@ LocalPath = Annotated[str, PathKind.LOCAL]
 HubPath = Annotated[str, PathKind.HUB_OR_LOCAL]
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
+Interval = Annotated[int, Range(2)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
@@ -192,6 +193,8 @@ class ObjectiveConfig:
     stream_weights: dict[str, NonNegative] = field(default_factory=dict)
     caption_dropout: Fraction | dict[str, Fraction] = 0.1
     first_frame_noise: Fraction = 0.0
+    extend_latents: Count = 2
+    interpolate_every: Interval | tuple[Interval, ...] = 4
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from transpixeler.data.shown import BlankJob
 from transpixeler.data.sources.candidate import NOT_GIVEN, TEXT_COLUMN, Features, TextRow
 from transpixeler.data.sources.pairs import Sample, source_names
 from transpixeler.data.survey import Survey, survey
-from transpixeler.flow.objective import all_lasts, views
+from transpixeler.flow.tasks import all_beside, views
 from transpixeler.models.conditions import shown_fields
 from transpixeler.models.family import Digest, ModelFolder, sees_frames
 
@@ -303,13 +303,13 @@ def _clip_jobs(
     folders = [cache_folder(source, config) for source in sources]
     used = list({sample.id: sample for sample, _, _ in found.clips}.values())
     digests, fill = _digests(used, folders, hashes), Fill.of(config.data)
+    beside = all_beside(config.objective, tuple(config.streams), model.fields)
     jobs = []
     for sample, clip, bucket in found.clips:
-        lasts = all_lasts(config.objective, tuple(config.streams), model.fields) if clip.frames > 1 else ()
         if sample.features.latents:
-            keys = given_part_keys(sample, clip, digests=digests, lasts=lasts)
+            keys = given_part_keys(sample, clip, digests=digests, beside=beside)
         else:
-            keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=encoders["clip"], lasts=lasts)
+            keys = part_keys(config, sample, clip, digests=digests, fill=fill, vae=encoders["clip"], beside=beside)
         job = ClipJob(clip.id, sample, clip, bucket, folders[sample.source], tuple(keys.values()), keys)
         if fields := shown_fields(model.fields):
             content = latent_keys(sample, clip, digests=digests, fill=fill, vae="")

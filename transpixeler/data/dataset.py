@@ -14,8 +14,9 @@ from transpixeler.data.cache.records import Cache
 from transpixeler.data.draws import Draws
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.order import Order, make_order
+from transpixeler.data.parts import Part, parts_of
 from transpixeler.data.sources.pairs import Sample
-from transpixeler.models.streams import Grid, Shape, StreamLayout
+from transpixeler.models.streams import FramesOf, Grid, Shape, StreamLayout
 
 PLAIN = DataConfig()
 
@@ -68,7 +69,7 @@ class Dataset:
         default_factory=dict
     )  # keys of the texts that evaluations sample from
     scales: tuple[int, ...] = ()  # of the streams
-    lasts: tuple[int, ...] = ()  # streams whose last frames are in the cache too, of clips that have more than one
+    beside: tuple[FramesOf, ...] = ()  # frames that are in the cache too, encoded alone, of clips that are long enough
     notes: tuple[str, ...] = ()  # on files in no sample, and on how others were understood
 
     def order(self, *, seed: int, global_batch: int, data: DataConfig = PLAIN) -> Order:
@@ -95,17 +96,17 @@ class Dataset:
     def layout(self, item: Item, patch: Grid) -> StreamLayout:
         """Lay out a clip's records."""
         shapes = tuple(self._shape(key) for key in self.video_keys(item))
-        return StreamLayout(self.streams, shapes, patch, scales=self.scales, lasts=self._lasts(item))
+        layout = StreamLayout(self.streams, shapes, patch, scales=self.scales)
+        return layout.with_beside(self.beside, item.bucket[0])
+
+    def parts(self, item: Item) -> list[Part]:
+        """List the parts of a clip that have records, in the order of its keys."""
+        return parts_of(self.streams, self.beside, item.bucket[0])
 
     def video_keys(self, item: Item) -> list[bytes]:
-        """Return the keys of a clip's streams, without those of last frames alone."""
-        keys, lasts = list(item.latent_keys), self._lasts(item)
-        for stream in reversed(lasts):
-            del keys[stream + 1 + sum(other < stream for other in lasts)]
-        return keys
-
-    def _lasts(self, item: Item) -> tuple[int, ...]:
-        return self.lasts if item.bucket[0] > 1 else ()
+        """Return the keys of a clip's streams, without those of frames beside them."""
+        pairs = zip(self.parts(item), item.latent_keys, strict=True)
+        return [key for part, key in pairs if part.every is None]
 
     def _shape(self, key: bytes) -> Shape:
         channels, frames, height, width = self.cache.spec(key).shape

@@ -40,7 +40,7 @@ from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode
 from transpixeler.data.sources.pairs import decode_pair
 from transpixeler.data.texts import encode_texts
 from transpixeler.data.work import Work, clips_used, folders_by_key, missing_work, only, share
-from transpixeler.flow.objective import all_lasts
+from transpixeler.flow.tasks import all_beside
 from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
 
@@ -284,7 +284,7 @@ def _datasets(
     """Return both sets without clips that are bad. whole: every record must be in the cache."""
     folders, streams, empty = [*own_folders(found, config).values()], tuple(config.streams), found.empty_text_keys
     cache = Cache(*folders)
-    lasts = all_lasts(config.objective, streams, model.fields)
+    beside = all_beside(config.objective, streams, model.fields)
     sets: dict[str, Dataset] = {}
     for name, items in found.items.items():
         faults = {item.id: [bad[keys] for keys in item.all_keys if keys in bad] for item in items}
@@ -292,7 +292,7 @@ def _datasets(
         kept = tuple(item for item in items if item.id not in reasons)
         skipped = (*found.skipped[name], *reasons.items())
         told = found.notes.get(name, ())
-        data = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, lasts, told)
+        data = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, beside, told)
         sets[name] = data
         if not whole:
             continue

@@ -20,11 +20,12 @@ from transpixeler.data.dataset import ShownKeys
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import IMAGE_ENDINGS, LINEAR_ENDINGS, ending_of, spans_files
 from transpixeler.data.media.fill import Fill
-from transpixeler.data.parts import Part
+from transpixeler.data.parts import Part, named, parts_of
 from transpixeler.data.pictures import Picture
 from transpixeler.data.sources.candidate import latent_column
 from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.family import Field, caption_fields
+from transpixeler.models.streams import FramesOf
 
 FEATURES_VERSION = 1  # raised when features are read in another way
 ENCODER_VERSION = 1  # raised when decoding, resizing or encoding gives other values
@@ -39,29 +40,24 @@ def part_keys(
     digests: Mapping[Path, str],
     fill: Fill,
     vae: str,
-    lasts: Sequence[int],
+    beside: Sequence[FramesOf],
 ) -> dict[Part, bytes]:
-    """Return a key for each stream's clip, and for the last frames that some trained task gives."""
+    """Return a key for each stream's clip, and for the frames beside it that some trained task gives."""
     made = partial(latent_keys, sample, clip, digests=digests, fill=fill, vae=vae, scales=config.scales)
-    whole, alone = made(), made(last=True) if lasts else {}
-    found = {}
-    for number, stream in enumerate(whole):
-        found[Part(stream)] = whole[stream]
-        if number in lasts:
-            found[Part(stream, last=True)] = alone[stream]
-    return found
+    keys = {every: made(every=every) for every in dict.fromkeys([None, *(every for _, every in beside)])}
+    return {part: keys[part.every][part.stream] for part in parts_of(tuple(dict(sample.paths)), beside, clip.frames)}
 
 
 def given_part_keys(
-    sample: Sample, clip: Clip, *, digests: Mapping[Path, str], lasts: Sequence[int]
+    sample: Sample, clip: Clip, *, digests: Mapping[Path, str], beside: Sequence[FramesOf]
 ) -> dict[Part, bytes]:
     """Return the same for latents that are given: of each file's content, and which tensor of it is meant."""
-    first, found = sample.paths[0][0], {}
-    for number, (stream, path) in enumerate(sample.paths):
-        for part in [Part(stream)] + [Part(stream, last=True)] * (number in lasts):
-            name = latent_column(stream, first)
-            content = {"file": digests[path], "tensor": name, "part": "last frame" if part.last else "clip"}
-            found[part] = _hash(what="given latent", features=FEATURES_VERSION, dtype="bfloat16", **content)
+    paths, found = dict(sample.paths), {}
+    for part in parts_of(tuple(paths), beside, clip.frames):
+        name = latent_column(part.stream, sample.paths[0][0])
+        told = "clip" if part.every is None else named(part.every)
+        content = {"file": digests[paths[part.stream]], "tensor": name, "part": told}
+        found[part] = _hash(what="given latent", features=FEATURES_VERSION, dtype="bfloat16", **content)
     return found
 
 
@@ -73,7 +69,7 @@ def latent_keys(
     fill: Fill,
     vae: str,
     scales: Sequence[int] = (),
-    last: bool = False,
+    every: int | None = None,
 ) -> dict[str, bytes]:
     """Return a key for each stream. A companion is cut at the first stream's times, so it depends on both files."""
     first = sample.paths[0][1]
@@ -89,7 +85,7 @@ def latent_keys(
             clip=[str(clip.start), clip.frames, _rate(sample, clip), clip.height, clip.width],
             **({"light": fill.transfer if sample.rgba or number == 0 else "data"} if _linear(path) else {}),
             **({"scale": scales[number]} if scales and scales[number] > 1 else {}),
-            **({"part": "last frame"} if last else {}),
+            **({"part": named(every)} if every is not None else {}),
         )
         for number, (stream, path) in enumerate(sample.paths)
     }

@@ -25,7 +25,11 @@ class GivenFiles:
     alpha: str = ""  # a clip of mattes to paint
     image: str = ""  # the first frame: of RGB, and of the alpha that it may have
     last: str = ""  # the last frame, likewise
-    reference: str = ""  # one of these, whichever the model's tasks are given
+    between: str = ""  # a clip to make frames between
+    factor: int = 0  # how many times as many frames that is; 0: as was trained
+    extend: str = ""  # a clip to go on from
+    frames: int = 0  # of the video, the clip's included; 0: as many as are made at a time
+    reference: str = ""  # one of rgb, alpha, image and last, whichever the model's tasks are given
     where: str = field(default="", compare=False)  # FILE:LINE; empty: options of the command line
 
     @property
@@ -38,7 +42,8 @@ class GivenFiles:
         return f"{self.where}: {name}" if self.where else f"--{name}"
 
 
-GIVEN = ("rgb", "alpha", "image", "last", "reference")
+GIVEN = ("rgb", "alpha", "image", "last", "between", "extend", "reference")
+LENGTHS = {"factor": "between", "frames": "extend"}  # numbers, and the file that each goes with
 NOTHING_GIVEN = GivenFiles()
 
 
@@ -124,13 +129,17 @@ def _read_line(line: str, path: Path, number: int) -> Prompt:
         if values[name] is None and value is not None:
             raise UserError(f"{where}: {name}: expected {wanted}, found {json.dumps(value, ensure_ascii=False)}")
     values = {name: value for name, value in values.items() if value is not None}
+    lengths = {name: values.pop(name) for name in LENGTHS if name in values}
     files = {name: str(path.parent / values.pop(name)) for name in GIVEN if name in values}
+    for name in lengths:
+        if LENGTHS[name] not in files:
+            raise UserError(f"{where}: {name}: goes with {LENGTHS[name]}, which must name a clip")
     if len(files) > 1 and "reference" in files:
         others = " and ".join(name for name in files if name != "reference")
         raise UserError(f"{where}: reference: stands beside {others}; name each file as rgb, alpha, image or last")
     if "prompt" not in values and not files:
         raise UserError(f'{where}: prompt: must be given, such as {{"prompt": "a paper boat burns"}}')
-    return Prompt(values.pop("prompt", ""), **values, given=GivenFiles(**files, where=where), where=where)
+    return Prompt(values.pop("prompt", ""), **values, given=GivenFiles(**files, **lengths, where=where), where=where)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -157,6 +166,10 @@ def _seed(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
 
 
+def _factor(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 1 else None
+
+
 def _size(value: Any) -> Size | None:
     if isinstance(value, list) and all(isinstance(side, int) and not isinstance(side, bool) for side in value):
         return parse_size("x".join(map(str, value)))
@@ -173,4 +186,5 @@ _READERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "negative": ("a text", _text),
     "size": ("[width, height, frames], such as [832, 480, 33]", _size),
     **dict.fromkeys(GIVEN, ("the path of a file", _file)),
+    **dict.fromkeys(LENGTHS, ("a whole number > 1", _factor)),
 }

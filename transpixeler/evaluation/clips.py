@@ -16,9 +16,10 @@ import torch
 from transpixeler.config.sections import Config
 from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
-from transpixeler.flow import objective
+from transpixeler.flow import tasks
 from transpixeler.flow.draws import draw_noise
-from transpixeler.flow.objective import Example, Fields, Task
+from transpixeler.flow.objective import Example, Fields
+from transpixeler.flow.tasks import Task, narrowed
 from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.experts import ONLY, Expert, chosen_experts
 from transpixeler.models.family import Field, ModelFolder
@@ -74,7 +75,7 @@ def pieces(
 
     fields: of the model.
     """
-    known = objective.tasks(data.streams, shows=shows_frames(fields), stills=shows_stills(fields))
+    known = tasks.tasks(data.streams, config.objective, shows=shows_frames(fields), stills=shows_stills(fields))
     trained_tasks = [name for name in known if config.objective.tasks.get(name, 0) > 0]
     by_set: dict[str, list[int]] = {}
     for number in sorted(range(len(data.items)), key=lambda n: data.items[n].id):
@@ -105,7 +106,7 @@ def at_all_times(batch: Batch, config: Config, task: Task, expert: Expert = ONLY
     noise = [draw_noise(layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
     return Example(
         layout=layout,
-        latents=objective.narrowed(batch.latents, batch.layout, layout).expand(rows, -1),
+        latents=narrowed(batch.latents, batch.layout, layout).expand(rows, -1),
         noise=torch.stack(noise),
         timesteps=times,
         fields={name: value.expand(rows, *value.shape[1:]) for name, value in all_fields(batch, task).items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from transpixeler.data.prompts import read_prompts
 from transpixeler.evaluation.clips import HeldOut, Piece, all_fields, spread
 from transpixeler.evaluation.losses import HeldOutLosses, Losses
 from transpixeler.evaluation.measures import Measures
-from transpixeler.flow.objective import Fields, Task, check_given
+from transpixeler.flow.objective import Fields
+from transpixeler.flow.tasks import Task, check_given
 from transpixeler.models.family import open_model
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
@@ -60,6 +61,8 @@ class Evaluator:
         # once, as the file may be edited while a run goes on; a wrong size is refused before the first step
         shift = len(self._sampled_pieces())
         self.prompts = list_requests(config, read_prompts(config.sample), self.model, first=shift)
+        if longer := next((one.given for one in self.prompts if one.course), None):
+            raise UserError(f"{longer.label('between' if longer.between else 'extend')}: is for `sample` alone")
         # a video takes all experts, of which training may hold one
         self.makes_videos = len(engine.by_expert) == len(self.model.experts)
         if not self.makes_videos and runtime.is_main and (self.prompts or config.eval.samples):
@@ -121,11 +124,11 @@ class Evaluator:
         for piece in self._sampled_pieces():
             item, batch = self.held_out.item(piece), self.held_out.batch(piece)
             fields = {name: value[0] for name, value in all_fields(batch, piece.task).items()}
-            given = given_latents(piece.task, batch.layout.videos(batch.latents))
+            given = given_latents(piece.task, batch)
             name = f"{len(plan)}-{name_part(item.sample_id)}" + (f"-{piece.task.name}" if piece.task.gives else "")
-            layout, lasts = piece.task.cut(batch.layout), last_latents(piece.task, batch)
+            layout, beside = piece.task.cut(batch.layout), latents_beside(piece.task, batch)
             ways = piece.task.shown, piece.task.shown_last, self._unshown(batch, piece.task)
-            video = Video(name, item.caption, fields, seed + len(plan), layout, given, lasts, *ways)
+            video = Video(name, item.caption, fields, seed + len(plan), layout, given, beside, *ways)
             plan.append((video, piece))
         for prompt in self.prompts:
             named = replace(prompt, name=f"{len(plan)}-{name_part(prompt.prompt)}")
@@ -147,23 +150,24 @@ class Evaluator:
             logger.error("%s was not written: %s", folder / request.name, fault)
 
 
-def given_latents(task: Task, streams: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return what a task gives of a clip's streams [1, C, F, H, W]: whole, or the first latent frame."""
-    first = {stream: streams[stream][0][:, :1] for stream in task.first if streams[stream].shape[2] > 1}
+def given_latents(task: Task, batch: Batch) -> dict[int, Tensor]:
+    """Return what a task gives of the videos [C, F, H, W] of a batch of one clip: whole, or how they begin."""
+    streams = batch.layout.videos(batch.latents)
+    first = {stream: streams[stream][0][:, :length] for stream, length in task.beginnings(batch.layout).items()}
     return first | {stream: streams[stream][0] for stream in task.given}
 
 
-def last_latents(task: Task, batch: Batch) -> dict[int, Tensor]:
-    """Return the last frames that a task gives of a clip, each encoded alone."""
+def latents_beside(task: Task, batch: Batch) -> dict[int, Tensor]:
+    """Return the frames beside videos that a task gives of a clip, each encoded alone."""
     pairs = zip(batch.layout.segments, batch.layout.unpack(batch.latents), strict=True)
-    return {one.stream: part[0] for one, part in pairs if one.alone and one.stream in task.last}
+    return {one.stream: part[0] for one, part in pairs if one.beside and one.beside[:2] in task.beside}
 
 
 def _task(piece: Piece | None, request: Video) -> str:
     """Return what a video's facts call its task; that of a prompt with files has no name."""
     if piece is not None:
         return piece.task.name
-    return "given" if request.given or request.lasts or request.shown or request.shown_last else "joint"
+    return "given" if request.given or request.beside or request.shown or request.shown_last else "joint"
 
 
 def _mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from transpixeler.flow.draws import draw_noise
 from transpixeler.models.streams import Group, StreamLayout
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, G] in [0, 1]) → [B, N]
-Held = Mapping[tuple[int, bool], Tensor]  # clean latents [C, F, H, W] by stream and whether they are of its last frame
+Held = Mapping[tuple[int, bool], Tensor]  # clean latents [C, F, H, W] by stream and whether they are beside its video
 TRAIN_TIMESTEPS = 1000  # diffusers' schedulers count a flow's times from 1000 to 0
 
 
@@ -69,16 +69,16 @@ def denoise(
     solver: Any,
     *,
     given: Mapping[int, Tensor] | None = None,
-    lasts: Mapping[int, Tensor] | None = None,
+    beside: Mapping[int, Tensor] | None = None,
     after_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Return the latents [B, N] that noise [B, N] becomes.
 
     `given` holds clean latents [C, F, H, W] by stream, of all frames or of the first ones, which are a time group then:
-    they stay as they are, at time 0 in every step. So do `lasts`, of the last frames that stand beside their videos.
+    they stay as they are, at time 0 in every step. So do those of frames that stand `beside` their videos.
     """
     held = {(stream, False): latents.to(noise.device).float() for stream, latents in (given or {}).items()}
-    held |= {(stream, True): latents.to(noise.device).float() for stream, latents in (lasts or {}).items()}
+    held |= {(stream, True): latents.to(noise.device).float() for stream, latents in (beside or {}).items()}
     places = [p for p, group in enumerate(layout.groups) if _is_held(group, held)]
     x = _with_held(noise.float(), held, layout)
     for t in solver.timesteps:

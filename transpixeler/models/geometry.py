@@ -54,6 +54,11 @@ class Geometry:
         step, least = self.stride[0] * self.patch[0], self.frames(1 if self.first_alone else self.patch[0])
         return least if self.stills else least + max(0, frames - least) // step * step
 
+    def shortest(self, frames: int) -> int:
+        """Return the least number of frames from this one on that the model can take."""
+        longest = self.longest(frames)
+        return longest if longest >= frames else longest + self.stride[0] * self.patch[0]
+
     def nearest(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
         """Return the nearest (width, height, frames) that the model can take."""
         tall, wide = self.unit

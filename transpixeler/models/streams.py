@@ -161,13 +161,31 @@ def span_slice(lengths: Sequence[int], span: tuple[int, int]) -> slice:
     return slice(start, start + sum(lengths[span[0] : span[1]]))
 
 
+# Frames of a stream that stand beside its video: every k-th after the first, or `LAST`, the last one alone.
+FramesOf = tuple[int, int]  # (stream, k or LAST)
+LAST = 0
+
+
+class Beside(NamedTuple):
+    """Frames of a stream that stand beside its video, each encoded alone."""
+
+    stream: int
+    every: int  # as in `FramesOf`
+    times: tuple[float, ...]  # of each, in latent frames of the video: frame p of a VAE of stride s is at p / s
+
+
+def frames_beside(every: int, frames: int) -> range:
+    """Return which frames of a video of so many stand beside it; none where its first is all."""
+    return range(every, frames, every) if every else range(max(1, frames - 1), frames)
+
+
 @dataclass(frozen=True)
 class StreamLayout:
     """The shapes of one batch's streams; hashable, the key for all that is cached by shape.
 
-    A segment is a run of tokens with a grid of its own: a stream's video, and after it, where `lasts` names the stream,
-    its last frame, encoded alone because a latent frame of a video holds several. A time group is a run of tokens with
-    one timestep. It is a whole segment, unless `cuts` names latent frames of that stream's video at which another group
+    A segment is a run of tokens with a grid of its own: a stream's video, and after it what stands `beside` it, frames
+    that are encoded alone because a latent frame of a video holds several. A time group is a run of tokens with one
+    timestep. It is a whole segment, unless `cuts` names latent frames of that stream's video at which another group
     begins, such as 1 where a given first frame has a time of its own.
     """
 
@@ -176,7 +194,7 @@ class StreamLayout:
     patch: Grid
     cuts: tuple[tuple[int, ...], ...] = ()  # of each stream; empty where every segment is one group
     scales: tuple[int, ...] = ()  # of each stream: rows and columns of stream 0 that one of its own covers; empty: 1
-    lasts: tuple[int, ...] = ()  # streams whose last frame is a segment
+    beside: tuple[Beside, ...] = ()  # frames that are segments of their own
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.shapes) > 0, (self.names, self.shapes)
@@ -184,7 +202,7 @@ class StreamLayout:
             object.__setattr__(self, "scales", ())  # one key for one layout
         assert len(self.cuts) in (0, len(self.names)), (self.names, self.cuts)
         assert len(self.scales) in (0, len(self.names)), (self.names, self.scales)
-        assert not self.lasts or self.patch[0] == 1, "a frame alone is no whole patch"
+        assert not self.beside or self.patch[0] == 1, "a frame alone is no whole patch"
         for _, *extent in self.shapes:
             assert all(n % p == 0 for n, p in zip(extent, self.patch, strict=True)), (self.shapes, self.patch)
         for (_, frames, *_), cuts in zip(self.shapes, self.cuts):
@@ -201,16 +219,25 @@ class StreamLayout:
         """Return the same streams in other time groups: for each stream the latent frames where a group begins."""
         return replace(self, cuts=tuple(tuple(own) for own in cuts) if any(cuts) else ())
 
+    def with_beside(self, wanted: Iterable[FramesOf], frames: int) -> StreamLayout:
+        """Return the same videos, of so many frames of pixels, with those that are wanted beside them."""
+        found = []
+        for stream, every in sorted(set(wanted)):
+            strides = self.shapes[stream][1] - 1  # of the video, after its first frame
+            if places := frames_beside(every, frames):
+                found.append(Beside(stream, every, tuple(place * strides / (frames - 1) for place in places)))
+        return replace(self, beside=tuple(found))
+
     def with_lasts(self, streams: Iterable[int]) -> StreamLayout:
         """Return the same videos, those of `streams` followed by their last frame."""
-        return replace(self, lasts=tuple(sorted(set(streams))))
+        return self.with_beside([(stream, LAST) for stream in streams], self.shapes[0][1])
 
     def only(self, start: int, stop: int) -> StreamLayout:
         """Return the layout of some neighbouring streams, where their positions do not matter."""
         span = slice(start, stop)
-        lasts = tuple(stream - start for stream in self.lasts if start <= stream < stop)
+        beside = tuple(one._replace(stream=one.stream - start) for one in self.beside if start <= one.stream < stop)
         parts = {name: getattr(self, name)[span] for name in ("names", "shapes", "cuts", "scales")}
-        return replace(self, **parts, lasts=lasts)
+        return replace(self, **parts, beside=beside)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -219,9 +246,9 @@ class StreamLayout:
         for stream, shape in enumerate(self.shapes):
             scale = self.scales[stream] if self.scales else 1
             found.append(Segment(stream, shape, self.patch, scale))
-            if stream in self.lasts:
-                channels, frames, height, width = shape
-                found.append(Segment(stream, (channels, 1, height, width), self.patch, scale, first=frames - 1))
+            channels, _, height, width = shape
+            for one in (one for one in self.beside if one.stream == stream):
+                found.append(Segment(stream, (channels, len(one.times), height, width), self.patch, scale, one))
         return tuple(found)
 
     @cached_property
@@ -327,6 +354,7 @@ class StreamLayout:
         if not self.cuts:
             return packed.split(self.segment_sizes, dim=1)
         parts = {(one.stream, one.alone): part for one, part in zip(self.segments, self.unpack(packed), strict=True)}
+        assert len(parts) == len(self.segments), "a stream has one segment beside its video in a step"
         return tuple(parts[one.stream, one.alone][:, :, one.start : one.end].flatten(1) for one in self.groups)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -347,12 +375,12 @@ class Segment(NamedTuple):
     shape: Shape  # latent (C, F, H, W)
     patch: Grid
     scale: int = 1  # rows and columns of stream 0 that one of its own covers
-    first: int = 0  # the latent frame of the stream's video where it begins
+    beside: Beside | None = None  # which frames of the stream it holds, each encoded alone; None: it is the video
 
     @property
     def alone(self) -> bool:
-        """Tell a video's last frame from the video."""
-        return self.first > 0
+        """Tell frames that are encoded alone from a video."""
+        return self.beside is not None
 
     @property
     def grid(self) -> Grid:
@@ -362,16 +390,17 @@ class Segment(NamedTuple):
     def positions(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the places in time, height and width of its tokens, in fp64 and in tokens of stream 0.
 
-        A token of another scale stands in the middle of those that it covers.
+        A token of another scale stands in the middle of those that it covers, a frame that is encoded alone at its own
+        time among the video's latent frames.
         """
         f, h, w = self.grid
         time, *sides = (torch.arange(n, dtype=torch.float64) for n in (f, h, w))
         rows, columns = ((side + 0.5) * self.scale - 0.5 for side in sides)
-        return time + self.first // self.patch[0], rows, columns
+        return torch.tensor(self.beside.times, dtype=torch.float64) if self.beside else time, rows, columns
 
 
 class Group(NamedTuple):
-    """A time group: latent frames `start` to `end` of a stream's video, or of its last frame alone."""
+    """A time group: latent frames `start` to `end` of a stream's video, or of what stands beside it."""
 
     stream: int
     start: int

@@ -23,8 +23,8 @@ from transpixeler.data.catalog import surveyed
 from transpixeler.data.dataset import Dataset, Item, training_order
 from transpixeler.data.order import Order
 from transpixeler.data.work import clips_used
-from transpixeler.flow import objective
 from transpixeler.flow.experts import Split
+from transpixeler.flow.tasks import all_beside, beside_by_step, check_given
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.conditions import kept_layout
 from transpixeler.models.experts import chosen_experts
@@ -141,7 +141,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
 def _checked_model(config: Config) -> ModelFolder:
     """Open the model; refuse tasks and experts that it has not."""
     folder = open_model(config.model)
-    objective.check_given(config, folder)
+    check_given(config, folder)
     preflight.check_experts(config, folder)
     return folder
 
@@ -199,7 +199,10 @@ def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, 
 
 
 def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Sequence[Field]) -> int:
-    layouts = {bucket: _layout(config, geometry, Bucket(*bucket), fields) for bucket in data.buckets()}
+    streams = tuple(config.streams)
+    beside = all_beside(config.objective, streams, fields)
+    plain = {bucket: geometry.layout(streams, config.scales, bucket) for bucket in data.buckets()}
+    layouts = {bucket: layout.with_beside(beside, bucket[0]) for bucket, layout in plain.items()}
     shown = [field for field in fields if field.source == "clip"]
     latents = sum(
         count * sum(layout.elements for layout in (one, *(kept_layout(field, one) for field in shown)))
@@ -212,9 +215,8 @@ def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Seq
 def _layout(config: Config, geometry: Geometry, bucket: Bucket, fields: Sequence[Field]) -> StreamLayout:
     """Return the largest layout that a step of this bucket may have."""
     streams = tuple(config.streams)
-    return objective.with_lasts(
-        geometry.layout(streams, config.scales, bucket), objective.all_lasts(config.objective, streams, fields)
-    )
+    layout, kinds = geometry.layout(streams, config.scales, bucket), beside_by_step(config.objective, streams, fields)
+    return max((layout.with_beside(kind, bucket.frames) for kind in kinds), key=lambda one: one.tokens)
 
 
 def _text_bytes(config: Config, folder: ModelFolder, items: Sequence[Item]) -> int:

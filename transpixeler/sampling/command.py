@@ -89,8 +89,11 @@ def _begin(
 
 def facts_of(source: SavedModel, request: Request, asked: str) -> dict[str, object]:
     """Return what a video's sample.json says of its model, its files, and all that it was asked for."""
-    given = {name: request.given.named.get(name, "") for name in ("rgb", "alpha", "image", "last")}
+    given: dict[str, object] = {name: request.given.named.get(name, "") for name in ("rgb", "alpha", "image", "last")}
     facts = {"model": source.config.model.path, "adapter": source.name, "step": source.step, ASKED: asked}
+    if course := request.course:
+        given = {"between": request.given.between, "factor": course.every, "windows": request.windows}
+        given = given if course.every else {"extend": request.given.extend, "windows": request.windows}
     return {**facts, **(given if any(given.values()) else {})}
 
 

@@ -46,6 +46,12 @@ class Frames:
         with self._vae_on_device() as vae:
             return vae.encode(video)[0].cpu()
 
+    def encode_alone(self, frames: np.ndarray, *, scale: int = 1) -> Tensor:
+        """Return latents [C, F, h, w] of frames uint8 [F, H, W, 3], each encoded by itself."""
+        video = torch.from_numpy(shrink(frames, scale))[None]
+        with self._vae_on_device() as vae:
+            return torch.cat([vae.encode(frame)[0].cpu() for frame in video.split(1, dim=1)], dim=1)
+
     @contextmanager
     def _vae_on_device(self) -> Iterator[Vae]:
         if self._vae is None:

@@ -22,7 +22,7 @@ from transpixeler.data.media.files import ending_of, files_of
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.light import DATA, Light
 from transpixeler.data.prompts import GivenFiles
-from transpixeler.flow.objective import Task, trained
+from transpixeler.flow.tasks import Task, trained
 from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.geometry import Geometry

@@ -51,6 +51,7 @@ def asked_for(requests: Sequence[Request], source: SavedModel, model: ModelFolde
         negative = usual if usual is None or one.negative is None else one.negative
         given = {name: _content(path, contents) for name, path in one.given.named.items()}
         own = [one.prompt, one.seed, one.size, negative, given]
+        own += [repr(one.course)] if one.course else []
         found.append(hashlib.sha256(json.dumps([common, own], sort_keys=True).encode()).hexdigest()[:32])
     return found
 

@@ -15,15 +15,19 @@ from torch import Tensor
 
 from transpixeler.config.sections import Config, Size
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt
-from transpixeler.flow.objective import Fields, Task
+from transpixeler.flow.objective import Fields
+from transpixeler.flow.tasks import Task
 from transpixeler.models.conditions import shows_stills
 from transpixeler.models.family import ModelFolder, sees_frames
 from transpixeler.models.streams import StreamLayout
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.given import check_given_files, read_given
+from transpixeler.sampling.longer import Course, Longer, plan_course, read_longer
 from transpixeler.sampling.shown import show
 from transpixeler.sampling.texts import PromptTexts
 from transpixeler.sampling.video import Video, name_part, video_layout
+
+SEEDS_APART = 1_000_003  # of a video's windows: no other video of a call has such a seed
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Request:
     size: Size  # width, height, frames
     negative: str | None = None  # None: the config's
     given: GivenFiles = NOTHING_GIVEN
+    course: Course | None = None  # of a clip that is to be longer
+
+    @property
+    def windows(self) -> int:
+        """Return how many windows its video is made in."""
+        return len(self.course.starts) if self.course else 1
 
 
 def list_requests(
@@ -58,12 +68,16 @@ def list_requests(
         shape = video_layout(config, model, prompt.size, key=place)
         frames, height, width = model.geometry.pixels(shape.shapes[0])
         files = prompt.given if prompt.given.named else given
-        files = check_given_files(files, config, model, (frames, height, width))
+        course = plan_course(files, config, model, (frames, height, width))
+        if course:
+            frames = course.window
+        else:
+            files = check_given_files(files, config, model, (frames, height, width))
         for copy in range(count):
             number = first + len(requests)
             seed = config.sample.seed + number if prompt.seed is None else prompt.seed + copy
             name = f"{number:03}-{name_part(prompt.text)}-seed{seed}"
-            requests.append(Request(name, prompt.text, seed, (width, height, frames), prompt.negative, files))
+            requests.append(Request(name, prompt.text, seed, (width, height, frames), prompt.negative, files, course))
     return requests
 
 
@@ -74,7 +88,7 @@ class _Setting:
     layout: StreamLayout
     clips: Mapping[int, np.ndarray] = field(default_factory=dict)  # uint8 [F, H, W, 3] of streams that are given whole
     given: Mapping[int, Tensor] = field(default_factory=dict)
-    lasts: Mapping[int, Tensor] = field(default_factory=dict)
+    beside: Mapping[int, Tensor] = field(default_factory=dict)
     fields: Fields = field(default_factory=dict)  # that show the given frames
     shown: frozenset[int] = frozenset()
     shown_last: frozenset[int] = frozenset()
@@ -102,24 +116,42 @@ class Maker:
         self._blank: dict[Size, _Setting] = {}  # where nothing is given
         self._last: tuple[tuple[Size, GivenFiles], _Setting] | None = None
 
-    def video(self, request: Request) -> Video:
-        """Return the video of a request, with all that it is made from."""
-        setting = self._setting(request)
+    def video(self, request: Request, longer: Longer | None = None, window: int = 0) -> Video:
+        """Return the video of a request, with all that it is made from; of a longer one, that of a window."""
+        setting = self._setting(request) if longer is None else self._window(request, longer, window)
         negative = None if request.negative is None else self.texts.by_prompt.get(request.negative)
         return Video(
             request.name,
             request.prompt,
             {**self.texts.of(request.prompt, setting.seen), **setting.fields},
-            request.seed,
+            request.seed + window * SEEDS_APART,
             setting.layout,
             setting.given,
-            setting.lasts,
+            setting.beside,
             setting.shown,
             setting.shown_last,
             setting.unshown,
             request.negative,
             negative,
+            request.course.fps if request.course else None,
         )
+
+    def longer(self, request: Request) -> Longer:
+        """Return the video that the windows of a request with a course are put into."""
+        assert request.course is not None, request.name
+        width, height, _ = request.size
+        return read_longer(request.given, request.course, self.config, height=height, width=width)
+
+    def _window(self, request: Request, longer: Longer, window: int) -> _Setting:
+        task, given = longer.course.task, longer.given(window)
+        shape = video_layout(self.config, self.model, request.size)
+        layout = task.cut(shape.with_beside(task.beside, longer.course.window))
+        first = self._encoded({stream: one for stream, (one, _) in given.items()})
+        scales, alone = self.config.scales, {stream: one for stream, (_, one) in given.items() if len(one)}
+        between = {stream: self.frames.encode_alone(one, scale=scales[stream]) for stream, one in alone.items()}
+        # a window may be a little longer than what is left to make: its last frames have none after them
+        there = tuple(one._replace(times=one.times[: len(alone[one.stream])]) for one in layout.beside)
+        return _Setting(replace(layout, beside=there), given=first, beside=between)
 
     def known(self, request: Request) -> Mapping[int, np.ndarray]:
         """Return the frames that need not be decoded: those of clips that are given."""

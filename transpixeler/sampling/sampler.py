@@ -69,7 +69,7 @@ class Sampler:
         guidance = Guidance.of(self.config, self.model)
         texts = video.fields, self._negative(video)
         velocity = guided(self.engine, video.layout, *texts, guidance=guidance, unshown=video.unshown)
-        held = {"given": video.given, "lasts": video.lasts}
+        held = {"given": video.given, "beside": video.beside}
         with self._remembering(video):
             made = denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
         shown = video.shown or video.shown_last

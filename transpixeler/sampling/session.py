@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from torch import Tensor
 
 from transpixeler.config.sections import SampleConfig
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt, texts_of
-from transpixeler.flow.objective import check_given
+from transpixeler.flow.tasks import check_given
 from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.experts import AnyEngine
@@ -75,18 +76,48 @@ class Session:
         found = encode_prompts(config, texts, self.model, self.runtime, self._texts, beside=beside)
         frames = Frames(self.model, self.runtime.device, upsample=config.sample.upsample)
         maker = Maker(config, self.model, frames, found)
-        maker.known(requests[0])  # the VAE's work comes before the model takes its memory
+        if requests[0].course is None:
+            maker.known(requests[0])  # the VAE's work comes before the model takes its memory
         mesh, engine = self._open()
-        videos = Videos(maker, requests)
-        for number, latents in Sampler(engine, mesh, config.sample, found.negative, self.model).each(videos):
+        sampler = Sampler(engine, mesh, config.sample, found.negative, self.model)
+        plain = [number for number, one in enumerate(requests) if one.course is None]
+        videos = Videos(maker, [requests[number] for number in plain])
+        for place, latents in sampler.each(videos):
             if mesh.speaks:
-                video, request = videos[number], requests[number]
+                video, request = videos[place], requests[plain[place]]
                 streams = frames.decode(latents, video.layout, known=maker.known(request))
                 size = self.model.geometry.pixels(video.layout.shapes[0])
-                yield Made(number, video, streams, given_light(request.given, config, size))
+                yield Made(plain[place], video, streams, given_light(request.given, config, size))
+        for numbers in _side_by_side(requests, mesh.layout.data):
+            if made := _make_longer(sampler, maker, [requests[number] for number in numbers]):
+                yield replace(made, number=numbers[made.number])
 
     def _open(self) -> tuple[meshes.Mesh, AnyEngine]:
         if self._opened is None:
             mesh = meshes.build(self.layout, self.runtime)
             self._opened = mesh, open_engine(self.source, mesh)
         return self._opened
+
+
+def _side_by_side(requests: Sequence[Request], ranks: int) -> Iterator[list[int]]:
+    """Yield numbers of longer videos that data ranks make at a time, one each: those of as many windows."""
+    longer = sorted((one.windows, number) for number, one in enumerate(requests) if one.course)
+    for _, group in groupby(longer, key=lambda pair: pair[0]):
+        numbers = [number for _, number in group]
+        yield from (numbers[start : start + ranks] for start in range(0, len(numbers), ranks))
+
+
+def _make_longer(sampler: Sampler, maker: Maker, requests: Sequence[Request]) -> Made | None:
+    """Make this data rank's one of some videos, window by window: each may go on from the one before.
+
+    All ranks of a pipeline decode, as each encodes what the next window is given.
+    """
+    place = sampler.mesh.data_rank % len(requests)
+    request = requests[place]
+    longer, first = maker.longer(request), None
+    for window in range(request.windows):
+        video = maker.video(request, longer, window)
+        for _, latents in sampler.each([video] * len(requests)):  # of which a rank makes its own alone
+            longer.take(window, maker.frames.decode(latents, video.layout))
+            first = first or video
+    return Made(place, first, longer.result()) if first and sampler.mesh.speaks else None

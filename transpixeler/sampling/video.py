@@ -18,6 +18,7 @@ from torch import Tensor
 from transpixeler.config.sections import Config, SampleConfig, Size, UserError
 from transpixeler.data.buckets import first_bucket
 from transpixeler.data.media.exr import check_library
+from transpixeler.data.parts import named
 from transpixeler.flow.objective import Fields
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
@@ -36,12 +37,13 @@ class Video:
     given: Mapping[int, Tensor] = field(
         default_factory=dict
     )  # clean latents [C, F, H, W] by stream; F may be the first frame alone
-    lasts: Mapping[int, Tensor] = field(default_factory=dict)  # [C, 1, H, W] by stream, of last frames encoded alone
+    beside: Mapping[int, Tensor] = field(default_factory=dict)  # likewise, of frames beside the videos, encoded alone
     shown: frozenset[int] = frozenset()  # streams whose given frames are in the fields
     shown_last: frozenset[int] = frozenset()  # the same of last frames, where each end is shown by itself
     unshown: Fields = field(default_factory=dict)  # of nothing shown, for guidance to what is
     negative_prompt: str | None = None  # its own; None: the config's
     negative: Fields | None = None  # the fields of its own negative prompt
+    fps: Fraction | None = None  # None: the config's
 
 
 def video_layout(
@@ -83,14 +85,20 @@ def settings(video: Video, sample: SampleConfig) -> dict[str, Any]:
         "shift": sample.shift,
         "scheduler": sample.scheduler,
         "negative_prompt": sample.negative_prompt if video.negative_prompt is None else video.negative_prompt,
-        "given": [_given_name(video, stream) for stream in sorted({*video.given, *video.shown})]
-        + [f"last frame of {video.layout.names[stream]}" for stream in sorted({*video.lasts, *video.shown_last})],
+        "given": _given(video),
     }
 
 
-def _given_name(video: Video, stream: int) -> str:
-    whole = stream in video.given and video.given[stream].shape[1] == video.layout.shapes[stream][1]
-    return video.layout.names[stream] if whole else f"first frame of {video.layout.names[stream]}"
+def _given(video: Video) -> list[str]:
+    """Name what a video is made from besides its prompt."""
+    names, frames = video.layout.names, [shape[1] for shape in video.layout.shapes]
+    found = {stream: latents.shape[1] for stream, latents in video.given.items()} | dict.fromkeys(video.shown, 1)
+    start = {1: "first frame of "} | {
+        count: f"first {count} latent frames of " for count in found.values() if count > 1
+    }
+    parts = [f"{'' if n == frames[stream] else start[n]}{names[stream]}" for stream, n in sorted(found.items())]
+    parts += [f"{named(one.every)} of {names[one.stream]}" for one in video.layout.beside if one.stream in video.beside]
+    return parts + [f"last frame of {names[stream]}" for stream in sorted(video.shown_last)]
 
 
 def write_video(
@@ -109,7 +117,7 @@ def write_video(
     write_sample(
         folder / video.name,
         streams,
-        fps=frame_rate(config),
+        fps=video.fps or frame_rate(config),
         formats=sample.formats,
         alpha_mode=sample.alpha_mode,
         background=sample.background,

@@ -17,7 +17,7 @@ from transpixeler.adapters.on_model import check_names
 from transpixeler.adapters.saved import ADAPTER_FILE
 from transpixeler.config.sections import Config, UserError
 from transpixeler.data.buckets import batch_sizes
-from transpixeler.flow import objective
+from transpixeler.flow import tasks
 from transpixeler.flow.experts import shares, training_shift
 from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import ModelFolder, examples
@@ -40,7 +40,7 @@ def check(config: Config, layout: Layout) -> None:
     for batch in batch_sizes(config):
         _check_divides(batch, layout, "train.global_batch" if batch == config.train.global_batch else "data.buckets")
     _check_memory(config, layout)
-    objective.check_tasks(config.objective, tuple(config.streams))
+    tasks.check_tasks(config.objective, tuple(config.streams))
 
 
 def _check_divides(batch: int, layout: Layout, key: str) -> None:
@@ -91,7 +91,7 @@ def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope])
 
     scopes: by target, those of the adapter that training starts from.
     """
-    objective.check_given(config, model)
+    tasks.check_given(config, model)
     check_experts(config, model)
     whole = build.shape(config, partial(make_model, config), torch.float32, scopes=scopes)
     check_names(whole, model.family)

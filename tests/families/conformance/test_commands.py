@@ -22,6 +22,7 @@ from transpixeler.adapters.readers import readers
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config.sections import ModelConfig
 from transpixeler.data.media.decode import probe
+from transpixeler.models.conditions import shows_frames
 from transpixeler.models.family import open_model
 from transpixeler.publishing import hub
 from transpixeler.sampling.saves import find_save
@@ -148,6 +149,41 @@ def test_first_and_last_frames_are_given(copied: Path, tmp_path: Path, capsys: p
     assert cli.main([*alone, "--out", str(tmp_path / "tail"), tail]) == 0
     facts = json.loads(next((tmp_path / "tail").rglob("sample.json")).read_text())
     assert facts["given"] == ["last frame of rgb"] and facts["last"] == str(rgba)
+
+
+def test_clips_are_made_longer(case: Case, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world, (_, frames) = copied.parent, case.frames
+    opened = open_model(ModelConfig(path=str(world / "model")))
+    geometry, shows = opened.geometry, shows_frames(opened.fields)
+    # of two latent frames, as one family has here, extend is given one
+    few = (
+        "objective.extend_latents=1",
+        f"data.frames=[{frames}]",
+        "eval.every_epochs=1",
+        "eval.samples=0",
+        "sample.prompts=[]",
+    )
+    tasks = ("objective.tasks={extend: 1, interpolate: 1, joint: 0, rgb_to_aux: 0}", *few)
+    clip = next(path for path in sorted((world / "data/eval").iterdir()) if path.suffix in (".mp4", ".png"))
+    ask = ["sample", "", "--prompt", "a red circle", "sample.steps=1", "sample.guidance=1", "--between", str(clip)]
+    if geometry.stills or not geometry.first_alone or shows:
+        assert cli.main(["train", str(copied), f"output_dir={tmp_path}", *tasks]) == 2
+        assert "objective.tasks.extend: " in capsys.readouterr().err
+        assert cli.main([*ask[:1], *ask[2:], "--model", str(world / "model"), f"sample.size=[64,64,{frames}]"]) == 2
+        assert "--between: " in capsys.readouterr().err
+        return
+    run = train(world, tmp_path / "run", *tasks)
+    told = next(line["eval"] for line in metrics(run) if "eval" in line)
+    assert {"eval/extend", "eval/interpolate"} == told.keys(), told
+    ask[1] = str(run)
+    assert cli.main([*ask, "--out", str(tmp_path / "between")]) == 0
+    facts = json.loads(next((tmp_path / "between").rglob("sample.json")).read_text())
+    total = (frames - 1) * 4 + 1
+    assert facts["given"] == ["first frame of rgb", "every 4 frames of rgb"] and facts["windows"] == 4
+    assert (facts["frames"], facts["fps"]) == (total, "64")
+    ask[-2:] = ["--extend", str(clip), "--frames", str(frames + 2)]
+    assert cli.main([*ask, "--out", str(tmp_path / "extend")]) == 2
+    assert "gives no seg" in capsys.readouterr().err
 
 
 def test_a_companion_of_half_the_size_goes_the_whole_way(

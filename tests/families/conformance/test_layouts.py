@@ -24,7 +24,8 @@ from transpixeler.training import optim
 STEPS = 3  # from one bucket to the other and back: the last has schedules and shards that both left behind
 BASE = (
     *("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3"),
-    *("objective.caption_dropout=0", "objective.tasks={joint: 2, rgb_to_aux: 1, ends_to_video: 3}"),
+    *("objective.caption_dropout=0", "objective.tasks={joint: 1, rgb_to_aux: 1, ends_to_video: 2, interpolate: 4}"),
+    "objective.interpolate_every=2",  # the step of the longer bucket draws interpolate
 )
 KINDS = {
     "lora": (),

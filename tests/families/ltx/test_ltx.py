@@ -13,7 +13,7 @@ from transpixeler.families.ltx.config import LtxConfig
 from transpixeler.families.ltx.model import LtxModel, positions_in_pixels, rope_table
 from transpixeler.families.ltx.names import NAMES
 from transpixeler.models.backbone import apply_dtypes
-from transpixeler.models.streams import Segment, StreamLayout
+from transpixeler.models.streams import LAST, Beside, Segment, StreamLayout
 
 FPS = 24.0
 SHAPES = [(4, 1, 3, 4), (4, 3, 4, 5), (4, 5, 2, 7)]
@@ -164,7 +164,7 @@ def test_a_token_begins_where_its_pixels_do() -> None:
     assert places[0, :, 0, 1].tolist() == [0.0, 32.0] and places[0, 0, :, 2].tolist() == [0.0, 32.0]
     plain = positions_in_pixels(Segment(0, (1, 3, 2, 2), (1, 1, 1)), fps=8.0, causal=False, device=cpu).view(3, 2, 2, 3)
     assert plain[:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
-    last = Segment(0, (1, 1, 2, 2), (1, 1, 1), first=2)
+    last = Segment(0, (1, 1, 2, 2), (1, 1, 1), beside=Beside(0, LAST, (2.0,)))
     ends = [positions_in_pixels(last, fps=8.0, causal=causal, device=cpu)[0, 0].item() for causal in (True, False)]
     assert ends == [16 / 8, 2.0 + 7 / 8]  # where the last of the clip's 17 or 24 frames begins
     half = positions_in_pixels(Segment(1, (1, 3, 1, 1), (1, 1, 1), scale=2), fps=8.0, causal=True, device=cpu)

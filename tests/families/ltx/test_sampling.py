@@ -16,8 +16,8 @@ from tests.families.ltx.pipeline import write_pipeline
 from transpixeler.config.sections import SampleConfig
 from transpixeler.families.ltx import schedule
 from transpixeler.families.ltx.family import LtxFolder
-from transpixeler.flow.objective import cut_first
 from transpixeler.flow.solver import denoise, start_noise
+from transpixeler.flow.tasks import Task
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource, load_weights
 from transpixeler.sampling import sampler
@@ -117,7 +117,7 @@ def test_a_video_from_a_caption_equals_the_pipelines(folder: Path, theirs: Any) 
 @torch.no_grad()
 def test_a_video_from_an_image_equals_the_pipelines(folder: Path, theirs: Any) -> None:
     whole = layout_of(folder)
-    layout = cut_first(whole, {0})
+    layout = Task("", first=frozenset({0})).cut(whole)
     first = torch.randn(4, 1, 2, 3, generator=torch.Generator().manual_seed(7))
     start = layout.unpack(start_noise(layout, 3))[0].clone()
     start[0, :, :1] = first

@@ -158,7 +158,7 @@ def test_records_are_what_sampling_makes_of_the_same_frames(world: Path) -> None
     data = encode_missing(loading.load(world), model, Runtime(0, 1, 0, CPU)).eval
     batch = Assembler(data, patch=model.geometry.patch, fields=model.fields).batch(np.array([1]), slots=range(1))
     origin = data.items[1].origin
-    assert batch.shown is not None and origin is not None and batch.layout.lasts == ()
+    assert batch.shown is not None and origin is not None and batch.layout.beside == ()
     streams = dict(enumerate(decode_pair(*origin).values()))
     first, last = ({n: frames[[place]] for n, frames in streams.items()} for place in (0, -1))
     for firsts, lasts in (({}, {}), ({0: first[0]}, {}), ({}, last), (first, {1: last[1]})):

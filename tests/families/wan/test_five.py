@@ -26,7 +26,7 @@ from transpixeler.families.wan.encoders import WanVae
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.names import NAMES
 from transpixeler.families.wan.original import T5_FILE, TOKENIZER_FOLDER, VAE_22_FILE, VAE_FILE, original_vae_config
-from transpixeler.flow.objective import cut_first
+from transpixeler.flow.tasks import Task
 from transpixeler.models.family import open_model
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource, load_weights
@@ -60,7 +60,7 @@ def both(times: Tensor, told: Tensor) -> tuple[Any, Any, Tensor, Tensor]:
     model = wan_model(FIVE, streams=("rgb",))
     weights = published.state_dict()
     model.load_state_dict({name: weights[stored] for name, stored in NAMES.internal_names(weights).items()})
-    layout = cut_first(StreamLayout.equal(("rgb",), (48, 3, 4, 6), model.patch), {0})
+    layout = Task("", first=frozenset({0})).cut(StreamLayout.equal(("rgb",), (48, 3, 4, 6), model.patch))
     draws = torch.Generator().manual_seed(1)
     x = torch.randn(2, layout.elements, generator=draws)
     text = torch.randn(2, 512, FIVE["text_dim"], generator=draws)
@@ -116,7 +116,7 @@ def test_a_video_from_an_image_equals_the_pipelines(folder: Path, theirs: Any) -
 
     picture = np.random.default_rng(0).integers(0, 256, (*PIXELS[1:], 3), dtype=np.uint8)
     whole = layout_of(folder, PIXELS)
-    layout = cut_first(whole, {0})
+    layout = Task("", first=frozenset({0})).cut(whole)
     expected = run(theirs, PIXELS, layout, image=Image.fromarray(picture))
     vae = WanFolder(str(folder)).load_vae(device=CPU, dtype=torch.float32)
     first = vae.encode(torch.from_numpy(picture)[None, None])[0]

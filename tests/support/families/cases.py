@@ -29,7 +29,7 @@ from transpixeler.config.sections import Config
 from transpixeler.flow import draws, objective
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, Field, find_family
-from transpixeler.models.streams import Shape, StreamLayout
+from transpixeler.models.streams import LAST, Shape, StreamLayout
 
 STREAMS = ("rgb", "seg", "depth")
 
@@ -121,7 +121,8 @@ def zero(model: nn.Module, part: str) -> None:
 def example(case: Case, model: Backbone, config: Config, step: int, slots: range) -> objective.Example:
     """Draw the share at `slots` of a step's global batch; buckets alternate.
 
-    One has a companion at half the size, and first and last frames of their own time where a step's tasks give them.
+    One has a companion at half the size, and what a step gives of it has times of its own: first and last frames,
+    or every second one.
     """
     names, shape = tuple(config.streams), case.shapes[step % 2]
     layout = StreamLayout.equal(names, shape, model.patch)
@@ -129,7 +130,9 @@ def example(case: Case, model: Backbone, config: Config, step: int, slots: range
         channels, frames, height, width = shape
         small = (channels, frames, height // 2, width // 2)
         shapes, count = (shape, small, shape), len(names)
-        layout = replace(layout, shapes=shapes[:count], scales=(1, 2, 1)[:count], lasts=(0,))
+        layout = replace(layout, shapes=shapes[:count], scales=(1, 2, 1)[:count])
+        wanted = [(0, LAST), *((stream, 2) for stream in range(count))]
+        layout = layout.with_beside(wanted, 4 * (frames - 1) + 1)
     ids = [f"sample{step}-{slot}" for slot in slots]
     rows = [_fields(model.fields, 1, draws.generator("fields", name)) for name in ids]
     return objective.prepare(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transpixeler.config.sections import Config, UserError
 from transpixeler.data.dataset import Dataset, Datasets, Item
-from transpixeler.data.features.files import LAST, header, row_of
+from transpixeler.data.features.files import header, row_of
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column
 from transpixeler.files import check_place, whole, writing_to
 from transpixeler.models.conditions import fields_from_frames
@@ -89,8 +89,7 @@ class _Writer:
     def clip(self, dataset: Dataset, item: Item, name: str) -> dict[str, str]:
         """Write a clip's latents and caption; return its row."""
         columns = [latent_column(stream, dataset.streams[0]) for stream in dataset.streams]
-        lasts = dataset.lasts if item.bucket[0] > 1 else ()
-        names = [name for number, one in enumerate(columns) for name in [one] + [one + LAST] * (number in lasts)]
+        names = [latent_column(part.stream, dataset.streams[0]) + part.suffix for part in dataset.parts(item)]
         tensors = {name: _value(dataset, key) for name, key in zip(names, item.latent_keys, strict=True)}
         path = self._write(f"{name}.safetensors", self._bytes(tensors))
         return dict.fromkeys(columns, path) | self._text(dataset, item.caption, item.text_keys)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from transpixeler.data.media.errors import BadMedia, as_bad_media
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".npy")
 MASKS = ("mask", "attention_mask", "prompt_attention_mask")  # of text, as encoders of other programs name them
-LAST = "_last"  # ends the name of a stream's last frame, encoded alone
+BESIDE = re.compile(r"(_last|_every\d+)$")  # ends the names of frames beside a stream's video, each encoded alone
 NAMED = {"family", "scale"}  # what our own headers say; see `export`
 
 
@@ -41,7 +42,7 @@ class Opened:
         for name in names:
             if name in self.tensors:
                 return self.numbers(name)
-        left = [name for name in self.tensors if name not in MASKS and not name.endswith(LAST)]
+        left = [name for name in self.tensors if name not in MASKS and not BESIDE.search(name)]
         if len(left) != 1:
             held = ", ".join(sorted(self.tensors)) or "no tensor"
             raise BadMedia(f"holds {held[:160]}; one tensor should be named {names[0]}")

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from transpixeler.config.sections import Config
 from transpixeler.data.cache.records import DTYPE
-from transpixeler.data.features.files import LAST, MASKS, Opened, open_features
+from transpixeler.data.features.files import MASKS, Opened, open_features
 from transpixeler.data.media.clip import Media
 from transpixeler.data.media.errors import BadMedia, check_size
 from transpixeler.data.names import printable
+from transpixeler.data.parts import Part, part_shape, parts_of
 from transpixeler.data.sources.candidate import TEXT_COLUMN, Features, latent_column
-from transpixeler.flow.objective import all_lasts
+from transpixeler.flow.tasks import all_beside
 from transpixeler.models.conditions import fields_from_frames
 from transpixeler.models.family import Field, ModelFolder, caption_fields
 from transpixeler.models.geometry import USUAL, Geometry
+from transpixeler.models.streams import FramesOf
 
 LEAST, MOST = 0.1, 2.5  # of a latent's root mean square; normalised ones are about 1
 MARGIN = 0.02  # by which a latent must look more like a raw one, in nats an element
@@ -36,7 +38,7 @@ class Needs:
 
     geometry: Geometry
     scales: Mapping[str, int]  # by stream, the first one first
-    lasts: tuple[str, ...] = ()  # streams whose last frame some task gives alone
+    beside: tuple[FramesOf, ...] = ()  # frames that some task gives, each encoded alone
     fields: tuple[Field, ...] | None = None  # None: no model is named yet
     family: str = ""
     statistics: tuple[Tensor, Tensor] | None = field(default=None, compare=False)  # of raw latents, by channel
@@ -46,12 +48,12 @@ class Needs:
         """Return what a config's features must be like; where no model is named, of a usual one's geometry."""
         streams = tuple(config.streams)
         fields = () if model is None else model.fields
-        lasts = tuple(streams[number] for number in all_lasts(config.objective, streams, fields))
+        beside = all_beside(config.objective, streams, fields)
         scales = dict(zip(streams, config.scales))
         if model is None:
-            return cls(USUAL.over(config.scales), scales, lasts)
+            return cls(USUAL.over(config.scales), scales, beside)
         told = model.latent_statistics()
-        return cls(model.geometry.over(config.scales), scales, lasts, model.fields, model.family.name, told)
+        return cls(model.geometry.over(config.scales), scales, beside, model.fields, model.family.name, told)
 
     # -- when sources are scanned
 
@@ -68,12 +70,13 @@ class Needs:
             with blamed(features, latent_column(stream, self.first), path):
                 opened = open_features(path)
                 self._check_family(opened)
-                latent = self.latent(features, opened, stream)
+                latent = self.latent(features, opened, Part(stream))
                 if size is None:
                     size = self._size(latent)
-                self.check_shape(latent, size, stream)
-                if stream in self.lasts and size[0] > 1:
-                    self.check_shape(self.latent(features, opened, stream, last=True), (1, *size[1:]), stream)
+                self.check_shape(latent, size, Part(stream))
+                for part in parts_of(tuple(self.scales), self.beside, size[0]):
+                    if part.stream == stream and part.every is not None:
+                        self.check_shape(self.latent(features, opened, part), size, part)
         assert size is not None, features
         return Media(*size, fps=Fraction(0), duration=Fraction(0), alpha=False)
 
@@ -92,19 +95,20 @@ class Needs:
     def first(self) -> str:
         return next(iter(self.scales))
 
-    def latent(self, features: Features, opened: Opened, stream: str, *, last: bool = False) -> Tensor:
-        """Return a stream's latents [C, f, h, w], or those of its last frame alone."""
-        column = latent_column(stream, self.first)
-        names = [column, f"{stream}_latent"]
-        if not last:
-            if features.share_a_file(stream) and not any(name in opened.tensors for name in names):
+    def latent(self, features: Features, opened: Opened, part: Part) -> Tensor:
+        """Return a part's latents [C, f, h, w]."""
+        column = latent_column(part.stream, self.first)
+        names = [column, f"{part.stream}_latent"]
+        if part.every is None:
+            if features.share_a_file(part.stream) and not any(name in opened.tensors for name in names):
                 raise BadMedia(f"has no tensor {column}, and other streams are in this file, too: name each one's")
             found = opened.pick(names)
-        elif (name := column + LAST) in opened.tensors:
+        elif (name := column + part.suffix) in opened.tensors:
             found = opened.numbers(name)
         else:
+            given, whose = ("some frames", "each one") if part.every else ("a last frame", "that frame")
             raise BadMedia(
-                f"has no tensor {name}, which a task that gives a last frame needs: that frame's latent, encoded alone"
+                f"has no tensor {name}, which a task that gives {given} needs: {whose}'s latent, encoded alone"
             )
         if found.ndim == 5 and len(found) == 1:
             found = found[0]
@@ -156,8 +160,8 @@ class Needs:
             raise BadMedia(f"has the shape {_shape(latent)}, of a video of {width}×{height}×{frames}: {fault}")
         return frames, height, width
 
-    def check_shape(self, latent: Tensor, size: tuple[int, int, int], stream: str) -> None:
-        wanted = self.geometry.latent(*size, scale=self.scales[stream])
+    def check_shape(self, latent: Tensor, size: tuple[int, int, int], part: Part) -> None:
+        wanted = part_shape(self.geometry, size, part, self.scales)
         if tuple(latent.shape) != wanted:
             frames, height, width = size
             raise BadMedia(f"has the shape {_shape(latent)}, not {list(wanted)} as for {width}×{height}×{frames}")
@@ -196,7 +200,7 @@ def check_features(features: Features, needs: Needs) -> None:
     for stream, path in features.latents:
         with blamed(features, latent_column(stream, needs.first), path):
             opened = open_features(path)
-            needs.check_values(needs.latent(features, opened, stream), opened, latent=True)
+            needs.check_values(needs.latent(features, opened, Part(stream)), opened, latent=True)
     if features.text is not None and needs.fields is not None:
         with blamed(features, TEXT_COLUMN, features.text):
             opened = open_features(features.text)

@@ -39,9 +39,9 @@ def clip_records(job: ClipJob, needs: Needs) -> list[Record]:
     for part, key in job.keys.items():
         with blamed(features, latent_column(part.stream, needs.first), paths[part.stream]):
             opened = open_features(paths[part.stream])
-            value = needs.latent(features, opened, part.stream, last=part.last)
-            size = (1 if part.last else job.clip.frames, job.clip.height, job.clip.width)
-            needs.check_shape(value, size, part.stream)  # the file may have changed since it was scanned
+            value = needs.latent(features, opened, part)
+            size = (job.clip.frames, job.clip.height, job.clip.width)
+            needs.check_shape(value, size, part)  # the file may have changed since it was scanned
             needs.check_values(value, opened, latent=True)
             records.append(Record("latent", key, value.to(DTYPE)))
     return records

@@ -1,0 +1,166 @@
+"""Teach the demo's base to make frames between frames and to go on from a clip, and measure both on held-out scenes.
+
+Clips whose captions say neither colour nor direction are written and an adapter of scope all is trained on them, so
+that the motion can only come from the given frames. Then of each held-out scene every fourth frame, or the first five,
+are given, RGB and alpha, and the rest is made. Two controls are measured as well: the nearest given frame held still,
+and the VAE's round trip of the truth. Prints a table and ends with one line of JSON. The same command goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from demo_figures import true_streams
+from demo_image import SQUARE, center_distance, round_trips, train, write_clips
+from demo_measures import add_captions, direction, silhouette_iou
+from tooling import run
+from torch import Tensor
+
+from transpixeler.demo.scenes import Attributes, scenes
+from transpixeler.flow.tasks import Task, tasks
+from transpixeler.models.family import open_model
+from transpixeler.models.streams import frames_beside
+from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
+from transpixeler.sampling.frames import Frames
+from transpixeler.sampling.model import fit_layout, open_engine
+from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.saves import SavedModel, load_saved
+from transpixeler.sampling.texts import encode_prompts
+from transpixeler.sampling.video import Video, video_layout
+
+TASKS = "objective.tasks={extend: 0.5, interpolate: 0.5, joint: null, rgb_to_aux: null}"
+SETTINGS = ("optim.lr=4.0e-3", "train.global_batch=4")
+STAGES = {"first": (TASKS, *SETTINGS, "train.max_steps=700")}
+NEAR = {
+    "interpolate": 1.0,
+    "extend": 4.0,
+}  # pixels, mean over the frames that are made; a step of a shape is 1.2 to 1.8
+Streams = Mapping[str, np.ndarray]  # uint8 [F, H, W, 3] by name
+
+
+def main(argv: Sequence[str]) -> None:
+    """Do each part that is not there yet, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder to work in; what is finished there is not done again")
+    parser.add_argument("overrides", nargs="*", help="config keys, such as train.max_steps=400")
+    parser.add_argument("--clips", type=int, default=128, help="training clips (default: %(default)s)")
+    add_captions(parser, default=20)
+    arguments = parser.parse_intermixed_args(argv)
+    log_to_terminal(0)
+    quiet_libraries()
+    write_clips(arguments.out, arguments.clips, caption=still_words)
+    trained = train(arguments.out, arguments.overrides, stages=STAGES)
+    source = load_saved(str(trained), [word for word in arguments.overrides if word.startswith("sample.")])
+    with running() as runtime:
+        figures = measure(source, runtime, count=arguments.captions)
+    print(table(figures))
+    print(json.dumps(figures))
+
+
+def still_words(attributes: Attributes) -> str:
+    """Return the caption without colour and direction."""
+    return f"a {attributes.shape} drifts, {attributes.opacity}"
+
+
+def measure(source: SavedModel, runtime: Runtime, *, count: int) -> dict[str, float]:
+    """Return means over held-out scenes, by task, of what was made and of the controls."""
+    asked = scenes(count, formats=[SQUARE], held_out=True, seed=source.config.sample.seed + 1)
+    truths, figures = [true_streams(scene) for scene in asked], dict[str, float]()
+    trips = round_trips(source, runtime, truths)
+    known = tasks(tuple(source.config.streams), source.config.objective)
+    for name in NEAR:
+        captions = [still_words(scene.attributes) for scene in asked]
+        made, equal = filled(source, runtime, known[name], captions, truths)
+        frames = made_frames(known[name], SQUARE.frames)
+        held = [{key: video[nearest(frames)] for key, video in true.items()} for true in truths]
+        for column, videos in {"": made, "_held": held, "_vae": trips}.items():
+            rows = [measured(one, true, frames, NEAR[name]) for one, true in zip(videos, truths, strict=True)]
+            figures |= {f"{name}_{key}{column}": float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        figures[f"{name}_given_latents_bit_equal"] = float(np.mean(equal))
+    return figures
+
+
+def made_frames(task: Task, frames: int) -> list[int]:
+    """Return the frames that a task leaves to make, of a VAE whose stride in time is four."""
+    given = {0, *frames_beside(task.every, frames)} if task.between else set(range(4 * (task.begin - 1) + 1))
+    return [number for number in range(frames) if number not in given]
+
+
+def nearest(made: Sequence[int]) -> list[int]:
+    """Return for every frame the given one that is nearest, the earlier of two."""
+    given = [number for number in range(SQUARE.frames) if number not in made]
+    return [min(given, key=lambda other: (abs(other - number), other)) for number in range(SQUARE.frames)]
+
+
+def filled(
+    source: SavedModel, runtime: Runtime, task: Task, captions: Sequence[str], truths: Sequence[Streams]
+) -> tuple[list[Streams], list[bool]]:
+    """Make what a task leaves of each true video; tell also of each whether the given latents are as they were."""
+    config, layout = fit_layout(source.config, runtime, asked=False)
+    source = dataclasses.replace(source, config=config)
+    model = open_model(config.model)
+    mesh, frames = meshes.build(layout, runtime), Frames(model, runtime.device)
+    shape = task.cut(video_layout(config, model).with_beside(task.beside, SQUARE.frames))
+    first = 4 * (task.begin - 1) + 1
+    texts = encode_prompts(config, captions, model, runtime)
+    videos = []
+    for number, (caption, true) in enumerate(zip(captions, truths, strict=True)):
+        begin = {n: frames.encode(true[name][:first]) for n, name in enumerate(shape.names)}
+        beside = {
+            one.stream: frames.encode_alone(true[shape.names[one.stream]][one.every :: one.every])
+            for one in shape.beside
+        }
+        seed = config.sample.seed + number
+        videos.append(Video(f"{number}", caption, texts.by_prompt[caption], seed, shape, begin, beside))
+    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
+    latents = [made for _, made in sampler.each(videos)]
+    kept = [given_kept(video, one) for video, one in zip(videos, latents, strict=True)]
+    return [frames.decode(one, shape) for one in latents], kept
+
+
+def given_kept(video: Video, made: Tensor) -> bool:
+    """Return whether packed latents [N] hold what was given, bit by bit."""
+    pairs = zip(video.layout.segments, video.layout.unpack(made[None]), strict=True)
+    held = [((video.beside if one.alone else video.given)[one.stream], part[0]) for one, part in pairs]
+    return all(torch.equal(part[:, : given.shape[1]], given) for given, part in held)
+
+
+def measured(streams: Streams, true: Streams, frames: Sequence[int], near: float) -> dict[str, float]:
+    """Measure the frames that were made, of one video, against its scene."""
+    rgb, alpha = streams["rgb"][frames], streams["seg"][frames].mean(-1) / 255
+    off = center_distance(rgb, true["rgb"][frames])
+    way = direction(rgb) == direction(true["rgb"])
+    motion = {"way": float(way), "near": float(off <= near), "motion": float(way and off <= near)}
+    return {**motion, "center_off": off, "alpha_iou": silhouette_iou(rgb, alpha)}
+
+
+ROWS = {
+    "way": "{task}: what is made moves the right way",
+    "near": "{task}: its centre is within {near:g} pixels of the truth's, mean over the frames",
+    "motion": "{task}: both",
+    "center_off": "{task}: its centre differs from the truth's by (pixels)",
+    "alpha_iou": "{task}: alpha lies on the RGB's shape (IoU at 0.5)",
+    "given_latents_bit_equal": "{task}: given latents are bit-equal after sampling",
+}
+
+
+def table(figures: Mapping[str, float]) -> str:
+    lines = ["", f"{'held-out scenes':76} {'made':>8} {'held':>8} {'VAE':>8}"]
+    for task, near in NEAR.items():
+        for key, title in ROWS.items():
+            keys = [f"{task}_{key}{column}" for column in ("", "_held", "_vae")]
+            cells = [f"{figures[key]:8.3f}" if key in figures else f"{'–':>8}" for key in keys]
+            lines.append(f"{title.format(task=task, near=near):76} {' '.join(cells)}")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("demo_between", main))

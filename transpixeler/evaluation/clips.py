@@ -18,7 +18,7 @@ from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import tasks
 from transpixeler.flow.draws import draw_noise
-from transpixeler.flow.objective import Example, Fields
+from transpixeler.flow.objective import Example, Fields, told
 from transpixeler.flow.tasks import Task, narrowed
 from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.experts import ONLY, Expert, chosen_experts
@@ -117,7 +117,7 @@ def at_all_times(batch: Batch, config: Config, task: Task, expert: Expert = ONLY
 
 def all_fields(batch: Batch, task: Task) -> Fields:
     """Return the fields of a batch's clips under a task: those of captions, and what is shown of given frames."""
-    fields = objective.told(batch.fields, batch.unseen, [task] * len(batch.latents), batch.layout)
+    fields = told(batch.fields, batch.unseen, [task] * len(batch.latents), batch.layout)
     if batch.shown is None:
         return fields
     ends = ([streams] * len(batch.latents) for streams in (task.shown, task.shown_last))

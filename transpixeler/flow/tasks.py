@@ -15,7 +15,7 @@ from torch import Tensor
 from transpixeler.config.sections import Config, ObjectiveConfig, UserError
 from transpixeler.flow.draws import generator
 from transpixeler.models.conditions import shows_frames, shows_stills
-from transpixeler.models.family import Field, ModelFolder, caption_fields
+from transpixeler.models.family import Field, ModelFolder, caption_fields, sees_frames
 from transpixeler.models.streams import LAST, Beside, FramesOf, StreamLayout
 
 PLAIN = ObjectiveConfig()
@@ -254,6 +254,8 @@ def untakeable(task: Task, model: ModelFolder) -> str:
         return f"{title} makes images, which do not go on from a frame; leave it out"
     if not geometry.first_alone:
         return f"{title} encodes {geometry.stride[0]} frames at a time, so that none can be given alone; leave it out"
+    if sees_frames(model.fields) and task.several:
+        return f"{title} reads captions beside one given frame, and takes no more frames; leave it out"
     if shows and task.several:
         return "this model is shown given frames in channels, those at the ends alone; leave it out"
     if shows and task.last and not shows_stills(model.fields):

@@ -24,7 +24,7 @@ from transpixeler.data.dataset import Dataset, Item, training_order
 from transpixeler.data.order import Order
 from transpixeler.data.work import clips_used
 from transpixeler.flow.experts import Split
-from transpixeler.flow.tasks import all_beside, beside_by_step, check_given
+from transpixeler.flow.tasks import all_beside, beside_by_step, check_given, views
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.conditions import kept_layout
 from transpixeler.models.experts import chosen_experts
@@ -223,7 +223,7 @@ def _text_bytes(config: Config, folder: ModelFolder, items: Sequence[Item]) -> i
     """Estimate the records of captions: one row a token, or one a caption; beside pictures, of each clip."""
     plain, beside = {""}, list[str]()
     for item in items:
-        seen, unseen = objective.views(config.objective, tuple(config.streams), video=item.bucket[0] > 1)
+        seen, unseen = views(config.objective, tuple(config.streams), video=item.bucket[0] > 1)
         beside += [item.caption] * seen
         plain |= {item.caption} if unseen or not sees_frames(folder.fields) else set()
     return BF16_BYTES * sum(

@@ -107,8 +107,11 @@ def test_dropout_draws_the_same_in_the_backward_pass() -> None:
     assert float((losses[0] - losses[1]) / 2e-2) == pytest.approx(float((grad * step).sum()), rel=1e-2)
 
 
-def _whole_lengths(tokens: Tokens, start: int, stop: int) -> Tokens:
-    return tokens._replace(groups=tokens.groups[:1] and (stop - start, *[0] * (len(tokens.groups) - 1)))
+CUT = Tokens.piece
+
+
+def _one_group(tokens: Tokens, start: int, stop: int) -> Tokens:
+    return CUT(tokens, start, stop)._replace(groups=(stop - start, *[0] * (len(tokens.groups) - 1)))
 
 
 def _last_alone(self: pieces._Sum, cut: Piece, grad: torch.Tensor | None) -> None:
@@ -118,7 +121,7 @@ def _last_alone(self: pieces._Sum, cut: Piece, grad: torch.Tensor | None) -> Non
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "broken"), [(Tokens, "piece", _whole_lengths), (pieces._Sum, "add", _last_alone)]
+    ("where", "name", "broken"), [(Tokens, "piece", _one_group), (pieces._Sum, "add", _last_alone)]
 )
 def test_pieces_that_are_cut_or_summed_wrong_are_caught(where: type, name: str, broken: object, monkeypatch) -> None:
     model = adapted(CASES["wan"], 2, attends=True)

@@ -36,7 +36,7 @@ from tests.support.pages import (
     text,
 )
 from tests.test_house import ORDER
-from transpixeler import arguments, cli
+from transpixeler import arguments, cli, usage
 from transpixeler.config import loading
 from transpixeler.config.sections import Config, UserError
 from transpixeler.data.prompts import prompt_lines
@@ -330,7 +330,7 @@ def test_python_that_is_shown_can_run(page: Path) -> None:
             assert all(name and importlib.util.find_spec(name.split(".")[0]) for name in names)
 
 
-@pytest.mark.parametrize("line", [line for lines in arguments.EXAMPLES.values() for line in lines])
+@pytest.mark.parametrize("line", [line for lines in usage.EXAMPLES.values() for line in lines])
 def test_every_example_of_a_help_exists(line: str, there: Path) -> None:
     check(Command(README, tuple(shlex.split(line.partition(" > ")[0]))))
 

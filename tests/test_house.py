@@ -33,13 +33,14 @@ ORDER = (
         "planning",
         "demo",
         "api",
+        "usage",
         "arguments",
         "commands",
         "cli",
         "__main__",
     ),
 )
-TOP_FLOOR = {"__init__", "__main__", "api", "arguments", "cli", "commands", "files"}
+TOP_FLOOR = {"__init__", "__main__", "api", "arguments", "cli", "commands", "files", "usage"}
 HEAVY = {
     *("diffusers", "transformers", "torchao", "av", "tensorboard", "peft", "torchvision", "PIL", "pyarrow", "wandb"),
     "OpenEXR",

@@ -18,11 +18,12 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from transpixeler.arguments import OTHERS_OPTIONS, commands_of, make_parser
+from transpixeler.arguments import commands_of, make_parser
 from transpixeler.commands import COMMANDS
 from transpixeler.config import loading
 from transpixeler.config.sections import Fault, UserError
 from transpixeler.files import near, printable, shown_path
+from transpixeler.usage import OTHERS_OPTIONS
 
 SECONDS_FOR_MAIN = 5.0  # that other ranks leave rank 0 to tell an error
 # What a user can do about a file; the rest, such as a full disk, is no mistake in the input.

@@ -14,7 +14,8 @@ from transpixeler.families.wan.model import WanModel
 from transpixeler.models import backbone
 from transpixeler.models.attention import attention
 from transpixeler.models.lora import inject
-from transpixeler.models.streams import LAST, Segment, StreamLayout, Tokens, scope_span, span_slice
+from transpixeler.models.streams import LAST, Segment, StreamLayout, scope_span, span_slice
+from transpixeler.models.tokens import Tokens
 
 SHAPE = (4, 2, 4, 6)
 UNEQUAL = ((4, 2, 4, 6), (4, 2, 2, 4), (4, 1, 4, 6))

@@ -15,7 +15,8 @@ from tests.support.families.cases import CASES, STREAMS
 from transpixeler.config import loading
 from transpixeler.config.sections import UserError
 from transpixeler.models.backbone import Backbone, Flow
-from transpixeler.models.streams import StreamLayout, Tokens
+from transpixeler.models.streams import StreamLayout
+from transpixeler.models.tokens import Tokens
 from transpixeler.parallel import hosted, shard
 from transpixeler.parallel.hosted import HostInputs
 

@@ -19,7 +19,7 @@ from transpixeler.config.sections import UserError
 from transpixeler.flow import objective
 from transpixeler.models.backbone import QKV, Block, Flow
 from transpixeler.models.costs import Costs
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import pipeline, runtime, shard
 from transpixeler.parallel.build import build_engine

@@ -5,6 +5,7 @@ In: a `Config`. Out: pairs of a key and what is wrong with it. Torch is never im
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +18,10 @@ from transpixeler.config.sections import (
     Config,
     DataConfig,
     family_names,
-    is_folder_name,
+    is_path,
 )
+
+NAME_BYTES = 255  # the most that file systems take for one name
 
 
 def faults(config: Config) -> Iterator[tuple[str, str]]:
@@ -31,7 +34,7 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
     yield from _training_faults(config)
     if isinstance(config.sample.guidance, dict) and not config.sample.guidance:
         yield "sample.guidance", "names no expert; give a number, or one for each, as in {high: 4, low: 3}"
-    if config.train.deterministic and config.model.attention in ("cudnn", "efficient", "flex"):
+    if config.train.deterministic and config.model.attention in ("cudnn", "efficient", "flex", "fa3", "fa4"):
         other = f"model.attention={config.model.attention} sums gradients in any order"
         yield "train.deterministic", f"{other}; set it to auto, flash or math"
     for key, empty in (
@@ -44,7 +47,7 @@ def faults(config: Config) -> Iterator[tuple[str, str]]:
             yield key, "the list is empty; leave the key out to use the default"
     if "composite" in config.sample.formats and len(config.streams) > 1 and not config.sample.background:
         yield "sample.background", "set it to an image or a video: the format composite puts samples on top of it"
-    if not is_folder_name(config.run_name):
+    if not _is_folder_name(config.run_name):
         yield "run_name", f"{config.run_name!r} is not a plain folder name; runs are folders inside output_dir"
     if config.hub.repo and not REPO.fullmatch(config.hub.repo):
         yield "hub.repo", f"{config.hub.repo!r} is not a Hub id; write it as user/name"
@@ -124,3 +127,9 @@ def _of_all_sources(data: DataConfig, name: str) -> Iterator[tuple[str, Any]]:
         lists |= {f"data.{part}.{i}.{name}": getattr(source, name) or () for i, source in enumerate(sources)}
     for key, values in lists.items():
         yield from ((f"{key}.{i}", value) for i, value in enumerate(values))
+
+
+def _is_folder_name(text: str) -> bool:
+    """Return whether a text, which may be empty, can name a run: no path, no control characters, not too long."""
+    odd = any(letter in "/\\\x7f" or letter < " " for letter in text) or text in (".", "..", "latest")
+    return not odd and is_path(text) and len(os.fsencode(text)) <= NAME_BYTES

@@ -49,7 +49,6 @@ class PathKind(enum.Enum):
 
 
 STREAM = re.compile(r"[A-Za-z][\w-]*")  # becomes part of file names, parameter names and headers
-NAME_BYTES = 255  # the most that file systems take for one name
 REPO = re.compile(r"[\w.-]+/[\w.-]+")  # a Hub id
 COLUMNS = ("text", "num_frames", "height", "width", "fps")  # of a manifest, beside one for each stream
 FEATURES = ("latent", "text_fea")  # columns of files with features; a companion's latents are in STREAM_latent
@@ -394,9 +393,3 @@ def is_path(text: str) -> bool:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
-
-
-def is_folder_name(text: str) -> bool:
-    """Return whether a text, which may be empty, can name a run: no path, no control characters, not too long."""
-    odd = any(letter in "/\\\x7f" or letter < " " for letter in text) or text in (".", "..", "latest")
-    return not odd and is_path(text) and len(os.fsencode(text)) <= NAME_BYTES

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transpixeler.config.sections import UserError
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 
 KERNELS = {
     "flash": [SDPBackend.FLASH_ATTENTION],

@@ -21,7 +21,8 @@ from transpixeler.models.context import Context
 from transpixeler.models.family import Field
 from transpixeler.models.pieces import ByToken
 from transpixeler.models.rgb_memory import RgbMemory
-from transpixeler.models.streams import Grid, StreamLayout, Tokens
+from transpixeler.models.streams import Grid, StreamLayout
+from transpixeler.models.tokens import Tokens
 
 # The flow: the flat tuple of tensors that runs from block to block and from stage to stage, the same for LoRA and for
 # full fine-tuning. A plain tuple: pipelining wants no other. Its first `carried` tensors are what blocks change: the

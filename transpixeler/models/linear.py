@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transpixeler.models.lowrank import add_product_, product, stacked, summed_product, summed_products
-from transpixeler.models.streams import Tokens, span_slice
+from transpixeler.models.streams import span_slice
+from transpixeler.models.tokens import Tokens
 
 INT8 = "int8"
 Pair = tuple[Tensor, Tensor, Tensor | None]  # A [r, in], B [out, r], and of a DoRA the norms [out] of its rows

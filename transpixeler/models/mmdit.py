@@ -26,7 +26,8 @@ from transpixeler.models.linear import FeedForward, Linear, project_seen, projec
 from transpixeler.models.modulation import add_gated, modulate, sinusoid
 from transpixeler.models.patches import patchify, unpatchify
 from transpixeler.models.pieces import is_cut
-from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
+from transpixeler.models.streams import Grid, Segment, StreamLayout, stream_embeddings
+from transpixeler.models.tokens import Tokens
 
 EPS = 1e-6
 THETA = 10000.0

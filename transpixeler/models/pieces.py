@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 
 Inputs = tuple[Tensor, ...]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 
 Flow = tuple[Tensor, ...]
 Known = tuple[Tensor, Tensor]  # RGB's keys and values in a block, text that flows after them

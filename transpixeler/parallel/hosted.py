@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from transpixeler.models.backbone import Flow
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 
 logger = logging.getLogger("transpixeler")
 Compute = Callable[[Flow, Tokens], Flow]

@@ -11,7 +11,7 @@ from functools import partial
 
 from transpixeler.models.backbone import Block, Flow
 from transpixeler.models.kept import Kept, fitting
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 
 
 class Keeping:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.attention import SAVED_OPS
 from transpixeler.models.backbone import Backbone, Block, Flow
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 from transpixeler.parallel.hosted import Compute, HostInputs, flat
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.swap import spread

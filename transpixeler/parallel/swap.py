@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transpixeler.models.backbone import Block, Flow
 from transpixeler.models.lora import is_base
-from transpixeler.models.streams import Tokens
+from transpixeler.models.tokens import Tokens
 
 SLOTS = 2  # blocks whose weights are on the device at a time
 ALIGNMENT = 256  # bytes, at a multiple of which each weight begins

@@ -18,7 +18,8 @@ from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.pieces import Piece
 from transpixeler.models.quantize import quantize
-from transpixeler.models.streams import StreamLayout, Tokens
+from transpixeler.models.streams import StreamLayout
+from transpixeler.models.tokens import Tokens
 from transpixeler.parallel.shard import set_chunk, set_recompute
 
 every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -11,7 +11,8 @@ from tests.support.models import move
 from transpixeler.config.sections import LoraConfig, family_names
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import inject
-from transpixeler.models.streams import StreamLayout, Tokens
+from transpixeler.models.streams import StreamLayout
+from transpixeler.models.tokens import Tokens
 
 every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -24,7 +24,8 @@ from transpixeler.models.family import Field
 from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import FeedForward, Linear, project_seen, project_shared
 from transpixeler.models.modulation import add_gated, modulate, sinusoid
-from transpixeler.models.streams import Grid, Segment, StreamLayout, Tokens, stream_embeddings
+from transpixeler.models.streams import Grid, Segment, StreamLayout, stream_embeddings
+from transpixeler.models.tokens import Tokens
 
 FPS = 24.0  # of the clips, where nothing says otherwise
 STRIDE: Grid = (8, 32, 32)  # frames, rows and columns of pixels in one latent cell

@@ -28,7 +28,8 @@ from transpixeler.models.fused import norm_heads
 from transpixeler.models.linear import FeedForward, Linear, project_seen, project_shared
 from transpixeler.models.modulation import add_gated, modulate, sinusoid
 from transpixeler.models.patches import patchify
-from transpixeler.models.streams import Grid, StreamLayout, Tokens, stream_embeddings
+from transpixeler.models.streams import Grid, StreamLayout, stream_embeddings
+from transpixeler.models.tokens import Tokens
 
 THETA = 10000.0
 MATMULS = ("q", "k", "v", "o", "k_img", "v_img")

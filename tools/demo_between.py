@@ -38,7 +38,10 @@ from transpixeler.sampling.video import Video, video_layout
 
 TASKS = "objective.tasks={extend: 0.5, interpolate: 0.5, joint: null, rgb_to_aux: null}"
 SETTINGS = ("optim.lr=4.0e-3", "train.global_batch=4")
-STAGES = {"first": (TASKS, *SETTINGS, "train.max_steps=700")}
+STAGES = {
+    "first": (TASKS, *SETTINGS, "train.max_steps=700"),
+    "second": (TASKS, *SETTINGS, "train.max_steps=280"),
+}
 NEAR = {
     "interpolate": 1.0,
     "extend": 4.0,

@@ -185,7 +185,7 @@ def test_parts_of_any_length_are_whole_together_and_differ_by_one_at_most() -> N
 
 
 def test_a_cut_through_a_time_group_leaves_each_rank_its_share() -> None:
-    laid = StreamLayout(("rgb", "seg"), ((4, 3, 4, 6), (4, 3, 2, 2)), (1, 2, 2), ((1,), (2,)), (1, 2), (0,))
+    laid = StreamLayout(("rgb", "seg"), ((4, 3, 4, 6), (4, 3, 2, 2)), (1, 2, 2), ((1,), (2,)), (1, 2)).with_lasts((0,))
     assert laid.segment_lengths == (18, 6, 3) and laid.group_lengths == (6, 12, 6, 2, 1)
     found = [Context(None, rank, 2).group_counts(laid.group_lengths, laid.segment_lengths) for rank in (0, 1)]
     assert found == [(6, 3, 3, 1, 0), (0, 9, 3, 1, 1)]

@@ -148,8 +148,8 @@ def test_a_reference_is_what_the_trained_tasks_are_given(demo: Path, tmp_path: P
 def test_a_call_that_is_killed_goes_on_to_the_same_files(run: Path, tmp_path: Path) -> None:
     lines = [{"prompt": f"a ball of colour {n}", "negative": "grey" if n % 2 else ""} for n in range(4)]
     words = ["--prompts", listed(tmp_path, *lines)]
-    sample(run, tmp_path / "whole", *words)
-    out = tmp_path / "killed"
+    whole, out = tmp_path / "whole/made", tmp_path / "killed/made"  # of one name, which the page shows
+    sample(run, whole, *words)
     process = Forked(["sample", str(run), *SAMPLE, *words, "--out", str(out)], tmp_path / "said")
     while not list(out.glob("000-*/sample.json")):
         assert process.poll() is None
@@ -160,7 +160,7 @@ def test_a_call_that_is_killed_goes_on_to_the_same_files(run: Path, tmp_path: Pa
     assert 0 < len(kept) < 4, "killed too late to tell anything"
     (out / ".003-a-ball-of-colour-3-seed3.0123456789ab.tmp").mkdir(exist_ok=True)  # what a kill in a writer leaves
     sample(run, out, *words, "--resume")
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(whole)
     assert {path: path.stat().st_ino for path in kept} == kept
 
 

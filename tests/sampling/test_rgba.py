@@ -151,6 +151,7 @@ def test_a_sample_says_what_it_was_made_with(tmp_path: Path, streams) -> None:
     files = sample(tmp_path / "s", streams, "webm", "png", mode="premultiplied")
     facts = json.loads(files["facts"].read_text(encoding="utf-8"))
     there = [(path.name, path) for key, path in files.items() if key != "facts"]
+    assert sum(facts.pop("alpha_histogram")) == pytest.approx(1, abs=1e-3)
     assert facts == {
         "prompt": "a “glass” star",
         "seed": 7,

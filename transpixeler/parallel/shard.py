@@ -129,7 +129,8 @@ def _full(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = op in SAVED_OPS and torch.is_grad_enabled()  # pieces run without: they are computed again, and alone
+    # Pieces run without gradients: they are computed again, and alone. A compiler asks here without any, too.
+    saved = op in SAVED_OPS and (torch.is_grad_enabled() or torch.compiler.is_compiling())
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 

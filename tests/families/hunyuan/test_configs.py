@@ -19,10 +19,11 @@ from transpixeler.models.costs import step_flops
 from transpixeler.models.geometry import USUAL
 from transpixeler.parallel import build
 from transpixeler.parallel.mesh import Layout
+from transpixeler.parallel.shard import wants_compile
 from transpixeler.planning.estimates import Estimate, Load
 from transpixeler.planning.layouts import USABLE_MEMORY
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS, GPU = Path(__file__).parents[3] / "configs", torch.device("cuda")
 
 
 def figures(name: str, bucket: tuple[int, int, int], *overrides: str, shard: int = 1) -> tuple[float, float, int]:
@@ -31,7 +32,7 @@ def figures(name: str, bucket: tuple[int, int, int], *overrides: str, shard: int
     streams = tuple(config.streams)
     shape = HunyuanConfig.read(FAMILY.shapes["13b-i2v" if name == "i2v-rgba" else "13b"])
     model = build.shape(config, lambda: HunyuanModel(shape, streams=streams), torch.bfloat16)
-    estimate = Estimate.of(model, config, dtype=torch.bfloat16, compiled=False)
+    estimate = Estimate.of(model, config, dtype=torch.bfloat16, compiled=wants_compile(config.parallel, GPU))
     layout = USUAL.layout(streams, (1,) * len(streams), bucket)
     recompute = config.parallel.recompute
     memory = estimate.memory(

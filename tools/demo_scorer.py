@@ -75,7 +75,7 @@ def errors_seen(config: Config, file: Path, runtime: Runtime) -> dict[str, Mappi
     config = replace(config, data=replace(config.data, train=()))
     model = open_model(config.model)
     data = encode_missing(config, model, runtime).eval
-    scores = Scores(str(file), data.streams, model, runtime.device)
+    scores = Scores(str(file), data.streams, config, model, runtime.device)
     assembler = Assembler(data, patch=model.geometry.patch, fields=caption_fields(model.fields))
     text = text_field(model).name
     batches = [assembler.batch(np.array([number]), slots=range(1)) for number in range(len(data.items))]

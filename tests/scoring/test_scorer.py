@@ -203,15 +203,16 @@ def test_a_cut_or_missing_file_is_refused(trained: Path, tmp_path: Path) -> None
 
 
 def test_a_scorer_of_another_vae_text_or_stream_is_refused(demo: Path, trained: Path, tmp_path: Path) -> None:
-    model = open_model(config(demo, tmp_path).model)
+    made = config(demo, tmp_path)
+    model = open_model(made.model)
     with pytest.raises(UserError, match=r"eval\.scorer: .* knows the streams rgb, seg, and not depth"):
-        Scores(str(trained), ("rgb", "depth"), model, CPU)
+        Scores(str(trained), ("rgb", "depth"), made, model, CPU)
     tensors, header = load_file(trained), open_tensors(trained)[1]
     for name, said in (("vae", "another VAE's latents"), ("text", "another text encoder's")):
         _header(lambda told, name=name: told.update({name: "x"}))(tensors, other := dict(header))
         save_tensors(tensors, tmp_path / "other.safetensors", other)
         with pytest.raises(UserError, match=said):
-            Scores(str(tmp_path / "other.safetensors"), ("rgb", "seg"), model, CPU)
+            Scores(str(tmp_path / "other.safetensors"), ("rgb", "seg"), made, model, CPU)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

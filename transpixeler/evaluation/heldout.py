@@ -79,7 +79,7 @@ class Evaluator:
         self.maker = Maker(config, self.model, self.frames, self.texts)
         self.measures = Measures(config, self.held_out, self.frames)
         file, streams = config.eval.scorer, tuple(config.streams)
-        self.scores = Scores(file, streams, self.model, self.mesh.device) if file else None
+        self.scores = Scores(file, streams, config, self.model, self.mesh.device) if file else None
 
     @property
     def has_work(self) -> bool:

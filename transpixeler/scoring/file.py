@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from transpixeler.adapters.tensorfile import open_tensors, save_tensors
-from transpixeler.config.sections import UserError
+from transpixeler.config.sections import Config, UserError
+from transpixeler.data.cache.fingerprints import FileHashes
+from transpixeler.data.catalog import Fingerprints, cache_folders
 from transpixeler.files import whole
 from transpixeler.models.family import Field, ModelFolder, caption_fields
 from transpixeler.scoring.towers import Scorer, Sizes
@@ -38,8 +40,9 @@ class Facts:
     step: int
 
     @classmethod
-    def of(cls, model: ModelFolder, sizes: Sizes, step: int = 0) -> Facts:
-        return cls(sizes, text_field(model).name, model.vae_fingerprint(), model.text_fingerprint(), step)
+    def of(cls, config: Config, model: ModelFolder, sizes: Sizes, step: int = 0) -> Facts:
+        made_with = fingerprints(config, model)
+        return cls(sizes, text_field(model).name, made_with["clip"], made_with["caption"], step)
 
     def header(self) -> dict[str, str]:
         said = {"field": self.field, "vae": self.vae, "text": self.text, "step": self.step}
@@ -96,11 +99,17 @@ def _facts(path: Path, text: str) -> Facts:
     return facts
 
 
-def check_made_for(path: Path, facts: Facts, model: ModelFolder) -> None:
+def fingerprints(config: Config, model: ModelFolder) -> Fingerprints:
+    """Return what a config's records are made with; encoders that the cache has hashed are not read again."""
+    return Fingerprints(config, model, FileHashes(cache_folders(config)[0]).digest)
+
+
+def check_made_for(path: Path, facts: Facts, config: Config, model: ModelFolder) -> None:
     """Refuse a scorer whose latents or texts another VAE or text encoder made."""
-    if facts.vae != model.vae_fingerprint():
+    made_with = fingerprints(config, model)
+    if facts.vae != made_with["clip"]:
         raise UserError(f"{path}: was trained on another VAE's latents than {model.path} has; train one with it")
-    if facts.field != text_field(model).name or facts.text != model.text_fingerprint():
+    if facts.field != text_field(model).name or facts.text != made_with["caption"]:
         raise UserError(f"{path}: was trained on another text encoder's texts than {model.path} has; train one with it")
 
 

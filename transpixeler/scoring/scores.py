@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transpixeler.config.sections import UserError
+from transpixeler.config.sections import Config, UserError
 from transpixeler.flow.objective import Fields
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
@@ -17,11 +17,13 @@ from transpixeler.scoring.file import check_made_for, read_scorer
 class Scores:
     """A scorer on a device."""
 
-    def __init__(self, path: str, streams: tuple[str, ...], model: ModelFolder, device: torch.device) -> None:
+    def __init__(
+        self, path: str, streams: tuple[str, ...], config: Config, model: ModelFolder, device: torch.device
+    ) -> None:
         """streams: of the videos that will come; the scorer must know them all by these names."""
         file = Path(path).expanduser()
         self.scorer, self.facts = read_scorer(file)
-        check_made_for(file, self.facts, model)
+        check_made_for(file, self.facts, config, model)
         if unknown := [name for name in streams if name not in self.facts.sizes.streams]:
             known = ", ".join(self.facts.sizes.streams)
             raise UserError(f"eval.scorer: {file} knows the streams {known}, and not {', '.join(unknown)}")

@@ -111,7 +111,7 @@ class Training:
         self.train, self.held_out, self.text = train, held_out, text_field(model).name
         self.fields, self.patch = caption_fields(model.fields), model.geometry.patch
         self.order = train.order(seed=config.seed, global_batch=config.scorer.global_batch)
-        self.facts = Facts.of(model, sizes_of(config, model))
+        self.facts = Facts.of(config, model, sizes_of(config, model))
         torch.manual_seed(config.seed)
         self.scorer = Scorer(self.facts.sizes).to(runtime.device)
         self.optimizer = torch.optim.AdamW(

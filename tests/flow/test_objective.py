@@ -5,6 +5,7 @@ import torch
 
 from transpixeler.config.sections import ObjectiveConfig, UserError
 from transpixeler.flow import draws, objective, tasks
+from transpixeler.models.noising import RECTIFIED
 from transpixeler.models.streams import StreamLayout
 
 LAYOUT = StreamLayout(("rgb", "seg"), ((2, 3, 4, 6), (2, 3, 2, 4)), (1, 2, 2))
@@ -135,10 +136,7 @@ def test_a_mixture_has_one_layout_and_the_loss_of_each_task() -> None:
     assert 0 < joint.sum() < 6
     torch.testing.assert_close(mixed.noisy()[joint], alone.noisy()[joint])
     predicted = torch.randn(6, LAYOUT.elements)
-    losses = [
-        (objective.mean_squared_errors(predicted, it.velocity(), it.layout) * it.weights).sum(1)
-        for it in (mixed, alone)
-    ]
+    losses = [(RECTIFIED.errors(predicted, it.target(), it.layout) * it.weights).sum(1) for it in (mixed, alone)]
     torch.testing.assert_close(losses[0][joint], losses[1][joint])
     assert (losses[0][~joint] - losses[1][~joint]).abs().min() > 1e-4
 
@@ -153,12 +151,12 @@ def test_an_image_is_not_given_to_itself() -> None:
 def test_noisy_and_velocity_follow_the_straight_line() -> None:
     it = example(ObjectiveConfig(), [0, 1, 2])
     t = LAYOUT.spread(it.timesteps)
-    torch.testing.assert_close(it.noisy() - t * it.velocity(), it.latents)
+    torch.testing.assert_close(it.noisy() - t * it.target(), it.latents)
 
 
 def test_errors_are_means_over_each_streams_elements() -> None:
     predicted, velocity = torch.randn(2, 3, LAYOUT.elements)
-    errors = objective.mean_squared_errors(predicted, velocity, LAYOUT)
+    errors = RECTIFIED.errors(predicted, velocity, LAYOUT)
     for s in range(2):
         part = LAYOUT.element_slice(s)
         expected = ((predicted[:, part] - velocity[:, part]) ** 2).mean(1)

@@ -299,7 +299,7 @@ def _inputs_left(rank: int, world_size: int, overrides: tuple[str, ...]) -> list
     example = tiny.example(config, 1, range(1))
     engine.stages[0].layout = example.layout
     gc.disable()  # as training does between its own collections
-    errors = engine.stages[0](example.noisy(), *example.inputs, velocity=example.velocity())
+    errors = engine.stages[0](example.noisy(), *example.inputs, truth=example.target())
     left = [index for index, storage in enumerate(inputs) if storage() is not None]
     errors.sum().backward()
     assert len(inputs) == len(engine.models()[0].blocks)

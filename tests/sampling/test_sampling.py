@@ -28,10 +28,11 @@ from transpixeler.data.media.write import write_mp4
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES as wan_names
-from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise
+from transpixeler.flow.solver import Predict, denoise, start_noise
 from transpixeler.flow.tasks import tasks
 from transpixeler.models.family import open_model
 from transpixeler.models.geometry import USUAL
+from transpixeler.models.noising import RECTIFIED
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
@@ -49,11 +50,11 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def velocity_of(model: WanModel, layout: StreamLayout, text: Tensor) -> Velocity:
+def velocity_of(model: WanModel, layout: StreamLayout, text: Tensor) -> Predict:
     return lambda x, times: model(x, times, text, layout=layout)
 
 
-def guided_by(model: WanModel, layout: StreamLayout, text: Tensor, negative: Tensor, scale: float) -> Velocity:
+def guided_by(model: WanModel, layout: StreamLayout, text: Tensor, negative: Tensor, scale: float) -> Predict:
     """Through the code that asks an engine, with a model in its place."""
     engine = SimpleNamespace(
         mesh=SimpleNamespace(device=torch.device("cpu")),
@@ -124,9 +125,9 @@ def test_a_sampler_equals_diffusers_pipeline(pipeline: Callable[..., Tensor], na
     text, negative = inputs(layout, words=20)[2]
     theirs = pipeline(name, layout.unpack(noise)[0], text[None], negative[None], 4.0)
     velocity = guided_by(model, layout, text, negative, 4.0)
-    ours = layout.unpack(denoise(velocity, noise, layout, make_solver(name, steps=STEPS, shift=5.0)))[0]
+    ours = layout.unpack(denoise(velocity, noise, layout, RECTIFIED.solver(name, steps=STEPS, shift=5.0)))[0]
     assert difference(ours, theirs) < 1e-4
-    twin = layout.unpack(denoise(velocity, noise, layout, make_solver(name, steps=STEPS, shift=4.0)))[0]
+    twin = layout.unpack(denoise(velocity, noise, layout, RECTIFIED.solver(name, steps=STEPS, shift=4.0)))[0]
     assert difference(twin, theirs) > 1e-2
 
 
@@ -134,7 +135,7 @@ def test_a_sampler_equals_diffusers_pipeline(pipeline: Callable[..., Tensor], na
 @pytest.mark.parametrize("steps", [1, 4, 30])
 def test_every_sampler_takes_the_same_levels(name: str, steps: int) -> None:
     even = np.linspace(1, 0, steps + 1)
-    levels = make_solver(name, steps=steps, shift=5.0).sigmas
+    levels = RECTIFIED.solver(name, steps=steps, shift=5.0).scheduler.sigmas
     assert np.abs(levels.numpy() - 5 * even / (1 + 4 * even)).max() < 5e-3
 
 
@@ -146,8 +147,8 @@ def test_without_an_adapter_and_from_one_noise_both_streams_are_the_base_s_video
     one, two = base_of(joint).layout(SHAPE), joint.layout(SHAPE)
     noise, text = start_noise(one, seed=0), inputs(one, batch=1)[2]
     solver = {"steps": STEPS, "shift": 5.0}
-    alone = denoise(velocity_of(base_of(joint), one, text), noise, one, make_solver("unipc", **solver))
-    both = denoise(velocity_of(joint, two, text), noise.repeat(1, 2), two, make_solver("unipc", **solver))
+    alone = denoise(velocity_of(base_of(joint), one, text), noise, one, RECTIFIED.solver("unipc", **solver))
+    both = denoise(velocity_of(joint, two, text), noise.repeat(1, 2), two, RECTIFIED.solver("unipc", **solver))
     assert difference(two.unpack(both)[0], one.unpack(alone)[0]) < 1e-4
     assert difference(two.unpack(both)[1], one.unpack(alone)[0]) < 1e-4
 
@@ -170,7 +171,7 @@ def test_first_and_last_frames_stay_as_they_are_and_their_times_are_zero() -> No
         assert torch.equal(layout.videos(x)[0][0, :, :1], first) and torch.equal(layout.unpack(x)[1][0], last)
         return torch.ones_like(x)
 
-    noise, solver = start_noise(layout, 0), make_solver("euler", steps=3, shift=1.0)
+    noise, solver = start_noise(layout, 0), RECTIFIED.solver("euler", steps=3, shift=1.0)
     made = denoise(velocity, noise, layout, solver, given={0: first}, beside={0: last})
     assert torch.equal(layout.videos(made)[0][0, :, :1], first) and torch.equal(layout.unpack(made)[1][0], last)
     assert [[time > 0 for time in times] for times in seen] == [[False, True, False, True]] * 3
@@ -191,7 +192,7 @@ def test_a_given_stream_stays_as_it_is_and_its_time_is_zero(given: int) -> None:
         return model(x, times, inputs(layout, batch=1)[2], layout=layout)
 
     noise = start_noise(layout, seed=0)
-    made = denoise(velocity, noise, layout, make_solver("unipc", steps=4, shift=5.0), given={given: clean})
+    made = denoise(velocity, noise, layout, RECTIFIED.solver("unipc", steps=4, shift=5.0), given={given: clean})
     assert torch.equal(layout.unpack(made)[given][0], clean)
     assert difference(layout.unpack(made)[1 - given][0], clean) > 0.1
     times = torch.cat(seen)

@@ -15,7 +15,7 @@ from torch import nn
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 from transpixeler.config.sections import UserError
-from transpixeler.flow import objective
+from transpixeler.models.noising import RECTIFIED
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.build import build_engine
@@ -205,7 +205,7 @@ def _learn(rank: int, world_size: int, overrides: tuple[str, ...], steps: int) -
     def held_out() -> float:
         it = tiny.example(config, 0, range(4))
         out = engine.forward(it.noisy(), it.inputs, it.layout)
-        return float(objective.mean_squared_errors(out, it.velocity(), it.layout).mean())
+        return float(RECTIFIED.errors(out, it.target(), it.layout).mean())
 
     before = held_out()
     for _ in range(steps):

@@ -247,10 +247,10 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(demo: Path, tmp_path:
 
 def _nonfinite(rank: int, world_size: int, path: Path, overrides: tuple[str, ...]) -> str:
     """Train with a base that overflows."""
-    from transpixeler.parallel import pipeline
+    from transpixeler.models import noising
 
-    original = pipeline.mean_squared_errors
-    pipeline.mean_squared_errors = lambda *arguments: original(*arguments) * float("inf")
+    original = noising.Noising.errors
+    noising.Noising.errors = lambda *arguments: original(*arguments) * float("inf")
     try:
         run_here(rank, world_size, path, overrides, None)
     except trainer.TrainingFailed as error:

@@ -24,9 +24,10 @@ from transpixeler.config.sections import LoraConfig, ParallelConfig
 from transpixeler.families.wan.config import WanConfig
 from transpixeler.families.wan.model import WanModel
 from transpixeler.flow.objective import Fields
-from transpixeler.flow.solver import denoise, make_solver, start_noise
+from transpixeler.flow.solver import denoise, start_noise
 from transpixeler.models.costs import Costs
 from transpixeler.models.lora import inject
+from transpixeler.models.noising import RECTIFIED
 from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
@@ -100,7 +101,7 @@ class Denoising:
             velocity = sampler.guided(self.engine, self.layout, self.text, negative, guidance=lambda _: GUIDANCE)
         finally:
             sampler.GUIDANCE_BATCH_TOKENS = limit
-        solver = make_solver("unipc", steps=self.steps, shift=5.0)
+        solver = RECTIFIED.solver("unipc", steps=self.steps, shift=5.0)
         return denoise(velocity, self.noise, self.layout, solver)
 
     @torch.no_grad()

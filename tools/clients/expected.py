@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from transpixeler.flow.solver import Velocity
+    from transpixeler.flow.solver import Predict
     from transpixeler.models.backbone import Backbone
     from transpixeler.models.streams import StreamLayout
 
@@ -46,8 +46,9 @@ def expected(
     start, found: ComfyUI's latents before and after sampling, as its VAE has them. shown: first frames that an
     image-to-video model is shown, by stream, encoded as videos that are grey else; -1: a video of grey alone.
     """
-    from transpixeler.flow.solver import denoise, make_solver
+    from transpixeler.flow.solver import denoise
     from transpixeler.flow.tasks import Task
+    from transpixeler.models.noising import RECTIFIED
 
     asked = prompt[samplers[0]]["inputs"]
     experts = [models[name] for name in _adapters(prompt)]
@@ -61,7 +62,7 @@ def expected(
     fields = _shown_fields(experts[0], layout, shown)
     velocity = _velocity(experts, layout, _texts(prompt, asked), fields, asked["cfg"], prompt)
     shift = _node(prompt, "ModelSamplingSD3")["inputs"]["shift"]
-    solver = make_solver("euler", steps=asked["steps"], shift=shift)
+    solver = RECTIFIED.solver("euler", steps=asked["steps"], shift=shift)
     made = denoise(velocity, _noise(asked, found, scales, layout), layout, solver, given=given)
     theirs = layout.pack([_normed(part) for part in latents])
     return Made(
@@ -77,7 +78,7 @@ def _velocity(
     fields: Sequence[Tensor],
     guidance: float,
     prompt: Mapping[str, Any],
-) -> Velocity:
+) -> Predict:
     import torch
 
     boundary = _node(prompt, "TranspixelerExpertStep")["inputs"]["boundary"] if len(experts) > 1 else 0.0

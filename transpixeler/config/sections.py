@@ -305,7 +305,7 @@ class SampleConfig:
     image_falloff: bool = False
     oscillate: Natural = 0
     shift: Positive | Literal["auto"] = 5.0
-    scheduler: Literal["unipc", "euler", "dpm++"] = "unipc"
+    scheduler: Literal["unipc", "euler", "dpm++", "ddpm", "ddim"] = "unipc"
     seed: Natural = 0
     formats: tuple[SampleFormat, ...] = ("checkerboard",)
     alpha_mode: Literal["straight", "premultiplied"] = "straight"

@@ -18,11 +18,12 @@ from transpixeler.data.dataset import Dataset, Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import tasks
 from transpixeler.flow.draws import draw_noise
-from transpixeler.flow.objective import Example, Fields, told
+from transpixeler.flow.objective import Example, Fields, given_at_zero, told
 from transpixeler.flow.tasks import Task, narrowed
 from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.experts import ONLY, Expert, chosen_experts
 from transpixeler.models.family import Field, ModelFolder
+from transpixeler.models.noising import RECTIFIED, Noising
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class HeldOut:
         self.config, self.data = config, data
         self.assembler = Assembler(data, patch=model.geometry.patch, fields=model.fields) if data.items else None
         self.experts = chosen_experts(config.model, model.experts)
+        self.noising = model.noising
         self.pieces = pieces(data, config, self.experts, fields=model.fields)
 
     def item(self, piece: Piece) -> Item:
@@ -61,7 +63,7 @@ class HeldOut:
 
     def example(self, piece: Piece) -> Example:
         """Return the clip at every one of `eval.times`, each with its own noise: a pure function of (clip, time)."""
-        return at_all_times(self.batch(piece), self.config, piece.task, piece.expert)
+        return at_all_times(self.batch(piece), self.config, piece.task, piece.expert, noising=self.noising)
 
     def of_expert(self, expert: Expert) -> list[Piece]:
         """Return the pieces of one expert; each clip under each task is a piece of every expert."""
@@ -95,23 +97,27 @@ def spread(things: Sequence[T], count: int) -> list[T]:
     return [things[i * len(things) // count] for i in range(count)]
 
 
-def at_all_times(batch: Batch, config: Config, task: Task, expert: Expert = ONLY) -> Example:
+def at_all_times(
+    batch: Batch, config: Config, task: Task, expert: Expert = ONLY, *, noising: Noising = RECTIFIED
+) -> Example:
     """Return the one clip of a batch, once for each of `eval.times` of an expert's range."""
     layout = task.cut(batch.layout)
     levels = [expert.within(t) for t in config.eval.times]
-    times = torch.tensor(levels, dtype=torch.float32)[:, None].repeat(1, len(layout.groups))
-    weights, rows = torch.ones_like(times), len(times)
-    places = task.groups(layout)
-    times[:, places] = weights[:, places] = 0
-    noise = [draw_noise(layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times]
+    times = noising.times(torch.tensor(levels, dtype=torch.float32))
+    rows = len(times)
+    times, weights = given_at_zero(times, layout, [task] * rows)
+    noise = torch.stack([draw_noise(layout.elements, "eval", batch.ids[0], f"{t:g}") for t in config.eval.times])
+    latents = narrowed(batch.latents, batch.layout, layout).expand(rows, -1)
+    latents, noise = noising.ends(latents, noise, layout)
     return Example(
         layout=layout,
-        latents=narrowed(batch.latents, batch.layout, layout).expand(rows, -1),
-        noise=torch.stack(noise),
+        latents=latents,
+        noise=noise,
         timesteps=times,
         fields={name: value.expand(rows, *value.shape[1:]) for name, value in all_fields(batch, task).items()},
         weights=weights,
         expert=expert.name,
+        noising=noising,
     )
 
 

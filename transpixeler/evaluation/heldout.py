@@ -28,7 +28,7 @@ from transpixeler.models.family import open_model
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.frames import Frames
-from transpixeler.sampling.guidance import check_guidance
+from transpixeler.sampling.guidance import check_sample
 from transpixeler.sampling.requests import Maker, list_requests, seen_pictures
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.texts import cached_prompts, encode_prompts
@@ -56,7 +56,7 @@ class Evaluator:
         self.config, self.runtime, self.mesh, self.pause = config, runtime, engine.mesh, pause
         self.model = open_model(config.model)
         check_given(config, self.model)
-        check_guidance(config.sample, self.model)
+        check_sample(config.sample, self.model)
         self.held_out = HeldOut(config, data, self.model)
         # once, as the file may be edited while a run goes on; a wrong size is refused before the first step
         shift = len(self._sampled_pieces())

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from transpixeler.data.progress import Progress
 from transpixeler.evaluation.clips import HeldOut, Piece
-from transpixeler.flow.objective import by_stream, mean_squared_errors
+from transpixeler.flow.objective import by_stream
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.sampler import turns
 
-Losses = dict[str, dict[str, dict[str, float]]]  # SET or SET/TASK: stream: time: mean squared error
+Losses = dict[str, dict[str, dict[str, float]]]  # SET or SET/TASK: stream: time: mean error
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class HeldOutLosses:
         example = self.held_out.example(piece).to(self.engine.mesh.device)
         micro_batch = self.held_out.config.eval.micro_batch
         found = self.engine.forward(example.noisy(), example.inputs, example.layout, micro_batch)
-        errors = mean_squared_errors(found, example.velocity(), example.layout).double()
+        errors = example.noising.errors(found, example.target(), example.layout).double()
         return by_stream(errors, (example.weights > 0).double(), example.layout)[0].cpu()
 
     def _means(self, rows: Sequence[tuple[Piece, list[list[float]]]]) -> dict[str, dict[str, float]]:

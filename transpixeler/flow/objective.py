@@ -17,6 +17,7 @@ from transpixeler.flow.draws import draw_noise, draw_times, generator
 from transpixeler.flow.tasks import Task, draw_task, layout_for, narrowed, tasks, tasks_of_step, with_every_drawn
 from transpixeler.models.conditions import Shown, shows_stills
 from transpixeler.models.family import length_of
+from transpixeler.models.noising import RECTIFIED, Noising
 from transpixeler.models.streams import StreamLayout
 
 Fields = Mapping[str, Tensor]  # by name, in the order in which the model takes them
@@ -29,12 +30,13 @@ class Example:
     """One rank's share of a step, ready for forward and backward."""
 
     layout: StreamLayout
-    latents: Tensor  # [b, N]
-    noise: Tensor  # [b, N]
-    timesteps: Tensor  # [b, G] in [0, 1]; 0 for a time group that is given
+    latents: Tensor  # [b, N], or the end of the way that the model makes of them
+    noise: Tensor  # [b, N], likewise
+    timesteps: Tensor  # [b, G] in [0, 1], places on the way; 0 for a time group that is given
     fields: Fields  # what the model is conditioned on, [b, …] each
-    weights: Tensor  # [b, G]: what each time group's mean squared error adds to the loss of the global batch
+    weights: Tensor  # [b, G]: what each time group's mean error adds to the loss of the global batch
     expert: str = ""  # that the step trains
+    noising: Noising = RECTIFIED  # what is learned between latents and noise
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Example:
         """Return the same example of changed tensors."""
@@ -61,21 +63,15 @@ class Example:
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """Return the model's inputs besides the noisy latents."""
-        return (self.timesteps, *self.fields.values())
+        return (self.noising.told(self.timesteps), *self.fields.values())
 
     def noisy(self) -> Tensor:
-        """x_t = (1 − t)·x + t·ε, [b, N] in fp32."""
-        return torch.lerp(self.latents.float(), self.noise.float(), self.layout.spread(self.timesteps))
+        """Return what the model is shown, [b, N] in fp32."""
+        return self.noising.noisy(self.latents, self.noise, self.timesteps, self.layout)
 
-    def velocity(self) -> Tensor:
-        """Return the target ε − x, [b, N] in fp32."""
-        return self.noise.float() - self.latents.float()
-
-
-def mean_squared_errors(predicted: Tensor, velocity: Tensor, layout: StreamLayout) -> Tensor:
-    """[b, N] twice → [b, G], each time group's mean over its elements, in fp32."""
-    squares = (predicted.float() - velocity.float()).square()
-    return torch.stack([part.mean(1) for part in layout.split_groups(squares)], dim=1)
+    def target(self) -> Tensor:
+        """Return what it is to predict, [b, N] in fp32."""
+        return self.noising.target(self.latents, self.noise, self.timesteps, self.layout)
 
 
 def by_stream(errors: Tensor, free: Tensor, layout: StreamLayout) -> tuple[Tensor, Tensor]:
@@ -125,17 +121,19 @@ def prepare(
     unseen: Fields | None = None,
     shown: Shown | None = None,
     expert: str = "",
+    noising: Noising = RECTIFIED,
 ) -> Example:
     """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields.
 
     unseen: the fields of captions that are read beside no picture, where others are read beside the first frame.
 
     shown: what the samples can be shown of given frames, where a model takes that in channels. expert: that the step
-    trains; the config's limits are its own.
+    trains; the config's limits are its own. noising: of the model.
     """
     keys = [(seed, step, sample, slot) for sample, slot in zip(ids, slots, strict=True)]
     config = with_every_drawn(config, seed=seed, step=step)
     stills = shown is not None and shows_stills(shown.fields)
+    noising = noising.of_step(seed, step)
     known = tasks(layout.names, config, shows=shown is not None, stills=stills)
     weights = tasks_of_step(config, layout.names, seed=seed, step=step, shows=shown is not None)
     read, layout = layout, layout_for([known[name] for name in weights], layout)
@@ -143,17 +141,24 @@ def prepare(
     drawn = [known[draw_task(weights, *key)] for key in keys]
     noise = torch.stack([draw_noise(layout.elements, *key) for key in keys])
     latents = with_noisy_firsts(config, latents, noise, layout, drawn, keys)
-    drawn_times = draw_times(config, seed=seed, step=step, slots=slots, batch=batch, shift=shift)
-    times = drawn_times[:, None].repeat(1, len(layout.groups))
+    times = noising.times(draw_times(config, seed=seed, step=step, slots=slots, batch=batch, shift=shift))
+    times, free = given_at_zero(times, layout, drawn)
+    fields = with_dropped_captions(config, told(fields, unseen, drawn, layout), empty, keys)
+    if shown is not None:
+        firsts, lasts = [task.shown for task in drawn], [task.shown_last for task in drawn]
+        fields = {**fields, **shown.values(layout, firsts, lasts)}
+    ends = noising.ends(latents, noise, layout)
+    return Example(layout, *ends, times, fields, loss_weights(config, layout, free, batch), expert, noising)
+
+
+def given_at_zero(times: Tensor, layout: StreamLayout, drawn: Sequence[Task]) -> tuple[Tensor, Tensor]:
+    """Return the times [b, G] of samples at times [b], where what is given is at 0, and 1 for what is free of them."""
+    times = times[:, None].repeat(1, len(layout.groups))
     free = torch.ones_like(times)
     for row, task in enumerate(drawn):
         places = task.groups(layout)
         times[row, places] = free[row, places] = 0
-    fields = with_dropped_captions(config, told(fields, unseen, drawn, layout), empty, keys)
-    if shown is not None:
-        ends = [task.shown for task in drawn], [task.shown_last for task in drawn]
-        fields = {**fields, **shown.values(layout, *ends)}
-    return Example(layout, latents, noise, times, fields, loss_weights(config, layout, free, batch), expert)
+    return times, free
 
 
 def with_noisy_firsts(

@@ -1,45 +1,22 @@
-"""Noise and a velocity function go in, clean latents come out.
+"""Noise, a solver and a function that predicts go in, clean latents come out.
 
-Nothing here knows a model: `denoise` asks a function for the velocity at (x, t). Noise is a pure function of (seed,
+Nothing here knows a model: `denoise` asks the function what it predicts at (x, t). Noise is a pure function of (seed,
 stream name), drawn on the CPU, so that the same seed gives the same video on any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from transpixeler.flow.draws import draw_noise
+from transpixeler.models.noising import Solver
 from transpixeler.models.streams import Group, StreamLayout
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, G] in [0, 1]) → [B, N]
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x [B, N], timesteps [B, G] in [0, 1]) → [B, N]
 Held = Mapping[tuple[int, bool], Tensor]  # clean latents [C, F, H, W] by stream and whether they are beside its video
-TRAIN_TIMESTEPS = 1000  # diffusers' schedulers count a flow's times from 1000 to 0
-
-
-def make_solver(name: str, *, steps: int, shift: float, levels: Sequence[float] | None = None) -> Any:
-    """Return the diffusers scheduler of a `sample.scheduler`, set to noise levels from 1 down to 0.
-
-    levels: those of the steps; None: even ones, shifted. Only euler takes others.
-    """
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-
-    if name == "euler":
-        solver = FlowMatchEulerDiscreteScheduler(shift=1.0 if levels else shift)
-        # Without explicit levels it applies the shift twice, and the last steps start where almost no noise is left.
-        solver.set_timesteps(sigmas=list(levels or np.linspace(1, 0, steps + 1)[:-1].tolist()))
-    else:
-        scheduler = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[name]
-        solver = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-        solver.set_timesteps(steps)
-    solver.set_begin_index(0)
-    return solver
 
 
 def start_noise(layout: StreamLayout, seed: int) -> Tensor:
@@ -49,6 +26,12 @@ def start_noise(layout: StreamLayout, seed: int) -> Tensor:
         name = layout.names[segment.stream]
         parts.append(draw_noise(size, "sample", seed, name) if not segment.alone else torch.zeros(size))
     return torch.cat(parts)[None]
+
+
+def fresh_noise(layout: StreamLayout, seed: int, step: int) -> Tensor:
+    """Return the noise [1, N] that a step of sampling adds; a stream's part does not depend on the other streams."""
+    pairs = zip(layout.segments, layout.segment_sizes, strict=True)
+    return torch.cat([draw_noise(size, "step", seed, layout.names[one.stream], step) for one, size in pairs])[None]
 
 
 def with_trace(noise: Tensor, layout: StreamLayout, firsts: Mapping[int, Tensor], share: float) -> Tensor:
@@ -63,10 +46,10 @@ def with_trace(noise: Tensor, layout: StreamLayout, firsts: Mapping[int, Tensor]
 
 @torch.no_grad()
 def denoise(
-    velocity: Velocity,
+    predict: Predict,
     noise: Tensor,
     layout: StreamLayout,
-    solver: Any,
+    solver: Solver,
     *,
     given: Mapping[int, Tensor] | None = None,
     beside: Mapping[int, Tensor] | None = None,
@@ -81,10 +64,10 @@ def denoise(
     held |= {(stream, True): latents.to(noise.device).float() for stream, latents in (beside or {}).items()}
     places = [p for p, group in enumerate(layout.groups) if _is_held(group, held)]
     x = _with_held(noise.float(), held, layout)
-    for t in solver.timesteps:
-        times = torch.full((len(x), len(layout.groups)), float(t) / TRAIN_TIMESTEPS, device=x.device)
+    for number, time in enumerate(solver.times):
+        times = torch.full((len(x), len(layout.groups)), time, device=x.device)
         times[:, places] = 0
-        x = _with_held(solver.step(velocity(x, times), t, x, return_dict=False)[0], held, layout)
+        x = _with_held(solver.step(predict(x, times), number, x), held, layout)
         after_step()
     return x
 

@@ -1,6 +1,6 @@
 """Define the backbone: three named parts, run over several streams, cut and wrapped by those names.
 
-In: packed noisy latents, a timestep for each time group and the fields that the family declares. Out: packed velocity.
+In: packed noisy latents, a timestep for each time group, the fields that the family declares. Out: what is predicted.
 The pipeline, FSDP, recompute, compile and LoRA know this class and no concrete model.
 """
 
@@ -185,12 +185,12 @@ def _for_groups(flow: Flow, groups: slice, facts: Flowing) -> Flow:
 
 
 class Head(nn.Module, ABC):
-    """The last part of a model: tokens to velocity, first by themselves, then each in its place."""
+    """The last part of a model: tokens to what is predicted, first by themselves, then each in its place."""
 
     chunk: int = 0  # tokens of a microbatch that it takes at a time; 0 for all
 
     def forward(self, *flow: Tensor, layout: StreamLayout) -> Tensor:
-        """Return packed velocity [B, N]."""
+        """Return what is predicted, packed [B, N]."""
         return self.pack(self.values(*flow, groups=layout.group_lengths), layout)
 
     def values_by_token(self, flow: Flow, tokens: Tokens, facts: Flowing) -> Tensor:
@@ -217,7 +217,7 @@ class Backbone(nn.Module, ABC):
     1. The constructor works under `torch.device("meta")`; blocks are an `nn.ModuleDict` keyed by the original index,
        linears that a LoRA may target are `models.linear.Linear`.
     2. `embed(x, timesteps, *fields, layout=…, dtype=…)` returns a `Flow` in the matmuls' dtype; each block is a
-       `Block`; `head` is a `Head`, which returns packed velocity. `positions` gives what blocks need of the layout.
+       `Block`; `head` is a `Head`, which returns what is predicted. `positions` gives what blocks need of the layout.
     3. `flow_meta`, `dtype_of` and the geometry below.
     Streams, LoRA, pipelines, sharding, recompute, compile, quantization, costs and sampling then work as they are.
     """
@@ -268,7 +268,7 @@ class Backbone(nn.Module, ABC):
     # -- the same for all models
 
     def forward(self, *flow: Tensor, layout: StreamLayout) -> Tensor | Flow:
-        """Run the parts that are here: `(x [B, N], timesteps [B, G], *fields)` or a flow in, velocity or a flow out."""
+        """Run the parts here: `(x [B, N], timesteps [B, G], *fields)` or a flow in, what is predicted or a flow out."""
         if self.embed is not None:
             flow = self.between_ends(self.embed(*flow, layout=layout, dtype=self.matmul_dtype), layout)
         tokens = self.tokens(layout, flow[0].device)
@@ -317,14 +317,14 @@ class Backbone(nn.Module, ABC):
         return hidden[:, first:].clone(), hidden.detach()[:, :first].clone(), *texts, *flow[self.carried :]
 
     def _end(self, flow: Flow, tokens: Tokens, layout: StreamLayout) -> Tensor:
-        """Turn tokens into packed velocity, RGB's by itself where it runs forward only."""
+        """Turn tokens into the packed prediction, RGB's by itself where it runs forward only."""
         assert self.head is not None
         if not self.rgb_forward_only:
             values = self.head.values_by_token(flow, tokens, self)
         else:
             values = self.head.values_by_token(companions_part(flow, tokens, self), tokens.companions(), self)
             with torch.no_grad():
-                if tokens.rgb_known:  # it is given: nobody asks for its velocity
+                if tokens.rgb_known:  # it is given: nobody asks for it
                     rgb = values.new_zeros(len(values), tokens.lengths[0], values.shape[2])
                 else:
                     rgb = self.head.values_by_token(rgb_part(flow, tokens, self), tokens.rgb(), self)

@@ -23,6 +23,7 @@ from transpixeler.config.sections import ModelConfig, UserError, family_names
 from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.names import Names
+from transpixeler.models.noising import RECTIFIED, Noising
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Grid
 
@@ -165,6 +166,11 @@ class ModelFolder(ABC):
     def experts(self) -> tuple[Expert, ...]:
         """The model's whole transformers, that for the most noise first; most models have one."""
         return (ONLY,)
+
+    @property
+    def noising(self) -> Noising:
+        """Return what the model learns between latents and noise."""
+        return RECTIFIED
 
     @property
     def pictures(self) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class Experts:
     def forward(
         self, x: Tensor, inputs: Sequence[Tensor], layout: StreamLayout, micro_batch: int | None = None
     ) -> Tensor:
-        """Return velocity [b, N], each row's by the expert that its noise level is for."""
+        """Return what is predicted, [b, N], each row's by the expert that its noise level is for."""
         levels = inputs[0].max(dim=1).values  # what is given is at 0
         found = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         for name, rows in self._rows(levels).items():

@@ -21,9 +21,10 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from transpixeler.config.sections import ParallelConfig, UserError
-from transpixeler.flow.objective import Example, mean_squared_errors
+from transpixeler.flow.objective import Example
 from transpixeler.models.backbone import Backbone, Flow
 from transpixeler.models.costs import Costs, block_flops
+from transpixeler.models.noising import RECTIFIED, Noising
 from transpixeler.models.rgb_memory import RgbMemory
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import devices, shard
@@ -43,20 +44,22 @@ KEPT_SCHEDULES = 2  # each holds receive buffers: microbatches × hidden in both
 
 
 class Stage(nn.Module):
-    """A run of the model's parts; the last one turns velocity into errors when it is told the target."""
+    """A run of the model's parts; the last one turns what it predicts into errors when it is told the truth."""
 
-    layout: StreamLayout  # of the step; no argument, because schedules that split the backward pass take only tensors
+    # of the step; no arguments, because schedules that split the backward pass take only tensors
+    layout: StreamLayout
+    noising: Noising = RECTIFIED
 
     def __init__(self, model: Backbone) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, *flow: Tensor, velocity: Tensor | None = None) -> Tensor | Flow:
+    def forward(self, *flow: Tensor, truth: Tensor | None = None) -> Tensor | Flow:
         out = self.model(*flow, layout=self.layout)
         if isinstance(out, tuple):  # zero-bubble schedules detach a stage's outputs in place, which a view forbids
             changed = (x.clone() if x._is_view() else x for x in out[: self.model.changed])
             return *changed, *out[self.model.changed :]
-        return out if velocity is None else mean_squared_errors(out, velocity, self.layout)
+        return out if truth is None else self.noising.errors(out, truth, self.layout)
 
 
 class Streamed(nn.Module):
@@ -188,10 +191,10 @@ class Engine:
         return [stage.model for stage in self.stages]
 
     def forward_backward(self, example: Example, micro_batch: int) -> Tensor:
-        """Add to every gradient and return [b, G] mean squared errors, the same on all ranks of the pipeline."""
+        """Add to every gradient and return [b, G] mean errors, the same on all ranks of the pipeline."""
         count, rest = divmod(len(example.latents), micro_batch)
         assert not rest, (len(example.latents), micro_batch)
-        self._lay_out(example.layout)
+        self._lay_out(example.layout, example.noising)
         if self.keeping is not None:
             self.keeping.microbatches = in_flight(self.config, self.config.pipeline, self.mesh.pipeline_rank, count)
         run = self._loop if self.config.pipeline == 1 else self._pipeline
@@ -204,7 +207,7 @@ class Engine:
     def forward(
         self, x: Tensor, inputs: Sequence[Tensor], layout: StreamLayout, micro_batch: int | None = None
     ) -> Tensor:
-        """Return velocity [b, N] on every rank of the pipeline; `inputs`: timesteps and fields."""
+        """Return what is predicted, [b, N], on every rank of the pipeline; `inputs`: timesteps and fields."""
         rows, size = len(x), micro_batch or len(x)
         self._lay_out(layout)
         if self.config.pipeline == 1:
@@ -221,9 +224,9 @@ class Engine:
         out = schedule.step(*((x, *inputs) if self.mesh.is_first_stage else ()))
         return self._from_last(out, (len(x), layout.elements))
 
-    def _lay_out(self, layout: StreamLayout) -> None:
+    def _lay_out(self, layout: StreamLayout, noising: Noising = RECTIFIED) -> None:
         for stage in self.stages:
-            stage.layout = layout
+            stage.layout, stage.noising = layout, noising
             if stage.model.rgb_memory is not None:
                 stage.model.rgb_memory.rewind()
 
@@ -280,7 +283,7 @@ class Engine:
                 stage.set_requires_gradient_sync(reduces)
                 stage.set_is_last_backward(reduces)
             part = example.rows(slice(i * size, (i + 1) * size))
-            error = stage(part.noisy(), *part.inputs, velocity=part.velocity())
+            error = stage(part.noisy(), *part.inputs, truth=part.target())
             (error * part.weights).sum().backward()
             errors.append(error.detach())
         return torch.cat(errors)
@@ -293,7 +296,7 @@ class Engine:
         inputs = (example.noisy(), *example.inputs) if self.mesh.is_first_stage else ()
         extra = {}
         if self.mesh.is_last_stage:
-            extra = {"target": example.weights, "losses": [], "velocity": example.velocity()}
+            extra = {"target": example.weights, "losses": [], "truth": example.target()}
         errors = schedule.step(*inputs, **extra)
         errors = None if errors is None else errors.detach()
         return self._from_last(errors, (len(example.latents), len(layout.groups)))

@@ -24,7 +24,7 @@ from transpixeler.data.dataset import Dataset, Item, training_order
 from transpixeler.data.order import Order
 from transpixeler.data.work import clips_used
 from transpixeler.flow.experts import Split
-from transpixeler.flow.tasks import all_beside, beside_by_step, check_given, views
+from transpixeler.flow.tasks import all_beside, beside_by_step, views
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.conditions import kept_layout
 from transpixeler.models.experts import chosen_experts
@@ -141,8 +141,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
 def _checked_model(config: Config) -> ModelFolder:
     """Open the model; refuse tasks and experts that it has not."""
     folder = open_model(config.model)
-    check_given(config, folder)
-    preflight.check_experts(config, folder)
+    preflight.check_settings(config, folder)
     return folder
 
 

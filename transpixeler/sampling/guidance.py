@@ -1,7 +1,7 @@
 """Set how strongly each step of a sampling follows the prompt and the given frames.
 
 In: `sample.guidance` and its companions. Out: for each step the two scales, of the text and of given frames. A step
-mixes up to three velocities: the prompt with what is shown, the negative prompt with it, and without.
+mixes up to three predictions: the prompt with what is shown, the negative prompt with it, and without.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def guidance_by_time(config: SampleConfig, model: ModelFolder) -> Callable[[Tens
     return lambda _: given
 
 
-def check_guidance(config: SampleConfig, model: ModelFolder) -> None:
-    """Refuse a guidance by expert that does not name the model's experts."""
+def check_sample(config: SampleConfig, model: ModelFolder) -> None:
+    """Refuse a scheduler that does not suit the model, and a guidance by expert that does not name its experts."""
+    if fault := model.noising.sampling_fault(config):
+        raise UserError(fault)
     names = {expert.name for expert in model.experts if expert.name}
     if isinstance(config.guidance, dict) and config.guidance.keys() != names:
         known = f"the model's experts are {', '.join(sorted(names))}" if names else "the model is one: give a number"

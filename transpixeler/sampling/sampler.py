@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from transpixeler.config.sections import SampleConfig
 from transpixeler.data.progress import Progress
 from transpixeler.data.prompts import follows_text
 from transpixeler.flow.objective import Fields
-from transpixeler.flow.solver import Velocity, denoise, make_solver, start_noise, with_trace
+from transpixeler.flow.solver import Predict, denoise, fresh_noise, start_noise, with_trace
 from transpixeler.models.conditions import shown_firsts, with_stills
 from transpixeler.models.family import ModelFolder
-from transpixeler.models.streams import Grid, StreamLayout
+from transpixeler.models.noising import Solver
+from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.sampling.guidance import Guidance
@@ -64,14 +65,14 @@ class Sampler:
                     yield number, latents
 
     def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
-        solver = self._solver(video.layout.grids[0])
+        solver = self._solver(video)
         noise = self._start(video).to(self.mesh.device)
         guidance = Guidance.of(self.config, self.model)
         texts = video.fields, self._negative(video)
-        velocity = guided(self.engine, video.layout, *texts, guidance=guidance, unshown=video.unshown)
+        predict = guided(self.engine, video.layout, *texts, guidance=guidance, unshown=video.unshown)
         held = {"given": video.given, "beside": video.beside}
         with self._remembering(video):
-            made = denoise(velocity, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
+            made = denoise(predict, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
         shown = video.shown or video.shown_last
         return with_stills(self.model.fields, video.layout, made, video.fields) if shown else made
 
@@ -100,12 +101,14 @@ class Sampler:
         where = self.config.rgb_memory if whole else "off"
         return self.engine.remembering_rgb(video.layout, rows=rows, where=where)
 
-    def _solver(self, grid: Grid) -> Any:
-        name, steps, shift = self.config.scheduler, self.config.steps, self.config.shift
+    def _solver(self, video: Video) -> Solver:
+        name, steps, shift, grid = self.config.scheduler, self.config.steps, self.config.shift, video.layout.grids[0]
+        fresh = partial(fresh_noise, video.layout, video.seed)
+        solver = partial(self.model.noising.solver, name, steps=steps, fresh=fresh)
         if shift != "auto":
-            return make_solver(name, steps=steps, shift=shift)
+            return solver(shift=shift)
         levels = self.model.noise_levels(steps, math.prod(grid))
-        return make_solver(name, steps=steps, shift=self.model.sampling_shift_of(grid), levels=levels)
+        return solver(shift=self.model.sampling_shift_of(grid), levels=levels)
 
 
 def guided(
@@ -116,10 +119,10 @@ def guided(
     *,
     guidance: Guidance | Callable[[Tensor], float],
     unshown: Fields | None = None,
-) -> Velocity:
-    """Return a velocity that leads away from the negative prompt's fields, as far as `guidance` says for the times.
+) -> Predict:
+    """Return a prediction that leads away from the negative prompt's fields, as far as `guidance` says for the times.
 
-    Without them it is the model's own velocity, at half the cost. unshown: the fields of nothing shown, which the
+    Without them it is the model's own, at half the cost. unshown: the fields of nothing shown, which the
     negative prompt is also run beside, for guidance to given frames.
     """
     scales = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
@@ -132,7 +135,7 @@ def guided(
     # Two microbatches fill a pipeline; on one stage a short sequence fills the device only when both run together.
     batch = rows if engine.config.pipeline == 1 and layout.tokens <= GUIDANCE_BATCH_TOKENS else 1
 
-    def velocity(x: Tensor, times: Tensor) -> Tensor:
+    def predict(x: Tensor, times: Tensor) -> Tensor:
         predicted = engine.forward(x.repeat(rows, 1), (times.repeat(rows, 1), *fields), layout, batch)
         if negative is None:
             return predicted
@@ -141,7 +144,7 @@ def guided(
         start = unseen[0] + shown_scale * (unwanted - unseen[0]) if unseen else unwanted
         return start + scale * (wanted - unwanted)
 
-    return velocity
+    return predict
 
 
 def turns(count: int, mesh: Mesh) -> list[tuple[int, bool]]:

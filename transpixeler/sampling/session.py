@@ -22,7 +22,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.files import Plate
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.given import given_light
-from transpixeler.sampling.guidance import check_guidance
+from transpixeler.sampling.guidance import check_sample
 from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.requests import Maker, Request, Videos, list_requests, seen_pictures
 from transpixeler.sampling.sampler import Sampler
@@ -55,7 +55,7 @@ class Session:
 
     def with_sample(self, sample: SampleConfig) -> SavedModel:
         """Return the source with other settings of `sample.*`, which need no other engine."""
-        check_guidance(sample, self.model)
+        check_sample(sample, self.model)
         source = replace(self.source, config=replace(self.source.config, sample=sample))
         check_formats(source.config)
         return source

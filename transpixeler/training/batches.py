@@ -57,6 +57,7 @@ def _prepare(config: Config, model: ModelFolder, pin: bool, batch: Batch) -> tup
         shown=batch.shown,
         shift=shift,
         expert=expert.name,
+        noising=model.noising,
     )
     return batch, example.pinned() if pin else example
 

@@ -26,6 +26,7 @@ from transpixeler.parallel import build, shard
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import NOMINAL_TOKENS
 from transpixeler.runs.folder import MANIFEST, METRICS
+from transpixeler.sampling.guidance import check_sample
 from transpixeler.sampling.model import make_model
 
 
@@ -91,11 +92,19 @@ def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope])
 
     scopes: by target, those of the adapter that training starts from.
     """
-    tasks.check_given(config, model)
-    check_experts(config, model)
+    check_settings(config, model)
     whole = build.shape(config, partial(make_model, config), torch.float32, scopes=scopes)
     check_names(whole, model.family)
     shard.waiting_places(config.parallel, len(whole.blocks))
+
+
+def check_settings(config: Config, model: ModelFolder) -> None:
+    """Refuse settings of training and of its samples that do not suit the model."""
+    tasks.check_given(config, model)
+    if fault := model.noising.fault(config.objective):
+        raise UserError(fault)
+    check_sample(config.sample, model)
+    check_experts(config, model)
 
 
 def check_experts(config: Config, model: ModelFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -373,3 +374,13 @@ def _schedules(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[
 def test_an_evaluation_keeps_a_few_microbatches_and_leaves_none(schedule: str) -> None:
     for counts, alive in run_ranks(_schedules, 2, (*layout(2, 1, 1), f"parallel.schedule={schedule}")):
         assert max(counts) == 2 and all(alive)
+
+
+def _warned(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[str]:
+    with warnings.catch_warnings(record=True) as told:
+        _train(rank, world_size, overrides, "", 1)
+    return [str(one.message) for one in told]
+
+
+def test_shards_of_a_whole_model_warn_of_nothing() -> None:
+    assert run_ranks(_warned, 2, (*layout(1, 1, 2), *FULL)) == [[], []]

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,11 +230,13 @@ class _Terminal(logging.Handler):
 
 
 def quiet_libraries() -> None:
-    """Silence what torchao, diffusers and transformers log on import: nothing that a user can act on."""
+    """Silence what torch, torchao, diffusers and transformers say of themselves: nothing that a user can act on."""
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # FSDP makes views of what passes a block unchanged, and then warns of them; nothing here writes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def log_to_terminal(rank: int) -> None:

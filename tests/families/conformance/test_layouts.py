@@ -36,7 +36,7 @@ KINDS = {
 # three streams, of which one is at half the size in every other step
 OWN = ("lora.per_stream=true", "streams={rgb: '', seg: _seg, depth: _depth}")
 CONTEXT = "parallel.context=2"
-CHUNK = "parallel.chunk=5"  # tokens of a microbatch: pieces begin and end inside of streams and time groups
+CHUNK = "parallel.chunk=18"  # of a step with tokens enough: pieces begin and end inside of streams and time groups
 ONE_TEXT = "no gradient of the text crosses a cut"
 Result = dict[str, Any]  # losses, norms of gradients, and parameters before the first step and after the last
 

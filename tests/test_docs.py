@@ -46,7 +46,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"[a-z]+", re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0]))
 SECTIONS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
 LANGUAGES = {"sh", "bash", "text", "yaml", "python", "dockerfile"}
-OTHERS = {"touch", "tensorboard", "docker", ".venv/bin/basedpyright"}  # programs that are not ours
+OTHERS = {"touch", "tensorboard", "docker", "hf", ".venv/bin/basedpyright"}  # programs that are not ours
 OF_MAKE = {
     "MAKEFLAGS",
     "MFLAGS",

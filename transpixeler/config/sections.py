@@ -192,6 +192,7 @@ class ObjectiveConfig:
     stream_weights: dict[str, NonNegative] = field(default_factory=dict)
     caption_dropout: Fraction | dict[str, Fraction] = 0.1
     first_frame_noise: Fraction = 0.0
+    focus_present: Fraction = 0.0
     extend_latents: Count = 2
     interpolate_every: Interval | tuple[Interval, ...] = 4
 

@@ -147,6 +147,8 @@ def prepare(
     if shown is not None:
         firsts, lasts = [task.shown for task in drawn], [task.shown_last for task in drawn]
         fields = {**fields, **shown.values(layout, firsts, lasts)}
+    if config.focus_present:
+        fields = {**fields, "focus": _dropped(config.focus_present, keys, kind="focus").float()}
     ends = noising.ends(latents, noise, layout)
     return Example(layout, *ends, times, fields, loss_weights(config, layout, free, batch), expert, noising)
 
@@ -208,9 +210,9 @@ def with_dropped_captions(config: ObjectiveConfig, fields: Fields, empty: Fields
     return {name: _replaced(value, rows.get(name), empty.get(name)) for name, value in fields.items()}
 
 
-def _dropped(share: float, keys: Keys, *field: str) -> Tensor:
-    """[b]: the samples whose caption, or one field of it, is dropped."""
-    return torch.tensor([float(torch.rand((), generator=generator("caption", *field, *key))) < share for key in keys])
+def _dropped(share: float, keys: Keys, *field: str, kind: str = "caption") -> Tensor:
+    """[b]: the samples whose caption, or one field of it, is dropped, or what else happens to a share of them."""
+    return torch.tensor([float(torch.rand((), generator=generator(kind, *field, *key))) < share for key in keys])
 
 
 def _replaced(value: Tensor, rows: Tensor | None, by: Tensor | None) -> Tensor:

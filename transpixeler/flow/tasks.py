@@ -238,7 +238,15 @@ def check_given(config: Config, model: ModelFolder) -> None:
                 f"objective.caption_dropout.{name}: {model.family.title} makes no such field of a caption; there are "
                 f"{', '.join(droppable)}"
             )
+    if config.objective.focus_present and not model.joins:
+        raise UserError(
+            f"objective.focus_present: {model.family.title} has no attention over time by itself; leave it out"
+        )
     for name, scale in zip(config.streams, config.scales, strict=True):
+        if model.joins and scale > 1:
+            raise UserError(
+                f"streams.{name}.scale: {model.family.title} joins streams in channels, of one size; set it to 1"
+            )
         if shows and scale > 1:
             raise UserError(
                 f"streams.{name}.scale: this model takes given frames in channels, for streams of one size; set it to 1"
@@ -248,6 +256,8 @@ def check_given(config: Config, model: ModelFolder) -> None:
 def untakeable(task: Task, model: ModelFolder) -> str:
     """Return why a model cannot be given what a task gives, and the way out; or nothing."""
     title, geometry, shows = model.family.title, model.geometry, shows_frames(model.fields)
+    if model.joins and task.gives:
+        return f"{title} is told one time for all that it makes, so that nothing can be given; joint is its only task"
     if not task.first and not task.last:
         return ""
     if geometry.stills:

@@ -140,9 +140,17 @@ class Block(nn.Module, ABC):
     def reads(self, linear: str) -> str:
         """Return what a linear of this block, by its name in it, reads.
 
-        One of "streams", "text", "both", "image" and "vectors".
+        One of "streams", "joined" (streams that lie in its channels), "text", "both", "image" and "vectors".
         """
         return "streams"
+
+    def repeats(self, module: str) -> int:
+        """Return how often a linear or convolution of this block, by its name in it, acts for each token."""
+        return 1
+
+    def parts(self) -> Sequence[nn.Module]:
+        """Return the modules in it whose shards are gathered apart from the others', where it is a large block."""
+        return ()
 
 
 class _Recomputed:
@@ -238,6 +246,7 @@ class Backbone(nn.Module, ABC):
     rgb_attends_aux: bool = True
     rgb_forward_only: bool = False  # RGB sees itself alone and nothing trained acts on it: it has no backward pass
     rgb_memory: RgbMemory | None = None  # where RGB is the same in several forward passes: its keys and values
+    undivided: ClassVar[str] = ""  # why neither stages nor ranks can share one sample; empty where they can
     zero_start: ClassVar[tuple[str, ...]] = ()  # parameters that are zero in a new model
     matmul_dtype: torch.dtype = torch.float32
     run_block: RunBlock | None = None  # runs each block, where something is to be done before and after
@@ -264,6 +273,10 @@ class Backbone(nn.Module, ABC):
     def end_reads(self, name: str) -> str:
         """Return what a linear of `embed` or `head` reads, by its name, as `Block.reads` does."""
         return "streams"
+
+    def end_repeats(self, name: str) -> int:
+        """Return how often it acts for each token, as `Block.repeats` does."""
+        return 1
 
     # -- the same for all models
 

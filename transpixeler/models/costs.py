@@ -31,18 +31,19 @@ class LinearCost(NamedTuple):
 
     inputs: int
     outputs: int
-    reads: str  # "streams", "text", "both", "image" or "vectors"
+    reads: str  # "streams", "joined", "text", "both", "image" or "vectors"
     rank: int = 0
     span: tuple[int, int] | None = None  # streams that the adapter acts on; None for all that is read
     discarded: bool = False  # the block's last projection: no backward pass asks for its output
     image: int = 0  # tokens of an image encoder, where it reads them
     dora: bool = False  # the adapter also has norms of the changed weight's rows
     pairs: int = 1  # the adapter's matrices: one pair, or one for each stream of the span
+    repeats: int = 1  # times that it acts for each token
 
     def tokens(self, lengths: Sequence[int], text: int) -> int:
-        return {"streams": sum(lengths), "text": text, "both": sum(lengths) + text, "image": self.image}.get(
-            self.reads, 0
-        )
+        streams, first = sum(lengths), lengths[0] if lengths else 0
+        known = {"streams": streams, "joined": first, "text": text, "both": streams + text, "image": self.image}
+        return self.repeats * known.get(self.reads, 0)
 
     def adapted(self, lengths: Sequence[int], text: int) -> int:
         """Return the tokens that the adapter acts on."""
@@ -154,8 +155,15 @@ def _block(block: Block, image: int) -> BlockCost:
     last = {id(module[2]) for module in block.modules() if isinstance(module, FeedForward)}
     found = []
     for name, module in block.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            inputs, outputs = module.weight.shape[:2]
+            if isinstance(module, nn.Conv2d):
+                inputs, outputs = outputs, inputs
+            area = math.prod(module.kernel_size)
+            found.append(LinearCost(inputs * area, outputs, block.reads(name), repeats=block.repeats(name)))
         if isinstance(module, Linear):
             cost = LinearCost(module.in_features, module.out_features, block.reads(name), image=image)
+            cost = cost._replace(repeats=block.repeats(name))
             if isinstance(module, LoraLinear):
                 dora, pairs = module.lora_magnitude is not None, len(module.pairs)
                 cost = cost._replace(rank=module.rank, span=module.span, dora=dora, pairs=pairs)
@@ -168,10 +176,11 @@ def _ends(model: Backbone) -> list[LinearCost]:
     found = []
     for part in ("embed", "head"):
         for name, module in getattr(model, part).named_modules():
-            if isinstance(module, nn.Linear | nn.Conv3d):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
                 outputs = module.weight.shape[0]
                 reads, image = model.end_reads(f"{part}.{name}"), _image_tokens(model)
-                found.append(LinearCost(module.weight.numel() // outputs, outputs, reads, image=image))
+                cost = LinearCost(module.weight.numel() // outputs, outputs, reads, image=image)
+                found.append(cost._replace(repeats=model.end_repeats(name)))
     return found
 
 

@@ -146,6 +146,9 @@ class ModelFolder(ABC):
     encoders: str  # where VAE, text and image encoders lie
     text_parts: tuple[str, ...] = ("",)  # networks that read captions, each by its one field; "": one makes all fields
     text_places: tuple[str, ...] = ("text_encoder",)  # their folders beside the other encoders, in the same order
+    # Streams lie in the channels of one network: of one size, and told one time for all. Its attention over time can be
+    # kept to the present frame.
+    joins: bool = False
 
     # -- without loading a weight
 
@@ -332,7 +335,7 @@ def recognised(path: Path) -> list[Family]:
 
 def examples() -> str:
     """Return Hub ids that a message may name."""
-    return " or ".join(family.example for family in families())
+    return " or ".join(family.example for family in families() if family.example)
 
 
 def open_model(config: ModelConfig) -> ModelFolder:

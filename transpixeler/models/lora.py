@@ -179,7 +179,11 @@ def _span(name: str, scope: Scope, model: Backbone) -> tuple[int, int] | None:
         return None
     block = model.blocks[name.split(".")[1]]
     assert isinstance(block, Block)
-    if (read := block.reads(inside(name))) not in ("streams", "both"):
+    if (read := block.reads(inside(name))) == "joined":
+        raise UserError(
+            f"lora.scope: {scope} has no tokens of its own, as this model joins its streams in channels; set it to all"
+        )
+    if read not in ("streams", "both"):
         what = "image" if read == "image" else "text"
         raise UserError(
             f"lora.targets: {inside(name)} acts on the {what}, which is the same for all streams: "
@@ -195,7 +199,11 @@ def _own_streams(name: str, span: tuple[int, int] | None, model: Backbone) -> tu
         return ()
     block = model.blocks[name.split(".")[1]]
     assert isinstance(block, Block)
-    if span is None and (read := block.reads(inside(name))) != "streams":
+    if (read := block.reads(inside(name))) == "joined":
+        raise UserError(
+            "lora.per_stream: this model joins its streams in channels: no matrix acts on one alone; set it to false"
+        )
+    if span is None and read != "streams":
         what = {"both": "text too", "image": "image"}.get(read, "text")
         way_out = ", or use `lora.scope: aux`" if read == "both" else ""
         raise UserError(

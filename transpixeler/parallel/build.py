@@ -147,12 +147,29 @@ def shape(
         else:
             set_trainable(model, config.model.trainable)
         apply_dtypes(model, dtype)
+        _check_divisible(model, config)
         _check_heads(model, config.parallel.context)
         if not config.optim.bf16_parameters:  # what is trained keeps its small steps
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
     return model
+
+
+def _check_divisible(model: Backbone, config: Config) -> None:
+    """Refuse to share one sample out, and to quantize linears alone, where a model is not made for it."""
+    if not model.undivided:
+        return
+    for key in ("pipeline", "context"):
+        if (ranks := getattr(config.parallel, key)) > 1:
+            raise UserError(
+                f"parallel.{key}: {ranks} ranks cannot share a sample: {model.undivided}; set it to 1, and share "
+                "weights by parallel.shard or samples by parallel.replicate"
+            )
+    if config.quantized:
+        raise UserError(
+            f"model.quantize: {config.model.quantize} is for linears, and this model is made of convolutions; set none"
+        )
 
 
 def _check_heads(model: Backbone, ranks: int) -> None:

@@ -195,7 +195,8 @@ def _shard(
         "reshard_after_forward": mesh.layout.pipeline == 1 or bool(config.offload),
     }
     for block in blocks:
-        fully_shard(block, offload_policy=host if block in waiting else device, **options)
+        for part in (*block.parts(), block):
+            fully_shard(part, offload_policy=host if block in waiting else device, **options)
     fully_shard(stage, offload_policy=host if config.offload is True else device, **options)
     for module in stage.modules():
         if isinstance(module, FSDPModule):

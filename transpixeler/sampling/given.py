@@ -55,6 +55,11 @@ class GivenFrames:
 def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, size: tuple[int, int, int]) -> GivenFiles:
     """Refuse files that cannot be given for a video of size (F, H, W); return them with their reference named."""
     given = _resolved(given, config, model)
+    if given.named and model.joins:
+        raise UserError(
+            f"{given.label(next(iter(given.named)))}: {model.family.title} is told one time for all that it makes, so "
+            "that nothing can be given; leave it out"
+        )
     _check_clips(given, config)
     _check_ends(given, config, model, frames=size[0])
     for name, path in given.named.items():

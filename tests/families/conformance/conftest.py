@@ -7,8 +7,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.support.families.cases import CASES, Case
+from tests.support.families.cases import EVERY, Case
 from tests.support.shared import made_once, session_folder, settle
 from transpixeler import cli
 
@@ -34,7 +35,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return session_folder(tmp_path_factory) / "shared/families"
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
+@pytest.fixture(params=EVERY.values(), ids=EVERY)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
@@ -69,5 +70,7 @@ def _write(folder: Path, case: Case) -> None:
     write_pairs(folder / "data/train", scenes(4, formats=lengths, held_out=False, seed=0))
     write_pairs(folder / "data/eval", scenes(1, formats=lengths[1:], held_out=True, seed=0))
     settle(folder)
-    (folder / "config.yaml").write_text(CONFIG.format(frames=list(case.frames), longest=case.frames[1]))
+    settings = yaml.safe_load(CONFIG.format(frames=list(case.frames), longest=case.frames[1]))
+    settings |= {section: {**settings[section], **values} for section, values in case.more.items()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     assert cli.main(["cache", str(folder / "config.yaml")]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.families.cases import CASES, Case, inputs
+from tests.support.families.cases import CASES, EVERY, Case, inputs
 from tests.support.models import move
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.on_model import adapter_of, apply_adapter
@@ -21,6 +21,7 @@ from transpixeler.models.lora import adapter_parameters, inject, lora_linears, t
 from transpixeler.models.names import Names, UnknownName
 
 every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+really_every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 METADATA = {
     "base_model": "user/tiny",
     "streams": '["rgb", "seg"]',
@@ -64,12 +65,12 @@ def parameters(case: Case) -> list[str]:
     ]
 
 
-@every_family
+@really_every
 def test_the_name_maps_are_bijections(case: Case) -> None:
     assert faults(case.family.names, parameters(case)) == []
 
 
-@every_family
+@really_every
 @pytest.mark.parametrize("spelling", ["original", "diffusers"])
 def test_a_twin_whose_rows_share_a_name_is_caught(case: Case, spelling: str) -> None:
     first, second, *rest = case.family.names.rows
@@ -77,7 +78,7 @@ def test_a_twin_whose_rows_share_a_name_is_caught(case: Case, spelling: str) -> 
     assert faults(broken, parameters(case))
 
 
-@every_family
+@really_every
 @pytest.mark.parametrize("name", ["blocks.0.no_such.weight", "blocks.00.x", "no_such", "embed.weight"])
 def test_a_name_outside_the_table_is_refused(case: Case, name: str) -> None:
     for source, to in (("internal", "original"), ("original", "internal"), ("diffusers", "internal")):
@@ -85,7 +86,7 @@ def test_a_name_outside_the_table_is_refused(case: Case, name: str) -> None:
             case.family.names.parameter(name, source=source, to=to)
 
 
-@every_family
+@really_every
 def test_linears_have_the_sizes_that_the_table_says(case: Case) -> None:
     """Families whose blocks differ need no table: no program takes all of their linears for granted."""
     linears = {name.split(".", 2)[2]: linear for name, linear in targets(case.model()).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.support.families.cases import CASES, example
+from tests.support.families.cases import CASES, EVERY, JOINED, example
 from tests.support.ranks import run_ranks
 from tests.support.seeded import SeededSource
 from tests.support.tiny import config
@@ -77,7 +78,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _make(name: str, config: Config, twin: str) -> Backbone:
-    model = CASES[name].make(streams=tuple(config.streams), rgb_attends_aux=config.model.rgb_attends_aux)
+    model = EVERY[name].make(streams=tuple(config.streams), rgb_attends_aux=config.model.rgb_attends_aux)
     if twin == ONE_TEXT:
         model.carried = 1
         model.__class__ = _detaching(type(model))
@@ -95,7 +96,12 @@ def _detaching(kind: type[Backbone]) -> type[Backbone]:
 
 
 def _train(name: str, here: runtime.Runtime, overrides: tuple[str, ...], twin: str, steps: int) -> Result:
-    settings = config(*BASE, *overrides)
+    more = [
+        f"{at}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for at, own in EVERY[name].more.items()
+        for key, value in own.items()
+    ]
+    settings = config(*BASE, *more, *overrides)
     layout = meshes.resolve(settings.parallel, here.world_size)
     mesh = meshes.build(layout, here)
     engine = build_engine(
@@ -113,7 +119,7 @@ def _train(name: str, here: runtime.Runtime, overrides: tuple[str, ...], twin: s
         model = _make(name, settings, "")
     losses = []
     for step in range(steps):
-        given = example(CASES[name], model, settings, step, slots)
+        given = example(EVERY[name], model, settings, step, slots)
         errors = engine.forward_backward(given, settings.train.micro_batch)
         loss = (errors * given.weights).sum() * (mesh.context_rank == 0)
         torch.distributed.all_reduce(loss, group=mesh.data_group)
@@ -173,6 +179,19 @@ def test_steps_are_the_same_on_any_layout(name: str, kind: str, ranks: int) -> N
     runs = {run: (*overrides, *KINDS[kind]) for run, overrides in LAYOUTS[kind, ranks].items()}
     found = {run: difference(result, alone(name, kind)) for run, result in train(ranks, name, runs).items()}
     assert max(found.values()) < 1e-6, found
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("name", JOINED)
+def test_a_model_in_one_piece_learns_the_same_on_any_shards_and_replicas(name: str, kind: str) -> None:
+    every = ADAPTED | OTHERS
+    runs = {run: (*every[run], *KINDS[kind]) for run in every if run[:7] in ("(1,2,1)", "(1,1,2)")}
+    assert len(runs) == 4
+    found = {run: difference(result, alone(name, kind)) for run, result in train(2, name, runs).items()}
+    assert max(found.values()) < 1e-6, found
+    moved, start = alone(name, kind)["parameters"], alone(name, kind)["start"]
+    # what is added before a norm may move by less than its last digit
+    assert not [n for n, p in moved.items() if torch.equal(p, start[n]) and not n.endswith("conv1.bias")]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name in ("wan", "hunyuan")])

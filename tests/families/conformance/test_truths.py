@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.families.cases import CASES, Case, alike, base_of, inputs, zero
+from tests.support.families.cases import CASES, EVERY, Case, alike, base_of, inputs, zero
 from tests.support.models import move
 from transpixeler.config.sections import LoraConfig, family_names
 from transpixeler.models.backbone import Backbone
@@ -14,11 +14,12 @@ from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.tokens import Tokens
 
-every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES)  # with its streams on one sequence
+really_every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 
 
 def test_every_family_has_a_case() -> None:
-    assert set(family_names()) == set(CASES)
+    assert set(family_names()) == set(EVERY)
 
 
 def parts(velocity: Tensor, layout: StreamLayout) -> tuple[Tensor, ...]:
@@ -110,7 +111,7 @@ def test_rgb_that_does_not_see_its_companions_is_the_bases_under_any_adapter(cas
 # -- one stream is the published model
 
 
-@every_family
+@really_every
 @pytest.mark.parametrize("bucket", [0, 1])
 def test_one_stream_is_the_published_model_forward_and_backward(case: Case, bucket: int) -> None:
     model = case.model()
@@ -131,7 +132,7 @@ def test_one_stream_is_the_published_model_forward_and_backward(case: Case, buck
         assert worst(mine, theirs) < 1e-5 * largest, name
 
 
-@every_family
+@really_every
 @torch.no_grad()
 def test_a_twin_with_one_parameter_moved_is_caught(case: Case) -> None:
     model = case.model()

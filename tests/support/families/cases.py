@@ -5,9 +5,11 @@ The conformance suite runs over these; a family without a case fails it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +24,16 @@ from tests.support.families.references import (
     ltx_reference,
     opensora_reference,
     toy_reference,
+    unet3d_reference,
     wan_reference,
 )
 from tests.support.models import move
 from transpixeler.config.sections import Config
+from transpixeler.families.unet3d.diffusion import CosineDiffusion
 from transpixeler.flow import draws, objective
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, Field, find_family
+from transpixeler.models.noising import RECTIFIED, Noising
 from transpixeler.models.streams import LAST, Shape, StreamLayout
 
 STREAMS = ("rgb", "seg", "depth")
@@ -48,6 +53,9 @@ class Case:
     frames: tuple[int, int]  # lengths of clips of 64×64 that it can take
     in_comfyui: Callable[[str], str] = str  # ComfyUI's own name of a module, by its original one
     own_format: str = "comfyui"  # a format of adapters in names that no other family has
+    more: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # settings of configs, by section
+    noising: Noising = RECTIFIED
+    joins: bool = False  # as in `ModelFolder`
 
     @property
     def family(self) -> Family:
@@ -76,7 +84,11 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, layout.elements, generator=generator)
     times = torch.rand(batch, len(layout.groups), generator=generator)
-    return x, times, *_fields(model.fields, batch, generator, full=full)
+    fields = _fields(model.fields, batch, generator, full=full)
+    if model.undivided and batch > 1:
+        fields[0][-1] = 0  # no caption, for which such a model has a vector
+        times = times[:, :1].expand_as(times)
+    return x, times, *fields
 
 
 def _fields(fields: Sequence[Field], batch: int, generator: torch.Generator, *, full: bool = False) -> list[Tensor]:
@@ -126,7 +138,7 @@ def example(case: Case, model: Backbone, config: Config, step: int, slots: range
     """
     names, shape = tuple(config.streams), case.shapes[step % 2]
     layout = StreamLayout.equal(names, shape, model.patch)
-    if step % 2:
+    if step % 2 and not case.joins:
         channels, frames, height, width = shape
         small = (channels, frames, height // 2, width // 2)
         shapes, count = (shape, small, shape), len(names)
@@ -147,6 +159,7 @@ def example(case: Case, model: Backbone, config: Config, step: int, slots: range
         slots=slots,
         batch=config.train.global_batch,
         shift=1.0,
+        noising=case.noising,
     )
 
 
@@ -198,6 +211,14 @@ def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     return ToyModel(ToyConfig(), streams=streams, rgb_attends_aux=rgb_attends_aux)
 
 
+def _unet3d(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from tests.families.unet3d.folder import TINY
+    from transpixeler.families.unet3d.config import UnetConfig
+    from transpixeler.families.unet3d.model import UnetModel
+
+    return UnetModel(UnetConfig.read(TINY), streams=streams)
+
+
 def _write_wan(folder: Path) -> None:
     from transpixeler.demo.model import write_model
 
@@ -224,6 +245,12 @@ def _write_hunyuan(folder: Path) -> None:
 
 def _write_opensora(folder: Path) -> None:
     from tests.families.opensora.folder import write_folder
+
+    write_folder(folder)
+
+
+def _write_unet3d(folder: Path) -> None:
+    from tests.families.unet3d.folder import write_folder
 
     write_folder(folder)
 
@@ -269,3 +296,29 @@ CASES = {
         Case("toy", _toy, SMALL, (4, 4, 16, 16), toy_reference, "txt.qkv", _write_toy, (2, 8)),
     )
 }
+
+# Streams in the channels of one network, which is told one time: no scope but all, no task but joint, one piece.
+PLAIN = {
+    "lora": {"scope": "all"},
+    "objective": {"tasks": {"joint": 1, "rgb_to_aux": 0, "ends_to_video": 0, "interpolate": 0}, "density": "uniform"},
+    "sample": {"scheduler": "ddpm", "shift": "auto"},
+}
+JOINED = {
+    case.name: case
+    for case in (
+        Case(
+            "unet3d",
+            _unet3d,
+            ((3, 2, 2, 4), (3, 3, 4, 4)),
+            (3, 4, 16, 16),
+            unet3d_reference,
+            "",
+            _write_unet3d,
+            (1, 4),
+            more=PLAIN,
+            noising=CosineDiffusion(),
+            joins=True,
+        ),
+    )
+}
+EVERY = CASES | JOINED

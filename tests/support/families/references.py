@@ -176,3 +176,17 @@ def toy_reference(model: Backbone) -> Reference:
         return formulas(latents, times[:, 0], *fields).flatten(1)
 
     return Reference(run, weights)
+
+
+def unet3d_reference(model: Backbone) -> Reference:
+    from tests.families.unet3d.folder import TINY
+    from tests.families.unet3d.reference import Reference as Formulas
+
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    formulas = Formulas(weights, TINY)
+
+    def run(x: Tensor, times: Tensor, text: Tensor, *, layout: StreamLayout) -> Tensor:
+        (latents,) = layout.unpack(x)
+        return formulas(latents, times[:, 0], text).flatten(1)
+
+    return Reference(run, weights)

@@ -96,8 +96,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     import json
 
+    from transpixeler.parallel.runtime import quiet_libraries
     from transpixeler.planning import plan, text
 
+    quiet_libraries()
     asked = {name: getattr(arguments, name) for name in ("gpus", "memory", "device", "peak")}
     made = plan.make_plan(config, *plan.find_machine(config, **asked))
     as_json = arguments.json

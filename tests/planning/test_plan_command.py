@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,10 @@ def test_a_device_that_comes_in_several_sizes_has_the_one_that_its_name_tells() 
 
     assert [gib(name) for name in ("a100", "A100-40GB", "NVIDIA A100-SXM4-40GB", "H100 80GB HBM3")] == [80, 40, 40, 80]
     assert gib("A100-40GB", memory=20) == 20 and gib("gpu-96gb", peak=300) == 96
+
+
+def test_nothing_is_printed_beside_the_plan(demo: Path) -> None:
+    """Not what libraries say of themselves where they are loaded first."""
+    words = [sys.executable, "-m", "transpixeler", "plan", demo / "config.yaml", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and json.loads(done.stdout)["steps"]

@@ -23,7 +23,7 @@ from transpixeler.data.buckets import (
 )
 from transpixeler.data.draws import Draws
 from transpixeler.data.media.clip import Media
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.sources.samples import Sample
 from transpixeler.models.geometry import Geometry
 
 SOURCE = SourceConfig("s")
@@ -43,7 +43,7 @@ def assigned(*samples: Sample, source: SourceConfig = SOURCE, seed: int = 0, **d
 
 
 def buckets(result: Assignment) -> list[str]:
-    return [str(bucket) for bucket, _ in result.clips]
+    return [str(bucket) for _, _, bucket in result.clips]
 
 
 samples = st.lists(
@@ -88,7 +88,7 @@ def test_whatever_the_samples_and_options(found: list[Sample], options: dict[str
     result = assigned(*found, seed=seed, **options)
     assert result == assigned(*found, seed=seed, **options)
     by_id = {one.id: one for one in found}
-    for bucket, clip in result.clips:
+    for _, clip, bucket in result.clips:
         media = by_id[clip.sample_id].media
         assert bucket.height % 16 == bucket.width % 16 == 0 and bucket.frames % 4 == 1
         assert bucket.frames in data.frames and (bucket.frames == 1) == media.image
@@ -96,8 +96,8 @@ def test_whatever_the_samples_and_options(found: list[Sample], options: dict[str
         assert clip.start >= 0
         assert clip.start * clip.fps + bucket.frames <= media.frames_at(Fraction(16))
         assert (clip.frames, clip.height, clip.width) == bucket
-    assert len({clip.id for _, clip in result.clips}) == len(set(result.clips))
-    placed = {(clip.sample_id, bucket) for bucket, clip in result.clips}
+    assert len({clip.id for _, clip, _ in result.clips}) == len(set(result.clips))
+    placed = {(clip.sample_id, bucket) for _, clip, bucket in result.clips}
     for one in found:
         told = sum(name == one.id for name, _ in result.dropped)
         shapes = {bucket for name, bucket in placed if name == one.id}
@@ -163,13 +163,13 @@ def test_a_source_has_options_of_its_own() -> None:
     assert buckets(assigned(one, source=SourceConfig("s", resolutions=(256,)))) == ["320×208×33"]
     assert buckets(assigned(one, source=SourceConfig("s", sizes=((64, 32, 5),)))) == ["64×32×5"]
     middle = SourceConfig("s", clip_mode="single_middle")
-    assert assigned(one, source=middle).clips[0][1].start == Fraction(28, 16)
+    assert assigned(one, source=middle).clips[0].clip.start == Fraction(28, 16)
 
 
 @given(st.integers(17, 700))
 def test_overlapping_clips_cover_the_whole_length_evenly(frames: int) -> None:
     result = assigned(sample(frames, 999, 999), frames=(17,), clip_mode="multiple_overlapping")
-    firsts = [int(clip.start * 16) for _, clip in result.clips]
+    firsts = [int(clip.start * 16) for _, clip, _ in result.clips]
     assert firsts[0] == 0 and firsts[-1] + 17 == frames and len(firsts) == math.ceil(frames / 17)
     gaps = [b - a for a, b in itertools.pairwise(firsts)]
     assert all(gap <= 17 for gap in gaps) and (not gaps or max(gaps) - min(gaps) <= 1)
@@ -179,7 +179,7 @@ def test_a_failed_draw_falls_to_the_next_smaller_bucket() -> None:
     many = [sample(90, 1920, 1080, name=f"{i}") for i in range(1000)]
     rules = (BucketRule((0, 0, 81), keep=0.3), BucketRule((0, 0, 33), keep=0.5))
     result = assigned(*many, frames=(1, 33, 81), buckets=rules)
-    share = {frames: sum(bucket.frames == frames for bucket, _ in result.clips) / 1000 for frames in (81, 33)}
+    share = {frames: sum(bucket.frames == frames for _, _, bucket in result.clips) / 1000 for frames in (81, 33)}
     assert abs(share[81] - 0.3) < 0.04 and abs(share[33] - 0.35) < 0.04
     assert len(result.dropped) + len(result.clips) == 1000 and "not drawn" in result.dropped[0][1]
     assert result != assigned(*many, frames=(1, 33, 81), buckets=rules, seed=1)
@@ -204,7 +204,7 @@ def test_long_videos_can_be_kept_from_a_resolution() -> None:
 
 def chances(found: Assignment, rules: tuple[BucketRule, ...]) -> dict[str, float]:
     """Return the buckets that some epoch takes a sample in, with the share of epochs."""
-    own = [bucket for bucket, _ in found.clips]
+    own = [bucket for _, _, bucket in found.clips]
     drawn = Draws(["a"] * len(own), own, rules=rules, seed=0).chances()
     return {str(bucket): float(chance) for bucket, chance in zip(own, drawn, strict=True) if chance}
 

@@ -26,7 +26,7 @@ from transpixeler.data.media.clip import Clip, Media
 from transpixeler.data.media.exr import write_exr_sequence
 from transpixeler.data.media.fill import KEEP
 from transpixeler.data.media.write import write_mp4, write_png
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.sources.samples import Sample
 from transpixeler.families.wan import encoders
 from transpixeler.families.wan.encoders import WanVae
 from transpixeler.families.wan.family import FAMILY

@@ -19,7 +19,8 @@ from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.exr import write_exr_sequence
-from transpixeler.data.sources.pairs import Sample, decode_pair, scan
+from transpixeler.data.sources.pairs import decode_pair, scan
+from transpixeler.data.sources.samples import Sample
 
 MUTATIONS = 500
 LONGEST_SECONDS = 5.0

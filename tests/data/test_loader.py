@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from transpixeler.config.sections import UserError
 from transpixeler.data.cache.records import Cache, CacheDamaged, CacheWriter, Record
-from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.dataset import Dataset
+from transpixeler.data.items import Item
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.models.family import Field
 

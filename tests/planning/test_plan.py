@@ -26,7 +26,8 @@ from transpixeler.data import survey
 from transpixeler.data.media.clip import Media
 from transpixeler.data.media.probe import Probes
 from transpixeler.data.sources.candidate import BadSample
-from transpixeler.data.sources.pairs import Sample, Scan, scan
+from transpixeler.data.sources.pairs import Scan, scan
+from transpixeler.data.sources.samples import Sample
 from transpixeler.families.wan import model as wan
 from transpixeler.parallel import mesh
 from transpixeler.parallel.build import build_engine

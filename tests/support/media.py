@@ -10,7 +10,7 @@ import numpy as np
 
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.sources.samples import Sample
 
 BITS, BLOCK = 12, 16
 HEIGHT, WIDTH = 2 * BLOCK, BITS // 2 * BLOCK

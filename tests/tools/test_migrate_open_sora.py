@@ -20,7 +20,8 @@ from transpixeler.config.sections import Config, DataConfig, SourceConfig
 from transpixeler.data.buckets import Bucket, assign, rule_for
 from transpixeler.data.draws import Draws
 from transpixeler.data.media.clip import Media
-from transpixeler.data.sources.pairs import Sample, scan
+from transpixeler.data.sources.pairs import scan
+from transpixeler.data.sources.samples import Sample
 from transpixeler.models.family import open_model
 from transpixeler.models.geometry import USUAL
 
@@ -174,7 +175,7 @@ def offered(data: DataConfig, frames: int, side: int) -> list[Bucket]:
     """Return the buckets that some epoch draws a square video for."""
     media = Media(frames, side, side, Fraction(12), Fraction(frames, 12), False)
     sample = Sample("a", (("rgb", Path("a.mp4")),), "", 0, False, media)
-    found = [bucket for bucket, _ in assign([sample], data.train, data, geometry=USUAL, seed=0).clips]
+    found = [bucket for _, _, bucket in assign([sample], data.train, data, geometry=USUAL, seed=0).clips]
     chances = Draws(["a"] * len(found), found, rules=data.buckets, seed=0).chances()
     return [bucket for bucket, chance in zip(found, chances, strict=True) if chance]
 

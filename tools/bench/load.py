@@ -29,7 +29,8 @@ from torch import Tensor
 from transpixeler.config.sections import ObjectiveConfig
 from transpixeler.data.cache import index
 from transpixeler.data.cache.records import Cache, CacheWriter, Record
-from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.dataset import Dataset
+from transpixeler.data.items import Item
 from transpixeler.data.loader import Assembler, Batch, Loader
 from transpixeler.data.order import make_order
 from transpixeler.flow import objective

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 from transpixeler.config.sections import (
     BucketRule,
@@ -23,9 +26,12 @@ from transpixeler.config.sections import (
     TrainConfig,
     UserError,
 )
-from transpixeler.data.media.clip import Clip, Media, exact_rate
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.columns import Rows, Texts
+from transpixeler.data.media.clip import Clip, exact_rate
+from transpixeler.data.sources.samples import Sample, Samples, Shape
 from transpixeler.models.geometry import Geometry
+
+SHAPES_KNOWN = 1 << 16  # of a set's files: each is looked through once
 
 
 class Bucket(NamedTuple):
@@ -39,12 +45,70 @@ class Bucket(NamedTuple):
         return f"{self.width}×{self.height}×{self.frames}"
 
 
+class SampleClip(NamedTuple):
+    """One clip of a sample and its bucket."""
+
+    sample: Sample
+    clip: Clip
+    bucket: Bucket
+
+
+class Clips(Rows[SampleClip]):
+    """Clips as columns, in the order of their samples."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        owners: np.ndarray,
+        numbers: np.ndarray,
+        firsts: np.ndarray,
+        offered: Buckets,
+        fps: Fraction,
+    ) -> None:
+        self.samples, self.offered, self.fps = samples, tuple(offered), fps
+        self.owners, self.numbers, self.firsts = owners, numbers, firsts  # int32 [n]: sample, bucket, first frame
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def make(self, row: int) -> SampleClip:
+        sample, bucket = self.samples[int(self.owners[row])], self.offered[self.numbers[row]]
+        return SampleClip(sample, self.cut(row, sample.id), bucket)
+
+    def cut(self, row: int, name: str) -> Clip:
+        """Return a clip alone. name: its sample's id."""
+        frames, height, width = self.offered[self.numbers[row]]
+        return Clip(name, Fraction(int(self.firsts[row])) / self.fps, frames, self.fps, height, width)
+
+    def name(self, row: int, sample: str) -> str:
+        """Return a clip's id. sample: its sample's."""
+        frames, height, width = self.offered[self.numbers[row]]
+        return f"{sample}@{self.firsts[row]}+{frames}:{width}x{height}"
+
+    def take(self, rows: np.ndarray) -> Clips:
+        """Return some of the clips in the order of their numbers, or those where `rows` is true."""
+        parts = self.owners[rows], self.numbers[rows], self.firsts[rows]
+        return Clips(self.samples, *parts, self.offered, self.fps)
+
+
+Buckets = Sequence[Bucket]
+Dropped = Sequence[tuple[str, str]]  # (sample id, reason)
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Clips in the order of samples; `dropped` holds (sample id, reason)."""
+    """Clips in the order of samples, and the samples that are in no bucket."""
 
-    clips: tuple[tuple[Bucket, Clip], ...]
-    dropped: tuple[tuple[str, str], ...]
+    clips: Clips
+    dropped: Dropped
+
+
+@dataclass(frozen=True)
+class Fate:
+    """Say where the clips of samples that are alike begin, and why there are none."""
+
+    clips: tuple[tuple[Bucket, int], ...]  # first frames
+    reasons: tuple[str, ...]
 
 
 def assign(
@@ -60,22 +124,59 @@ def assign(
     With `data.draw: epoch` these are the clips of every bucket that some epoch may draw.
     """
     check_draws(data)
-    groups = [
-        [_Group(group, data, seed) for group in bucket_groups(source, data, geometry=geometry)] for source in sources
-    ]
-    clips: list[tuple[Bucket, Clip]] = []
-    dropped: list[tuple[str, str]] = []
     fps = rate(data)
-    for sample in samples:
-        mode = sources[sample.source].clip_mode or data.clip_mode
-        for group in groups[sample.source]:
-            chosen = group.choose(sample)
-            if isinstance(chosen, str):
-                dropped.append((sample.id, chosen))
-                continue
-            for bucket in chosen:
-                clips += [(bucket, clip) for clip in clips_of(sample, bucket, mode=mode, fps=fps)]
-    return Assignment(tuple(clips), tuple(dropped))
+    table = Samples.of(samples, fps)
+    choosers = [
+        _Chooser(bucket_groups(source, data, geometry=geometry), source.clip_mode or data.clip_mode, data)
+        for source in sources
+    ]
+    alike: dict[tuple[int, Shape, tuple[bool, ...]], int] = {}
+    kinds = np.empty(len(table), np.int32)
+    for source, shape, rows in table.alike():
+        chances = choosers[source].chances(shape)
+        if not chances:
+            kinds[rows] = alike.setdefault((source, shape, ()), len(alike))
+        for row in rows if chances else ():
+            draws = tuple(draw(seed, table.ids.make(row), bucket) < keep for bucket, keep in chances)
+            kinds[row] = alike.setdefault((source, shape, draws), len(alike))
+    fates = [choosers[source].fate(shape, draws) for source, shape, draws in alike]
+    return decided(table, kinds, fates, fps)
+
+
+def decided(samples: Samples, kinds: np.ndarray, fates: Sequence[Fate], fps: Fraction) -> Assignment:
+    """Return all clips. kinds: the number of each sample's fate, int [n]."""
+    offered = list(dict.fromkeys(bucket for fate in fates for bucket, _ in fate.clips))
+    numbers = {bucket: number for number, bucket in enumerate(offered)}
+    owners, buckets = _spread(kinds, [[numbers[bucket] for bucket, _ in fate.clips] for fate in fates])
+    _, firsts = _spread(kinds, [[first for _, first in fate.clips] for fate in fates])
+    told = list(dict.fromkeys(reason for fate in fates for reason in fate.reasons))
+    left, reasons = _spread(kinds, [[told.index(reason) for reason in fate.reasons] for fate in fates])
+    return Assignment(
+        Clips(samples, owners, buckets, firsts, offered, fps), Reasons(samples.ids.take(left), reasons, told)
+    )
+
+
+def _spread(kinds: np.ndarray, values: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Give each row the values of its kind: the rows' numbers and the values, int32 [n], row after row."""
+    counts = np.array([len(some) for some in values], np.int64)
+    flat = np.array([one for some in values for one in some], np.int32)
+    each = counts[kinds] if len(values) else np.zeros(0, np.int64)
+    owners = np.repeat(np.arange(len(kinds), dtype=np.int32), each)
+    within = np.arange(len(owners)) - np.repeat(np.cumsum(each) - each, each)
+    return owners, flat[(np.cumsum(counts) - counts)[kinds[owners]] + within] if len(owners) else flat[:0]
+
+
+class Reasons(Rows[tuple[str, str]]):
+    """Samples that are left out, by their ids, and why."""
+
+    def __init__(self, ids: Texts, numbers: np.ndarray, told: Sequence[str]) -> None:
+        self.ids, self.numbers, self.told = ids, numbers, tuple(told)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def make(self, row: int) -> tuple[str, str]:
+        return self.ids.make(row), self.told[int(self.numbers[row])]
 
 
 def check_draws(data: DataConfig) -> None:
@@ -145,76 +246,92 @@ def _shapes(resolution: Resolution, data: DataConfig, unit: tuple[int, int]) -> 
         yield max(1, round(tall / unit[0])) * unit[0], max(1, round(wide / unit[1])) * unit[1]
 
 
-class _Group:
-    """Choose among the buckets of one resolution. Samples of one length and size are looked through once."""
+class _Chooser:
+    """Choose among the buckets of a source. Samples of one length and size are looked through once."""
 
-    def __init__(self, buckets: Sequence[Bucket], data: DataConfig, seed: int) -> None:
-        self.buckets, self.data, self.seed, self.fps = buckets, data, seed, rate(data)
-        self.rules = {bucket: rule_for(bucket, data.buckets) for bucket in buckets}
-        self._nearest: dict[tuple[int, int, int, bool], Sequence[Bucket] | str] = {}
+    def __init__(self, groups: Sequence[Buckets], mode: str, data: DataConfig) -> None:
+        self.groups, self.mode, self.data, self.fps = groups, mode, data, rate(data)
+        self.rules = {bucket: rule_for(bucket, data.buckets) for group in groups for bucket in group}
+        self.near = lru_cache(maxsize=SHAPES_KNOWN)(self._near)
+        self.chances = lru_cache(maxsize=SHAPES_KNOWN)(self._chances)
 
-    def choose(self, sample: Sample) -> Sequence[Bucket] | str:
+    def _chances(self, shape: Shape) -> list[tuple[Bucket, float]]:
+        """Return the buckets that samples of a shape stay in by one draw for all epochs, and how many of them do."""
+        near = [self.near(number, shape) for number in range(len(self.groups))]
+        buckets = dict.fromkeys(bucket for some in near if not isinstance(some, str) for bucket in some)
+        some = [(bucket, self.rules[bucket].keep) for bucket in buckets if 0 < self.rules[bucket].keep < 1]
+        return some if self.data.draw == "once" else []
+
+    def fate(self, shape: Shape, draws: Sequence[bool]) -> Fate:
+        """Return the clips of samples of a shape, or why there are none. draws: as many as there are `chances`."""
+        stays = {bucket: rule.keep > 0 for bucket, rule in self.rules.items()}
+        stays |= {bucket: drawn for (bucket, _), drawn in zip(self.chances(shape), draws, strict=True)}
+        clips: list[tuple[Bucket, int]] = []
+        reasons: list[str] = []
+        for number in range(len(self.groups)):
+            chosen = self._chosen(self.near(number, shape), stays)
+            if isinstance(chosen, str):
+                reasons.append(chosen)
+            else:
+                clips += [(bucket, first) for bucket in chosen for first in first_frames(shape[0], bucket, self.mode)]
+        return Fate(tuple(clips), tuple(reasons))
+
+    def _chosen(self, nearest: Buckets | str, stays: Mapping[Bucket, bool]) -> Buckets | str:
         """Return the bucket that a sample goes to, or all that it may be drawn for; or why there is none."""
-        media = sample.media
-        shape = media.frames_at(self.fps), media.height, media.width, media.image
-        if shape not in self._nearest:
-            self._nearest[shape] = self._find(media)
-        nearest = self._nearest[shape]
         if isinstance(nearest, str):
             return nearest
-        how = {"data": self.data, "seed": self.seed}
-        kept = [bucket for bucket in nearest if drawn(sample, bucket, self.rules[bucket], **how)]
+        kept = [bucket for bucket in nearest if stays[bucket]]
         if self.data.draw == "once":
             return kept[:1] or not_drawn(nearest)
         # those where none stays count too: by them a sample leaves for a smaller resolution
         return kept if any(self.rules[bucket].keep_resolution > 0 for bucket in kept) else not_drawn(nearest)
 
-    def _find(self, media: Media) -> Sequence[Bucket] | str:
-        """Return the buckets of the nearest shape, longest first, or why there is none."""
-        lasting = [bucket for bucket in self.buckets if _lasts(media, bucket, self.fps)]
+    def _near(self, number: int, shape: Shape) -> Buckets | str:
+        """Return a group's buckets of the nearest shape, longest first, or why there is none."""
+        _, height, width, _ = shape
+        lasting = [bucket for bucket in self.groups[number] if _lasts(shape, bucket)]
         if not lasting:
-            return _too_short(media, self.buckets, self.fps)
-        fitting = [bucket for bucket in lasting if self.data.upscale or _covers(media, bucket)]
+            return _too_short(shape, self.groups[number], self.fps)
+        fitting = [
+            bucket for bucket in lasting if self.data.upscale or (width >= bucket.width and height >= bucket.height)
+        ]
         if not fitting:
-            near = min(lasting, key=lambda bucket: (_distance(media, bucket), bucket))
-            return (
-                f"{media.width}×{media.height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
-            )
-        best = min(_distance(media, bucket) for bucket in fitting)
-        return sorted((bucket for bucket in fitting if _distance(media, bucket) <= best + 1e-9), reverse=True)
+            near = min(lasting, key=lambda bucket: (_distance(shape, bucket), bucket))
+            return f"{width}×{height} is smaller than {near.width}×{near.height}; data.upscale=true allows it"
+        best = min(_distance(shape, bucket) for bucket in fitting)
+        return sorted((bucket for bucket in fitting if _distance(shape, bucket) <= best + 1e-9), reverse=True)
 
 
-def drawn(sample: Sample, bucket: Bucket, rule: BucketRule, data: DataConfig, *, seed: int) -> bool:
+def drawn(name: str, bucket: Bucket, rule: BucketRule, data: DataConfig, *, seed: int) -> bool:
     """Tell whether a sample may be in a bucket: by one draw for all epochs, or by whether any epoch may draw it."""
     if data.draw == "epoch":
         return rule.keep > 0
-    return draw(seed, sample.id, bucket) < rule.keep
+    return draw(seed, name, bucket) < rule.keep
 
 
 def not_drawn(buckets: Sequence[Bucket]) -> str:
     return f"not drawn for {', '.join(map(str, buckets))} (data.buckets, keep)"
 
 
-def _lasts(media: Media, bucket: Bucket, fps: Fraction) -> bool:
+def _lasts(shape: Shape, bucket: Bucket) -> bool:
     """Tell whether a file has enough frames; only images go to buckets of one frame."""
-    return bucket.frames == 1 if media.image else 1 < bucket.frames <= media.frames_at(fps)
+    frames, _, _, image = shape
+    return bucket.frames == 1 if image else 1 < bucket.frames <= frames
 
 
-def _too_short(media: Media, group: Sequence[Bucket], fps: Fraction) -> str:
-    if media.image:
+def _too_short(shape: Shape, group: Buckets, fps: Fraction) -> str:
+    frames, _, _, image = shape
+    if image:
         return "an image, and no bucket holds 1 frame"
     least = min((bucket.frames for bucket in group if bucket.frames > 1), default=0)
     if not least:
         return "a video, and all buckets hold 1 frame"
-    return f"{media.frames_at(fps)} frames at {float(fps):g} fps, the shortest bucket holds {least}"
+    return f"{frames} frames at {float(fps):g} fps, the shortest bucket holds {least}"
 
 
-def _covers(media: Media, bucket: Bucket) -> bool:
-    return media.width >= bucket.width and media.height >= bucket.height
-
-
-def _distance(media: Media, bucket: Bucket) -> float:
-    return abs(math.log(media.width * bucket.height / (media.height * bucket.width)))
+def _distance(shape: Shape, bucket: Bucket) -> float:
+    _, height, width, _ = shape
+    return abs(math.log(width * bucket.height / (height * bucket.width)))
 
 
 def rule_for(bucket: Bucket, rules: Sequence[BucketRule]) -> BucketRule:
@@ -243,16 +360,13 @@ def draw(seed: int, sample_id: str, bucket: Bucket) -> float:
     return int.from_bytes(digest[:7], "big") / (1 << 56)
 
 
-def clips_of(sample: Sample, bucket: Bucket, *, mode: str, fps: Fraction) -> Iterator[Clip]:
-    """Yield one clip, or as many as cover the whole length, evenly spread and overlapping."""
-    room = sample.media.frames_at(fps) - bucket.frames
+def first_frames(frames: int, bucket: Bucket, mode: str) -> list[int]:
+    """Return where a sample's clips begin: one, or as many as cover the whole length, evenly spread and overlapping."""
+    room = frames - bucket.frames
     if mode == "multiple_overlapping":
-        count = -(-(room + bucket.frames) // bucket.frames)
-        firsts = [round(Fraction(i * room, max(1, count - 1))) for i in range(count)]
-    else:
-        firsts = [room // 2 if mode == "single_middle" else 0]
-    for first in firsts:
-        yield Clip(sample.id, Fraction(first) / fps, bucket.frames, fps, bucket.height, bucket.width)
+        count = -(-frames // bucket.frames)
+        return [round(Fraction(i * room, max(1, count - 1))) for i in range(count)]
+    return [room // 2 if mode == "single_middle" else 0]
 
 
 def micro_batch_for(

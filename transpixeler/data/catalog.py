@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transpixeler.config.sections import Config, SourceConfig, UserError
-from transpixeler.data.buckets import Bucket, not_drawn
+from transpixeler.data.buckets import Bucket, Clips, Dropped, not_drawn
 from transpixeler.data.cache.fingerprints import FileHashes
-from transpixeler.data.dataset import Item, ShownKeys
 from transpixeler.data.draws import Draws
 from transpixeler.data.features.needs import Needs
+from transpixeler.data.items import Item, ShownKeys
 from transpixeler.data.keys import (
     first_frame,
     given_part_keys,
@@ -31,7 +31,8 @@ from transpixeler.data.pictures import Picture
 from transpixeler.data.prompts import sampled_texts
 from transpixeler.data.shown import BlankJob
 from transpixeler.data.sources.candidate import NOT_GIVEN, TEXT_COLUMN, Features, TextRow
-from transpixeler.data.sources.pairs import Sample, source_names
+from transpixeler.data.sources.pairs import source_names
+from transpixeler.data.sources.samples import Sample
 from transpixeler.data.survey import Survey, survey
 from transpixeler.flow.tasks import all_beside, views
 from transpixeler.models.conditions import shown_fields
@@ -98,7 +99,7 @@ class Catalog:
     """Everything a config refers to, encoded or not."""
 
     items: Mapping[str, tuple[Item, ...]]  # by set
-    skipped: Mapping[str, tuple[tuple[str, str], ...]]
+    skipped: Mapping[str, Dropped]
     clips: tuple[ClipJob, ...]
     texts: tuple[TextJob, ...]
     empty_text_keys: Keys
@@ -234,7 +235,7 @@ def drawn_once(found: Survey, config: Config) -> Survey:
     """Keep one bucket of each sample: sets to measure on are the same in every epoch."""
     owners, buckets = [clip.sample.id for clip in found.clips], [clip.bucket for clip in found.clips]
     taken = Draws(owners, buckets, rules=config.data.buckets, seed=config.seed).taken(0)
-    clips = tuple(clip for clip, takes in zip(found.clips, taken, strict=True) if takes)
+    clips = found.clips.take(taken) if isinstance(found.clips, Clips) else ()
     kept, ways = {clip.sample.id for clip in clips}, dict[str, dict[Bucket, None]]()
     for owner, bucket in zip(owners, buckets):
         if owner not in kept:

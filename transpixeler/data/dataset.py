@@ -8,63 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from transpixeler.config.sections import BucketRule, Config, DataConfig, UserError
-from transpixeler.data.buckets import Bucket, batch_for
+from transpixeler.data.buckets import Bucket, Dropped, batch_for
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.draws import Draws
-from transpixeler.data.media.clip import Clip
+from transpixeler.data.items import Item, coded_buckets, repeats_of
 from transpixeler.data.order import Order, make_order
 from transpixeler.data.parts import Part, parts_of
-from transpixeler.data.sources.pairs import Sample
 from transpixeler.models.streams import FramesOf, Grid, Shape, StreamLayout
 
 PLAIN = DataConfig()
 
 
 @dataclass(frozen=True)
-class ShownKeys:
-    """Keys of what an image-to-video model can be shown of a clip, by field; `blank` where no frame is given."""
-
-    own: Mapping[str, tuple[bytes, ...]]  # one a stream of a field of the source "clip", one of "image"
-    blank: Mapping[str, bytes]
-
-    @property
-    def all(self) -> tuple[bytes, ...]:
-        return (*(key for keys in self.own.values() for key in keys), *self.blank.values())
-
-
-@dataclass(frozen=True)
-class Item:
-    """One clip and the keys of its records."""
-
-    id: str
-    sample_id: str
-    caption: str
-    bucket: tuple[int, int, int]  # frames, height, width in pixels
-    latent_keys: tuple[bytes, ...]  # one a segment, in the order of the sequence
-    text_keys: tuple[bytes, ...]  # one a field that comes from the caption
-    repeats: int = 1
-    source: str = ""  # name of the data set it comes from
-    shown: ShownKeys | None = None
-    unseen_text_keys: tuple[bytes, ...] = ()  # where captions are read beside a picture: for tasks that give none
-    origin: tuple[Sample, Clip] | None = None  # the files behind an eval clip, to measure the loss by encoding
-
-    @property
-    def all_keys(self) -> tuple[tuple[bytes, ...], ...]:
-        """Return the keys of its latents and of its texts."""
-        return self.latent_keys, self.text_keys, self.unseen_text_keys
-
-
-@dataclass(frozen=True)
 class Dataset:
     """Clips whose records are all in the cache."""
 
-    items: tuple[Item, ...]
+    items: Sequence[Item]
     streams: tuple[str, ...]
     empty_text_keys: tuple[bytes, ...]
     cache: Cache = field(compare=False, repr=False)
     key: str = "train"  # the data set's name under `data.` in the config
-    skipped: tuple[tuple[str, str], ...] = ()  # (sample id, reason)
+    skipped: Dropped = ()
     prompts: Mapping[str, tuple[bytes, ...]] = field(
         default_factory=dict
     )  # keys of the texts that evaluations sample from
@@ -76,12 +43,12 @@ class Dataset:
         """Return the order in which training takes the clips. data: its rules for buckets, and how they are drawn."""
         if not self.items:
             raise UserError(f"data.{self.key} holds no usable clip{_first_reason(self.skipped)}")
-        buckets = [Bucket(*item.bucket) for item in self.items]
-        batches = {bucket: batch_for(bucket, global_batch, data.buckets) for bucket in dict.fromkeys(buckets)}
+        buckets, times = coded_buckets(self.items), repeats_of(self.items)
+        batches = [batch_for(Bucket(*bucket), global_batch, data.buckets) for bucket in buckets.offered]
         return make_order(
             buckets=buckets,
-            repeats=[item.repeats for item in self.items],
-            batches=[batches[bucket] for bucket in buckets],
+            repeats=times,
+            batches=np.array(batches, np.int64)[buckets.numbers],
             seed=seed,
             draws=self._draws(data.buckets, seed) if data.draw == "epoch" else None,
             key=self.key,
@@ -114,10 +81,9 @@ class Dataset:
 
     def buckets(self) -> Mapping[tuple[int, int, int], int]:
         """Count the clips in each bucket."""
-        counts: dict[tuple[int, int, int], int] = {}
-        for item in sorted(self.items, key=lambda item: item.bucket):
-            counts[item.bucket] = counts.get(item.bucket, 0) + 1
-        return counts
+        offered, numbers = coded_buckets(self.items)
+        counts = zip(offered, np.bincount(numbers, minlength=len(offered)).tolist())
+        return {bucket: count for bucket, count in sorted(counts) if count}
 
 
 def training_order(config: Config, data: Dataset) -> Order:

@@ -16,14 +16,14 @@ from typing import Any
 
 from transpixeler.config.sections import Config
 from transpixeler.data.buckets import Bucket
-from transpixeler.data.dataset import ShownKeys
+from transpixeler.data.items import ShownKeys
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import IMAGE_ENDINGS, LINEAR_ENDINGS, ending_of, spans_files
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part, named, parts_of
 from transpixeler.data.pictures import Picture
 from transpixeler.data.sources.candidate import latent_column
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.sources.samples import Sample
 from transpixeler.models.family import Field, caption_fields
 from transpixeler.models.streams import FramesOf
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from transpixeler.config.sections import UserError
 from transpixeler.data.cache.records import CacheDamaged
-from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.dataset import Dataset
+from transpixeler.data.items import Item
 from transpixeler.data.order import Order
 from transpixeler.flow.objective import Fields
 from transpixeler.models.conditions import Shown, kept_layout, shown_fields

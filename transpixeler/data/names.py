@@ -20,6 +20,8 @@ def _harmless(letter: str) -> bool:
 
 def is_utf8(text: str) -> bool:
     """Tell whether a text can be written as UTF-8; names of files and escapes in JSON may not."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -17,6 +17,7 @@ import numpy as np
 
 from transpixeler.config.sections import TrainConfig, UserError
 from transpixeler.data.draws import Draws, mix, state
+from transpixeler.data.items import Coded, coded
 
 LONGEST_BATCH = 1000  # epochs that one batch may take to fill
 
@@ -154,9 +155,9 @@ class Order:
 
 def make_order(
     *,
-    buckets: Sequence[tuple[int, ...]],
-    repeats: Sequence[int],
-    batches: Sequence[int],
+    buckets: Sequence[tuple[int, ...]] | Coded,
+    repeats: Sequence[int] | np.ndarray,
+    batches: Sequence[int] | np.ndarray,
     seed: int,
     draws: Draws | None = None,
     key: str = "train",
@@ -165,19 +166,20 @@ def make_order(
 
     batches: of each item's bucket, the samples of a step. draws: of each item, repeated as often as it repeats.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for item, bucket in enumerate(buckets):
-        groups.setdefault(tuple(bucket), []).append(item)
-    times = np.array(repeats, np.int64)
+    offered, numbers = buckets if isinstance(buckets, Coded) else coded(buckets)
+    times = np.asarray(repeats, np.int64)
     firsts, chances = np.cumsum(times) - times, None if draws is None else draws.chances()
     rows = []
-    for bucket, members in sorted(groups.items()):
+    for number, bucket in sorted(enumerate(offered), key=lambda it: it[1]):
+        members = np.flatnonzero(numbers == number)
+        if not len(members):
+            continue
         often = times[members]
-        items = np.repeat(np.array(members, np.int64), often)
+        items = np.repeat(members, often)
         entries = np.repeat(firsts[members] - np.cumsum(often) + often, often) + np.arange(len(items))
         mean = float(len(items) if chances is None else chances[entries].sum())
         if mean > 0:
-            rows.append(Row("x".join(map(str, bucket)), items, batches[members[0]], mean, entries))
+            rows.append(Row("x".join(map(str, bucket)), items, int(batches[members[0]]), mean, entries))
     _check_filled(rows, key)
     return Order(seed, tuple(rows), draws)
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.fill import Fill
-from transpixeler.data.sources.pairs import Sample, decode_pair
+from transpixeler.data.sources.pairs import decode_pair
+from transpixeler.data.sources.samples import Sample
 
 
 @dataclass(frozen=True)

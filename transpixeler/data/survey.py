@@ -8,36 +8,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from transpixeler.config.sections import DataConfig, SourceConfig
-from transpixeler.data.buckets import Bucket, assign
+from transpixeler.data.buckets import Clips, Dropped, SampleClip, assign, rate
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.features.place import place
-from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.probe import Probes
 from transpixeler.data.sources.candidate import BadSample, Note, TextRow
-from transpixeler.data.sources.pairs import Sample, scan
+from transpixeler.data.sources.pairs import scan
+from transpixeler.data.sources.samples import Sample, Samples
 from transpixeler.models.geometry import Geometry
-
-
-class SampleClip(NamedTuple):
-    """One clip of a sample and its bucket."""
-
-    sample: Sample
-    clip: Clip
-    bucket: Bucket
 
 
 @dataclass(frozen=True)
 class Survey:
     """The samples that the sources of a set hold, good and bad."""
 
-    samples: tuple[Sample, ...] = ()
+    samples: Sequence[Sample] = ()
     bad: tuple[BadSample, ...] = ()
-    clips: tuple[SampleClip, ...] = ()  # in the order of their samples
-    dropped: tuple[tuple[str, str], ...] = ()  # (sample id, reason) of samples that fit no bucket
+    clips: Clips | tuple[SampleClip, ...] = ()  # in the order of their samples
+    dropped: Dropped = ()  # of samples that fit no bucket
     texts: tuple[TextRow, ...] = ()  # rows that give the features of a text alone
     notes: tuple[Note, ...] = ()  # on files that are in no sample, and on how others were understood
 
@@ -47,9 +40,10 @@ class Survey:
         return tuple(map(str, self.notes))
 
     @property
-    def skipped(self) -> tuple[tuple[str, str], ...]:
+    def skipped(self) -> Dropped:
         """(sample id, reason) of all that is not used."""
-        return (*((sample.id, sample.reason) for sample in self.bad), *self.dropped)
+        bad = tuple((sample.id, sample.reason) for sample in self.bad)
+        return (*bad, *self.dropped) if bad else self.dropped
 
 
 def survey(
@@ -67,15 +61,24 @@ def survey(
     found = scan(sources, streams, data, probe=probes or probe, needs=needs)
     if probes is not None:
         probes.save()
-    videos = [sample for sample in found.samples if not sample.features.latents]
-    given = [sample for sample in found.samples if sample.features.latents]
-    assigned = assign(videos, sources, data, geometry=geometry, seed=seed)
-    placed = place(given, sources, data, geometry=geometry, seed=seed)
-    samples = {sample.id: sample for sample in found.samples}
-    assert len(samples) == len(found.samples), "two samples share an id"
-    both = (*assigned.clips, *placed.clips)
-    clips = [SampleClip(samples[clip.sample_id], clip, bucket) for bucket, clip in both]
-    if given:
-        clips.sort(key=lambda clip: clip.sample.id)  # as the samples are; the clips of one keep their order
-    dropped = (*assigned.dropped, *placed.dropped)
-    return Survey(found.samples, found.bad, tuple(clips), dropped, found.texts, found.notes)
+    samples = Samples.of(found.samples, rate(data))
+    how = {"sources": sources, "data": data, "geometry": geometry, "seed": seed}
+    if not samples.given.any():
+        made = assign(samples, **how)
+        return Survey(samples, found.bad, made.clips, made.dropped, found.texts, found.notes)
+    videos, given = np.flatnonzero(~samples.given), np.flatnonzero(samples.given)
+    parts = assign(samples.take(videos), **how), place(samples.take(given), **how)
+    clips = beside([part.clips for part in parts], [videos, given], samples)
+    dropped = (*parts[0].dropped, *parts[1].dropped)
+    return Survey(samples, found.bad, clips, dropped, found.texts, found.notes)
+
+
+def beside(parts: Sequence[Clips], rows: Sequence[np.ndarray], samples: Samples) -> Clips:
+    """Return the clips of several parts of all samples in the order of samples. rows: each part's among all."""
+    offered = list(dict.fromkeys(bucket for part in parts for bucket in part.offered))
+    owners = np.concatenate([some[part.owners] for part, some in zip(parts, rows)]).astype(np.int32)
+    places = [np.array([offered.index(bucket) for bucket in part.offered], np.int32) for part in parts]
+    numbers = np.concatenate([place[part.numbers] for part, place in zip(parts, places)])
+    firsts = np.concatenate([part.firsts for part in parts])
+    order = np.argsort(owners, kind="stable")
+    return Clips(samples, owners[order], numbers[order], firsts[order], offered, parts[0].fps)

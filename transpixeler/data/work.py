@@ -14,7 +14,8 @@ from typing import TypeVar
 from transpixeler.config.sections import Config
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob
-from transpixeler.data.dataset import Dataset, Item, training_order
+from transpixeler.data.dataset import Dataset, training_order
+from transpixeler.data.items import Item, some_of
 from transpixeler.data.order import Order
 from transpixeler.data.shown import BlankJob
 
@@ -90,13 +91,13 @@ def share(jobs: Sequence[Job], *, rank: int, ranks: int) -> list[Job]:
     return mine
 
 
-def clips_used(config: Config, data: Dataset, order: Order | None = None) -> tuple[Item, ...]:
+def clips_used(config: Config, data: Dataset, order: Order | None = None) -> Sequence[Item]:
     """Return those of the clips that are trained on which this run takes. order: theirs, where it is made already."""
     if config.data.draw == "once" or not data.items:
         return data.items
     order = order or training_order(config, data)
     used = order.used(order.total(config.train), len(data.items))
-    return tuple(item for item, takes in zip(data.items, used, strict=True) if takes)
+    return some_of(data.items, used)
 
 
 def only(found: Catalog, items: Iterable[Item]) -> Catalog:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from transpixeler.config.sections import Config
-from transpixeler.data.dataset import Dataset, Item
+from transpixeler.data.dataset import Dataset
+from transpixeler.data.items import Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import tasks
 from transpixeler.flow.draws import draw_noise

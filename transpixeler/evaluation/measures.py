@@ -16,7 +16,8 @@ from transpixeler.data.media import decode
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
-from transpixeler.data.sources.pairs import Sample, decode_pair
+from transpixeler.data.sources.pairs import decode_pair
+from transpixeler.data.sources.samples import Sample
 from transpixeler.evaluation import metrics
 from transpixeler.evaluation.clips import HeldOut, Piece
 from transpixeler.runs.folder import read_facts

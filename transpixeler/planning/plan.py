@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from transpixeler.config.sections import Config, UserError
-from transpixeler.data.buckets import Bucket
+from transpixeler.data.buckets import Bucket, Clips, Dropped
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import surveyed
-from transpixeler.data.dataset import Dataset, Item, training_order
+from transpixeler.data.dataset import Dataset, training_order
+from transpixeler.data.items import Items, captions_of, coded_buckets
 from transpixeler.data.order import Order
+from transpixeler.data.sources.pairs import source_names
 from transpixeler.data.work import clips_used
 from transpixeler.flow.experts import Split
 from transpixeler.flow.tasks import all_beside, beside_by_step, views
@@ -44,6 +48,7 @@ GIB = 2**30
 DEFAULT_DEVICE = "H100"  # where there is no GPU and none is named
 LETTERS_PER_TOKEN = 4
 BF16_BYTES = 2
+TEXT = np.dtype([("hash", np.int64), ("letters", np.int32)])
 
 
 class Row(NamedTuple):
@@ -72,7 +77,7 @@ class Plan:
     experts: Split
     idle_on_device: bool  # the weights of experts that do not work
     rows: tuple[Row, ...]
-    dropped: Mapping[str, tuple[tuple[str, str], ...]]  # by set: (sample, reason)
+    dropped: Mapping[str, Dropped]  # by set
     notes: Mapping[str, tuple[str, ...]]  # by set: on files in no sample, and on how others were understood
     steps_first_epoch: int
     steps_epoch: float
@@ -131,7 +136,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *RECOMPUTE_MODES])},
         drawn=len(used.items),
         cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (used, evaluation)),
-        cache_texts=_text_bytes(config, folder, [*train.items, *evaluation.items]),
+        cache_texts=_text_bytes(config, folder, [train, evaluation]),
         caching=text_encoder_bytes(folder, config.model.quantize_encoders),
         fits=tuple(_fits(config, folder, estimate, loads, machine)),
         scan_seconds=scan_seconds,
@@ -174,10 +179,8 @@ def _datasets(config: Config, model: ModelFolder) -> tuple[Dataset, Dataset, flo
 def _dataset(config: Config, model: ModelFolder, key: str) -> Dataset:
     """Return the clips of `data.KEY`, without cache records."""
     sources, found = getattr(config.data, key), surveyed(config, model, key)
-    items = tuple(
-        Item(clip.id, sample.id, sample.caption, bucket, (), (), sources[sample.source].repeats)
-        for sample, clip, bucket in found.clips
-    )
+    clips = found.clips
+    items = Items(clips, source_names(sources), [one.repeats for one in sources]) if isinstance(clips, Clips) else ()
     return Dataset(items, tuple(config.streams), (), Cache(), key, found.skipped, notes=found.told)
 
 
@@ -192,7 +195,7 @@ def _loads(config: Config, folder: ModelFolder, geometry: Geometry, order: Order
 
 def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
     flop = estimate.sample_flops(load, layout, mode)
-    clips = sum(item.bucket == load.bucket for item in train.items)
+    clips = train.buckets()[load.bucket]
     seen, micro_batch = load.steps * load.batch, estimate.micro_batch(load, layout)
     return Row(load.bucket, clips, seen, load.batch, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
 
@@ -218,22 +221,34 @@ def _layout(config: Config, geometry: Geometry, bucket: Bucket, fields: Sequence
     return max((layout.with_beside(kind, bucket.frames) for kind in kinds), key=lambda one: one.tokens)
 
 
-def _text_bytes(config: Config, folder: ModelFolder, items: Sequence[Item]) -> int:
+def _text_bytes(config: Config, folder: ModelFolder, sets: Sequence[Dataset]) -> int:
     """Estimate the records of captions: one row a token, or one a caption; beside pictures, of each clip."""
-    plain, beside = {""}, list[str]()
-    for item in items:
-        seen, unseen = views(config.objective, tuple(config.streams), video=item.bucket[0] > 1)
-        beside += [item.caption] * seen
-        plain |= {item.caption} if unseen or not sees_frames(folder.fields) else set()
-    return BF16_BYTES * sum(
-        field.width * sum(_rows(field, text) for text in (*plain, *beside * (field.source == "caption+image")))
-        for field in caption_fields(folder.fields)
-    )
+    beside = Counter[int]()  # how many texts have so many letters
+    every = [np.array([(hash(""), 0)], TEXT)]
+    for data in sets:
+        offered, numbers = coded_buckets(data.items)
+        kinds = [views(config.objective, tuple(config.streams), video=bucket[0] > 1) for bucket in offered]
+        texts = np.fromiter(((hash(text), len(text)) for text in captions_of(data.items)), TEXT, len(data.items))
+        seen, unseen = (np.array([kind[which] for kind in kinds], bool)[numbers] for which in (0, 1))
+        beside.update(_counted(texts["letters"][seen]))
+        every.append(texts[unseen] if sees_frames(folder.fields) else texts)
+    texts = np.concatenate(every)
+    _, firsts = np.unique(texts["hash"], return_index=True)
+    plain = _counted(texts["letters"][firsts])
+    size = 0
+    for field in caption_fields(folder.fields):
+        texts = plain + beside if field.source == "caption+image" else plain
+        size += BF16_BYTES * field.width * sum(_rows(field, letters) * count for letters, count in texts.items())
+    return size
 
 
-def _rows(field: Field, text: str) -> int:
+def _counted(numbers: np.ndarray) -> Counter[int]:
+    return Counter(dict(zip(*(found.tolist() for found in np.unique(numbers, return_counts=True)))))
+
+
+def _rows(field: Field, letters: int) -> int:
     """Estimate the rows of a text's record."""
-    return min(field.length, field.least + 1 + len(text) // LETTERS_PER_TOKEN) if field.length else 1
+    return min(field.length, field.least + 1 + letters // LETTERS_PER_TOKEN) if field.length else 1
 
 
 def _fits(

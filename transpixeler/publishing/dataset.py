@@ -28,7 +28,7 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.light import DATA
 from transpixeler.data.sources.candidate import BadSample
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.sources.samples import Sample
 from transpixeler.data.survey import survey
 from transpixeler.files import write_text
 from transpixeler.publishing.dataset_page import CUT_OUT, STRIP_GAP, render

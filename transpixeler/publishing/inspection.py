@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transpixeler.data.buckets import Bucket
 from transpixeler.data.sources.candidate import BadSample, Note
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.sources.samples import Sample
 
 FLAGS = {
     "blank alpha": "the matte is empty in every frame that was looked at",

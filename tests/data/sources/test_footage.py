@@ -18,7 +18,8 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.light import decoded
 from transpixeler.data.media.write import write_mp4, write_png_sequence, write_prores4444, write_webm_alpha
 from transpixeler.data.sources.folder import FRAMES, HIDDEN, NOT_READ
-from transpixeler.data.sources.pairs import Sample, decode_pair, scan
+from transpixeler.data.sources.pairs import decode_pair, scan
+from transpixeler.data.sources.samples import Sample
 
 FRAMES_DRAWN, HEIGHT, WIDTH = 6, 48, 64
 FPS = Fraction(24)

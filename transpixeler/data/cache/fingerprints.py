@@ -59,6 +59,6 @@ def _line(name: str, stamp: Stamp, digest: str) -> str:
     return f"{digest}\t{stamp[0]}\t{stamp[1]}\t{name}"
 
 
-def _read(line: str) -> tuple[str, Stamp, str]:
-    digest, size, modified, name = line.split("\t", 3)
-    return name, (int(size), int(modified)), digest
+def _read(line: bytes) -> tuple[bytes, Stamp, str]:
+    digest, size, modified, name = line.split(b"\t", 3)
+    return name, (int(size), int(modified)), digest.decode()

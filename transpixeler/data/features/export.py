@@ -16,8 +16,9 @@ from typing import NamedTuple, TextIO
 from torch import Tensor
 
 from transpixeler.config.sections import Config, UserError
-from transpixeler.data.dataset import Dataset, Datasets, Item
+from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.features.files import header, row_of
+from transpixeler.data.items import Item
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column
 from transpixeler.files import check_place, whole, writing_to
 from transpixeler.models.conditions import fields_from_frames

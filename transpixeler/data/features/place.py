@@ -6,19 +6,19 @@ In: samples. Out: a clip for each, or the reason why there is none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
+
+import numpy as np
 
 from transpixeler.config.sections import DataConfig, SourceConfig, UserError
-from transpixeler.data.buckets import Assignment, Bucket, bucket_groups, drawn, not_drawn, rate, rule_for
-from transpixeler.data.media.clip import Clip
-from transpixeler.data.sources.pairs import Sample
+from transpixeler.data.buckets import Assignment, Bucket, Fate, bucket_groups, decided, drawn, not_drawn, rate, rule_for
+from transpixeler.data.sources.samples import Sample, Samples
 from transpixeler.models.geometry import Geometry
 
 BUCKETS_SHOWN = 6
 
 
 def place(
-    samples: Sequence[Sample],
+    samples: Samples,
     sources: Sequence[SourceConfig],
     data: DataConfig,
     *,
@@ -26,27 +26,29 @@ def place(
     seed: int,
 ) -> Assignment:
     """Return the clips of samples whose latents are given."""
-    used = {sample.source for sample in samples}
+    used = {int(source) for source in np.unique(samples.sources)}
     offered = {
         number: dict.fromkeys(bucket for group in bucket_groups(source, data, geometry=geometry) for bucket in group)
         for number, source in enumerate(sources)
         if number in used
     }
-    clips: list[tuple[Bucket, Clip]] = []
-    dropped: list[tuple[str, str]] = []
-    for sample in samples:
-        media = sample.media
-        bucket = Bucket(media.frames, media.height, media.width)
-        if bucket not in offered[sample.source]:
-            dropped.append((sample.id, _misfit(sample, bucket, list(offered[sample.source]))))
-        elif not drawn(sample, bucket, rule_for(bucket, data.buckets), data, seed=seed):
-            dropped.append((sample.id, not_drawn([bucket])))
+    fates: dict[Fate, int] = {}
+    kinds = np.empty(len(samples), np.int32)
+    misfits: list[str] = []
+    for row, (source, kind) in enumerate(zip(samples.sources.tolist(), samples.kinds.tolist())):
+        shape = samples.shapes[kind]
+        bucket = Bucket(*shape[:3])  # given latents have no rate, so these are their own frames
+        if bucket not in offered[source]:
+            misfits.append(_misfit(samples[row], bucket, list(offered[source])))
+            fate = Fate((), (misfits[-1],))
+        elif not drawn(samples.ids.make(row), bucket, rule_for(bucket, data.buckets), data, seed=seed):
+            fate = Fate((), (not_drawn([bucket]),))
         else:
-            clips.append((bucket, Clip(sample.id, Fraction(0), *bucket[:1], rate(data), *bucket[1:])))
-    misfits = [reason for name, reason in dropped if not reason.startswith("not drawn")]
+            fate = Fate(((bucket, 0),), ())
+        kinds[row] = fates.setdefault(fate, len(fates))
     if misfits and data.on_bad == "error":
         raise UserError(f"{len(misfits)} samples fit no bucket, the first is {misfits[0]}; or set data.on_bad=skip")
-    return Assignment(tuple(clips), tuple(dropped))
+    return decided(samples, kinds, [*fates], rate(data))
 
 
 def _misfit(sample: Sample, bucket: Bucket, offered: Sequence[Bucket]) -> str:

@@ -12,13 +12,21 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from transpixeler.config.sections import UserError
 from transpixeler.data.names import normal
-from transpixeler.data.sources.candidate import TEXT_COLUMN, BadSample, Candidate, Features, TextRow, latent_column
+from transpixeler.data.sources.candidate import (
+    NOT_GIVEN,
+    TEXT_COLUMN,
+    BadSample,
+    Candidate,
+    Features,
+    TextRow,
+    latent_column,
+)
 from transpixeler.data.sources.folder import KNOWN_ENDINGS
 
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -39,6 +47,8 @@ def manifest_candidates(
     """
     streams, columns = tuple(streams), columns or {}
     shards = shards_of(path) if path.is_dir() else (path,)
+    ours = [latent_column(stream, streams[0]) for stream in streams]
+    featured = [name for name in (columns.get(own, own) for own in (*ours, TEXT_COLUMN)) if name]
     for shard in shards:
         of = f"{shard.name} " * (shard != path)
         for number, row in rows(shard, text=columns.get("text", "text")):
@@ -46,7 +56,8 @@ def manifest_candidates(
             if isinstance(row, str):
                 found = row
             else:
-                found = _found(row, shard.parent, name, streams, told=told, rgba=rgba, columns=columns)
+                gives = any(row.get(column) not in (None, "") for column in featured)
+                found = _found(row, shard.parent, name, streams, told=told if gives else "", rgba=rgba, columns=columns)
             yield BadSample(f"{name}/{told}", f"{shard}:{number}", found) if isinstance(found, str) else found
 
 
@@ -73,8 +84,8 @@ def _found(
     rgba: bool,
     columns: Mapping[str, str],
 ) -> Candidate | TextRow | str:
-    """Return the sample or the text that a row names, or the reason why it names none."""
-    features = _features(row, folder, streams, told=told, columns=columns)
+    """Return the sample or the text that a row names, or the reason why it names none. told: "" without features."""
+    features = _features(row, folder, streams, told=told, columns=columns) if told else NOT_GIVEN
     if isinstance(features, str):
         return features
     paths = _video_paths(row, folder, streams[:1] if rgba else streams, columns)
@@ -151,7 +162,7 @@ def _claims(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Fra
         value, column = row.get(columns.get(key, key)), columns.get(key, key)
         if value in (None, ""):
             continue
-        if (number := _number(value)) is None:
+        if (number := _number(str(value))) is None:
             return f"column {column!r} is {str(value)[:40]!r}, not a number above 0"
         claims[key] = number
     return claims
@@ -164,15 +175,16 @@ def _stem(path: Path, folder: Path) -> str:
     """
     whole, above = str(path), str(folder).rstrip("/") + "/"
     relative = whole if above == "./" else whole.removeprefix(above)
-    relative = "" if path == folder else relative.lstrip("/")
+    relative = "" if whole == str(folder) else relative.lstrip("/")
     dot = relative.rfind(".")
     has_ending = relative.rfind("/") + 1 < dot < len(relative) - 1
     return relative[:dot] if has_ending else relative
 
 
-def _number(value: Any) -> Fraction | None:
+@lru_cache(maxsize=4096)  # the clips of a set are alike, and fractions are slow
+def _number(value: str) -> Fraction | None:
     """Read a number above 0 such as `24`, `23.976`, `1e3` or `24000/1001`; of bounded length, as it is kept exactly."""
-    text = str(value).strip()
+    text = value.strip()
     if not NUMBER.fullmatch(text):
         return None
     try:

@@ -23,38 +23,29 @@ from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
-from transpixeler.data.media.files import ending_of, files_of, numbers_of, spans_files
+from transpixeler.data.media.files import VIDEO_ENDINGS, ending_of, files_of, numbers_of, spans_files
 from transpixeler.data.media.fill import KEEP, Fill
 from transpixeler.data.media.light import DATA
 from transpixeler.data.names import is_utf8, printable
-from transpixeler.data.sources.candidate import NOT_GIVEN, BadSample, Candidate, Features, Note, TextRow, counted
+from transpixeler.data.sources.candidate import BadSample, Candidate, Note, TextRow, counted
 from transpixeler.data.sources.captions import caption_of
 from transpixeler.data.sources.folder import folder_candidates
 from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates, shards_of
+from transpixeler.data.sources.samples import Sample, SampleWriter, in_order
 
 Probe = Callable[[Path], Media]
 Offer = Candidate | TextRow | BadSample | Note
+Found = Sample | TextRow | BadSample | Note
 WINDOW = 4096  # candidates examined at a time: manifests are streamed
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sample's files in stream order; with `rgba` one file with alpha stands for both streams."""
-
-    id: str
-    paths: tuple[tuple[str, Path], ...]
-    caption: str
-    source: int
-    rgba: bool
-    media: Media
-    features: Features = NOT_GIVEN  # with latents, `paths` are theirs
+ONE_VIDEO = tuple(VIDEO_ENDINGS)  # files of these need no note on how they are taken
+AT_ONCE = 32  # of them by one thread, which costs less than a thread for each
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
     """All that the sources hold, in the order of ids."""
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     bad: tuple[BadSample, ...]
     texts: tuple[TextRow, ...] = ()  # in the order of their rows
     notes: tuple[Note, ...] = ()  # one of each text
@@ -69,65 +60,88 @@ def scan(
     needs: Needs | None = None,
 ) -> Scan:
     """Open every file once; drop nothing without a reason. needs: of features, where sources may hold some."""
-    samples: list[Sample] = []
-    bad: list[BadSample] = []
-    texts: list[TextRow] = []
-    notes: dict[str, Note] = {}
-    names, taken = source_names(sources), {}
+    gathered, names = _Gathered(exact_rate(data.fps)), source_names(sources)
     with old_formats(), ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         for index, source in enumerate(sources):
             fps = exact_rate(source.sequence_fps or data.sequence_fps or 0)
-            offered = _distinct(_offered(source, names[index], streams, data.columns), taken)
+            look = partial(examined, source=index, rgba=source.rgba, probe=probe, needs=needs, fps=fps)
+            offered = _offered(source, names[index], streams, data.columns)
             while window := list(itertools.islice(offered, WINDOW)):
-                look = partial(examined, source=index, rgba=source.rgba, probe=probe, needs=needs, fps=fps)
-                for found in pool.map(look, window):
-                    if isinstance(found, Sample):
-                        samples.append(found)
-                    elif isinstance(found, TextRow):
-                        texts.append(found)
-                    elif isinstance(found, Note):
-                        notes[found.text] = counted(found, notes.get(found.text))
-                    else:
-                        bad.append(found)
-    samples.sort(key=lambda sample: sample.id)
-    bad.sort(key=lambda sample: (sample.id, sample.path))
-    if bad and data.on_bad == "error":
-        first = f"{bad[0].id} ({bad[0].path}): {bad[0].reason}"
-        raise UserError(
-            f"{len(bad)} of {len(bad) + len(samples)} samples cannot be used, the first is {first}; "
-            "mend them or set data.on_bad=skip"
-        )
-    for note in (*_sequence_notes(samples, data), *_light_notes(samples, data)):
-        notes[note.text] = counted(note, notes.get(note.text))
-    return Scan(tuple(samples), tuple(bad), tuple(texts), tuple(notes[text] for text in sorted(notes)))
+                pieces = [window[start : start + AT_ONCE] for start in range(0, len(window), AT_ONCE)]
+                for some, found in zip(pieces, pool.map(partial(_each, look), pieces)):
+                    for candidate, one in zip(some, found, strict=True):
+                        gathered.add(candidate, one, data)
+    return gathered.scan(data)
 
 
-def _sequence_notes(samples: Iterable[Sample], data: DataConfig) -> Iterator[Note]:
-    """Say of each image sequence at which rate it is taken."""
-    for sample in samples:
-        path, media = sample.paths[0][1], sample.media
-        if media.image or sample.features.latents or not spans_files(path):
-            continue
-        if media.fps:
-            yield Note(f"image sequence, taken at {float(media.fps):.5g} fps", str(path))
+def _each(look: Callable[[Offer], Found], candidates: Sequence[Offer]) -> list[Found]:
+    return list(map(look, candidates))
+
+
+class _Gathered:
+    """Gather what is found, good and bad."""
+
+    def __init__(self, fps: Fraction) -> None:
+        self.samples = SampleWriter(fps)
+        self.named: list[BadSample] = []  # of which a candidate's name is kept
+        self.bad: list[BadSample] = []
+        self.texts: list[TextRow] = []
+        self.notes: dict[str, Note] = {}
+
+    def add(self, candidate: Offer, found: Found, data: DataConfig) -> None:
+        if isinstance(found, Sample):
+            self.samples.append(found)
+            if not all(str(path).endswith(ONE_VIDEO) for _, path in found.paths):
+                for note in (*_sequence_notes(found, data), *_light_notes(found, data)):
+                    self.notes[note.text] = counted(note, self.notes.get(note.text))
+        elif isinstance(found, TextRow):
+            self.texts.append(found)
+        elif isinstance(found, Note):
+            self.notes[found.text] = counted(found, self.notes.get(found.text))
+        elif isinstance(candidate, Candidate):
+            self.samples.append_bad(candidate.id)
+            self.named.append(found)
         else:
-            rate = f"taken image by image as {data.fps:g} fps (data.fps)"
-            yield Note(f"image sequence without a rate, {rate}; data.sequence_fps gives one", str(path))
+            self.bad.append(found)
+
+    def scan(self, data: DataConfig) -> Scan:
+        """Return all in order; refuse bad samples where that is asked."""
+        samples, names = in_order(self.samples.done())
+        bad = [*self.bad, *(replace(one, id=name) for one, name in zip(self.named, names, strict=True))]
+        bad.sort(key=lambda sample: (sample.id, sample.path))
+        if bad and data.on_bad == "error":
+            first = f"{bad[0].id} ({bad[0].path}): {bad[0].reason}"
+            raise UserError(
+                f"{len(bad)} of {len(bad) + len(samples)} samples cannot be used, the first is {first}; "
+                "mend them or set data.on_bad=skip"
+            )
+        return Scan(samples, tuple(bad), tuple(self.texts), tuple(self.notes[text] for text in sorted(self.notes)))
 
 
-def _light_notes(samples: Iterable[Sample], data: DataConfig) -> Iterator[Note]:
+def _sequence_notes(sample: Sample, data: DataConfig) -> Iterator[Note]:
+    """Say of an image sequence at which rate it is taken."""
+    path, media = sample.paths[0][1], sample.media
+    if media.image or sample.features.latents or not spans_files(path):
+        return
+    if media.fps:
+        yield Note(f"image sequence, taken at {float(media.fps):.5g} fps", str(path))
+    else:
+        rate = f"taken image by image as {data.fps:g} fps (data.fps)"
+        yield Note(f"image sequence without a rate, {rate}; data.sequence_fps gives one", str(path))
+
+
+def _light_notes(sample: Sample, data: DataConfig) -> Iterator[Note]:
     """Say how OpenEXR files are taken: as a picture, by which curve, and with what alpha."""
-    stored = "as each file says, else premultiplied" if data.alpha == "auto" else data.alpha
-    for sample in samples:
-        for number, (_, path) in enumerate(() if sample.features.latents else sample.paths):
-            if ending_of(path) != ".exr" or (sample.rgba and number):
-                continue
-            if number:
-                yield Note("OpenEXR file or sequence, a companion: its values from 0 to 1 as they are", str(path))
-            else:
-                alpha = f"; alpha: {stored} (data.alpha)" if sample.rgba else ""
-                curve = f"by the curve of {data.transfer} (data.transfer), cut at white"
-                yield Note(f"OpenEXR file or sequence, linear light: shown {curve}{alpha}", str(path))
+    for number, (_, path) in enumerate(() if sample.features.latents else sample.paths):
+        if ending_of(path) != ".exr" or (sample.rgba and number):
+            continue
+        if number:
+            yield Note("OpenEXR file or sequence, a companion: its values from 0 to 1 as they are", str(path))
+        else:
+            stored = "as each file says, else premultiplied" if data.alpha == "auto" else data.alpha
+            alpha = f"; alpha: {stored} (data.alpha)" if sample.rgba else ""
+            curve = f"by the curve of {data.transfer} (data.transfer), cut at white"
+            yield Note(f"OpenEXR file or sequence, linear light: shown {curve}{alpha}", str(path))
 
 
 def source_names(sources: Iterable[SourceConfig]) -> tuple[str, ...]:
@@ -177,22 +191,6 @@ def _holds_shards(folder: Path) -> bool:
         return False
 
 
-def _distinct(offered: Iterable[Offer], taken: dict[str, int]) -> Iterator[Offer]:
-    """Make ids unique: a video with two captions is two samples, `clip` and `clip~2` (unless that is a name too)."""
-    for found in offered:
-        yield replace(found, id=_free(found.id, taken)) if isinstance(found, Candidate) else found
-
-
-def _free(name: str, taken: dict[str, int]) -> str:
-    """Return a free id. `taken` holds the last number given to each id, so that none is tried twice."""
-    free = name
-    while free in taken:
-        taken[name] += 1
-        free = f"{name}~{taken[name]}"
-    taken[free] = 1
-    return free
-
-
 def examined(
     candidate: Offer,
     source: int,
@@ -200,7 +198,7 @@ def examined(
     probe: Probe = probe,
     needs: Needs | None = None,
     fps: Fraction = Fraction(0),
-) -> Sample | TextRow | BadSample | Note:
+) -> Found:
     """Open a candidate's files and compare them with each other and with the manifest's claims.
 
     fps: of image sequences, where the manifest gives none; 0 takes them image by image.
@@ -256,8 +254,10 @@ def _check_stream(candidate: Candidate, path: Path, media: Media, *, probe: Prob
     if rgba and not media.alpha and len(candidate.paths) > 1:
         raise BadMedia("has no alpha channel, but its source is rgba")
     if not rgba and path is not primary:
-        _check_twin(first, media, probe(path))
-        _check_numbers(first, primary, path)
+        twin = probe(path)
+        _check_twin(first, media, twin)
+        if not twin.fps:  # no file has none, but for stills
+            _check_numbers(first, primary, path)
 
 
 def _check_claims(candidate: Candidate, media: Media) -> None:
@@ -265,17 +265,19 @@ def _check_claims(candidate: Candidate, media: Media) -> None:
     found = {"num_frames": media.frames, "height": media.height, "width": media.width, "fps": media.fps or None}
     for key, claim in candidate.declared.items():
         value = found[key]
-        if value is not None and abs(value / claim - 1) > (1 / 200 if key == "fps" else 0):
+        if value is not None and value != claim and abs(value / claim - 1) > (1 / 200 if key == "fps" else 0):
             raise BadMedia(f"the manifest says {key} {float(claim):g}, the file has {float(value):g}")
 
 
 def _check_twin(primary: str, media: Media, twin: Media) -> None:
     """Refuse a stream whose frame count, size or rate differs from the first stream's."""
+    if twin is media:  # as remembered media are where files are alike
+        return
     if twin.frames != media.frames:
         raise BadMedia(f"has {twin.frames} frames, {primary} has {media.frames}")
     if (twin.width, twin.height) != (media.width, media.height):
         raise BadMedia(f"is {twin.width}×{twin.height}, {primary} is {media.width}×{media.height}")
-    if not media.image and media.fps and twin.fps and abs(twin.fps / media.fps - 1) > 1 / 100:
+    if not media.image and media.fps != twin.fps and media.fps and twin.fps and abs(twin.fps / media.fps - 1) > 1 / 100:
         raise BadMedia(f"runs at {float(twin.fps):.3f} fps, {primary} at {float(media.fps):.3f}")
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.ranks import run_ranks
 from transpixeler.config.sections import BucketRule, DataConfig, SourceConfig
-from transpixeler.data import columns
+from transpixeler.data import columns, sharing
 from transpixeler.data.buckets import assign
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.columns import Texts, TextWriter
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.items import Items
 from transpixeler.data.media.clip import Media
+from transpixeler.data.ranks import connected
 from transpixeler.data.sources.candidate import Features
 from transpixeler.data.sources.samples import Sample, Samples, SampleWriter, in_order
 from transpixeler.models.geometry import Geometry
+from transpixeler.parallel.runtime import Runtime
 
 FPS = Fraction(16)
 KINDS = ((1, 64, 64), (20, 64, 64), (40, 48, 80), (90, 80, 48))
@@ -77,6 +82,28 @@ def test_a_sample_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in some:
         filed.append(one.caption * 50)
     assert list(filed.done()) == [one.caption * 50 for one in some]
+
+
+def share(rank: int, world_size: int, folder: Path, blind: bool) -> tuple[list[str], bool]:
+    """Share samples among two hosts of two ranks, each with a folder of its own for what is sent."""
+    tempfile.tempdir = str(folder / f"host{rank // 2}")
+    if blind and rank == 2:
+        sharing.comes_in_sight = lambda _: False
+    runtime = Runtime(rank, world_size, rank % 2, torch.device("cpu"))
+    with connected(runtime) as ranks:
+        found = sharing.shared(ranks, lambda: Samples.of([sample(f"s{n}", n) for n in range(500)], FPS), [folder / "c"])
+    return [one.id for one in found] + [one.caption for one in found], found.kinds.flags.writeable
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_ranks_map_one_file_of_columns_and_a_host_that_does_not_see_it_is_sent_its_bytes(
+    blind: bool, tmp_path: Path
+) -> None:
+    for host in (0, 1):
+        (tmp_path / f"host{host}").mkdir()
+    wanted = [f"s{n}" for n in range(500)] + ["c"] * 500
+    assert run_ranks(share, 4, tmp_path, blind) == [(wanted, False)] * 4
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 WRITTEN = {"once": (687, 1120, "86640c818969bffa"), "epoch": (1350, 543, "fff3f74bbae186a3")}

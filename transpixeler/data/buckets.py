@@ -26,7 +26,7 @@ from transpixeler.config.sections import (
     TrainConfig,
     UserError,
 )
-from transpixeler.data.columns import Rows, Texts
+from transpixeler.data.columns import Rows, Texts, spread
 from transpixeler.data.media.clip import Clip, exact_rate
 from transpixeler.data.sources.samples import Sample, Samples, Shape
 from transpixeler.models.geometry import Geometry
@@ -67,6 +67,12 @@ class Clips(Rows[SampleClip]):
     ) -> None:
         self.samples, self.offered, self.fps = samples, tuple(offered), fps
         self.owners, self.numbers, self.firsts = owners, numbers, firsts  # int32 [n]: sample, bucket, first frame
+
+    @classmethod
+    def none(cls) -> Clips:
+        """Return the clips of a set without sources."""
+        nothing = np.zeros(0, np.int32)
+        return cls(Samples.of((), Fraction(1)), nothing, nothing, nothing, (), Fraction(1))
 
     def __len__(self) -> int:
         return len(self.owners)
@@ -147,23 +153,13 @@ def decided(samples: Samples, kinds: np.ndarray, fates: Sequence[Fate], fps: Fra
     """Return all clips. kinds: the number of each sample's fate, int [n]."""
     offered = list(dict.fromkeys(bucket for fate in fates for bucket, _ in fate.clips))
     numbers = {bucket: number for number, bucket in enumerate(offered)}
-    owners, buckets = _spread(kinds, [[numbers[bucket] for bucket, _ in fate.clips] for fate in fates])
-    _, firsts = _spread(kinds, [[first for _, first in fate.clips] for fate in fates])
+    owners, buckets = spread(kinds, [[numbers[bucket] for bucket, _ in fate.clips] for fate in fates])
+    _, firsts = spread(kinds, [[first for _, first in fate.clips] for fate in fates])
     told = list(dict.fromkeys(reason for fate in fates for reason in fate.reasons))
-    left, reasons = _spread(kinds, [[told.index(reason) for reason in fate.reasons] for fate in fates])
+    left, reasons = spread(kinds, [[told.index(reason) for reason in fate.reasons] for fate in fates])
     return Assignment(
         Clips(samples, owners, buckets, firsts, offered, fps), Reasons(samples.ids.take(left), reasons, told)
     )
-
-
-def _spread(kinds: np.ndarray, values: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Give each row the values of its kind: the rows' numbers and the values, int32 [n], row after row."""
-    counts = np.array([len(some) for some in values], np.int64)
-    flat = np.array([one for some in values for one in some], np.int32)
-    each = counts[kinds] if len(values) else np.zeros(0, np.int64)
-    owners = np.repeat(np.arange(len(kinds), dtype=np.int32), each)
-    within = np.arange(len(owners)) - np.repeat(np.cumsum(each) - each, each)
-    return owners, flat[(np.cumsum(counts) - counts)[kinds[owners]] + within] if len(owners) else flat[:0]
 
 
 class Reasons(Rows[tuple[str, str]]):

@@ -74,6 +74,9 @@ class Filed:
     def read(self, first: int, size: int) -> bytes:
         return os.pread(self._file, size, first)
 
+    def __reduce__(self) -> tuple[type[Held], tuple[np.ndarray]]:
+        return Held, (np.asarray(np.memmap(self._open, np.uint8, "r")),)
+
 
 class Texts(Rows[str]):
     """Texts in one store, each by where it begins and how long it is."""
@@ -202,3 +205,20 @@ def encoded(text: str) -> bytes:
 
 def decoded(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
+
+
+def spread(kinds: np.ndarray, values: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Give each row the values of its kind: the rows' numbers and the values, int32 [n], row after row."""
+    counts = np.array([len(some) for some in values], np.int64)
+    flat = np.array([one for some in values for one in some], np.int32)
+    each = counts[kinds] if len(values) else np.zeros(0, np.int64)
+    owners = np.repeat(np.arange(len(kinds), dtype=np.int32), each)
+    within = np.arange(len(owners)) - np.repeat(np.cumsum(each) - each, each)
+    return owners, flat[(np.cumsum(counts) - counts)[kinds[owners]] + within] if len(owners) else flat[:0]
+
+
+def come_first(values: np.ndarray) -> np.ndarray:
+    """Return which values, bytes [n], no earlier one is like, bool [n]."""
+    found = np.zeros(len(values), bool)
+    found[np.unique(values, return_index=True)[1]] = True
+    return found

@@ -26,20 +26,23 @@ import torch
 
 from transpixeler.config.sections import Config, UserError
 from transpixeler.data.cache.records import DTYPE, Cache, CacheWriter, Record
-from transpixeler.data.catalog import Catalog, ClipJob, Keys, TextJob, catalog, own_folders
+from transpixeler.data.catalog import Catalog, cache_folders, catalog, own_folders
 from transpixeler.data.dataset import Dataset, Datasets
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.features.take import take
 from transpixeler.data.hosts import Hosts, find_hosts
+from transpixeler.data.items import RECORDS, Items
+from transpixeler.data.jobs import ClipJob, Keys, TextJob
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part, encode_part, part_shape
 from transpixeler.data.progress import Progress
 from transpixeler.data.ranks import Ranks, connected, portable
+from transpixeler.data.sharing import shared
 from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode_blank
 from transpixeler.data.sources.pairs import decode_pair
 from transpixeler.data.texts import encode_texts
-from transpixeler.data.work import Work, clips_used, folders_by_key, missing_work, only, share
+from transpixeler.data.work import Used, Work, clips_used, folders_by_key, given, missing_work, share, which_used
 from transpixeler.flow.tasks import all_beside
 from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
@@ -63,7 +66,7 @@ class Outcome:
 def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Datasets:
     """Return the train and eval sets of a config, with every record in the cache."""
     with connected(runtime) as ranks:
-        found = ranks.from_main(partial(catalog, config, model))
+        found = shared(ranks, partial(catalog, config, model), cache_folders(config))
         folders = own_folders(found, config)
         hosts = find_hosts(ranks, [*folders.values()])
         outcomes: list[Outcome] = []
@@ -75,7 +78,7 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
             if not fresh:
                 break
             bad |= fresh  # others may share a record with these, or be drawn in their place, so look again
-        hosts.fill(lambda: folders_by_key(_used(config, model, found, bad), folders))
+        hosts.fill(lambda: folders_by_key(found, folders, _used(config, model, found, bad)))
     datasets = _datasets(config, model, found, bad)
     if runtime.is_main:
         _summarise(datasets, outcomes)
@@ -85,7 +88,7 @@ def encode_missing(config: Config, model: ModelFolder, runtime: Runtime) -> Data
 def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[Datasets, Work]:
     """Return the train and eval sets of a config, and what `encode_missing` would encode of them."""
     with connected(runtime) as ranks:
-        found = ranks.from_main(partial(catalog, config, model))
+        found = shared(ranks, partial(catalog, config, model), cache_folders(config))
         work = _find_work(config, model, found, {}, Hosts(ranks))
     datasets = _datasets(config, model, found, {}, whole=False)
     if runtime.is_main:
@@ -96,16 +99,18 @@ def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[
 def _find_work(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str], hosts: Hosts) -> Work:
     """Return what no host has. A collective call."""
     used = partial(_used, config, model, found, bad)
-    elsewhere = hosts.held_elsewhere(lambda: folders_by_key(used(), own_folders(found, config)))
-    return hosts.ranks.from_main(lambda: missing_work(used(), without=bad, elsewhere=elsewhere))
+    elsewhere = hosts.held_elsewhere(lambda: folders_by_key(found, own_folders(found, config), used()))
+    work = hosts.ranks.from_main(lambda: missing_work(found, used=used(), without=bad, elsewhere=elsewhere))
+    return work.on(found)
 
 
-def _used(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str]) -> Catalog:
-    """Return what this run takes of a catalog."""
+def _used(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str]) -> Used | None:
+    """Return which clips of a catalog this run takes; None: all."""
     if config.data.draw == "once":
-        return found
-    data = _datasets(config, model, found, bad, whole=False)
-    return only(found, [*clips_used(config, data.train), *data.eval.items])
+        return None
+    good = {name: ~_bad_clips(items, bad)[0] for name, items in found.items.items()}
+    good["train"][good["train"]] = which_used(config, _datasets(config, model, found, bad, whole=False).train)
+    return good
 
 
 def _encode_on_all(
@@ -133,16 +138,12 @@ def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, wr
     texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
     blanks = share(work.blanks, rank=runtime.rank, ranks=runtime.world_size)
     with writers, _one_thread(runtime.device):
-        _take(config, model, [*_given(clips), *_given(texts)], writers)
-        clips, texts = [job for job in clips if not job.given], [job for job in texts if not job.given]
+        _take(config, model, [*given(clips), *given(texts)], writers)
+        clips, texts = given(clips, False), given(texts, False)
         if clips or blanks:
             _encode_clips(config, model, runtime, clips, blanks, writers)
         if texts:
             encode_texts(config, model, runtime, texts, writers.put, partial(_refuse, config, writers))
-
-
-def _given(jobs: Sequence[ClipJob] | Sequence[TextJob]) -> list[ClipJob | TextJob]:
-    return [job for job in jobs if job.given]
 
 
 def _take(config: Config, model: ModelFolder, jobs: Sequence[ClipJob | TextJob], writers: _Writers) -> None:
@@ -287,24 +288,33 @@ def _datasets(
     beside = all_beside(config.objective, streams, model.fields)
     sets: dict[str, Dataset] = {}
     for name, items in found.items.items():
-        faults = {item.id: [bad[keys] for keys in item.all_keys if keys in bad] for item in items}
-        reasons = {name: found[0] for name, found in faults.items() if found}
-        kept = tuple(item for item in items if item.id not in reasons)
-        skipped = (*found.skipped[name], *reasons.items())
+        faulty, reasons = _bad_clips(items, bad)
+        kept = items.take(~faulty) if reasons else items
+        skipped = (*found.skipped[name], *reasons.items()) if reasons else found.skipped[name]
         told = found.notes.get(name, ())
         data = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, beside, told)
         sets[name] = data
         if not whole:
             continue
         used = clips_used(config, data) if name == "train" else kept
-        keys = [key for item in used for some in item.all_keys for key in some]
-        keys += [key for item in used if item.shown for key in item.shown.all]
-        if absent := cache.missing([*keys, *found.empty_text_keys]):
+        assert isinstance(used, Items)
+        blank = [key for number in np.unique(used.clips.numbers).tolist() for _, key in used.runs[number].blank]
+        absent = len(cache.missing([*blank, *found.empty_text_keys])) + int(cache.absent(used.keys_of(RECORDS)).sum())
+        if absent:
             raise UserError(
-                f"{folders[0]}: {len(absent)} records are not on {platform.node()}: `cache --gc` has removed them "
+                f"{folders[0]}: {absent} records are not on {platform.node()}: `cache --gc` has removed them "
                 "meanwhile, or its disk shows them late; start again"
             )
     return Datasets(sets["train"], sets["eval"])
+
+
+def _bad_clips(items: Items, bad: Mapping[Keys, str]) -> tuple[np.ndarray, dict[str, str]]:
+    """Return which clips are bad, bool [n], and why, by their ids."""
+    faulty, reasons = np.zeros(len(items), bool), dict[str, str]()
+    for row, item in enumerate(items if bad else ()):
+        if found := [bad[keys] for keys in item.all_keys if keys in bad]:
+            faulty[row], reasons[item.id] = True, found[0]
+    return faulty, reasons
 
 
 def _summarise(datasets: Datasets, outcomes: Sequence[Outcome]) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from transpixeler.data.buckets import Clips
-from transpixeler.data.columns import Rows
+from transpixeler.data.cache.index import KEY
+from transpixeler.data.columns import Rows, spread
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.sources.samples import Sample
 
-KEY = np.dtype("V16")
+RECORDS = ("latents", "texts", "unseen", "own")  # kinds of keys that a clip's own records have
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,25 @@ class Run(NamedTuple):
     texts: int = 0
     unseen: int = 0
     own: tuple[tuple[str, int], ...] = ()  # of what it can be shown, by field
+    pictures: int = 0  # that its caption is read beside: a key of pixels, no record's
     blank: tuple[tuple[str, bytes], ...] = ()  # of a field where no frame is given: one key for all of a bucket
+    sees: bool = False  # the first of its texts is read beside the picture
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return how many keys there are of each kind, in their order."""
+        own = sum(count for _, count in self.own)
+        counts = self.latents, self.texts, self.unseen, own, self.pictures
+        return dict(zip(("latents", "texts", "unseen", "own", "pictures"), counts))
 
     @property
     def size(self) -> int:
-        return self.latents + self.texts + self.unseen + sum(count for _, count in self.own)
+        return sum(self.sizes.values())
+
+    def places(self, kinds: Container[str]) -> list[int]:
+        """Return where in the run the keys of some kinds are."""
+        every = [kind for kind, count in self.sizes.items() for _ in range(count)]
+        return [place for place, kind in enumerate(every) if kind in kinds]
 
 
 class Items(Rows[Item]):
@@ -89,7 +104,7 @@ class Items(Rows[Item]):
 
     def make(self, row: int) -> Item:
         clips, owner = self.clips, int(self.clips.owners[row])
-        samples, bucket, run = clips.samples, clips.offered[clips.numbers[row]], self.runs[clips.numbers[row]]
+        samples, bucket, run = clips.samples, clips.offered[clips.numbers[row]], self.run(row)
         name, source, keys = samples.ids.make(owner), int(samples.sources[owner]), self._keys(row, run.size)
         latents, keys = tuple(keys[: run.latents]), keys[run.latents :]
         texts, keys = tuple(keys[: run.texts]), keys[run.texts :]
@@ -105,8 +120,25 @@ class Items(Rows[Item]):
             source=self.names[source],
             shown=_shown(run, keys) if run.own or run.blank else None,
             unseen_text_keys=unseen,
-            origin=(samples[owner], clips.cut(row, name)) if self.traced else None,
+            origin=(samples[owner], clips.cut(row, name)) if self.traced and not samples.given[owner] else None,
         )
+
+    def run(self, row: int) -> Run:
+        return self.runs[int(self.clips.numbers[row])]
+
+    def picture_key(self, row: int) -> bytes | None:
+        """Return the key of the picture that a clip's caption is read beside, where there is one."""
+        run = self.run(row)
+        return self._keys(row, run.size)[-1] if run.pictures else None
+
+    def cells(self, kinds: Container[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return where the keys of some kinds are: the number of the clip of each, and its place in its run."""
+        return spread(self.clips.numbers, [run.places(kinds) for run in self.runs])
+
+    def keys_of(self, kinds: Container[str]) -> np.ndarray:
+        """Return the keys of some kinds, clip after clip."""
+        rows, places = self.cells(kinds)
+        return self.keys[self.starts[rows] + places]
 
     def _keys(self, row: int, size: int) -> list[bytes]:
         start = int(self.starts[row])

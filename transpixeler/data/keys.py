@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.files import IMAGE_ENDINGS, LINEAR_ENDINGS, ending_of, spans_files
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.parts import Part, named, parts_of
-from transpixeler.data.pictures import Picture
+from transpixeler.data.pictures import least_clip
 from transpixeler.data.sources.candidate import latent_column
 from transpixeler.data.sources.samples import Sample
 from transpixeler.models.family import Field, caption_fields
@@ -96,11 +95,10 @@ def _linear(path: Path) -> bool:
     return ending_of(path) in LINEAR_ENDINGS
 
 
-def first_frame(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill) -> Picture:
-    """Return a clip's first frame, with a key for its pixels: extended colours are those of all the frames."""
-    least = clip if sample.rgba and fill.policy == "extend" else replace(clip, frames=1)
-    made = latent_keys(sample, least, digests=digests, fill=fill, vae="")
-    return Picture(sample, least, fill, next(iter(made.values())))
+def first_frame(sample: Sample, clip: Clip, *, digests: Mapping[Path, str], fill: Fill) -> bytes:
+    """Return the key of the pixels of a clip's first frame."""
+    made = latent_keys(sample, least_clip(sample, clip, fill), digests=digests, fill=fill, vae="")
+    return next(iter(made.values()))
 
 
 def keys_of_shown(

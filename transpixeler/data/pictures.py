@@ -25,3 +25,8 @@ class Picture:
         """Return it, uint8 [H, W, 3]."""
         sample = self.sample if self.sample.rgba else replace(self.sample, paths=self.sample.paths[:1])
         return next(iter(decode_pair(sample, self.clip, fill=self.fill, threads=threads).values()))[0]
+
+
+def least_clip(sample: Sample, clip: Clip, fill: Fill) -> Clip:
+    """Return as little of a clip as its first frame depends on: extended colours are those of all the frames."""
+    return clip if sample.rgba and fill.policy == "extend" else replace(clip, frames=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from transpixeler.config.sections import Fault, UserError
@@ -37,6 +38,14 @@ class Ranks:
         if box[1] is not None:
             raise own or box[1]
         return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Return on every rank whether it is so on one: a number is reduced, however many ranks there are."""
+        if self.group is None:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(found)
 
     def gather(self, value: Any) -> list[Any]:
         if self.group is None:

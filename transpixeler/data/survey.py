@@ -6,13 +6,13 @@ The one way from sources to clips, for encoding, planning and inspecting alike.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from transpixeler.config.sections import DataConfig, SourceConfig
-from transpixeler.data.buckets import Clips, Dropped, SampleClip, assign, rate
+from transpixeler.data.buckets import Clips, Dropped, assign, rate
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.features.place import place
 from transpixeler.data.media.decode import probe
@@ -29,7 +29,7 @@ class Survey:
 
     samples: Sequence[Sample] = ()
     bad: tuple[BadSample, ...] = ()
-    clips: Clips | tuple[SampleClip, ...] = ()  # in the order of their samples
+    clips: Clips = field(default_factory=Clips.none)  # in the order of their samples
     dropped: Dropped = ()  # of samples that fit no bucket
     texts: tuple[TextRow, ...] = ()  # rows that give the features of a text alone
     notes: tuple[Note, ...] = ()  # on files that are in no sample, and on how others were understood

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transpixeler.config.sections import Config
 from transpixeler.data.cache.records import DTYPE, Record
-from transpixeler.data.catalog import TextJob
+from transpixeler.data.jobs import TextJob
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.progress import Progress
 from transpixeler.models.family import ModelFolder, SeeingTextEncoder, TextEncoder, caption_fields

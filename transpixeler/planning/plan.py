@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from transpixeler.config.sections import Config, UserError
-from transpixeler.data.buckets import Bucket, Clips, Dropped
+from transpixeler.data.buckets import Bucket, Dropped
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import surveyed
 from transpixeler.data.dataset import Dataset, training_order
@@ -179,8 +179,7 @@ def _datasets(config: Config, model: ModelFolder) -> tuple[Dataset, Dataset, flo
 def _dataset(config: Config, model: ModelFolder, key: str) -> Dataset:
     """Return the clips of `data.KEY`, without cache records."""
     sources, found = getattr(config.data, key), surveyed(config, model, key)
-    clips = found.clips
-    items = Items(clips, source_names(sources), [one.repeats for one in sources]) if isinstance(clips, Clips) else ()
+    items = Items(found.clips, source_names(sources), [one.repeats for one in sources])
     return Dataset(items, tuple(config.streams), (), Cache(), key, found.skipped, notes=found.told)
 
 

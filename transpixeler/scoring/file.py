@@ -17,7 +17,8 @@ import torch
 from transpixeler.adapters.tensorfile import open_tensors, save_tensors
 from transpixeler.config.sections import Config, UserError
 from transpixeler.data.cache.fingerprints import FileHashes
-from transpixeler.data.catalog import Fingerprints, cache_folders
+from transpixeler.data.catalog import cache_folders
+from transpixeler.data.keying import Fingerprints
 from transpixeler.files import whole
 from transpixeler.models.family import Field, ModelFolder, caption_fields
 from transpixeler.scoring.towers import Scorer, Sizes

@@ -6,6 +6,7 @@ The memory is one text file in the cache folder, a line a file; losing it costs 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,7 @@ class FileHashes:
         self._saved = time.monotonic()
 
     def digest(self, path: Path) -> str:
-        found = path.stat()
-        stamp = (found.st_size, found.st_mtime_ns)
+        stamp = _stamp(path)
         if (known := self._memory.recall(path, stamp)) is not None:
             return known
         digest = file_digest(path)
@@ -38,21 +38,29 @@ class FileHashes:
         self._memory.note(path, stamp, digest)
         return digest
 
+    def _known(self, path: Path) -> str | None:
+        return self._memory.recall(path, _stamp(path))
+
     def digests(self, paths: Sequence[Path], threads: int) -> dict[Path, str]:
         """Hash many files at once; what is known is saved now and then, so that a kill loses little."""
+        found = {path: self._known(path) for path in paths}
+        fresh = [path for path, digest in found.items() if digest is None]
         with ThreadPoolExecutor(max(1, threads)) as pool:
-            found = {}
-            for path, digest in zip(paths, pool.map(self.digest, paths)):
+            for path, digest in zip(fresh, pool.map(self.digest, fresh)):
                 found[path] = digest
                 if time.monotonic() - self._saved > SAVE_SECONDS:
                     self.save()
-        self.save()
-        return found
+        return {path: digest for path, digest in found.items() if digest is not None}
 
     def save(self) -> None:
         self._saved = time.monotonic()
         if not self._memory.save():
             logger.info("%s cannot be written: files are hashed again the next time", self.folder)
+
+
+def _stamp(path: Path) -> Stamp:
+    found = os.stat(path)  # noqa: PTH116  pathlib takes several times as long
+    return found.st_size, found.st_mtime_ns
 
 
 def _line(name: str, stamp: Stamp, digest: str) -> str:

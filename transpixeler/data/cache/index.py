@@ -28,6 +28,7 @@ ITEM_BYTES = np.array([2, 4, 2, 1], np.uint64)
 # text: a field of tokens; vector: a field without; clip, image: what is shown of given frames, by a field's source
 KINDS = ("latent", "text", "vector", "clip", "image")
 
+KEY = np.dtype("V16")
 ROW = np.dtype(
     [
         ("key", "<u8", (2,)),
@@ -212,15 +213,25 @@ class Table:
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """Return the keys without a record, each once, in the order given."""
         unique = list(dict.fromkeys(keys))
-        if not unique or not len(self):
-            return unique
-        high, low = np.frombuffer(b"".join(unique), "<u8").reshape(-1, 2).T
+        absent = self.absent(np.frombuffer(b"".join(unique), KEY))
+        return [key for key, lacks in zip(unique, absent, strict=True) if lacks]
+
+    def absent(self, keys: np.ndarray) -> np.ndarray:
+        """Return which keys, 16 bytes each, have no record, bool [n]."""
+        absent = np.ones(len(keys), bool)
+        for start in range(0, len(keys) if len(self) else 0, _CHUNK):
+            some = keys[start : start + _CHUNK]
+            absent[start : start + _CHUNK] = ~self._held(np.frombuffer(some.tobytes(), "<u8").reshape(-1, 2))
+        return absent
+
+    def _held(self, keys: np.ndarray) -> np.ndarray:
+        high, low = keys.T
         first, after = (np.searchsorted(self._high, high, side=side) for side in ("left", "right"))
-        here = np.zeros(len(unique), bool)
+        here = np.zeros(len(keys), bool)
         for number, file in enumerate(self.files):
             single = np.flatnonzero(after - first == 1)
             single = single[self._owners[first[single]] == number]
             here[single] = file.rows["key"][self._places[first[single]], 1] == low[single]
         for several in np.flatnonzero(after - first > 1):
-            here[several] = self.find(unique[several]) is not None
-        return [key for key, found in zip(unique, here) if not found]
+            here[several] = self.find(keys[several].tobytes()) is not None
+        return here

@@ -72,6 +72,10 @@ class Cache:
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         return self.table.missing(keys)
 
+    def absent(self, keys: np.ndarray) -> np.ndarray:
+        """Return which keys, 16 bytes each, have no record, bool [n]."""
+        return self.table.absent(keys)
+
     def spec(self, key: bytes) -> Spec:
         return self.place(*self._found(key)).spec
 

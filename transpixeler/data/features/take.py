@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from transpixeler.data.cache.records import DTYPE, Record
-from transpixeler.data.catalog import ClipJob, TextJob
 from transpixeler.data.features.files import old_formats, open_features
 from transpixeler.data.features.needs import Needs, blamed
+from transpixeler.data.jobs import ClipJob, TextJob
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.candidate import TEXT_COLUMN, latent_column
 from transpixeler.models.family import caption_fields

@@ -111,10 +111,11 @@ class Work:
 
     def on(self, found: Catalog) -> Work:
         """Return the same on a rank, with its own catalog."""
-        clips, texts = (
-            replace(one, found=found) if isinstance(one, Lacking) else one for one in (self.clips, self.texts)
-        )
-        return Work(clips, texts, self.blanks)
+        return Work(_on(self.clips, found), _on(self.texts, found), self.blanks)
+
+
+def _on(jobs: Sequence[Job], found: Catalog) -> Sequence[Job]:
+    return replace(jobs, found=found) if isinstance(jobs, Lacking) else jobs
 
 
 def given(jobs: Sequence[Job], wanted: bool = True) -> Sequence[Job]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transpixeler.config.sections import UserError
+from transpixeler.models.streams import Run
 from transpixeler.models.tokens import Tokens
 
 KERNELS = {
@@ -139,12 +140,13 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, text_lengths
 def _among_streams(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, text_lengths: Tensor | None) -> Tensor:
     streams, first = sum(tokens.lengths), tokens.lengths[0]
     text = q.shape[1] - streams
+    everyone, rgb, far = tokens.runs, tokens.runs[:1], tokens.runs[1:]
     if tokens.rgb_attends_aux or len(tokens.lengths) == 1:
-        return _attend_with_text(q, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
+        return _attend_in_time(q, k, v, tokens, everyone, everyone, text, tokens.text_weight, text_lengths)
     near_q, near_k, near_v = (_first_and_text(x, first, streams) for x in (q, k, v))
-    own = _attend_with_text(near_q, near_k, near_v, tokens.kernel, text, 1.0, text_lengths)
+    own = _attend_in_time(near_q, near_k, near_v, tokens, rgb, rgb, text, 1.0, text_lengths)
     others = q[:, first:streams]
-    rest = _attend_with_text(others, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
+    rest = _attend_in_time(others, k, v, tokens, far, everyone, text, tokens.text_weight, text_lengths)
     return torch.cat([own[:, :first], rest, own[:, first:]], dim=1)
 
 
@@ -169,7 +171,8 @@ def _from_companions(
     first = tokens.lengths[0]
     text = rgb_k.shape[1] - first
     k, v = (torch.cat([near[:, :first], far, near[:, first:]], 1) for near, far in ((rgb_k, k), (rgb_v, v)))
-    return _attend_with_text(q, k, v, tokens.kernel, text, tokens.text_weight, text_lengths)
+    far, everyone = tokens.runs[1:], tokens.runs
+    return _attend_in_time(q, k, v, tokens, far, everyone, text, tokens.text_weight, text_lengths)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, bias: Tensor | None = None) -> Tensor:
@@ -185,6 +188,41 @@ def length_bias(lengths: Tensor, keys: int) -> Tensor:
 
 def _first_and_text(x: Tensor, first: int, streams: int) -> Tensor:
     return torch.cat([x[:, :first], x[:, streams:]], dim=1) if x.shape[1] > streams else x[:, :first]
+
+
+def _attend_in_time(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tokens,
+    asking: Sequence[Sequence[Run]],
+    seen: Sequence[Sequence[Run]],
+    text: int,
+    weight: float,
+    lengths: Tensor | None,
+) -> Tensor:
+    """Attend from each latent frame to the frames up to it, where the model does, and to text.
+
+    asking, seen: the streams of the queries and of the keys. Text may ask too: it stands at the first frame. There is
+    one softmax for each frame, over the keys that it sees: a mask would cost the scores of all pairs.
+    """
+    ours, theirs = ([run for stream in part for run in stream] for part in (asking, seen))
+    if len({run.frame for run in theirs}) <= 1:
+        return _attend_with_text(q, k, v, tokens.kernel, text, weight, lengths)
+    counts = [*(run.tokens for run in ours), q.shape[1] - sum(run.tokens for run in ours)]
+    frames = [*(run.frame for run in ours), min(run.frame for run in theirs)]
+    of_keys = [*(run.tokens for run in theirs), text]
+    queries, keys, values = q.split(counts, dim=1), k.split(of_keys, dim=1), v.split(of_keys, dim=1)
+    found = list(queries)
+    for frame in sorted(set(frames)):
+        own = [place for place, one in enumerate(frames) if one == frame]
+        there = [*(place for place, run in enumerate(theirs) if run.frame <= frame), len(theirs)]
+        near_q = torch.cat([queries[p] for p in own], dim=1)
+        near_k, near_v = (torch.cat([part[p] for p in there], dim=1) for part in (keys, values))
+        out = _attend_with_text(near_q, near_k, near_v, tokens.kernel, text, weight, lengths)
+        for place, part in zip(own, out.split([counts[p] for p in own], dim=1), strict=True):
+            found[place] = part
+    return torch.cat(found, dim=1)
 
 
 def _attend_with_text(

@@ -19,11 +19,13 @@ class Geometry:
     first_alone: bool = True  # the first frame is a latent frame of its own, and the others go by strides
     coarsest: int = 1  # scale that sides must also suit, that of a companion
     stills: bool = False  # the model makes images: one frame, and no more
+    smallest: int = 1  # a video is also laid out at 1/smallest of its sides
 
     @property
     def unit(self) -> tuple[int, int]:
         """(height, width) that sides must be multiples of."""
-        return self.stride[1] * self.patch[1] * self.coarsest, self.stride[2] * self.patch[2] * self.coarsest
+        cells = self.coarsest * self.smallest
+        return self.stride[1] * self.patch[1] * cells, self.stride[2] * self.patch[2] * cells
 
     def over(self, scales: Sequence[int]) -> Geometry:
         """Return the geometry of sizes at which streams of these scales can all be encoded."""

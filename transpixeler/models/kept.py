@@ -142,10 +142,10 @@ def _line(layouts: Sequence[StreamLayout], found: Sequence[float]) -> Kept:
     return Kept(start - sum(each * length for each, length in zip(by_stream, base.lengths)), by_stream)
 
 
-def _layout(model: Backbone, frames: Sequence[int]) -> StreamLayout:
-    """Lay out streams of so many patches by 4×4; their channels do not matter to a block."""
-    patch_frames, *sides = model.patch
-    shapes = tuple((1, count * patch_frames, 4 * sides[0], 4 * sides[1]) for count in frames)
+def _layout(model: Backbone, counts: Sequence[int]) -> StreamLayout:
+    """Lay out streams of one frame and so many times 4×4 patches; their channels do not matter to a block."""
+    frames, rows, columns = model.patch
+    shapes = tuple((1, frames, 4 * rows, 4 * columns * count) for count in counts)
     return StreamLayout(tuple(model.streams), shapes, model.patch)
 
 

@@ -48,6 +48,8 @@ class Sizes:
     guidance: float | None = None  # what a distilled model is told; None where it has no place for it
     theta: float = THETA  # slowness of the slowest turn of the positions
     halves: bool = False  # a head's first half turns with its second, in place of neighbouring channels
+    causal: bool = False  # no latent frame sees later ones
+    channels_last: bool = False  # of the numbers in a patch, those of one cell stand together
 
     @property
     def head_dim(self) -> int:
@@ -276,7 +278,9 @@ class Embed(nn.Module):
     def embed(self, x: Tensor, layout: StreamLayout, *shown: Tensor) -> Tensor:
         """[B, N] → [B, T, D]. shown: [B, N'] of fields that stand beside the latents."""
         biases = [0.0, *(self.stream_embedding[name] for name in layout.names[1:])]
-        patches = [self.img_in(patchify(part.float(), self.patch)) for part in self.latents(x, layout, *shown)]
+        last = self.sizes.channels_last
+        parts = self.latents(x, layout, *shown)
+        patches = [self.img_in(patchify(part.float(), self.patch, channels_last=last)) for part in parts]
         pairs = zip(patches, layout.segments, strict=True)
         return torch.cat([patch + biases[segment.stream] for patch, segment in pairs], dim=1)
 
@@ -286,7 +290,7 @@ class Head(backbone.Head):
 
     def __init__(self, sizes: Sizes, patch: Grid) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.channels_last = patch, sizes.channels_last
         self.modulation = nn.Linear(sizes.width, 2 * sizes.width)
         self.linear = nn.Linear(sizes.width, sizes.channels * math.prod(patch))
 
@@ -297,7 +301,8 @@ class Head(backbone.Head):
 
     def pack(self, values: Tensor, layout: StreamLayout) -> Tensor:
         pairs = zip(values.split(layout.segment_lengths, dim=1), layout.grids, strict=True)
-        return torch.cat([unpatchify(part, grid, self.patch) for part, grid in pairs], dim=1)
+        last = self.channels_last
+        return torch.cat([unpatchify(part, grid, self.patch, channels_last=last) for part, grid in pairs], dim=1)
 
 
 class MMDiT(Backbone):
@@ -332,7 +337,8 @@ class MMDiT(Backbone):
         self._ropes.move_to_end(key)
         rope = self._ropes[key]
         kernel = pick_kernel(self.kernel, device, self.matmul_dtype, self.sizes.head_dim)
-        return Tokens.of(layout, rope, kernel=kernel, rgb_attends_aux=self.rgb_attends_aux)
+        causal = self.sizes.causal
+        return Tokens.of(layout, rope, kernel=kernel, rgb_attends_aux=self.rgb_attends_aux, causal=causal)
 
     def flow_meta(self, layout: StreamLayout, batch: int, dtype: torch.dtype) -> Flow:
         text = self.fields[0]

@@ -71,14 +71,21 @@ def frames_beside(every: int, frames: int) -> range:
     return range(every, frames, every) if every else range(max(1, frames - 1), frames)
 
 
+class Past(NamedTuple):
+    """Latent frames that come before a video, at a coarser resolution than its own."""
+
+    frames: int
+    scale: int  # rows and columns of the video that one of their own covers
+
+
 @dataclass(frozen=True)
 class StreamLayout:
     """The shapes of one batch's streams; hashable, the key for all that is cached by shape.
 
-    A segment is a run of tokens with a grid of its own: a stream's video, and after it what stands `beside` it, frames
-    that are encoded alone because a latent frame of a video holds several. A time group is a run of tokens with one
-    timestep. It is a whole segment, unless `cuts` names latent frames of that stream's video at which another group
-    begins, such as 1 where a given first frame has a time of its own.
+    A segment is a run of tokens with a grid of its own: a stream's video, before it what is its `past`, and after it
+    what stands `beside` it, frames that are encoded alone because a latent frame of a video holds several. A time group
+    is a run of tokens with one timestep. It is a whole segment, unless `cuts` names latent frames of that stream's
+    video at which another group begins, such as 1 where a given first frame has a time of its own.
     """
 
     names: tuple[str, ...]
@@ -87,6 +94,7 @@ class StreamLayout:
     cuts: tuple[tuple[int, ...], ...] = ()  # of each stream; empty where every segment is one group
     scales: tuple[int, ...] = ()  # of each stream: rows and columns of stream 0 that one of its own covers; empty: 1
     beside: tuple[Beside, ...] = ()  # frames that are segments of their own
+    past: tuple[Past, ...] = ()  # of every stream, the oldest first; each is a segment of its own
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.shapes) > 0, (self.names, self.shapes)
@@ -95,6 +103,7 @@ class StreamLayout:
         assert len(self.cuts) in (0, len(self.names)), (self.names, self.cuts)
         assert len(self.scales) in (0, len(self.names)), (self.names, self.scales)
         assert not self.beside or self.patch[0] == 1, "a frame alone is no whole patch"
+        assert not self.past or (self.patch[0] == 1 and not self.cuts and not self.beside), "the past is whole"
         for _, *extent in self.shapes:
             assert all(n % p == 0 for n, p in zip(extent, self.patch, strict=True)), (self.shapes, self.patch)
         for (_, frames, *_), cuts in zip(self.shapes, self.cuts):
@@ -137,8 +146,13 @@ class StreamLayout:
         found = []
         for stream, shape in enumerate(self.shapes):
             scale = self.scales[stream] if self.scales else 1
-            found.append(Segment(stream, shape, self.patch, scale))
             channels, _, height, width = shape
+            begin = 0
+            for frames, coarser in self.past:
+                small = (channels, frames, height // coarser, width // coarser)
+                found.append(Segment(stream, small, self.patch, scale * coarser, begin=begin, past=True))
+                begin += frames
+            found.append(Segment(stream, shape, self.patch, scale, begin=begin))
             for one in (one for one in self.beside if one.stream == stream):
                 found.append(Segment(stream, (channels, len(one.times), height, width), self.patch, scale, one))
         return tuple(found)
@@ -182,24 +196,39 @@ class StreamLayout:
     def groups(self) -> tuple[Group, ...]:
         """Time groups in the order of the sequence."""
         found = []
-        for place, (stream, (_, frames, *_), *_) in enumerate(self.segments):
-            alone = self.segments[place].alone
-            starts = (0, *(self.cuts[stream] if self.cuts and not alone else ()))
-            ends = (*starts[1:], frames)
-            found += [Group(stream, start, end, alone) for start, end in zip(starts, ends, strict=True)]
+        for segment in self.segments:
+            starts = (0, *(self.cuts[segment.stream] if self.cuts and not segment.alone else ()))
+            ends = (*starts[1:], segment.shape[1])
+            pairs = zip(starts, ends, strict=True)
+            found += [Group(segment.stream, start, end, segment.alone, segment.past) for start, end in pairs]
         return tuple(found)
 
     @cached_property
     def group_lengths(self) -> tuple[int, ...]:
         """Tokens of each time group."""
+        if not self.cuts:
+            return self.segment_lengths
         frames = [prod(n // p for n, p in zip(self.shapes[group.stream][2:], self.patch[1:])) for group in self.groups]
         return tuple((group.end - group.start) // self.patch[0] * n for group, n in zip(self.groups, frames))
 
     @cached_property
     def group_sizes(self) -> tuple[int, ...]:
         """Latent elements of each time group."""
+        if not self.cuts:
+            return self.segment_sizes
         frames = [prod(self.shapes[group.stream]) // self.shapes[group.stream][1] for group in self.groups]
         return tuple((group.end - group.start) * n for group, n in zip(self.groups, frames))
+
+    @cached_property
+    def frame_runs(self) -> tuple[tuple[Run, ...], ...]:
+        """Tokens of each latent frame of each stream, with its place in time, in the order of the sequence."""
+        assert self.patch[0] == 1, "each token is of one latent frame"
+        found: list[list[Run]] = [[] for _ in self.names]
+        for segment in self.segments:
+            frames, rows, columns = segment.grid
+            times = segment.beside.times if segment.beside else range(segment.begin, segment.begin + frames)
+            found[segment.stream] += [Run(rows * columns, time) for time in times]
+        return tuple(tuple(runs) for runs in found)
 
     def groups_of(self, stream: int) -> range:
         """Return the places of a stream's time groups."""
@@ -234,7 +263,8 @@ class StreamLayout:
 
     def videos(self, packed: Tensor) -> tuple[Tensor, ...]:
         """[B, N] → a view [B, C, F, H, W] of each stream's video."""
-        return tuple(part for part, one in zip(self.unpack(packed), self.segments, strict=True) if not one.alone)
+        pairs = zip(self.unpack(packed), self.segments, strict=True)
+        return tuple(part for part, one in pairs if not one.alone and not one.past)
 
     def pack(self, segments: Sequence[Tensor]) -> Tensor:
         """[B, C, F, H, W] of each segment → [B, N]."""
@@ -260,6 +290,13 @@ class StreamLayout:
         return torch.cat([v[:, None, :, None, None].expand(-1, *one.shape).flatten(1) for v, one in rows], dim=1)
 
 
+class Run(NamedTuple):
+    """Tokens that stand together in the sequence, and are of one latent frame."""
+
+    tokens: int
+    frame: float  # its place in time; one that stands beside a video may be between two
+
+
 class Segment(NamedTuple):
     """A run of tokens with a grid of its own."""
 
@@ -268,6 +305,8 @@ class Segment(NamedTuple):
     patch: Grid
     scale: int = 1  # rows and columns of stream 0 that one of its own covers
     beside: Beside | None = None  # which frames of the stream it holds, each encoded alone; None: it is the video
+    begin: int = 0  # latent frames before it
+    past: bool = False  # it comes before the video
 
     @property
     def alone(self) -> bool:
@@ -288,16 +327,18 @@ class Segment(NamedTuple):
         f, h, w = self.grid
         time, *sides = (torch.arange(n, dtype=torch.float64) for n in (f, h, w))
         rows, columns = ((side + 0.5) * self.scale - 0.5 for side in sides)
+        time = time + self.begin
         return torch.tensor(self.beside.times, dtype=torch.float64) if self.beside else time, rows, columns
 
 
 class Group(NamedTuple):
-    """A time group: latent frames `start` to `end` of a stream's video, or of what stands beside it."""
+    """A time group: latent frames `start` to `end` of a stream's video, of what stands beside it, or of its past."""
 
     stream: int
     start: int
     end: int
     alone: bool = False
+    past: bool = False
 
 
 def _grid(numbers: Sequence[int]) -> Grid:

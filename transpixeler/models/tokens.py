@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transpixeler.models.context import Context, Shared
-from transpixeler.models.streams import StreamLayout
+from transpixeler.models.streams import Run, StreamLayout
 
 
 class Tokens(NamedTuple):
@@ -32,10 +32,13 @@ class Tokens(NamedTuple):
     rgb_known: bool = False  # a block is given them, after the flow, and runs the companions alone
     rgb_groups: int = 1  # time groups of RGB, the first ones
     shared: Shared | None = None  # the whole sequence, where this rank holds a part of it
+    runs: tuple[tuple[Run, ...], ...] = ()  # of each stream in the whole sequence, where no token sees a later frame
 
     @classmethod
-    def of(cls, layout: StreamLayout, rope: Tensor, *, kernel: str, rgb_attends_aux: bool) -> Tokens:
-        """Return what a layout says, with the positions and the kernel of a model."""
+    def of(
+        cls, layout: StreamLayout, rope: Tensor, *, kernel: str, rgb_attends_aux: bool, causal: bool = False
+    ) -> Tokens:
+        """Return what a layout says, with the positions and the kernel of a model. causal: no frame sees later ones."""
         rgb_groups = len(layout.groups_of(0))
         return cls(
             rope,
@@ -45,6 +48,7 @@ class Tokens(NamedTuple):
             rgb_attends_aux,
             layout.text_group,
             rgb_groups=rgb_groups,
+            runs=layout.frame_runs if causal else (),
         )
 
     def on_rank(self, layout: StreamLayout, context: Context, *, text: int) -> Tokens:
@@ -85,6 +89,7 @@ class Tokens(NamedTuple):
             groups=self.groups[:count],
             rgb_attends_aux=True,
             shared=self.shared and self.shared.rgb(),
+            runs=self.runs[:1],
         )
 
     def companions(self) -> Tokens:

@@ -106,7 +106,8 @@ def test_draws_of_old_configs_are_as_they_were() -> None:
 
 
 def test_clips_that_are_too_short_for_a_task_are_refused() -> None:
-    model: Any = SimpleNamespace(geometry=USUAL, fields=(), joins=False, family=SimpleNamespace(title="Any"))
+    family = SimpleNamespace(title="Any")
+    model: Any = SimpleNamespace(geometry=USUAL, fields=(), joins=False, family=family, ladder=lambda _: None)
     for task, frames, needed in (("interpolate", 4, 5), ("extend_rgb", 5, 6)):
         asked = ["data.train=[/clips]", "streams={rgb: '', seg: _seg}", f"objective.tasks={{{task}: 1}}"]
         short, long = (from_overrides([*asked, f"data.frames=[1,{n}]"]) for n in (frames, frames + 4))

@@ -82,7 +82,7 @@ def _step(rank: int, world_size: int, overrides: tuple[str, ...], twin: str) -> 
         with Listening() as listening:
             errors = torch.cat([engine.forward_backward(part, 1) for part in parts])
             norm = optim.gradient_norm(trained.values(), mesh.pipeline_group, here.device)
-            agree(errors, example, norm, Due(), counts=mesh.is_first_stage)
+            agree([errors], [example], norm, Due(), counts=mesh.is_first_stage)
             optim.clip(trained.values(), config.optim.clip, norm)
         for parameter in trained.values():
             parameter.grad = None

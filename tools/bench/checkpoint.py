@@ -137,7 +137,7 @@ def telling(folder: Path, here: runtime.Runtime, *, repeats: int) -> dict[str, T
         for _ in range(STEPS_TOLD):
             steps[name] += 1
             times = StepTimes(1.0, 0.0, 0.0)
-            record = recorder.record(batch, batch.layout, facts, times, lr=1e-4, micro_batch=1)
+            record = recorder.record(batch, [(batch.layout, len(batch.slots))], facts, times, lr=1e-4, micro_batch=1)
             writers[name].step(record | {"step": steps[name]})
 
     found = alternate({name: partial(tell, name) for name in writers}, repeats=repeats)

@@ -169,6 +169,7 @@ class DataConfig:
     sizes: tuple[Size, ...] = ()
     buckets: tuple[BucketRule, ...] = ()
     draw: Literal["once", "epoch"] = "once"
+    sync_group: Count = 1
     clip_mode: Literal["single_beginning", "single_middle", "multiple_overlapping"] = "single_beginning"
     upscale: bool = False
     alpha: Literal["auto", "straight", "premultiplied"] = "auto"
@@ -195,6 +196,7 @@ class ObjectiveConfig:
     focus_present: Fraction = 0.0
     extend_latents: Count = 2
     interpolate_every: Interval | tuple[Interval, ...] = 4
+    history: Literal["auto", "on", "off"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,7 @@ class SampleConfig:
     guidance: NonNegative | dict[str, NonNegative] = 5.0
     image_guidance: NonNegative = 1.0
     image_falloff: bool = False
+    first_guidance: NonNegative | None = None
     oscillate: Natural = 0
     shift: Positive | Literal["auto"] = 5.0
     scheduler: Literal["unipc", "euler", "dpm++", "ddpm", "ddim"] = "unipc"

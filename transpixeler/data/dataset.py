@@ -40,11 +40,16 @@ class Dataset:
     notes: tuple[str, ...] = ()  # on files in no sample, and on how others were understood
 
     def order(self, *, seed: int, global_batch: int, data: DataConfig = PLAIN) -> Order:
-        """Return the order in which training takes the clips. data: its rules for buckets, and how they are drawn."""
+        """Return the order in which training takes the clips. data: its rules for buckets, and how they are drawn.
+
+        A step has fewer clips than samples where groups of samples share them.
+        """
         if not self.items:
             raise UserError(f"data.{self.key} holds no usable clip{_first_reason(self.skipped)}")
         buckets, times = coded_buckets(self.items), repeats_of(self.items)
-        batches = [batch_for(Bucket(*bucket), global_batch, data.buckets) for bucket in buckets.offered]
+        batches = [
+            batch_for(Bucket(*bucket), global_batch, data.buckets) // data.sync_group for bucket in buckets.offered
+        ]
         return make_order(
             buckets=buckets,
             repeats=times,

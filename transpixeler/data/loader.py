@@ -21,7 +21,7 @@ from transpixeler.config.sections import UserError
 from transpixeler.data.cache.records import CacheDamaged
 from transpixeler.data.dataset import Dataset
 from transpixeler.data.items import Item
-from transpixeler.data.order import Order
+from transpixeler.data.order import Order, shared_out
 from transpixeler.flow.objective import Fields
 from transpixeler.models.conditions import Shown, kept_layout, shown_fields
 from transpixeler.models.family import Field, caption_fields, length_of
@@ -164,11 +164,13 @@ class Loader:
         epoch: int = 0,
         step: int = 0,
         ahead: int = 3,
+        group: tuple[int, int] = (1, 1),
         prepare: Callable[[Batch], Any] = lambda batch: batch,
     ) -> None:
-        assert all(row.batch % ranks == 0 for row in order.rows) and 0 <= rank < ranks
+        """group: runs of samples that share their clips, and the samples of a run."""
+        assert all(row.batch * group[0] % ranks == 0 for row in order.rows) and 0 <= rank < ranks
         self.wait_seconds = 0.0  # that the last step waited for its data
-        self._rank, self._ranks = rank, ranks
+        self._rank, self._ranks, self._group = rank, ranks, group
         self._assembler, self._order, self._prepare = assembler, order, prepare
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
@@ -211,7 +213,8 @@ class Loader:
     def _batches(self, epoch: int, step: int) -> Iterator[Batch]:
         while True:
             first = self._order.first_step(epoch)
-            for number, items in enumerate(self._order.batches(epoch, step), start=step):
+            for number, clips in enumerate(self._order.batches(epoch, step), start=step):
+                items = shared_out(clips, *self._group)
                 share = len(items) // self._ranks
                 slots = range(self._rank * share, (self._rank + 1) * share)
                 yield self._assembler.batch(items, slots=slots, step=first + number, epoch=epoch, epoch_step=number)

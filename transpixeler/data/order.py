@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
     name: str
     items: np.ndarray  # int64 [n], indices into the data set
-    batch: int  # samples of a step
+    batch: int  # clips of a step
     mean: float  # items of an epoch
     entries: np.ndarray  # int64 [n], where the order's draws have each of them
 
@@ -151,6 +151,11 @@ class Order:
             missing -= len(pieces[-1])
             epoch, first = epoch + 1, 0
         return np.concatenate(pieces)
+
+
+def shared_out(clips: np.ndarray, group: int, run: int) -> np.ndarray:
+    """Return the clip of each sample of a step: `group` runs of `run` samples have the same clips."""
+    return np.repeat(clips.reshape(-1, run), group, axis=0).ravel() if group > 1 else clips
 
 
 def make_order(

@@ -35,6 +35,7 @@ from transpixeler.data.encode import encode_missing
 from transpixeler.data.features import export as features
 from transpixeler.data.parts import part_shape
 from transpixeler.files import whole
+from transpixeler.flow.tasks import check_given
 from transpixeler.models.family import ModelFolder, open_model
 from transpixeler.parallel.runtime import Runtime
 
@@ -89,6 +90,7 @@ def cache_command(
 ) -> Report:
     """Encode what is missing, or do what is asked for instead; rank 0 alone verifies, cleans, lists and exports."""
     model = open_model(config.model)
+    check_given(config, model)
     report = Report()
     if runtime.is_main:
         if export:

@@ -19,11 +19,13 @@ from transpixeler.data.items import Item
 from transpixeler.data.loader import Assembler, Batch
 from transpixeler.flow import tasks
 from transpixeler.flow.draws import draw_noise
+from transpixeler.flow.lessons import example as taught
 from transpixeler.flow.objective import Example, Fields, given_at_zero, told
 from transpixeler.flow.tasks import Task, narrowed
 from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.experts import ONLY, Expert, chosen_experts
 from transpixeler.models.family import Field, ModelFolder
+from transpixeler.models.ladder import Lesson
 from transpixeler.models.noising import RECTIFIED, Noising
 
 T = TypeVar("T")
@@ -51,7 +53,7 @@ class HeldOut:
         self.config, self.data = config, data
         self.assembler = Assembler(data, patch=model.geometry.patch, fields=model.fields) if data.items else None
         self.experts = chosen_experts(config.model, model.experts)
-        self.noising = model.noising
+        self.noising, self.ladder = model.noising, model.ladder(config.objective)
         self.pieces = pieces(data, config, self.experts, fields=model.fields)
 
     def item(self, piece: Piece) -> Item:
@@ -62,9 +64,16 @@ class HeldOut:
         assert self.assembler is not None, "without clips there are no pieces"
         return self.assembler.batch(np.array([piece.item]), slots=range(1))
 
-    def example(self, piece: Piece) -> Example:
-        """Return the clip at every one of `eval.times`, each with its own noise: a pure function of (clip, time)."""
-        return at_all_times(self.batch(piece), self.config, piece.task, piece.expert, noising=self.noising)
+    def examples(self, piece: Piece) -> list[Example]:
+        """Return the clip at every one of `eval.times`, each with its own noise: a pure function of (clip, time).
+
+        There is one example, or one for each size at which the model makes a video.
+        """
+        batch = self.batch(piece)
+        if self.ladder is None:
+            return [at_all_times(batch, self.config, piece.task, piece.expert, noising=self.noising)]
+        lessons = self.ladder.held_out(batch.layout, batch.ids[0])
+        return [taught_at_all_times(batch, self.config, piece.task, lesson) for lesson in lessons]
 
     def of_expert(self, expert: Expert) -> list[Piece]:
         """Return the pieces of one expert; each clip under each task is a piece of every expert."""
@@ -120,6 +129,16 @@ def at_all_times(
         expert=expert.name,
         noising=noising,
     )
+
+
+def taught_at_all_times(batch: Batch, config: Config, task: Task, lesson: Lesson) -> Example:
+    """Return the one clip of a batch under a lesson, once for each of `eval.times`; earlier frames have no noise."""
+    levels = config.eval.times
+    times, rows = torch.tensor(levels, dtype=torch.float32), len(levels)
+    noise = torch.stack([draw_noise(lesson.noises, "eval", batch.ids[0], f"{t:g}") for t in levels])
+    fields = {name: value.expand(rows, *value.shape[1:]) for name, value in batch.fields.items()}
+    latents = batch.latents.expand(rows, -1)
+    return taught(config.objective, lesson, latents, noise, times, 0.0, fields, task, batch=1)
 
 
 def all_fields(batch: Batch, task: Task) -> Fields:

@@ -74,7 +74,7 @@ class Evaluator:
         if beside := seen_pictures(config, self.prompts, self.model):
             seen = encode_prompts(config, (), self.model, runtime, beside=beside)
             self.texts = replace(self.texts, beside=seen.beside)
-        self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model)
+        self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model, self.held_out.ladder)
         self.frames = Frames(self.model, self.mesh.device, upsample=config.sample.upsample)
         self.maker = Maker(config, self.model, self.frames, self.texts)
         self.measures = Measures(config, self.held_out, self.frames)

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from transpixeler.data.progress import Progress
 from transpixeler.evaluation.clips import HeldOut, Piece
-from transpixeler.flow.objective import by_stream
+from transpixeler.flow.objective import Example, by_stream
 from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.sampler import turns
@@ -58,8 +59,11 @@ class HeldOutLosses:
         }
 
     def _errors(self, piece: Piece) -> Tensor:
-        """Return the errors [times, streams] of one clip."""
-        example = self.held_out.example(piece).to(self.engine.mesh.device)
+        """Return the errors [times, streams] of one clip, mean over the sizes at which the model makes it."""
+        return torch.stack([self._errors_of(example) for example in self.held_out.examples(piece)]).mean(0)
+
+    def _errors_of(self, example: Example) -> Tensor:
+        example = example.to(self.engine.mesh.device)
         micro_batch = self.held_out.config.eval.micro_batch
         found = self.engine.forward(example.noisy(), example.inputs, example.layout, micro_batch)
         errors = example.noising.errors(found, example.target(), example.layout).double()

@@ -228,6 +228,7 @@ def check_tasks(config: ObjectiveConfig, streams: Sequence[str]) -> None:
 def check_given(config: Config, model: ModelFolder) -> None:
     """Refuse tasks that give frames which this model cannot be given, and streams that it cannot lay side by side."""
     shows = shows_frames(model.fields)
+    _check_ladder(config, model)
     for task in trained(config.objective, tuple(config.streams)):
         if reason := untakeable(task, model) or _too_short_for(task, config, model):
             raise UserError(f"objective.tasks.{task.name}: {reason}")
@@ -251,6 +252,17 @@ def check_given(config: Config, model: ModelFolder) -> None:
             raise UserError(
                 f"streams.{name}.scale: this model takes given frames in channels, for streams of one size; set it to 1"
             )
+
+
+def _check_ladder(config: Config, model: ModelFolder) -> None:
+    """Refuse what does not go with a video that is made at several sizes, and what is for such models alone."""
+    if (ladder := model.ladder(config.objective)) is None:
+        alone = "data.sync_group" if config.data.sync_group > 1 else "objective.history"
+        if config.data.sync_group > 1 or config.objective.history == "on":
+            raise UserError(f"{alone}: {model.family.title} makes all frames at once, at one size; leave it out")
+        return
+    if fault := ladder.fault(config):
+        raise UserError(fault)
 
 
 def untakeable(task: Task, model: ModelFolder) -> str:

@@ -19,9 +19,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from transpixeler.config.sections import ModelConfig, UserError, family_names
+from transpixeler.config.sections import ModelConfig, ObjectiveConfig, UserError, family_names
 from transpixeler.models.experts import ONLY, Expert
 from transpixeler.models.geometry import Geometry
+from transpixeler.models.ladder import Ladder
 from transpixeler.models.names import Names
 from transpixeler.models.noising import RECTIFIED, Noising
 from transpixeler.models.resolve import resolve
@@ -67,6 +68,7 @@ class Field:
     stills: bool = False
     least: int = 0  # rows that a record has before those of the caption: of a picture
     droppable: bool = True  # caption dropout replaces it by that of an empty caption
+    spelled: tuple[str, ...] = ()  # names that files of other programs have for it
 
     @property
     def tensors(self) -> int:
@@ -174,6 +176,10 @@ class ModelFolder(ABC):
     def noising(self) -> Noising:
         """Return what the model learns between latents and noise."""
         return RECTIFIED
+
+    def ladder(self, objective: ObjectiveConfig) -> Ladder | None:
+        """Return the sizes at which the model makes a video one after another; None: it makes it at once."""
+        return None
 
     @property
     def pictures(self) -> tuple[str, ...]:

@@ -76,9 +76,9 @@ class Experts:
     def models(self) -> list[Backbone]:
         return [model for engine in self.by_expert.values() for model in engine.models()]
 
-    def forward_backward(self, example: Example, micro_batch: int) -> Tensor:
+    def forward_backward(self, example: Example, micro_batch: int, *, last: bool = True) -> Tensor:
         """Train the expert that the example is drawn for; the others are left as they are."""
-        return self._wake(example.expert).forward_backward(example, micro_batch)
+        return self._wake(example.expert).forward_backward(example, micro_batch, last=last)
 
     @torch.no_grad()
     def forward(

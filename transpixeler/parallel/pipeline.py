@@ -190,16 +190,16 @@ class Engine:
     def models(self) -> list[Backbone]:
         return [stage.model for stage in self.stages]
 
-    def forward_backward(self, example: Example, micro_batch: int) -> Tensor:
-        """Add to every gradient and return [b, G] mean errors, the same on all ranks of the pipeline."""
+    def forward_backward(self, example: Example, micro_batch: int, *, last: bool = True) -> Tensor:
+        """Add to every gradient and return [b, G] mean errors, the same on all ranks. last: the step's last example."""
         count, rest = divmod(len(example.latents), micro_batch)
         assert not rest, (len(example.latents), micro_batch)
         self._lay_out(example.layout, example.noising)
         if self.keeping is not None:
             self.keeping.microbatches = in_flight(self.config, self.config.pipeline, self.mesh.pipeline_rank, count)
         run = self._loop if self.config.pipeline == 1 else self._pipeline
-        errors = run(example, count)
-        if not self.sharded:
+        errors = run(example, count, last)
+        if not self.sharded and last:
             shard.reduce_gradients((p for _, p in self.named_parameters()), self.mesh.data_group)
         return errors
 
@@ -274,12 +274,12 @@ class Engine:
 
     # -- one stage
 
-    def _loop(self, example: Example, count: int) -> Tensor:
+    def _loop(self, example: Example, count: int, last: bool) -> Tensor:
         stage, size = self.stages[0], len(example.latents) // count
         errors = []
         for i in range(count):
             if isinstance(stage, FSDPModule):
-                reduces = i == count - 1 or self.reduces_often
+                reduces = (last and i == count - 1) or self.reduces_often
                 stage.set_requires_gradient_sync(reduces)
                 stage.set_is_last_backward(reduces)
             part = example.rows(slice(i * size, (i + 1) * size))
@@ -290,7 +290,7 @@ class Engine:
 
     # -- several stages
 
-    def _pipeline(self, example: Example, count: int) -> Tensor:
+    def _pipeline(self, example: Example, count: int, last: bool) -> Tensor:
         layout, size = example.layout, len(example.latents) // count
         schedule = self._schedule(layout, example.inputs, size, count, training=True)
         inputs = (example.noisy(), *example.inputs) if self.mesh.is_first_stage else ()

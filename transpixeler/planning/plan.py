@@ -103,7 +103,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     """Plan a config on a machine, as its own layout would run there, and find the layouts that fit."""
     layout = meshes.resolve(config.parallel, machine.gpus)
     preflight.check(config, layout)
-    folder = _checked_model(config)
+    folder = _checked_model(config, layout)
     model, geometry = _model(config, machine), folder.geometry.over(config.scales)
     train, evaluation, scan_seconds = _datasets(config, folder)
     order = training_order(config, train)
@@ -143,10 +143,10 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     )
 
 
-def _checked_model(config: Config) -> ModelFolder:
+def _checked_model(config: Config, layout: meshes.Layout) -> ModelFolder:
     """Open the model; refuse tasks and experts that it has not."""
     folder = open_model(config.model)
-    preflight.check_settings(config, folder)
+    preflight.check_settings(config, layout, folder)
     return folder
 
 
@@ -188,7 +188,11 @@ def _loads(config: Config, folder: ModelFolder, geometry: Geometry, order: Order
     loads = []
     for row in order.rows:
         bucket = Bucket(*train.items[row.items[0]].bucket)
-        loads.append(Load(bucket, _layout(config, geometry, bucket, folder.fields), row.steps, row.batch))
+        loads.append(
+            Load(
+                bucket, _layout(config, geometry, bucket, folder.fields), row.steps, row.batch * config.data.sync_group
+            )
+        )
     return loads
 
 

@@ -64,7 +64,7 @@ def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, siz
     _check_ends(given, config, model, frames=size[0])
     for name, path in given.named.items():
         if name in ("image", "last"):
-            _check_frame(given, name, model)
+            _check_frame(given, name, model, config)
         length = 1 if name in ("image", "last") else size[0]
         _probe_long_enough(given.label(name), path, config, model.geometry, (length, *size[1:]))
     if given.last and shows_frames(model.fields) and not shows_stills(model.fields):
@@ -190,7 +190,7 @@ def _check_ends(given: GivenFiles, config: Config, model: ModelFolder, *, frames
         raise UserError(f"{last}: this model is shown a first frame alone; leave it out")
 
 
-def _check_frame(given: GivenFiles, name: str, model: ModelFolder) -> None:
+def _check_frame(given: GivenFiles, name: str, model: ModelFolder, config: Config) -> None:
     if given.rgb:
         rgb = given.label("rgb")
         raise UserError(f"{given.label(name)}, {rgb}: {rgb} gives every frame; leave {given.label(name)} out")
@@ -198,6 +198,14 @@ def _check_frame(given: GivenFiles, name: str, model: ModelFolder) -> None:
         raise UserError(
             f"{given.label(name)}: this model's latents hold no single frame, so none can be given; leave it out"
         )
+    if ladder := model.ladder(config.objective):
+        if name == "last":
+            raise UserError(f"{given.label(name)}: this model goes on from first frames alone; leave it out")
+        if not ladder.goes_on:
+            raise UserError(
+                f"{given.label(name)}: with objective.history=off all frames are made at once, and none is given; "
+                "leave it out"
+            )
 
 
 def _shows_alpha(given: GivenFiles, name: str, config: Config, *, shown: bool) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transpixeler.config.sections import SampleConfig, UserError
+from transpixeler.config.sections import ObjectiveConfig, SampleConfig, UserError
 from transpixeler.models.experts import experts_at
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
@@ -60,9 +60,13 @@ def guidance_by_time(config: SampleConfig, model: ModelFolder) -> Callable[[Tens
 
 
 def check_sample(config: SampleConfig, model: ModelFolder) -> None:
-    """Refuse a scheduler that does not suit the model, and a guidance by expert that does not name its experts."""
+    """Refuse a scheduler or a guidance of a first frame that does not suit the model, and experts that it has not."""
     if fault := model.noising.sampling_fault(config):
         raise UserError(fault)
+    if config.first_guidance is not None and model.ladder(ObjectiveConfig()) is None:
+        raise UserError(
+            f"sample.first_guidance: {model.family.title} makes all frames at once, with one guidance; leave it out"
+        )
     names = {expert.name for expert in model.experts if expert.name}
     if isinstance(config.guidance, dict) and config.guidance.keys() != names:
         known = f"the model's experts are {', '.join(sorted(names))}" if names else "the model is one: give a number"

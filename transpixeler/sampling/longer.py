@@ -121,6 +121,8 @@ def plan_course(given: GivenFiles, config: Config, model: ModelFolder, size: Siz
         others = ", ".join(given.label(other) for other in given.named)
         raise UserError(f"{others}: the clip of {given.label(name)} is all that can be given; leave the others out")
     label, path = given.label(name), str(given.named[name])
+    if model.ladder(config.objective):
+        raise UserError(f"{label}: this model goes on from a first frame alone; leave it out, or give --image")
     if reason := untakeable(tasks(tuple(config.streams), config.objective)[TASKS[name]], model):
         raise UserError(f"{label}: {reason}")
     try:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor
 from transpixeler.config.sections import SampleConfig
 from transpixeler.data.progress import Progress
 from transpixeler.data.prompts import follows_text
+from transpixeler.flow.draws import draw_noise
 from transpixeler.flow.objective import Fields
 from transpixeler.flow.solver import Predict, denoise, fresh_noise, start_noise, with_trace
 from transpixeler.models.conditions import shown_firsts, with_stills
 from transpixeler.models.family import ModelFolder
+from transpixeler.models.ladder import Ladder
 from transpixeler.models.noising import Solver
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel.experts import AnyEngine
@@ -43,6 +45,7 @@ class Sampler:
     config: SampleConfig
     negative: Fields | None  # of the config's negative prompt; None: without guidance
     model: ModelFolder
+    ladder: Ladder | None = None  # of the model, where it makes a video at several sizes
 
     def each(
         self, videos: Sequence[Video], *, after_step: Callable[[], object] = lambda: None
@@ -51,7 +54,9 @@ class Sampler:
 
         `after_step` is called equally often on all ranks.
         """
-        steps = self.config.steps * -(-len(videos) // self.mesh.layout.data)
+        todo = turns(len(videos), self.mesh)
+        most = [self._steps(videos, turn) for turn in range(len(todo))]
+        steps = sum(most)
         shown = self.mesh.data_rank == 0 and self.mesh.speaks
         with Progress("steps", steps, shown=shown, verb="sampling") as progress, self.engine.evaluating():
 
@@ -59,12 +64,22 @@ class Sampler:
                 progress.step()
                 after_step()
 
-            for number, counts in turns(len(videos), self.mesh):
-                latents = self._latents(videos[number], stepped)
+            for (number, counts), most_of_turn in zip(todo, most, strict=True):
+                latents = self._latents(videos[number], stepped, most_of_turn)
                 if counts:
                     yield number, latents
 
-    def _latents(self, video: Video, after_step: Callable[[], object]) -> Tensor:
+    def _steps(self, videos: Sequence[Video], turn: int) -> int:
+        """Return how often a turn asks the model, on the rank that asks most: all gather sharded weights as often."""
+        if self.ladder is None:
+            return self.config.steps
+        data = self.mesh.layout.data
+        made = [videos[number % len(videos)] for number in range(turn * data, (turn + 1) * data)]
+        return max(self.ladder.calls(whole(one.layout), self.config.steps, one.given) for one in made)
+
+    def _latents(self, video: Video, after_step: Callable[[], object], steps: int = 0) -> Tensor:
+        if self.ladder is not None:
+            return self._climbed(video, after_step, steps)
         solver = self._solver(video)
         noise = self._start(video).to(self.mesh.device)
         guidance = Guidance.of(self.config, self.model)
@@ -75,6 +90,41 @@ class Sampler:
             made = denoise(predict, noise, video.layout, solver, **held, after_step=after_step)[0].cpu()
         shown = video.shown or video.shown_last
         return with_stills(self.model.fields, video.layout, made, video.fields) if shown else made
+
+    def _climbed(self, video: Video, after_step: Callable[[], object], steps: int) -> Tensor:
+        """Return what a model makes at several sizes. steps: that other ranks take at least, perhaps for less."""
+        ladder = self.ladder
+        assert ladder is not None and not video.beside, "checked where videos are asked for"
+        texts, guidance = (video.fields, self._negative(video)), Guidance.of(self.config, self.model)
+        asked = 0
+
+        def predict(layout: StreamLayout) -> Predict:
+            scales, first = guidance, self.config.first_guidance
+            if first is not None and ladder.goes_on and not layout.past:
+                scales = replace(guidance, text=lambda _: first)
+            model = guided(self.engine, layout, *texts, guidance=scales)
+
+            def ask(x: Tensor, times: Tensor) -> Tensor:
+                nonlocal asked
+                found, asked = model(x, times), asked + 1
+                after_step()
+                return found
+
+            return ask
+
+        def noise(layout: StreamLayout, name: str) -> Tensor:
+            parts = zip(layout.segments, layout.segment_sizes, strict=True)
+            seed = video.seed if name == "start" else f"{video.seed}/{name}"
+            return torch.cat([draw_noise(n, "sample", seed, layout.names[one.stream]) for one, n in parts])[None]
+
+        clip, device = whole(video.layout), self.mesh.device
+        settings = {"steps": self.config.steps, "given": video.given, "device": device}
+        made = ladder.make(clip, predict, noise, **settings)[0].cpu()
+        if asked < steps:
+            idle, groups = predict(clip), len(clip.groups)
+            for _ in range(steps - asked):
+                idle(torch.zeros(1, clip.elements, device=device), torch.ones(1, groups, device=device))
+        return made
 
     def _start(self, video: Video) -> Tensor:
         """Return the noise [1, N] that a video starts from, of some models with a trace of its given first frames."""
@@ -109,6 +159,11 @@ class Sampler:
             return solver(shift=shift)
         levels = self.model.noise_levels(steps, math.prod(grid))
         return solver(shift=self.model.sampling_shift_of(grid), levels=levels)
+
+
+def whole(layout: StreamLayout) -> StreamLayout:
+    """Return the layout of whole videos, whatever of them is given."""
+    return replace(layout, cuts=())
 
 
 def guided(

@@ -79,7 +79,8 @@ class Session:
         if requests[0].course is None:
             maker.known(requests[0])  # the VAE's work comes before the model takes its memory
         mesh, engine = self._open()
-        sampler = Sampler(engine, mesh, config.sample, found.negative, self.model)
+        ladder = self.model.ladder(config.objective)
+        sampler = Sampler(engine, mesh, config.sample, found.negative, self.model, ladder)
         plain = [number for number, one in enumerate(requests) if one.course is None]
         videos = Videos(maker, [requests[number] for number in plain])
         for place, latents in sampler.each(videos):

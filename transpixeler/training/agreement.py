@@ -41,41 +41,47 @@ class Facts:
     due: Due
 
 
-def agree(errors: Tensor, example: Example, grad_norm: Tensor, due: Due, *, counts: bool) -> Facts:
+def agree(errors: Sequence[Tensor], examples: Sequence[Example], grad_norm: Tensor, due: Due, *, counts: bool) -> Facts:
     """Sum losses over all ranks, and tell whether the step's update may be made. A collective call.
 
-    errors: [b, G] of this rank's samples. counts: true on one of the ranks that hold the same samples' errors.
+    errors: [b, G] of each of this rank's examples. counts: true on one of the ranks that hold the same samples' errors.
     """
+    pairs = zip(errors, examples, strict=True)
+    own = torch.stack([_sums(each, example, counts=counts) for each, example in pairs]).sum(0)
+    own[-1] += ~torch.isfinite(grad_norm)
+    flags = torch.tensor(astuple(due), dtype=torch.float64, device=own.device)
+    sums = torch.cat([own, flags])
+    dist.all_reduce(sums)
+    names = examples[0].layout.names
+    sizes = [1, len(names), len(names), T_BINS, T_BINS, 1, len(flags)]
+    loss, streams, stream_counts, times_sum, time_counts, unsound, asked = (p.tolist() for p in sums.split(sizes))
+    return Facts(
+        loss=loss[0],
+        grad_norm=float(grad_norm),
+        by_stream=dict(zip(names, _ratios(streams, stream_counts), strict=True)),
+        by_time=tuple(_ratios(times_sum, time_counts)),
+        finite=not unsound[0],
+        due=Due(*map(bool, asked)),
+    )
+
+
+def _sums(errors: Tensor, example: Example, *, counts: bool) -> Tensor:
+    """Return one example's loss, errors by stream and by time with their counts, and whether some are not finite."""
     weights, times = example.weights.to(errors.device), example.timesteps.to(errors.device)
     counted = (weights > 0).double() * float(counts)
     bins = (times * T_BINS).long().clamp(max=T_BINS - 1)
     by_bin = torch.nn.functional.one_hot(bins, T_BINS) * counted[..., None]  # [b, G, T_BINS]
     values = torch.where(counted > 0, errors, 0.0).double()
     of_streams, counted_streams = by_stream(values, counted, example.layout)
-    sound = torch.isfinite(errors).all() & torch.isfinite(grad_norm)
-    flags = astuple(due)
     parts = [
         (errors.double() * weights).sum()[None] * float(counts),
         of_streams.sum(0),
         counted_streams.sum(0),
         (values[..., None] * by_bin).sum((0, 1)),
         by_bin.sum((0, 1)),
-        (~sound)[None].double(),
-        torch.tensor(flags, dtype=torch.float64, device=errors.device),
+        (~torch.isfinite(errors).all())[None].double(),
     ]
-    sums = torch.cat(parts)
-    dist.all_reduce(sums)
-    loss, streams, stream_counts, times_sum, time_counts, unsound, asked = (
-        part.tolist() for part in sums.split([len(part) for part in parts])
-    )
-    return Facts(
-        loss=loss[0],
-        grad_norm=float(grad_norm),
-        by_stream=dict(zip(example.layout.names, _ratios(streams, stream_counts), strict=True)),
-        by_time=tuple(_ratios(times_sum, time_counts)),
-        finite=not unsound[0],
-        due=Due(*map(bool, asked)),
-    )
+    return torch.cat(parts)
 
 
 def _ratios(totals: Sequence[float], counts: Sequence[float]) -> list[float | None]:

@@ -55,7 +55,7 @@ def build_parts(config: Config, runtime: Runtime, layout: meshes.Layout, run: Ru
     """Build all parts, with the state that training begins or goes on with. A collective call."""
     beginning = find_beginning(config, run.restored)
     model, sources = open_model(config.model), weights_by_expert(config)
-    preflight.check_model(config, model, beginning.scopes)
+    preflight.check_model(config, layout, model, beginning.scopes)
     hosts = identity.check_hosts(config, runtime, [source.path for source in sources.values()])
     data = find_clips(config, model, runtime)
     order = training_order(config, data.train)
@@ -74,5 +74,7 @@ def _check_schedule(config: Config, layout: meshes.Layout, model: ModelFolder, d
     for row in order.rows:
         bucket = Bucket(*data.items[row.items[0]].bucket)
         shape = model.geometry.over(config.scales).layout(tuple(config.streams), config.scales, bucket)
-        count = row.batch // layout.data // micro_batch(config, model.geometry, layout.data, shape)
+        count = (
+            row.batch * config.data.sync_group // layout.data // micro_batch(config, model.geometry, layout.data, shape)
+        )
         check_microbatches(config.parallel, count, of=f" of {bucket}")

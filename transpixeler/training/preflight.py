@@ -21,6 +21,7 @@ from transpixeler.flow import tasks
 from transpixeler.flow.experts import shares, training_shift
 from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import ModelFolder, examples
+from transpixeler.models.ladder import slots_fault
 from transpixeler.models.streams import Scope
 from transpixeler.parallel import build, shard
 from transpixeler.parallel.mesh import Layout
@@ -87,20 +88,24 @@ def _check_memory(config: Config, layout: Layout) -> None:
         )
 
 
-def check_model(config: Config, model: ModelFolder, scopes: Mapping[str, Scope]) -> None:
+def check_model(config: Config, layout: Layout, model: ModelFolder, scopes: Mapping[str, Scope]) -> None:
     """Refuse what this model cannot train, or could train and not save, before anything is encoded.
 
     scopes: by target, those of the adapter that training starts from.
     """
-    check_settings(config, model)
+    check_settings(config, layout, model)
     whole = build.shape(config, partial(make_model, config), torch.float32, scopes=scopes)
     check_names(whole, model.family)
     shard.waiting_places(config.parallel, len(whole.blocks))
 
 
-def check_settings(config: Config, model: ModelFolder) -> None:
+def check_settings(config: Config, layout: Layout, model: ModelFolder) -> None:
     """Refuse settings of training and of its samples that do not suit the model."""
     tasks.check_given(config, model)
+    if ladder := model.ladder(config.objective):
+        for batch in batch_sizes(config):
+            if fault := slots_fault(ladder, batch, config.data.sync_group, layout.data):
+                raise UserError(fault)
     if fault := model.noising.fault(config.objective):
         raise UserError(fault)
     check_sample(config.sample, model)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
+
+import torch
 
 from transpixeler.config.sections import Config
 from transpixeler.data.dataset import Datasets
@@ -45,8 +48,8 @@ def rehearse(config: Config, runtime: Runtime, *, resume: str | None = None, goi
     else:
         loader = open_loader(config, parts.data.train, model, parts.mesh, schedule, state.step)
         try:
-            batch, example = next(loader)
-            line = _batch_line(batch, example, model)
+            batch, examples = next(loader)
+            line = _batch_line(batch, examples, model)
         finally:
             loader.close()
     if runtime.is_main:
@@ -54,10 +57,10 @@ def rehearse(config: Config, runtime: Runtime, *, resume: str | None = None, goi
         logger.info("%s\ndry run: all is well; %d steps would be trained, and nothing was written", line, todo)
 
 
-def _batch_line(batch: Batch, example: Example, model: ModelFolder) -> str:
+def _batch_line(batch: Batch, examples: Sequence[Example], model: ModelFolder) -> str:
     """Describe the first step's batch."""
     frames, height, width = model.geometry.pixels(batch.layout.shapes[0])
-    times = example.timesteps.amax(1)
+    times = torch.cat([example.timesteps.amax(1) for example in examples])
     clips = ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in Counter(batch.ids).items())
     levels = f"{float(times.min()):.2f} to {float(times.max()):.2f}"
     return f"first    {width}×{height}×{frames} at noise levels {levels}: {clips}"

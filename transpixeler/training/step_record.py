@@ -5,6 +5,7 @@ In: what the ranks agreed on and how long the step took. Out: plain numbers by n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Recorder:
     def record(
         self,
         batch: Batch,
-        layout: StreamLayout,
+        shares: Sequence[tuple[StreamLayout, int]],
         facts: Facts,
         times: StepTimes,
         *,
@@ -45,8 +46,9 @@ class Recorder:
         micro_batch: int,
         expert: str = "",
     ) -> dict[str, Any]:
-        """Return the line of metrics.jsonl for a step that ended. layout: what it ran, perhaps less than was read."""
+        """Return the line of metrics.jsonl for a step that ended. shares: layouts that a rank ran, and samples."""
         samples = len(batch.ids)
+        ranks = samples / sum(count for _, count in shares)  # that share the step, alike
         return {
             "step": batch.step + 1,
             "epoch": batch.epoch + 1,
@@ -59,8 +61,8 @@ class Recorder:
             "samples": list(batch.ids),
             "seconds": times.whole,
             "samples_per_second": samples / times.whole,
-            "tokens_per_second": samples * layout.tokens / times.whole,
-            **self._flops(layout, samples, times.whole),
+            "tokens_per_second": ranks * sum(one.tokens * n for one, n in shares) / times.whole,
+            **self._flops(shares, ranks, times.whole),
             "memory_gib": devices.peak_memory(self.engine.mesh.device),
             **devices.memory_facts(self.engine.mesh.device),
             **self._bubble(samples, micro_batch),
@@ -68,10 +70,14 @@ class Recorder:
             "checkpoint_stall": times.checkpoint_stall,
         }
 
-    def _flops(self, layout: StreamLayout, samples: int, seconds: float) -> dict[str, float]:
-        """Return each device's share of the FLOPs that the mathematics needs; recomputation does not count."""
-        sample = costs.step_flops(self.engine.costs, layout.lengths, full=not self.config.lora.enabled)
-        tflops = sample * samples / seconds / self.ranks / 1e12
+    def _flops(self, shares: Sequence[tuple[StreamLayout, int]], ranks: float, seconds: float) -> dict[str, float]:
+        """Return each device's share of the FLOPs that the mathematics needs; recomputation does not count.
+
+        ranks: that ran as much.
+        """
+        sums, full = self.engine.costs, not self.config.lora.enabled
+        flops = sum(costs.step_flops(sums, layout.lengths, full=full) * count for layout, count in shares)
+        tflops = flops * ranks / seconds / self.ranks / 1e12
         peak = self.config.log.peak_tflops or devices.peak_tflops(self.engine.mesh.device)
         return {"tflops": tflops} | ({"mfu": tflops / peak} if peak else {})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -122,13 +123,16 @@ class Trainer:
         with steady_garbage(self.config.train.gc_every) as collect:
             while self.state.step < self.schedule.total:
                 started = time.perf_counter()
-                batch, example = next(self.loader)
+                batch, examples = next(self.loader)
 
                 self._seed(batch.step, self.mesh.stage_rank)  # for dropout
-                errors = self.engine.forward_backward(example.to(self.mesh.device), self.micro_batch(batch.layout))
+                size, end = self.micro_batch(batch.layout), len(examples) - 1
+                on_device = (example.to(self.mesh.device) for example in examples)
+                run = self.engine.forward_backward
+                errors = [run(example, size, last=n == end) for n, example in enumerate(on_device)]
                 norm = self.state.gradient_norm()
                 due = self.keeper.due(self.controls)
-                facts = agree(errors, example, norm, due, counts=self.mesh.speaks)
+                facts = agree(errors, examples, norm, due, counts=self.mesh.speaks)
 
                 lr = self.schedule.rate(batch.step)
                 if facts.finite:
@@ -137,7 +141,7 @@ class Trainer:
                 self.state.zero_grad()
                 self.state.step = batch.step + 1
 
-                self._record(batch, example, facts, lr, time.perf_counter() - started)
+                self._record(batch, examples, facts, lr, time.perf_counter() - started)
                 self._report_not_finite(batch, facts)
                 self.keeper.keep_what_is_due(batch, facts.due, self.controls)
                 if self.evaluation.if_due(self.state.step, hurry=facts.due.quit):
@@ -149,13 +153,14 @@ class Trainer:
         """Seed what torch draws by itself."""
         seed_torch(self.config.seed, self.mesh.pipeline_rank, *key)
 
-    def _record(self, batch: Batch, example: Example, facts: Facts, lr: float, seconds: float) -> None:
+    def _record(self, batch: Batch, examples: Sequence[Example], facts: Facts, lr: float, seconds: float) -> None:
         """Write the line of a step, on rank 0."""
         if self.telemetry is not None:
             times = StepTimes(seconds, self.loader.wait_seconds, self.keeper.take_stall())
             size = self.micro_batch(batch.layout)
-            what = {"lr": lr, "micro_batch": size, "expert": example.expert}
-            line = self.recorder.record(batch, example.layout, facts, times, **what)
+            what = {"lr": lr, "micro_batch": size, "expert": examples[0].expert}
+            shares = [(example.layout, len(example.latents)) for example in examples]
+            line = self.recorder.record(batch, shares, facts, times, **what)
             self.telemetry.step(line)
             self.page.if_due()
             if self.callbacks.on_step(line) is True:

@@ -20,7 +20,7 @@ from transpixeler import cli
 from transpixeler.adapters.files import read_adapter
 from transpixeler.adapters.readers import readers
 from transpixeler.adapters.spelling import FORMATS
-from transpixeler.config.sections import ModelConfig
+from transpixeler.config.sections import ModelConfig, ObjectiveConfig
 from transpixeler.data.media.decode import probe
 from transpixeler.models.conditions import shows_frames
 from transpixeler.models.family import open_model
@@ -130,11 +130,12 @@ def test_first_and_last_frames_are_given(
 ) -> None:
     world = copied.parent  # last frames are encoded into its cache
     tasks = ("objective.tasks={image_to_video: 1, ends_to_videos: 1}", "eval.every_epochs=1", *BRIEF)
-    geometry = open_model(ModelConfig(path=str(world / "model"))).geometry
-    if geometry.stills or not geometry.first_alone or case.joins:
+    opened = open_model(ModelConfig(path=str(world / "model")))
+    geometry, ladder = opened.geometry, opened.ladder(ObjectiveConfig())
+    if geometry.stills or not geometry.first_alone or case.joins or ladder:
         assert cli.main(["train", str(world / "config.yaml"), f"output_dir={tmp_path}", *tasks]) == 2
         why = "3D U-Net is told one time" if case.joins else "Toy encodes 2 frames at a time"
-        why = "FLUX.1 makes images" if geometry.stills else why
+        why = "FLUX.1 makes images" if geometry.stills else "Pyramid Flow learns to go on" if ladder else why
         assert f"objective.tasks.image_to_video: {why}" in capsys.readouterr().err
         return
     run = train(world, tmp_path / "run", *tasks)
@@ -172,7 +173,7 @@ def test_clips_are_made_longer(case: Case, copied: Path, tmp_path: Path, capsys:
     tasks = ("objective.tasks={extend: 1, interpolate: 1, joint: 0, rgb_to_aux: 0}", *few)
     clip = next(path for path in sorted((world / "data/eval").iterdir()) if path.suffix in (".mp4", ".png"))
     ask = ["sample", "", "--prompt", "a red circle", "sample.steps=1", "sample.guidance=1", "--between", str(clip)]
-    if geometry.stills or not geometry.first_alone or shows or case.joins:
+    if geometry.stills or not geometry.first_alone or shows or case.joins or opened.ladder(ObjectiveConfig()):
         assert cli.main(["train", str(copied), f"output_dir={tmp_path}", *tasks]) == 2
         assert "objective.tasks.extend: " in capsys.readouterr().err
         ask += [f"sample.{key}={value}" for key, value in case.more.get("sample", {}).items()]
@@ -198,12 +199,13 @@ def test_a_companion_of_half_the_size_goes_the_whole_way(
 ) -> None:
     frames = f"data.frames=[{case.frames[1]}]"
     half = ("streams.seg={suffix: _seg, scale: 2}", "train.max_steps=1", frames, "eval.every_epochs=1", *BRIEF)
+    if case.joins or open_model(ModelConfig(path=str(copied.parent / "model"))).ladder(ObjectiveConfig()):
+        assert cli.main(["plan", str(copied), *half]) == 2
+        why = "3D U-Net joins streams" if case.joins else "the stages of Pyramid Flow go by streams of one size"
+        assert f"streams.seg.scale: {why}" in capsys.readouterr().err
+        return
     assert cli.main(["plan", str(copied), "--device", "a100", "--json", frames]) == 0
     whole = json.loads(capsys.readouterr().out)
-    if case.joins:
-        assert cli.main(["plan", str(copied), *half]) == 2
-        assert "streams.seg.scale: 3D U-Net joins streams" in capsys.readouterr().err
-        return
     assert cli.main(["plan", str(copied), "--device", "a100", "--json", *half]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["buckets"][0]["tokens"] * 2 / 1.25 == whole["buckets"][0]["tokens"]

@@ -15,6 +15,7 @@ from transpixeler.config import loading
 from transpixeler.config.sections import Config, ModelConfig, UserError
 from transpixeler.families.unet3d.config import UnetConfig
 from transpixeler.models.family import open_model
+from transpixeler.parallel.mesh import Layout
 from transpixeler.training.preflight import check_model
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def config(folder: Path, *overrides: str) -> Config:
 
 def check(folder: Path, *overrides: str) -> None:
     made = config(folder, *overrides)
-    check_model(made, open_model(made.model), {})
+    check_model(made, Layout(1, 1, 1), open_model(made.model), {})
 
 
 def test_what_it_can_do_is_not_refused(folder: Path) -> None:

@@ -23,6 +23,7 @@ from tests.support.families.references import (
     hunyuan_reference,
     ltx_reference,
     opensora_reference,
+    pyramid_reference,
     toy_reference,
     unet3d_reference,
     wan_reference,
@@ -204,6 +205,14 @@ def _opensora(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     return OpenSoraModel(OpenSoraConfig.read(TINY), streams=streams, rgb_attends_aux=rgb_attends_aux)
 
 
+def _pyramid(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
+    from tests.families.pyramid.folder import TINY
+    from transpixeler.families.pyramid.config import PyramidConfig
+    from transpixeler.families.pyramid.model import PyramidModel
+
+    return PyramidModel(PyramidConfig.read(TINY), streams=streams, rgb_attends_aux=rgb_attends_aux)
+
+
 def _toy(streams: Sequence[str], rgb_attends_aux: bool = True) -> Backbone:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.model import ToyModel
@@ -255,6 +264,12 @@ def _write_unet3d(folder: Path) -> None:
     write_folder(folder)
 
 
+def _write_pyramid(folder: Path) -> None:
+    from tests.families.pyramid.folder import write_folder
+
+    write_folder(folder)
+
+
 def _write_toy(folder: Path) -> None:
     from tests.support.families.toy.write import write_toy
 
@@ -292,6 +307,17 @@ CASES = {
             _write_opensora,
             (1, 9),
             own_format="diffusers",  # the other's names, of projections together, are FLUX.1's
+        ),
+        Case(
+            "pyramid",
+            _pyramid,
+            SMALL,
+            (4, 1, 32, 32),  # of one frame: attention that sees no later ones is counted as if it saw all
+            pyramid_reference,
+            "txt.qkv",
+            _write_pyramid,
+            (1, 9),
+            more={"train": {"global_batch": 4}, "sample": {"scheduler": "euler", "shift": "auto"}},
         ),
         Case("toy", _toy, SMALL, (4, 4, 16, 16), toy_reference, "txt.qkv", _write_toy, (2, 8)),
     )

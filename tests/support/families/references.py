@@ -164,6 +164,22 @@ def opensora_reference(model: Backbone) -> Reference:
     return Reference(run, weights)
 
 
+def pyramid_reference(model: Backbone) -> Reference:
+    from tests.families.pyramid.folder import TINY
+    from tests.families.pyramid.reference import Formulas
+
+    weights = {name: value.detach().clone().requires_grad_(True) for name, value in model.named_parameters()}
+    formulas = Formulas(weights, TINY)
+
+    def run(x: Tensor, times: Tensor, text: Tensor, lengths: Tensor, pooled: Tensor, *, layout: StreamLayout) -> Tensor:
+        (latents,) = layout.unpack(x)
+        rows = zip(latents, times[:, 0], text, lengths, pooled, strict=True)
+        found = [formulas.sequence([one], t, words[:n], vector)[0] for one, t, words, n, vector in rows]
+        return torch.stack(found).flatten(1)
+
+    return Reference(run, weights)
+
+
 def toy_reference(model: Backbone) -> Reference:
     from transpixeler.families.toy.config import ToyConfig
     from transpixeler.families.toy.reference import Reference as Formulas

@@ -129,11 +129,11 @@ class Needs:
             return {wanted[0].name: self._text(opened, wanted[0], [*TEXT_NAMES, wanted[0].name], cut=cut)}
         names = ", ".join(one.name for one in wanted)
         for one in wanted:
-            if one.name not in opened.tensors:
+            if opened.tensors.keys().isdisjoint((one.name, *one.spelled)):
                 raise BadMedia(
                     f"has no tensor {one.name}; this model's captions are {names}, each a tensor by its name"
                 )
-        return {one.name: self._text(opened, one, [one.name], cut=cut) for one in wanted}
+        return {one.name: self._text(opened, one, [one.name, *one.spelled], cut=cut) for one in wanted}
 
     def _text(self, opened: Opened, wanted: Field, names: Sequence[str], *, cut: bool) -> Tensor:
         found = opened.pick(names)

@@ -3,7 +3,9 @@
 In this order: what the machine is and its matmuls' peak → the tests marked cuda → attention kernels, forward and
 backward, with the error of their gradients on sampled rows → a block under each recompute mode, eager and compiled, its
 peak of memory beside what `plan` says → RGB forward only → a whole model's blocks → two buckets by turns: recompiles,
-allocation retries, reserved memory → training on the demo, killed and resumed → a forward pass as sampling makes it.
+allocation retries, reserved memory → training on the demo, killed and resumed → a forward pass as sampling makes it,
+eager and compiled → blocks of a 14B model over bf16, int8 and fp8 → weights that wait in host memory, and how much of
+their copies is hidden → the VAE, both ways → training on two GPUs in each way to share work.
 
 Without CUDA, or with --toy, the same runs at sizes that take no time. A stage that fails says so in its line and the
 others go on; the exit code is then 1. A stage whose turn comes after --minutes is left out.
@@ -19,114 +21,27 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import gpu_large
 import harness
 import torch
+from gpu_blocks import REAL, TOY, Bench, Line, step, timed
 from torch import Tensor
 from torch.nn.attention import restore_flash_attention_impl
 
-from transpixeler.config.sections import LoraConfig, UserError
+from transpixeler.config.sections import UserError
 from transpixeler.demo.write import write_demo
-from transpixeler.families.wan.config import WanConfig
-from transpixeler.families.wan.model import WanModel
 from transpixeler.models.attention import attention, available_kernels, pick_kernel
-from transpixeler.models.backbone import Flow, apply_dtypes
-from transpixeler.models.costs import Costs, activation_bytes, step_flops
-from transpixeler.models.lora import inject
-from transpixeler.models.streams import Grid, StreamLayout
-from transpixeler.parallel.devices import forget_peak, memory_facts, peak_memory, prepare_allocator
-from transpixeler.parallel.shard import set_recompute
+from transpixeler.parallel.devices import memory_facts, prepare_allocator
+from transpixeler.parallel.runtime import quiet_libraries
 
 ROOT = Path(__file__).parents[2]
 MODES = ("none", "attention", "full", "offload")
 SAMPLED = 256  # rows of queries whose gradient is held against fp32
 FLASH = 4, 10  # FLOPs of attention forward and backward, times width and pairs
-
-Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of everything that runs."""
-
-    heads: int
-    head: int
-    ffn: int
-    blocks: int
-    grids: tuple[Grid, Grid]  # one stream's frames, rows and columns of tokens, in two buckets; the second is larger
-    keys: tuple[int, ...]  # lengths at which kernels race
-    matmul: int
-    rank: int
-
-
-REAL = Sizes(12, 128, 8960, 30, ((9, 30, 52), (21, 30, 52)), (28_080, 65_520, 65_600), 8192, 128)
-TOY = Sizes(2, 24, 96, 2, ((1, 2, 2), (2, 4, 4)), (96, 192), 64, 4)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Hold what all stages share."""
-
-    sizes: Sizes
-    device: torch.device
-    repeats: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def seconds(self, action: Callable[[], object]) -> float:
-        """Return the fastest of some runs, after one that warms up."""
-        action()
-        return min(harness.seconds(action) for _ in range(self.repeats))
-
-    def layout(self, grid: Grid) -> StreamLayout:
-        frames, rows, columns = grid
-        return StreamLayout.equal(("rgb", "seg"), (16, frames, 2 * rows, 2 * columns), (1, 2, 2))
-
-    def costs(self, blocks: int, *, attends: bool = True) -> Costs:
-        """Return what `plan` counts of the same model."""
-        return Costs.of(self._made(blocks, torch.device("meta"), attends=attends))
-
-    def _made(self, blocks: int, device: torch.device, *, attends: bool) -> WanModel:
-        s = self.sizes
-        config = WanConfig(num_attention_heads=s.heads, attention_head_dim=s.head, ffn_dim=s.ffn, num_layers=blocks)
-        with torch.device(device):
-            model = WanModel(config, streams=("rgb", "seg"), rgb_attends_aux=attends)
-            inject(model, LoraConfig(rank=s.rank))
-        apply_dtypes(model, self.dtype)
-        return model
-
-    def model(self, blocks: int, mode: str, *, compiled: bool = False, attends: bool = True) -> WanModel:
-        """Return blocks under an adapter, as a stage holds them."""
-        model = self._made(blocks, self.device, attends=attends)
-        set_recompute(model.block_list(), mode)
-        for block in model.block_list() if compiled else ():
-            block.compile(dynamic=False)
-        return model
-
-    def flow(self, model: WanModel, layout: StreamLayout) -> Flow:
-        """Return what enters the first block; what blocks change wants a gradient."""
-        metas = model.flow_meta(layout, 1, self.dtype)
-        whole = tuple(torch.randn(x.shape, dtype=x.dtype, device=self.device) / 4 for x in metas)
-        flow = model.divided(whole, layout)
-        for tensor in flow[: model.differentiated]:
-            tensor.requires_grad_()
-        return flow
-
-
-def step(model: WanModel, flow: Flow, layout: StreamLayout) -> None:
-    """Run the blocks forward and backward."""
-    tokens = model.tokens(layout, flow[0].device)
-    for block in model.block_list():
-        flow = block(flow, tokens)
-    flow[0].float().square().mean().backward()
-
 
 # -- the stages
 
@@ -193,37 +108,19 @@ def blocks(bench: Bench) -> Iterator[Line]:
     layout = bench.layout(bench.sizes.grids[1])
     for mode in MODES:
         for compiled in (False, True) if bench.device.type == "cuda" and mode != "offload" else (False,):
-            yield {"mode": mode, "compiled": compiled, **_timed(bench, layout, 2, mode, compiled=compiled)}
-
-
-def _timed(
-    bench: Bench, layout: StreamLayout, count: int, mode: str, *, compiled: bool = False, attends: bool = True
-) -> Line:
-    model = bench.model(count, mode, compiled=compiled, attends=attends)
-    flow, costs = bench.flow(model, layout), bench.costs(count, attends=attends)
-    step(model, flow, layout)  # compiles; gradients are there from here on
-    held = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
-    forget_peak(bench.device)
-    taken = bench.seconds(partial(step, model, flow, layout))
-    flops = step_flops(costs, layout.lengths)
-    size, lengths = bench.dtype.itemsize, layout.lengths
-    planned = activation_bytes(costs, lengths, size=size, recompute=mode, compiled=compiled)
-    memory = {"planned_gib": round(planned / 2**30, 3)}
-    if bench.device.type == "cuda":
-        memory["peak_gib"] = round(peak_memory(bench.device) - held / 2**30, 3)
-    return {"seconds": round(taken, 4), "model_tflops": round(flops / taken / 1e12, 4), **memory}
+            yield {"mode": mode, "compiled": compiled, **timed(bench, layout, 2, mode, compiled=compiled)}
 
 
 def forward_only(bench: Bench) -> Iterator[Line]:
     """Time blocks whose RGB sees itself alone and has no backward pass."""
     layout = bench.layout(bench.sizes.grids[1])
-    yield _timed(bench, layout, 2, "attention", compiled=bench.device.type == "cuda", attends=False)
+    yield timed(bench, layout, 2, "attention", compiled=bench.device.type == "cuda", attends=False)
 
 
 def whole(bench: Bench) -> Iterator[Line]:
     """Time all blocks of a model at the larger bucket."""
     layout = bench.layout(bench.sizes.grids[1])
-    yield _timed(bench, layout, bench.sizes.blocks, "attention", compiled=bench.device.type == "cuda")
+    yield timed(bench, layout, bench.sizes.blocks, "attention", compiled=bench.device.type == "cuda")
 
 
 def buckets(bench: Bench) -> Iterator[Line]:
@@ -236,21 +133,6 @@ def buckets(bench: Bench) -> Iterator[Line]:
         turns.append(round(harness.seconds(partial(step, model, bench.flow(model, layout), layout)), 4))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     yield {"turns": turns, "compiled_anew": graphs[-1] - graphs[1], **memory_facts(bench.device)}
-
-
-@torch.no_grad()
-def sampling(bench: Bench) -> Iterator[Line]:
-    """Time the blocks' forward pass alone."""
-    layout = bench.layout(bench.sizes.grids[1])
-    model = bench.model(bench.sizes.blocks, "none")
-    flow, tokens = bench.flow(model, layout), model.tokens(layout, bench.device)
-
-    def forward() -> None:
-        state = flow
-        for block in model.block_list():
-            state = block(state, tokens)
-
-    yield {"seconds": round(bench.seconds(forward), 4)}
 
 
 def trainer(bench: Bench) -> Iterator[Line]:
@@ -291,7 +173,10 @@ def _steps(output: Path) -> list[Line]:
     return [record for record in records if "checkpoint_stall" in record]
 
 
-STAGES = (machine, cuda_tests, kernels, blocks, forward_only, whole, buckets, trainer, sampling)
+STAGES = (
+    *(machine, cuda_tests, kernels, blocks, forward_only, whole, buckets, trainer),
+    *(gpu_large.sampling, gpu_large.large, gpu_large.waiting, gpu_large.vae, gpu_large.several),
+)
 
 
 # -- the bench
@@ -322,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-record", action="store_true", help="change nothing: this bench never writes results.md")
     args = parser.parse_args(argv)
     prepare_allocator(os.environ)
+    quiet_libraries()
     cuda, start = torch.cuda.is_available(), time.monotonic()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     bench = Bench(REAL if cuda and not args.toy else TOY, device, args.repeats)

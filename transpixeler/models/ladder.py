@@ -68,6 +68,10 @@ class Ladder(ABC):
         """Return what a sample is taught of a clip, as a pure function of its place."""
 
     @abstractmethod
+    def longest(self, clip: StreamLayout) -> StreamLayout:
+        """Return the longest sequence that a lesson on a clip has."""
+
+    @abstractmethod
     def held_out(self, clip: StreamLayout, name: str) -> Sequence[Lesson]:
         """Return the lessons that a held-out clip is measured by, one on each rung."""
 

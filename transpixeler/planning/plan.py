@@ -188,11 +188,8 @@ def _loads(config: Config, folder: ModelFolder, geometry: Geometry, order: Order
     loads = []
     for row in order.rows:
         bucket = Bucket(*train.items[row.items[0]].bucket)
-        loads.append(
-            Load(
-                bucket, _layout(config, geometry, bucket, folder.fields), row.steps, row.batch * config.data.sync_group
-            )
-        )
+        layout, batch = _layout(config, folder, geometry, bucket), row.batch * config.data.sync_group
+        loads.append(Load(bucket, layout, row.steps, batch))
     return loads
 
 
@@ -217,10 +214,13 @@ def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Seq
     return BF16_BYTES * (latents + tokens * len(data.items))
 
 
-def _layout(config: Config, geometry: Geometry, bucket: Bucket, fields: Sequence[Field]) -> StreamLayout:
+def _layout(config: Config, folder: ModelFolder, geometry: Geometry, bucket: Bucket) -> StreamLayout:
     """Return the largest layout that a step of this bucket may have."""
-    streams = tuple(config.streams)
-    layout, kinds = geometry.layout(streams, config.scales, bucket), beside_by_step(config.objective, streams, fields)
+    streams, ladder = tuple(config.streams), folder.ladder(config.objective)
+    layout = geometry.layout(streams, config.scales, bucket)
+    if ladder:
+        return ladder.longest(layout)
+    kinds = beside_by_step(config.objective, streams, folder.fields)
     return max((layout.with_beside(kind, bucket.frames) for kind in kinds), key=lambda one: one.tokens)
 
 
@@ -254,6 +254,14 @@ def _rows(field: Field, letters: int) -> int:
     return min(field.length, field.least + 1 + letters // LETTERS_PER_TOKEN) if field.length else 1
 
 
+def _suits(config: Config, folder: ModelFolder, layout: meshes.Layout) -> bool:
+    """Tell whether a model that makes a video at several sizes can be trained on a layout."""
+    if (ladder := folder.ladder(config.objective)) is None:
+        return True
+    parallel = replace(config.parallel, pipeline=layout.pipeline, context=layout.context)
+    return not ladder.fault(replace(config, parallel=parallel))
+
+
 def _fits(
     config: Config, folder: ModelFolder, estimate: Estimate, loads: Sequence[Load], machine: Machine
 ) -> list[Fit]:
@@ -267,7 +275,7 @@ def _fits(
         found = fits(estimate, loads, machine)
         if not found and changed.parallel.offload is not True:
             found = fits_by_waiting(estimate, loads, machine)
-        if found:
+        if found := [fit for fit in found if _suits(changed, folder, fit.layout)]:
             return [replace(way, settings=(*way.settings, *key.split())) for way in found]
     return []
 

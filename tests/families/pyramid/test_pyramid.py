@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,17 @@ from torch import Tensor
 
 from tests.families.pyramid.folder import TINY, VAE, make, stored, write_folder
 from tests.families.pyramid.reference import Formulas
-from transpixeler.config.sections import ModelConfig, UserError
+from tests.support.families.cases import alike, zero
+from tests.support.models import move
+from transpixeler.config.sections import LoraConfig, ModelConfig, ObjectiveConfig, UserError
 from transpixeler.families.pyramid.config import PyramidConfig
 from transpixeler.families.pyramid.encoders import FIRST, REST
-from transpixeler.families.pyramid.lessons import past_of
+from transpixeler.families.pyramid.lessons import PyramidLadder, past_of
 from transpixeler.families.pyramid.model import PyramidModel
 from transpixeler.families.pyramid.names import NAMES
 from transpixeler.families.pyramid.vae import CausalVae, VaeConfig
 from transpixeler.models.family import open_model
+from transpixeler.models.lora import inject
 from transpixeler.models.streams import Segment, StreamLayout
 from transpixeler.models.tokens import Tokens
 from transpixeler.models.weights import WeightSource, load_weights
@@ -161,3 +166,70 @@ def test_a_first_frame_is_scaled_otherwise_than_those_after_it(tmp_path: Path) -
     torch.testing.assert_close(vae.decode(found), vae.network.decode(raw).clamp(-1, 1), atol=1e-5, rtol=1e-4)  # type: ignore[attr-defined]
     texts = opened.load_text_encoder(device=torch.device("cpu"), dtype=torch.float32).encode(["a red circle", ""])
     assert texts[0]["text"].shape[0] < 128 and texts[1]["text"].shape[0] == 1
+
+
+# -- several streams behind earlier frames
+
+
+def joint(attends: bool) -> tuple[PyramidModel, StreamLayout, tuple[Tensor, ...]]:
+    """Return a model with an adapter that has learned nothing, and equal streams for it."""
+    model = PyramidModel(PyramidConfig.read(TINY), streams=("rgb", "seg", "depth"), rgb_attends_aux=attends)
+    move(model, seed=0)
+    zero(model, "stream_embedding")
+    inject(model, LoraConfig(rank=3))
+    one = LAYOUTS["behind five"]
+    layout = StreamLayout(model.streams, one.shapes * 3, one.patch, past=one.past)
+    return model, layout, alike(layout, inputs(one))
+
+
+@pytest.mark.parametrize("attends", [True, False], ids=["seeing", "blind"])
+def test_equal_streams_each_give_what_the_base_gives(attends: bool) -> None:
+    model, layout, given = joint(attends)
+    base, state = make(), model.state_dict()
+    base.load_state_dict({name: state[name] for name in base.state_dict()})
+    with torch.no_grad():
+        found, expected = layout.videos(model(*given, layout=layout)), ours(base, LAYOUTS["behind five"])
+    for velocity in found:
+        torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-5)
+    move(model, seed=1, names=".lora_B")
+    with torch.no_grad():
+        moved = layout.videos(model(*given, layout=layout))
+    assert [float((one - expected).abs().max()) > 1e-4 for one in moved] == [attends, True, True]
+
+
+def test_a_blind_rgb_behind_earlier_frames_runs_forward_only() -> None:
+    model, layout, given = joint(False)
+    move(model, seed=1, names=".lora_")
+    slow, found = copy.deepcopy(model), []
+    slow.rgb_forward_only = False
+    for one in (model, slow):
+        out = one(*given, layout=layout)
+        out.square().mean().backward()
+        found.append([out.detach(), *(p.grad for p in one.parameters() if p.grad is not None)])
+    assert model.rgb_forward_only and len(found[0]) == len(found[1]) > 10
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_whose_frames_see_later_ones_has_no_history(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model")
+    place = tmp_path / "model/transformer/config.json"
+    place.write_text(place.read_text().replace('"use_temporal_causal": true', '"use_temporal_causal": false'))
+    opened = open_model(ModelConfig(path=str(tmp_path / "model")))
+    with pytest.raises(UserError, match=r"objective.history: this model's frames see later ones; set it to off"):
+        opened.ladder(ObjectiveConfig())
+    assert opened.ladder(ObjectiveConfig(history="off")) == PyramidLadder(by_frame=False)
+
+
+def test_a_folder_of_several_is_told_to_name_one(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for name in ("diffusion_transformer_384p", "diffusion_transformer_768p"):
+        shutil.copytree(tmp_path / "transformer", tmp_path / name)
+    shutil.rmtree(tmp_path / "transformer")
+    shutil.move(tmp_path / "vae", tmp_path / "causal_video_vae")
+    with pytest.raises(UserError, match=r"model.path: .* name one, such as .*/diffusion_transformer_384p") as told:
+        _ = open_model(ModelConfig(path=str(tmp_path), family="pyramid")).config
+    assert "\n" not in str(told.value) and "model.encoders" in str(told.value)
+    place = tmp_path / "diffusion_transformer_384p"
+    opened = open_model(ModelConfig(path=str(place), encoders=str(tmp_path)))
+    assert opened.family.name == "pyramid" and opened.geometry.stride == (8, 8, 8)

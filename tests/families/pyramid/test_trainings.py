@@ -137,6 +137,17 @@ def test_what_does_not_apply_is_one_line_before_anything_is_cached(
     assert not cache.exists() and not (tmp_path / "latest").exists()
 
 
+def test_a_plan_counts_the_longest_lesson_and_offers_no_pipeline(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(world / "config.yaml"), "--device", "a100", "--gpus", "4", "--json"]
+    assert cli.main(words) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["buckets"][0]["tokens"] == 16 + 16 + 4  # a frame, the one before, and the first at half the sides
+    layouts = [" ".join(one["settings"]) for one in made["layouts"]]
+    assert layouts and not any("pipeline=2" in one or "context" in one for one in layouts)
+
+
 @pytest.mark.parametrize("key", ["pipeline", "context"])
 def test_pipelines_and_shared_sequences_are_refused(key: str, world: Path) -> None:
     from transpixeler.config.loading import load

@@ -26,7 +26,14 @@ from transpixeler.models.family import Family, Field, License, SamplingDefaults,
 from transpixeler.models.geometry import Geometry
 from transpixeler.models.ladder import Ladder
 from transpixeler.models.noising import Noising
-from transpixeler.models.pipeline_folder import CONFIGS, PipelineFolder, config_by_shapes, names_class, read_published
+from transpixeler.models.pipeline_folder import (
+    CONFIGS,
+    PipelineFolder,
+    config_by_shapes,
+    configs_in,
+    names_class,
+    read_published,
+)
 from transpixeler.models.resolve import resolve
 from transpixeler.models.weights import WeightSource
 
@@ -45,6 +52,12 @@ class PyramidFolder(PipelineFolder):
         place = resolve(self.path, only=CONFIGS)
         if place.is_file():
             return config_by_shapes(place, NAMES, config_from_shapes, title="Pyramid Flow")
+        found = sorted(file.parent.name for file in place.glob("diffusion_transformer_*/config.json"))
+        if found and not configs_in(place):
+            raise UserError(
+                f"model.path: {self.path} holds {', '.join(found)}; name one, such as {Path(self.path) / found[0]}, "
+                "and the folder itself as model.encoders"
+            )
         return read_published(place, self.path)
 
     @cached_property

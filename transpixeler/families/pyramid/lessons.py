@@ -129,6 +129,9 @@ class PyramidLadder(Ladder):
         mirrored = lesson % len(COLUMN) in (1, 3)  # a later frame has more before it: a step's lengths even out
         return StageLesson(clip, stage, frames - 1 - unit if mirrored else unit)
 
+    def longest(self, clip: StreamLayout) -> StreamLayout:
+        return StageLesson(clip, STAGES - 1, clip.shapes[0][1] - 1 if self.by_frame else None).layout
+
     def held_out(self, clip: StreamLayout, name: str) -> list[StageLesson]:
         frames = clip.shapes[0][1]
         unit = int(torch.randint(frames, (1,), generator=generator("held out", name))) if self.by_frame else None

@@ -15,11 +15,13 @@ def test_file_hashes_are_read_once_until_a_file_changes(tmp_path: Path) -> None:
         os.utime(file, (1e9, 1e9))
     first = fingerprints.FileHashes(tmp_path / "cache")
     digests = first.digests(files, 2)
+    first.save()
     again = fingerprints.FileHashes(tmp_path / "cache")
     assert again.digests(files, 2) == digests and (first.read, again.read) == (2, 0)
     files[0].write_text("A")  # the same size, a new time
     third = fingerprints.FileHashes(tmp_path / "cache")
     assert third.digests(files, 2)[files[0]] != digests[files[0]] and third.read == 1
+    third.save()
     fourth = fingerprints.FileHashes(tmp_path / "cache")
     fourth.digests(files, 2)
     assert fourth.read == 1  # changed so lately that it may change again unseen
@@ -29,7 +31,9 @@ def test_file_hashes_are_read_once_until_a_file_changes(tmp_path: Path) -> None:
 def test_a_broken_memory_of_hashes_is_read_as_far_as_it_goes(tail: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     os.utime(tmp_path / "a", (1e9, 1e9))
-    digests = fingerprints.FileHashes(tmp_path / "cache").digests([tmp_path / "a"], 1)
+    hashes = fingerprints.FileHashes(tmp_path / "cache")
+    digests = hashes.digests([tmp_path / "a"], 1)
+    hashes.save()
     with (tmp_path / "cache/hashes.tsv").open("ab") as file:
         file.write(tail.encode("latin-1"))
     again = fingerprints.FileHashes(tmp_path / "cache")

@@ -42,7 +42,7 @@ class FileHashes:
         return self._memory.recall(path, _stamp(path))
 
     def digests(self, paths: Sequence[Path], threads: int) -> dict[Path, str]:
-        """Hash many files at once; what is known is saved now and then, so that a kill loses little."""
+        """Hash many files at once; what is known is saved now and then, so that a kill loses little, not at the end."""
         found = {path: self._known(path) for path in paths}
         fresh = [path for path, digest in found.items() if digest is None]
         with ThreadPoolExecutor(max(1, threads)) as pool:

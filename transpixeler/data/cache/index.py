@@ -46,6 +46,7 @@ _FIELDS = struct.Struct("<16sQ4IIIBB")  # the same without spare and check, for 
 assert ROW.itemsize == ROW_BYTES
 _SALT = 0x9E3779B97F4A7C15
 _ODD = np.array([(0xBF58476D1CE4E5B9 + 2 * i * 0x632BE59BD9B4E019) % 2**64 for i in range(7)], np.uint64)
+_SOUGHT = 1 << 20  # keys looked up at once
 _CHUNK = 1 << 15  # rows checked at once, few enough to stay in the CPU cache
 
 
@@ -219,9 +220,10 @@ class Table:
     def absent(self, keys: np.ndarray) -> np.ndarray:
         """Return which keys, 16 bytes each, have no record, bool [n]."""
         absent = np.ones(len(keys), bool)
-        for start in range(0, len(keys) if len(self) else 0, _CHUNK):
-            some = keys[start : start + _CHUNK]
-            absent[start : start + _CHUNK] = ~self._held(np.frombuffer(some.tobytes(), "<u8").reshape(-1, 2))
+        for start in range(0, len(keys) if len(self) else 0, _SOUGHT):
+            some = np.frombuffer(keys[start : start + _SOUGHT].tobytes(), "<u8").reshape(-1, 2)
+            order = np.argsort(some[:, 0])  # looked up in order, neighbours are in the CPU cache
+            absent[start + order] = ~self._held(some[order])
         return absent
 
     def _held(self, keys: np.ndarray) -> np.ndarray:

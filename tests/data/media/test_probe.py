@@ -86,7 +86,7 @@ def test_a_large_memory_is_no_objects(looked_at: tuple[Path, Path, Media]) -> No
     before = line.split("\t", 1)[1]
     lines = [before.replace("a.png", f"b{number}.png") for number in range(5000)]
     memory.write_text(
-        "".join(f"{text}\n" for text in [str(VERSION), line, *(f"{_check(one)}\t{one}" for one in lines)])
+        "".join(f"{text}\n" for text in [str(VERSION), line, *(f"{_check(one.encode())}\t{one}" for one in lines)])
     )
     tracemalloc.start()
     again = Probes(memory.parent)

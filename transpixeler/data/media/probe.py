@@ -60,7 +60,7 @@ def _stamp(path: Path) -> Stamp | None:
 def _line(name: str, stamp: Stamp, media: Media) -> str:
     values = (*stamp, media.frames, media.height, media.width, media.fps, media.duration, int(media.alpha))
     rest = "\t".join(map(str, (*values, name)))
-    return f"{zlib.crc32(rest.encode('utf-8', 'surrogateescape')):08x}\t{rest}"
+    return f"{_check(rest.encode('utf-8', 'surrogateescape'))}\t{rest}"
 
 
 def _read(line: bytes) -> tuple[bytes, Stamp, Media]:
@@ -69,6 +69,10 @@ def _read(line: bytes) -> tuple[bytes, Stamp, Media]:
         raise ValueError("torn or edited")
     size, modified, *media, name = rest.split(b"\t", 8)
     return name, (int(size), int(modified)), _media(*media)
+
+
+def _check(rest: bytes) -> str:
+    return f"{zlib.crc32(rest):08x}"
 
 
 @lru_cache(maxsize=4096)  # files of a set are alike, and reading fractions takes longest

@@ -208,11 +208,8 @@ def _write_encoders(folder: Path, vae: AutoencoderKL) -> None:
     words = random_parts(0).tokenizer
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase), ",</w>"]
     letters += ["<|startoftext|>", "<|endoftext|>"]
-    ends: dict[str, Any] = {
-        "bos_token_id": len(letters) - 2,
-        "eos_token_id": len(letters) - 1,
-        "pad_token_id": len(letters) - 1,
-    }
+    end = len(letters) - 1
+    ends: dict[str, Any] = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "d_model": WIDTH,

@@ -164,14 +164,12 @@ class Model:
         asked = asked_for(requests, source, session.model) if out else []
         made = []
         for one in session.make(source, requests):
-            request, folder = requests[one.number], None
+            request, fps, folder = requests[one.number], one.video.fps or frame_rate(source.config), None
             if out:
                 with writing_to(Path(out), "out"):
                     facts = facts_of(source, request, asked[one.number])
                     folder = write_video(Path(out), one.video, one.streams, source.config, facts, one.plate)
-            made.append(
-                Sample(request.prompt, request.seed, one.streams, one.video.fps or frame_rate(source.config), folder)
-            )
+            made.append(Sample(request.prompt, request.seed, one.streams, fps, folder))
         return made
 
 

@@ -1,4 +1,4 @@
-"""What stages of the GPU's bench share: sizes, a stage's blocks under an adapter, and a timed step of them."""
+"""Share what stages of the GPU's bench need: sizes, blocks under an adapter, and a timed step of them."""
 
 from __future__ import annotations
 

@@ -126,7 +126,6 @@ def prepare(
     """Draw for the samples `ids` at `slots` of a global batch of `batch`; `empty`: an empty caption's fields.
 
     unseen: the fields of captions that are read beside no picture, where others are read beside the first frame.
-
     shown: what the samples can be shown of given frames, where a model takes that in channels. expert: that the step
     trains; the config's limits are its own. noising: of the model.
     """
@@ -143,14 +142,28 @@ def prepare(
     latents = with_noisy_firsts(config, latents, noise, layout, drawn, keys)
     times = noising.times(draw_times(config, seed=seed, step=step, slots=slots, batch=batch, shift=shift))
     times, free = given_at_zero(times, layout, drawn)
-    fields = with_dropped_captions(config, told(fields, unseen, drawn, layout), empty, keys)
+    fields = conditions(config, told(fields, unseen, drawn, layout), empty, keys, drawn, layout, shown)
+    ends = noising.ends(latents, noise, layout)
+    return Example(layout, *ends, times, fields, loss_weights(config, layout, free, batch), expert, noising)
+
+
+def conditions(
+    config: ObjectiveConfig,
+    fields: Fields,
+    empty: Fields,
+    keys: Keys,
+    drawn: Sequence[Task],
+    layout: StreamLayout,
+    shown: Shown | None,
+) -> Fields:
+    """Return what the model is conditioned on: captions, some dropped, what is shown of given frames, and the focus."""
+    fields = with_dropped_captions(config, fields, empty, keys)
     if shown is not None:
         firsts, lasts = [task.shown for task in drawn], [task.shown_last for task in drawn]
         fields = {**fields, **shown.values(layout, firsts, lasts)}
     if config.focus_present:
         fields = {**fields, "focus": _dropped(config.focus_present, keys, kind="focus").float()}
-    ends = noising.ends(latents, noise, layout)
-    return Example(layout, *ends, times, fields, loss_weights(config, layout, free, batch), expert, noising)
+    return fields
 
 
 def given_at_zero(times: Tensor, layout: StreamLayout, drawn: Sequence[Task]) -> tuple[Tensor, Tensor]:

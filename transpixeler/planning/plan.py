@@ -102,7 +102,6 @@ class Plan:
 def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     """Plan a config on a machine, as its own layout would run there, and find the layouts that fit."""
     layout = meshes.resolve(config.parallel, machine.gpus)
-    preflight.check(config, layout)
     folder = _checked_model(config, layout)
     model, geometry = _model(config, machine), folder.geometry.over(config.scales)
     train, evaluation, scan_seconds = _datasets(config, folder)
@@ -110,7 +109,6 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     used, steps = replace(train, items=clips_used(config, train, order)), int(order.total(config.train))
     loads = _loads(config, folder, geometry, order, train)
     estimate = _estimate(config, folder, model, machine)
-    split = Split.of(config, folder, max((load.layout.grids[0] for load in loads), key=prod, default=(0, 0, 0)))
     mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
     whole = sum(estimate.parts.values(), Part())
     return Plan(
@@ -120,7 +118,7 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         layout=layout,
         trainable_parameters=estimate.experts * whole.trainable,
         parameters=estimate.experts * whole.numbers,
-        experts=split,
+        experts=_split(config, folder, loads),
         idle_on_device=estimate.idle_on_device(layout),
         rows=tuple(_row(load, train, estimate, layout, mode) for load in loads),
         dropped={"train": train.skipped, "eval": evaluation.skipped},
@@ -144,10 +142,16 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
 
 
 def _checked_model(config: Config, layout: meshes.Layout) -> ModelFolder:
-    """Open the model; refuse tasks and experts that it has not."""
+    """Open the model; refuse what training would refuse, and tasks and experts that it has not."""
+    preflight.check(config, layout)
     folder = open_model(config.model)
     preflight.check_settings(config, layout, folder)
     return folder
+
+
+def _split(config: Config, folder: ModelFolder, loads: Sequence[Load]) -> Split:
+    """Share training out over the model's experts, at the noise of its largest clips."""
+    return Split.of(config, folder, max((load.layout.grids[0] for load in loads), key=prod, default=(0, 0, 0)))
 
 
 def _model(config: Config, machine: Machine) -> Backbone:

@@ -248,6 +248,7 @@ class Backbone(nn.Module, ABC):
     rgb_memory: RgbMemory | None = None  # where RGB is the same in several forward passes: its keys and values
     undivided: ClassVar[str] = ""  # why neither stages nor ranks can share one sample; empty where they can
     zero_start: ClassVar[tuple[str, ...]] = ()  # parameters that are zero in a new model
+    many_layouts: ClassVar[bool] = False  # its samples have dozens, each of which would be compiled by itself
     matmul_dtype: torch.dtype = torch.float32
     run_block: RunBlock | None = None  # runs each block, where something is to be done before and after
     context: Context | None = None  # ranks that share each sequence: between the ends each holds a part of it

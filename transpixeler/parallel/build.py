@@ -7,6 +7,7 @@ model than its own stages' shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -52,6 +53,7 @@ def build_engine(
         be_deterministic()
     dtype = compute_dtype(config, mesh.device)
     whole = shape(config, make, dtype, scopes=scopes)
+    config = replace(config, parallel=shard.settled(config.parallel, whole))
     costs = Costs.of(whole, kept=config.parallel.keep_gb > 0)
     ranges = pipeline.split_blocks(config.parallel, costs)
     chunk = shard.chunk_tokens(config.parallel, compiled=shard.wants_compile(config.parallel, mesh.device))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -141,6 +142,11 @@ def _keep_attention(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
 
 
 # --- compile ---------------------------------------------------------------------------------------------------------
+
+
+def settled(config: ParallelConfig, model: Backbone) -> ParallelConfig:
+    """Return the settings of a model whose layouts are too many to compile: it is compiled only where that is asked."""
+    return replace(config, compile="off") if model.many_layouts and config.compile == "auto" else config
 
 
 def wants_compile(config: ParallelConfig, device: torch.device) -> bool:

@@ -167,7 +167,7 @@ def _estimate(config: Config, folder: ModelFolder, model: Backbone, machine: Mac
         model,
         config,
         dtype=build.compute_dtype(config, device),
-        compiled=shard.wants_compile(config.parallel, device),
+        compiled=shard.wants_compile(shard.settled(config.parallel, model), device),
         experts=len(chosen_experts(config.model, folder.experts)),
         device_memory=machine.memory,
     )

@@ -23,6 +23,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
 from transpixeler.parallel.build import build_engine
+from transpixeler.parallel.shard import settled, wants_compile
 from transpixeler.training import optim
 from transpixeler.training.agreement import Due, agree
 
@@ -162,6 +163,13 @@ def test_losses_are_the_same_on_any_layout(ranks: int) -> None:
     for (name, run), losses in run_ranks(_all, ranks, LAYOUTS[ranks])[0].items():
         assert losses == pytest.approx(expected[run], abs=1e-6, rel=1e-6), (name, run)
     assert expected["shared by 2"] != expected["by frame"]
+
+
+def test_dozens_of_layouts_are_compiled_only_where_that_is_asked() -> None:
+    model, gpu = make(), torch.device("cuda")
+    asked = [config(f"parallel.compile={word}").parallel for word in ("auto", "on", "off")]
+    assert [wants_compile(settled(one, model), gpu) for one in asked] == [False, True, False]
+    assert [wants_compile(one, gpu) for one in asked] == [True, True, False]
 
 
 def test_another_slot_draws_other_noise_for_the_same_clip() -> None:

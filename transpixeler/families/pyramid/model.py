@@ -17,6 +17,7 @@ class PyramidModel(MMDiT):
 
     family = "pyramid"
     patch = PATCH
+    many_layouts = True
 
     def __init__(
         self, config: PyramidConfig, *, streams: Sequence[str], rgb_attends_aux: bool = True, kernel: str = "auto"

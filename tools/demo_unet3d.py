@@ -52,7 +52,7 @@ train: {{max_steps: {steps}, global_batch: {batch}, micro_batch: {batch}}}
 checkpoint: {{every_steps: 100, keep: 1}}
 save: {{every_epochs: 0, every_steps: {steps}}}
 eval: {{every_epochs: 0, before_first_step: false, samples: 0}}
-sample: {{size: [32, 32, 4], steps: 50, guidance: 2, scheduler: ddim, shift: auto, negative_prompt: ""}}
+sample: {{size: [32, 32, 4], steps: 100, guidance: 2, scheduler: ddpm, shift: auto, negative_prompt: ""}}
 """
 
 
@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
     _base(out)
     folder = _train(out, arguments.steps, arguments.batch)
     with running() as runtime:
-        source = load_saved(str(folder), [f"sample.scheduler={arguments.scheduler}"])
+        settings = [f"sample.scheduler={arguments.scheduler}", f"sample.steps={arguments.sample_steps}"]
+        source = load_saved(str(folder), settings)
         figures = measure(source, runtime, count=arguments.captions, picture=out / f"{arguments.scheduler}.png")
     print(table(figures))
     print(json.dumps(plain(figures)))
@@ -81,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--clips", type=int, default=600, help="training pairs (default: %(default)s)")
     add("--steps", type=int, default=1000, help="steps of the training (default: %(default)s)")
     add("--batch", type=int, default=8, help="samples a step (default: %(default)s)")
-    add("--scheduler", choices=("ddim", "ddpm"), default="ddim", help="for the samples (default: %(default)s)")
+    add("--scheduler", choices=("ddpm", "ddim"), default="ddpm", help="for the samples (default: %(default)s)")
+    add("--sample-steps", type=int, default=100, help="steps of a sample (default: %(default)s)")
     add_captions(parser, default=20)
     return parser
 

@@ -107,13 +107,15 @@ def _runs(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "sdpa", bias: Tensor | None = None) -> Tensor:
-    """Softmax attention; a bias, `[keys]` or `[B, keys]`, is added to each key's logit."""
+    """Softmax attention; a bias, `[keys]`, `[B, keys]` or `[H, queries, keys]`, is added to the logits."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # One row for all queries: torch broadcasts it, and pads no more than this row where a kernel wants it aligned.
-    mask = None if bias is None else bias.to(q.dtype).expand(len(q), -1)[:, None, None]
+    mask = None if bias is None else bias.to(q.dtype)
+    if mask is not None:
+        mask = mask[None] if mask.ndim == 3 else mask.expand(len(q), -1)[:, None, None]
     if q.is_meta:  # keep no scores, as kernels of devices do; what torch picks on meta would
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        return flash(q, k, v, attn_mask=mask)[0].transpose(1, 2)
+        return flash(q, k, v, attn_mask=None if mask is None else mask.detach())[0].transpose(1, 2)
     if mask is not None:  # which not every kernel takes, so torch chooses one that does
         same_bits = q.is_cuda and torch.are_deterministic_algorithms_enabled()
         with _backends("math" if same_bits else "sdpa", k.shape[2], cuda=q.is_cuda):

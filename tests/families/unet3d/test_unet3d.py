@@ -18,9 +18,11 @@ from transpixeler.config.sections import LoraConfig
 from transpixeler.families.unet3d.config import UnetConfig
 from transpixeler.families.unet3d.layers import distances
 from transpixeler.families.unet3d.model import UnetModel
+from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.costs import Costs, forward_flops
 from transpixeler.models.lora import inject
 from transpixeler.models.streams import StreamLayout
+from transpixeler.parallel.shard import set_recompute
 from transpixeler.sampling.sampler import guided
 
 SHAPE = (3, 3, 4, 6)
@@ -149,4 +151,31 @@ def test_a_block_keeps_what_is_said(trains: str) -> None:
     if trains == "lora":
         inject(model, LoraConfig(rank=4, scope="all"))
     said = Costs.of(model).kept[0].eager.bytes(model.layout(larger(case)).lengths)
-    assert said == pytest.approx(kept(model, case, "0"), rel=0.1)  # attention over time grows with its square
+    assert said == pytest.approx(kept(model, case, "0"), rel=0.2)  # attention with a bias keeps other things on a CPU
+
+
+# --- as a GPU runs it ------------------------------------------------------------------------------------------------
+
+
+def gradients(model: UnetModel, layout: StreamLayout) -> list[Tensor]:
+    out = model(*given(layout), layout=layout)
+    out.square().mean().backward()
+    return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("mode", ["full", "attention"])
+def test_levels_that_are_recomputed_learn_the_same(mode: str) -> None:
+    layout, model = tiny().layout(SHAPE), tiny()
+    set_recompute(model.block_list(), mode)
+    for mine, other in zip(gradients(model, layout), gradients(tiny(), layout), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_matmuls_in_bf16_stay_near() -> None:
+    model, exact = tiny(("rgb", "seg")), tiny(("rgb", "seg"))
+    apply_dtypes(model, torch.bfloat16)
+    layout = model.layout(SHAPE)
+    found, expected = (one(*given(layout), layout=layout) for one in (model, exact))
+    assert found.dtype == torch.float32
+    assert 0 < float((found - expected).square().mean().sqrt()) < 0.05 * float(expected.std())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transpixeler.families.unet3d.config import UnetConfig
+from transpixeler.models.attention import attention
 from transpixeler.models.linear import Linear
 
 BUCKETS, FARTHEST = 32, 32  # of distances in time: tables, and the distance from which on all are one
@@ -107,9 +108,8 @@ class FrameAttention(Attention):
     """Full attention within a frame."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each.flatten(0, 1).transpose(1, 2) for each in self.project(x))  # [BF, heads, HW, d]
-        seen = F.scaled_dot_product_attention(q, k, v)
-        return self.back(seen.transpose(1, 2).unflatten(0, (x.shape[0], x.shape[2])), x)
+        q, k, v = (each.flatten(0, 1) for each in self.project(x))  # [BF, HW, heads, d]
+        return self.back(attention(q, k, v).unflatten(0, (x.shape[0], x.shape[2])), x)
 
 
 class TimeAttention(Attention):
@@ -119,9 +119,8 @@ class TimeAttention(Attention):
         """bias: [heads, F, F]. focus: [B], 0 or 1; none where no sample is focused."""
         q, k, v = (each.transpose(1, 2) for each in self.project(x))  # [B, HW, F, heads, d]
         q, k = turned(q), turned(k)
-        q, k, own = (each.flatten(0, 1).transpose(1, 2) for each in (q, k, v))  # [B·HW, heads, F, d]
-        seen = F.scaled_dot_product_attention(q, k, own, attn_mask=bias[None].to(q.dtype))
-        seen = seen.transpose(1, 2).unflatten(0, (x.shape[0], -1))
+        q, k, own = (each.flatten(0, 1) for each in (q, k, v))  # [B·HW, F, heads, d]
+        seen = attention(q, k, own, bias=bias).unflatten(0, (x.shape[0], -1))
         if len(focus):
             seen = torch.where(focus[:, None, None, None, None] > 0, v, seen)
         return self.back(seen.transpose(1, 2), x)

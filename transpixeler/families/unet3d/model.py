@@ -7,7 +7,7 @@ it is one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -142,12 +142,6 @@ class Unet(Block):
                 return part(*inputs)
             return recompute(lambda given, _: part(*given), inputs, tokens)
 
-        return self._levels(flow, run)
-
-    def compute(self, flow: Flow, tokens: Tokens) -> Flow:
-        return self._levels(flow, lambda part, *inputs: part(*inputs))
-
-    def _levels(self, flow: Flow, run: Callable[..., Flow]) -> Flow:
         hidden, vector, rows, focus = flow
         pairs = distances(hidden.shape[2], hidden.device)
         told = vector, self.relative[pairs].permute(2, 0, 1), focus

@@ -43,6 +43,7 @@ def asked_for(requests: Sequence[Request], source: SavedModel, model: ModelFolde
         "streams": {name: str(one) for name, one in config.streams.items()},
         "data": {key: getattr(config.data, key) for key in DATA},
         "background": _background(config.sample),
+        **({"history": config.objective.history} if config.objective.history != "auto" else {}),
         "weights": _weights(source),
     }
     usual, contents = negative_prompt(config.sample, model.family), dict[str, str]()

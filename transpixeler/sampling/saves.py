@@ -195,7 +195,8 @@ def _config_keys(adapter: Adapter | None) -> list[str]:
     said = adapter.metadata if adapter is not None else {}
     if "rgb_attends_aux" not in said:
         return []
-    return [f"model.rgb_attends_aux={said['rgb_attends_aux']}", f"model.fuse={said.get('fuse', '[]')}"]
+    history = ["objective.history=off"] if said.get("history") == "off" else []
+    return [f"model.rgb_attends_aux={said['rgb_attends_aux']}", f"model.fuse={said.get('fuse', '[]')}", *history]
 
 
 def trained_scales(adapter: Adapter, streams: Sequence[str], name: str) -> tuple[int, ...]:

@@ -84,6 +84,7 @@ class Saver:
             **({"fuse": json.dumps(self.config.model.fuse, default=asdict)} if self.config.model.fuse else {}),
             "streams": ",".join(self.config.streams),
             **({"scales": ",".join(map(str, self.config.scales))} if max(self.config.scales) > 1 else {}),
+            **({"history": "off"} if self.config.objective.history == "off" else {}),
             "fill": self.config.data.fill,
             "rgb_attends_aux": str(self.config.model.rgb_attends_aux).lower(),
             "step": str(step),

@@ -205,3 +205,23 @@ def test_the_top_level_holds_only_what_the_design_names() -> None:
         "transpixeler configs tools tests Makefile pyproject.toml README.md LICENSE constraints.txt .ci .gitignore"
     )
     assert {line.split("/")[0] for line in listed.splitlines()} <= set(allowed.split())
+
+
+# -- sizes
+
+
+def long_functions(source: str) -> list[str]:
+    """List the functions of more than forty lines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [node.name for node in found if (node.end_lineno or 0) - node.lineno >= 40]
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_fit_a_sitting(path: Path) -> None:
+    source = path.read_text()
+    assert long_functions(source) == [] and len(source.splitlines()) <= 400
+
+
+def test_a_long_function_is_found() -> None:
+    assert long_functions("def a():\n" + "    1\n" * 40) == ["a"] and not long_functions("def a():\n" + "    1\n" * 39)

@@ -13,7 +13,7 @@ from transpixeler.flow.objective import Example, prepare
 from transpixeler.flow.solver import denoise, fresh_noise, start_noise
 from transpixeler.models.noising import RECTIFIED, Noising, RectifiedFlow
 from transpixeler.models.streams import StreamLayout
-from transpixeler.parallel.pipeline import Stage
+from transpixeler.parallel.stage import Stage
 
 LAYOUT = StreamLayout(("rgb", "seg"), ((2, 3, 4, 6), (2, 3, 2, 4)), (1, 2, 2))
 

@@ -24,6 +24,7 @@ from transpixeler.models.tokens import Tokens
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import pipeline, runtime, shard
 from transpixeler.parallel.build import build_engine
+from transpixeler.parallel.stage import Stage
 from transpixeler.training import optim
 
 STEPS = 10
@@ -342,13 +343,13 @@ def test_a_schedule_is_given_tensors_alone() -> None:
 
 def _kinds(rank: int, world_size: int, overrides: tuple[str, ...]) -> bool:
     found: list[Any] = []
-    forward = pipeline.Stage.forward
+    forward = Stage.forward
 
-    def seen(self: pipeline.Stage, *state: Any, **extra: Any) -> Any:
+    def seen(self: Stage, *state: Any, **extra: Any) -> Any:
         found.extend((*state, *extra.values()))
         return forward(self, *state, **extra)
 
-    pipeline.Stage.forward = seen
+    Stage.forward = seen
     _train(rank, world_size, overrides, "", steps=1)
     return bool(found) and all(isinstance(it, torch.Tensor) for it in found)
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transpixeler.config.sections import UserError
 from transpixeler.models.attention import companions_attention, self_attention
 from transpixeler.models.context import Context
+from transpixeler.models.divided import Flowing, companions_part, rgb_part
 from transpixeler.models.family import Field
 from transpixeler.models.pieces import ByToken
 from transpixeler.models.rgb_memory import RgbMemory
@@ -165,31 +166,6 @@ class _Recomputed:
     def __call__(self, flow: Flow, tokens: Tokens) -> Flow:
         tokens, self.recomputing = tokens._replace(recomputing=self.recomputing), True
         return self.compute(flow, tokens)
-
-
-# -- where RGB runs forward only
-
-
-class Flowing(Protocol):
-    """Facts of a flow, which a model and its blocks share."""
-
-    carried: int
-    grouped: tuple[int, ...]
-
-
-def rgb_part(flow: Flow, tokens: Tokens, facts: Flowing) -> Flow:
-    """Return RGB's tokens, text that flows, and the rest of a divided flow for RGB's time groups."""
-    return _for_groups(flow[1:], slice(0, tokens.rgb_groups), facts)
-
-
-def companions_part(flow: Flow, tokens: Tokens, facts: Flowing) -> Flow:
-    """Return the companions' tokens, of text that flows nothing, and the rest for their time groups."""
-    texts = [text[:, :0] for text in flow[2 : facts.carried + 1]]
-    return _for_groups((flow[0], *texts, *flow[facts.carried + 1 :]), slice(tokens.rgb_groups, None), facts)
-
-
-def _for_groups(flow: Flow, groups: slice, facts: Flowing) -> Flow:
-    return tuple(x[:, groups] if place in facts.grouped else x for place, x in enumerate(flow))
 
 
 class Head(nn.Module, ABC):

@@ -26,6 +26,7 @@ from transpixeler.parallel.hosted import HostInputs
 from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.replicas import read_once
+from transpixeler.parallel.stage import Stage
 from transpixeler.parallel.swap import Swap
 
 
@@ -63,7 +64,7 @@ def build_engine(
         model = whole if len(ranges) == 1 else shape(config, make, dtype, scopes=scopes)
         model.context = mesh.context
         model.keep(embed=index == 0, blocks=ranges[index], head=index == len(ranges) - 1)
-        stage = pipeline.Stage(model)
+        stage = Stage(model)
         blocks = dict(zip(ranges[index], model.block_list(), strict=True))
         own = [block for place, block in blocks.items() if place in away]
         shard.set_chunk(model, chunk)
@@ -78,7 +79,7 @@ def build_engine(
     return pipeline.Engine(stages, config.parallel, mesh, dtype, costs, swap, keeping)
 
 
-def _make_room(stage: pipeline.Stage, waiting: list[Block], config: ParallelConfig, device: torch.device) -> None:
+def _make_room(stage: Stage, waiting: list[Block], config: ParallelConfig, device: torch.device) -> None:
     """Give a stage memory, its waiting blocks the host's."""
     model = stage.model
     stage.to_empty(device=torch.device("cpu") if waiting or config.offload is True else device)
@@ -88,9 +89,7 @@ def _make_room(stage: pipeline.Stage, waiting: list[Block], config: ParallelConf
                 part.to_empty(device=device)
 
 
-def _keeping(
-    stages: list[pipeline.Stage], places: list[int], config: ParallelConfig, mesh: Mesh, costs: Costs
-) -> Keeping:
+def _keeping(stages: list[Stage], places: list[int], config: ParallelConfig, mesh: Mesh, costs: Costs) -> Keeping:
     """Let as many blocks of a rank keep everything as fit `parallel.keep_gb`. places: the rank's, in the model."""
     compiled = shard.wants_compile(config, mesh.device)
     kept = [costs.part(mesh.layout.context).kept[place].as_run(compiled=compiled) for place in places]
@@ -98,7 +97,7 @@ def _keeping(
     return Keeping(blocks, kept, config.keep_gb * 2**30)
 
 
-def _swap(stages: list[pipeline.Stage], waiting: list[Block], device: torch.device) -> Swap:
+def _swap(stages: list[Stage], waiting: list[Block], device: torch.device) -> Swap:
     """Let a rank's stages bring in the weights that wait, and move all else of those blocks to the device."""
     swap = Swap(waiting, device)
     for block in waiting:

@@ -22,7 +22,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.flow.objective import Example
-from transpixeler.models.backbone import Backbone, Flow
+from transpixeler.models.backbone import Backbone
 from transpixeler.models.costs import Costs, block_flops
 from transpixeler.models.noising import RECTIFIED, Noising
 from transpixeler.models.rgb_memory import RgbMemory
@@ -30,6 +30,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import devices, shard
 from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
+from transpixeler.parallel.stage import Stage, Streamed
 from transpixeler.parallel.swap import Swap
 
 SCHEDULES = {
@@ -41,36 +42,6 @@ SCHEDULES = {
 INTERLEAVED = ("interleaved-1f1b", "interleaved-zero-bubble")
 NOMINAL_TOKENS = 16_384  # of a stream, where blocks are weighed against each other: 49 frames of 832×464 or so
 KEPT_SCHEDULES = 2  # each holds receive buffers: microbatches × hidden in both directions
-
-
-class Stage(nn.Module):
-    """A run of the model's parts; the last one turns what it predicts into errors when it is told the truth."""
-
-    # of the step; no arguments, because schedules that split the backward pass take only tensors
-    layout: StreamLayout
-    noising: Noising = RECTIFIED
-
-    def __init__(self, model: Backbone) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *flow: Tensor, truth: Tensor | None = None) -> Tensor | Flow:
-        out = self.model(*flow, layout=self.layout)
-        if isinstance(out, tuple):  # zero-bubble schedules detach a stage's outputs in place, which a view forbids
-            changed = (x.clone() if x._is_view() else x for x in out[: self.model.changed])
-            return *changed, *out[self.model.changed :]
-        return out if truth is None else self.noising.errors(out, truth, self.layout)
-
-
-class Streamed(nn.Module):
-    """Keeps a stage's shards from the schedule, which gathers all of them until its last microbatch."""
-
-    def __init__(self, stage: Stage) -> None:
-        super().__init__()
-        self.stage = stage
-
-    def forward(self, *flow: Tensor, **extra: Tensor) -> Tensor | Flow:
-        return self.stage(*flow, **extra)
 
 
 def stage_count(config: ParallelConfig) -> int:

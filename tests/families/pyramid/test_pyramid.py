@@ -38,6 +38,11 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("pyramid") / "model")
+
+
 def inputs(layout: StreamLayout) -> tuple[Tensor, ...]:
     draws = torch.Generator().manual_seed(4)
     x, text = torch.randn(2, layout.elements, generator=draws), torch.randn(2, 128, 24, generator=draws)
@@ -154,8 +159,8 @@ def test_windows_change_nothing_and_no_frame_sees_a_later_one() -> None:
 
 
 @torch.no_grad()
-def test_a_first_frame_is_scaled_otherwise_than_those_after_it(tmp_path: Path) -> None:
-    opened = open_model(ModelConfig(path=str(write_folder(tmp_path / "model"))))
+def test_a_first_frame_is_scaled_otherwise_than_those_after_it(folder: Path) -> None:
+    opened = open_model(ModelConfig(path=str(folder)))
     vae = opened.load_vae(device=torch.device("cpu"), dtype=torch.float32)
     video = torch.rand(1, 3, 17, 64, 64) * 2 - 1
     raw, found = vae.network.encode(video), vae.encode(video)  # type: ignore[attr-defined]
@@ -211,8 +216,8 @@ def test_a_blind_rgb_behind_earlier_frames_runs_forward_only() -> None:
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_whose_frames_see_later_ones_has_no_history(tmp_path: Path) -> None:
-    write_folder(tmp_path / "model")
+def test_a_model_whose_frames_see_later_ones_has_no_history(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
     place = tmp_path / "model/transformer/config.json"
     place.write_text(place.read_text().replace('"use_temporal_causal": true', '"use_temporal_causal": false'))
     opened = open_model(ModelConfig(path=str(tmp_path / "model")))
@@ -221,8 +226,8 @@ def test_a_model_whose_frames_see_later_ones_has_no_history(tmp_path: Path) -> N
     assert opened.ladder(ObjectiveConfig(history="off")) == PyramidLadder(by_frame=False)
 
 
-def test_a_folder_of_several_is_told_to_name_one(tmp_path: Path) -> None:
-    write_folder(tmp_path)
+def test_a_folder_of_several_is_told_to_name_one(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     for name in ("diffusion_transformer_384p", "diffusion_transformer_768p"):
         shutil.copytree(tmp_path / "transformer", tmp_path / name)
     shutil.rmtree(tmp_path / "transformer")

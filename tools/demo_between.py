@@ -37,7 +37,7 @@ from transpixeler.sampling.texts import encode_prompts
 from transpixeler.sampling.video import Video, video_layout
 
 TASKS = "objective.tasks={extend: 0.5, interpolate: 0.5, joint: null, rgb_to_aux: null}"
-SETTINGS = ("optim.lr=4.0e-3", "train.global_batch=4")
+SETTINGS = ("lora.scope=all", "optim.lr=4.0e-3", "train.global_batch=4")
 STAGES = {
     "first": (TASKS, *SETTINGS, "train.max_steps=700"),
     "second": (TASKS, *SETTINGS, "train.max_steps=280"),

@@ -67,8 +67,9 @@ def test_the_whole_way_in_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixt
     import demo_image
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(demo_image, "STAGES", {"one": ("train.max_steps=1",), "two": ("train.max_steps=1",)})
-    words = [str(tmp_path), "--clips", "8", "--captions", "2", "sample.steps=2", "lora.rank=4"]
+    few = ("train.max_steps=2", "checkpoint.every_steps=1", "optim.warmup_steps=0")
+    monkeypatch.setattr(demo_image, "STAGES", {"taught": (*demo_image.STAGES["taught"], *few)})
+    words = [str(tmp_path), "--clips", "8", "--captions", "2", "sample.steps=2"]
     for _ in range(2):  # the second time nothing is trained again
         assert run("demo_image", demo_image.main, words) == 0
         said = json.loads(capsys.readouterr().out.splitlines()[-1])

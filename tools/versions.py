@@ -31,6 +31,7 @@ PART = (
     "tests/training/test_resume.py",
     "tests/families/conformance",
 )
+WORKERS = ("-p", "no:cacheprovider", "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 SHOWN = ("torch", "diffusers", "transformers", "torchao", "safetensors", "av", "numpy", "peft")
 HEAD = ("packages", "python", *SHOWN, "tests", "outcome")
 LOWER = re.compile(r">=(?=[0-9.]+$)")
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     python = _environment(options.packages, options.folder, fresh=options.fresh)
     chosen = options.tests or [*PART]
     done = subprocess.run(
-        [python, "-m", "pytest", "-p", "no:cacheprovider", *chosen, *(["-k", options.only] if options.only else [])],
+        [python, "-m", "pytest", *WORKERS, *chosen, *(["-k", options.only] if options.only else [])],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -52,6 +52,8 @@ MORE = {
 }
 
 
+WAYS = ("none", "attention", "full")  # to recompute
+
 FOUR_HEADS = {"num_attention_heads": 4}  # which up to four ranks share
 
 
@@ -242,48 +244,57 @@ def _engine(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[Any
     return config, build_engine(config, mesh, lambda: tiny.make(config), tiny.seeded(config))
 
 
-def _said(rank: int, world_size: int, overrides: tuple[str, ...]) -> Counter:
+def _said(rank: int, world_size: int, overrides: tuple[str, ...], *ways: str) -> Counter | list[Counter]:
+    """What a rank says in a step; with each of several ways to recompute."""
+    if ways:
+        return [_said(rank, world_size, (*overrides, f"parallel.recompute={way}")) for way in ways]
     config, engine = _engine(rank, world_size, overrides)
     with Listening() as listening:
         engine.forward_backward(tiny.example(config, 1, range(4)), 1)
     return Counter(listening.heard)
 
 
-@pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("full", 1), ("attention", 1)])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_exchange_is_four_tensors_a_block_each_way(ranks: int, recompute: str, again: int) -> None:
+def test_the_exchange_is_four_tensors_a_block_each_way(ranks: int) -> None:
     """Queries, keys and values in one message, and what was seen: T/ranks · width numbers each."""
     config = tiny.config(*BASE)
     model, example = shape(config, lambda: tiny.make(config), torch.float32), tiny.example(config, 1, range(4))
     part = FP32 * example.layout.tokens * model.width // ranks
-    times = 4 * len(model.blocks) * (2 + again)  # of a microbatch: forward, backward, and where it is recomputed
     velocity = FP32 * example.layout.elements
     adapter = FP32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    expected = Counter({("alltoall_base_", 3 * part): times, ("alltoall_base_", part): times})
-    expected += Counter({("alltoall_base_", velocity): 4, ("sum", adapter): 1})
-    heard = run_ranks(_said, ranks, (*layout(1, 1, 1, ranks), f"parallel.recompute={recompute}"))
-    assert heard == [expected] * ranks
+    again = {"none": 0, "full": 1, "attention": 1}  # times that a block runs once more
+    expected = []
+    for more in again.values():
+        times = 4 * len(model.blocks) * (2 + more)  # of a microbatch: forward, backward, and where it is recomputed
+        found = Counter({("alltoall_base_", 3 * part): times, ("alltoall_base_", part): times})
+        expected.append(found + Counter({("alltoall_base_", velocity): 4, ("sum", adapter): 1}))
+    assert run_ranks(_said, ranks, layout(1, 1, 1, ranks), *again) == [expected] * ranks
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "3"])
 @pytest.mark.parametrize("kind", [(), BLIND], ids=["lora", "blind"])
-def test_what_is_planned_is_exchanged(kind: tuple[str, ...], recompute: str) -> None:
-    config = tiny.config(*BASE, *kind)
+def test_what_is_planned_is_exchanged(kind: tuple[str, ...]) -> None:
+    config, ways = tiny.config(*BASE, *kind), ("none", "full", "3")
     counts = costs.Costs.of(shape(config, lambda: tiny.make(config), torch.float32), kept=False)
     laid = tiny.example(config, 1, range(4)).layout
-    how = int(recompute) if recompute.isdigit() else recompute
-    planned = 4 * FP32 * costs.exchanged(counts, laid.lengths, 2, recompute=how)
-    (heard, _) = run_ranks(_said, 2, (*layout(1, 1, 1, 2), *kind, f"parallel.recompute={recompute}"))
-    found = sum(size * count for (name, size), count in heard.items() if name == "alltoall_base_")
-    assert found - 4 * FP32 * laid.elements == planned
+    (heard, _) = run_ranks(_said, 2, (*layout(1, 1, 1, 2), *kind), *ways)
+    for way, said in zip(ways, heard, strict=True):
+        how = int(way) if way.isdigit() else way
+        planned = 4 * FP32 * costs.exchanged(counts, laid.lengths, 2, recompute=how)
+        found = sum(size * count for (name, size), count in said.items() if name == "alltoall_base_")
+        assert found - 4 * FP32 * laid.elements == planned, way
 
 
 def test_one_rank_alone_exchanges_nothing() -> None:
     assert run_ranks(_said, 1, ()) == [Counter()]
 
 
-def _kept(rank: int, world_size: int, overrides: tuple[str, ...]) -> float:
-    """Bytes that a rank's blocks keep for the backward pass, for each token of the whole sequence."""
+def _kept(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str, float]:
+    """Bytes that a rank's blocks keep for the backward pass, by what is recomputed."""
+    return {way: _kept_by_token(rank, world_size, (*overrides, f"parallel.recompute={way}")) for way in WAYS}
+
+
+def _kept_by_token(rank: int, world_size: int, overrides: tuple[str, ...]) -> float:
+    """For each token of the whole sequence."""
     config, engine = _engine(rank, world_size, overrides)
     (model,) = engine.models()
     found = []
@@ -301,19 +312,17 @@ def _kept(rank: int, world_size: int, overrides: tuple[str, ...]) -> float:
     return (most - less) / (more - fewer)
 
 
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("kind", [(), FULL, BLIND], ids=["lora", "full", "blind"])
-def test_a_rank_keeps_its_share(kind: tuple[str, ...], recompute: str) -> None:
+def test_a_rank_keeps_its_share(kind: tuple[str, ...]) -> None:
     """Exactly where blocks are recomputed.
 
     Else attention keeps what was seen by some heads of all tokens, and its projection all heads of what it acts on.
     """
-    limit = 0.005 if recompute != "none" else 0.06 if kind == BLIND else 0.05
-    overrides = (*kind, f"parallel.recompute={recompute}")
-    (whole,) = run_ranks(_kept, 1, overrides)
+    (whole,) = run_ranks(_kept, 1, kind)
     for ranks in (2, 4):
-        for found in run_ranks(_kept, ranks, (*layout(1, 1, 1, ranks), *overrides)):
-            assert found * ranks == pytest.approx(whole, rel=limit)
+        for found in run_ranks(_kept, ranks, (*layout(1, 1, 1, ranks), *kind)):
+            for way, limit in {"none": 0.06 if kind == BLIND else 0.05, "attention": 0.005, "full": 0.005}.items():
+                assert found[way] * ranks == pytest.approx(whole[way], rel=limit), way
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

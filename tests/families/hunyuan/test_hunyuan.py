@@ -28,6 +28,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource, load_weights
 from transpixeler.sampling import sampler
 from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.video import Video
 
 HOW: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 PROMPT = "a red circle before a wall of grey bricks"
@@ -303,7 +304,7 @@ def made(folder: Path, *, shift: float | str = "auto") -> Tensor:
     layout = layout_of(folder)
     velocity = sampler.guided(engine, layout, fields, None, guidance=lambda _: 1.0)  # type: ignore[arg-type]
     config = SampleConfig(steps=STEPS, shift=shift, scheduler="euler")
-    solver = Sampler(engine, None, config, None, opened)._solver(layout.grids[0])  # type: ignore[arg-type]
+    solver = Sampler(engine, None, config, None, opened)._solver(Video("", "", {}, 0, layout))  # type: ignore[arg-type]
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver))[0]
 
 

@@ -22,6 +22,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource, load_weights
 from transpixeler.sampling import sampler
 from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.video import Video
 
 # as long as texts get: diffusers' pipeline lets the encoder attend the padding of shorter ones, as test_encoders says
 PROMPT, NEGATIVE = "a long caption of many words, " * 9, "a worst quality of many words " * 9
@@ -72,7 +73,7 @@ def made(
     fields = [{"text": one["text"], "lengths": torch.tensor(len(one["text"]))} for one in (text, negative)]
     velocity = sampler.guided(engine, layout, *fields, guidance=lambda _: SCALE)
     config = SampleConfig(steps=STEPS, shift=shift, scheduler="euler")
-    solver = Sampler(engine, None, config, None, opened)._solver(layout.grids[0])
+    solver = Sampler(engine, None, config, None, opened)._solver(Video("", "", {}, 0, layout))
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver, given=given))[0]
 
 

@@ -19,6 +19,7 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.models.weights import WeightSource, load_weights
 from transpixeler.sampling import sampler
 from transpixeler.sampling.sampler import Sampler
+from transpixeler.sampling.video import Video
 
 CPU = torch.device("cpu")
 PROMPT, NEGATIVE = "a red circle drifts left", "a grey square"
@@ -191,7 +192,7 @@ def made(
     )
     velocity = sampler.guided(engine, layout, *fields, guidance=lambda _: SCALE)
     mesh: Any = None
-    solver = Sampler(engine, mesh, SampleConfig(steps=STEPS), None, opened)._solver(layout.grids[0])
+    solver = Sampler(engine, mesh, SampleConfig(steps=STEPS), None, opened)._solver(Video("", "", {}, 0, layout))
     return layout.unpack(denoise(velocity, start_noise(layout, 3), layout, solver, given=given))[0]
 
 

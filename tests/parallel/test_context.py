@@ -25,7 +25,7 @@ from transpixeler.models import context, costs
 from transpixeler.models.context import Context, Shared
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel import runtime
+from transpixeler.parallel import runtime, shard
 from transpixeler.parallel.build import build_engine, shape
 from transpixeler.parallel.pipeline import Engine
 
@@ -117,9 +117,21 @@ def _compiled(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[st
     return _train(rank, world_size, {"compiled": (*overrides, "parallel.compile=on")}, "", FEW)["compiled"]
 
 
+@pytest.mark.skipif(torch.__version__ < shard.SHARED_COMPILE, reason="this torch gives wrong gradients there")
 def test_compiled_blocks_exchange_inside_of_one_graph() -> None:
     for found in run_ranks(_compiled, 2, (*layout(1, 1, 1, 2), "parallel.recompute=attention")):
         assert difference(found, alone(steps=FEW)) < 1e-6
+
+
+def test_a_torch_that_compiles_them_wrongly_is_not_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, asked = torch.device("cuda"), ("parallel.context=2", "parallel.compile=on")
+    monkeypatch.setattr(shard, "SHARED_COMPILE", "2.0")
+    assert shard.wants_compile(tiny.config(*asked).parallel, gpu)
+    monkeypatch.setattr(shard, "SHARED_COMPILE", "99.0")
+    assert not shard.wants_compile(tiny.config(asked[0]).parallel, gpu)
+    assert shard.wants_compile(tiny.config(asked[1]).parallel, gpu)
+    with pytest.raises(UserError, match=r"parallel.compile: on does not go with parallel.context=2 .*torch 99.0 or"):
+        shard.wants_compile(tiny.config(*asked).parallel, gpu)
 
 
 def _scaled(rank: int) -> None:

@@ -50,7 +50,7 @@ def is_cut(x: Tensor, chunk: int) -> bool:
     return 0 < chunk < len(x) * x.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: compiled code makes one, and older compilers cannot follow how a frozen one is set
 class ByToken:
     """A function of each token, and where among its inputs the tokens are.
 

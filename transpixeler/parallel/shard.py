@@ -144,6 +144,9 @@ def _keep_attention(compute: Compute, flow: Flow, tokens: Tokens) -> Flow:
 # --- compile ---------------------------------------------------------------------------------------------------------
 
 
+SHARED_COMPILE = "2.13"  # the oldest torch seen to be right where ranks share a sequence; 2.11 is wrong
+
+
 def settled(config: ParallelConfig, model: Backbone) -> ParallelConfig:
     """Return the settings of a model whose layouts are too many to compile: it is compiled only where that is asked."""
     return replace(config, compile="off") if model.many_layouts and config.compile == "auto" else config
@@ -157,6 +160,14 @@ def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
     if splits_backward(config):  # a compiled backward pass cannot be
         if config.compile == "on":
             raise UserError(f"parallel.compile: on does not go with parallel.schedule={config.schedule}; set auto")
+        return False
+    if config.context > 1 and torch.__version__ < SHARED_COMPILE:
+        if config.compile == "on":
+            raise UserError(
+                f"parallel.compile: on does not go with parallel.context={config.context} under torch "
+                f"{torch.__version__}, whose compiled blocks have wrong gradients there; set auto, or take torch "
+                f"{SHARED_COMPILE} or newer"
+            )
         return False
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 

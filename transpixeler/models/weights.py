@@ -107,6 +107,11 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
+def as_stored(names: Iterable[str]) -> dict[str, str]:
+    """Leave names as they are in a file: for what is no transformer, or to tell whose it is."""
+    return {name: name for name in names}
+
+
 class WeightSource:
     """Tensors by internal name, read when asked for and counted in `bytes_read`.
 

@@ -9,43 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transpixeler.models.mmdit_names import block_counts, block_rows
 from transpixeler.models.names import Loaders, Names, Row
 
-_DOUBLE = {  # internal → original and diffusers
-    "img.mod": ("img_mod.lin", "norm1.linear"),
-    "img.qkv": ("img_attn.qkv", "attn.(to_q+to_k+to_v)"),
-    "img.q_norm": ("img_attn.norm.query_norm.scale", "attn.norm_q.weight"),
-    "img.k_norm": ("img_attn.norm.key_norm.scale", "attn.norm_k.weight"),
-    "img.proj": ("img_attn.proj", "attn.to_out.0"),
-    "img.mlp.0": ("img_mlp.0", "ff.net.0.proj"),
-    "img.mlp.2": ("img_mlp.2", "ff.net.2"),
-    "txt.mod": ("txt_mod.lin", "norm1_context.linear"),
-    "txt.qkv": ("txt_attn.qkv", "attn.(add_q_proj+add_k_proj+add_v_proj)"),
-    "txt.q_norm": ("txt_attn.norm.query_norm.scale", "attn.norm_added_q.weight"),
-    "txt.k_norm": ("txt_attn.norm.key_norm.scale", "attn.norm_added_k.weight"),
-    "txt.proj": ("txt_attn.proj", "attn.to_add_out"),
-    "txt.mlp.0": ("txt_mlp.0", "ff_context.net.0.proj"),
-    "txt.mlp.2": ("txt_mlp.2", "ff_context.net.2"),
+_DOUBLE = {  # internal → original
+    "img.mod": "img_mod.lin",
+    "img.qkv": "img_attn.qkv",
+    "img.q_norm": "img_attn.norm.query_norm.scale",
+    "img.k_norm": "img_attn.norm.key_norm.scale",
+    "img.proj": "img_attn.proj",
+    "img.mlp.0": "img_mlp.0",
+    "img.mlp.2": "img_mlp.2",
+    "txt.mod": "txt_mod.lin",
+    "txt.qkv": "txt_attn.qkv",
+    "txt.q_norm": "txt_attn.norm.query_norm.scale",
+    "txt.k_norm": "txt_attn.norm.key_norm.scale",
+    "txt.proj": "txt_attn.proj",
+    "txt.mlp.0": "txt_mlp.0",
+    "txt.mlp.2": "txt_mlp.2",
 }
 _SINGLE = {
-    "mod": ("modulation.lin", "norm.linear"),
-    "linear1": ("linear1", "(attn.to_q+attn.to_k+attn.to_v+proj_mlp*4)"),
-    "heads.q_norm": ("norm.query_norm.scale", "attn.norm_q.weight"),
-    "heads.k_norm": ("norm.key_norm.scale", "attn.norm_k.weight"),
-    "linear2": ("linear2", "proj_out"),
+    "mod": "modulation.lin",
+    "linear1": "linear1",
+    "heads.q_norm": "norm.query_norm.scale",
+    "heads.k_norm": "norm.key_norm.scale",
+    "linear2": "linear2",
 }
 _EMBEDDERS = {"time_in": "timestep_embedder", "guidance_in": "guidance_embedder", "vector_in": "text_embedder"}
 _LAYERS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 
 _ROWS = (
-    *(
-        Row(f"blocks.{{n}}.{i}", f"double_blocks.{{n}}.{o}", f"transformer_blocks.{{n}}.{d}")
-        for i, (o, d) in _DOUBLE.items()
-    ),
-    *(
-        Row(f"blocks.s{{n}}.{i}", f"single_blocks.{{n}}.{o}", f"single_transformer_blocks.{{n}}.{d}")
-        for i, (o, d) in _SINGLE.items()
-    ),
+    *block_rows(_DOUBLE, _SINGLE),
     Row("embed.img_in", "img_in", "x_embedder"),
     Row("embed.txt_in", "txt_in", "context_embedder"),
     *(
@@ -78,11 +72,11 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the config of an original file, which comes without one, from shapes by internal name."""
     width, channels = shapes["embed.img_in.weight"]
     head_dim = shapes["blocks.0.img.q_norm"][0]
-    numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
+    double, single = block_counts(shapes)
     side = head_dim * 7 // 32 * 2  # rows and columns have seven sixteenths of a head each, the index the rest
     return {
-        "num_layers": 1 + max(int(number) for number in numbers if number[0] != "s"),
-        "num_single_layers": 1 + max((int(number[1:]) for number in numbers if number[0] == "s"), default=-1),
+        "num_layers": double,
+        "num_single_layers": single,
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,
         "in_channels": channels,

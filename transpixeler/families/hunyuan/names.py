@@ -10,32 +10,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from transpixeler.families.hunyuan.config import LATENT_CONCAT, MASK_CHANNELS
+from transpixeler.models.mmdit_names import block_counts, block_rows
 from transpixeler.models.names import Loaders, Names, Row
 
 WIDTH = 3072  # of the published model
 
-_DOUBLE = {  # internal → original and diffusers
-    "img.mod": ("img_mod.linear", "norm1.linear"),
-    "img.qkv": ("img_attn_qkv", "attn.(to_q+to_k+to_v)"),
-    "img.q_norm": ("img_attn_q_norm.weight", "attn.norm_q.weight"),
-    "img.k_norm": ("img_attn_k_norm.weight", "attn.norm_k.weight"),
-    "img.proj": ("img_attn_proj", "attn.to_out.0"),
-    "img.mlp.0": ("img_mlp.fc1", "ff.net.0.proj"),
-    "img.mlp.2": ("img_mlp.fc2", "ff.net.2"),
-    "txt.mod": ("txt_mod.linear", "norm1_context.linear"),
-    "txt.qkv": ("txt_attn_qkv", "attn.(add_q_proj+add_k_proj+add_v_proj)"),
-    "txt.q_norm": ("txt_attn_q_norm.weight", "attn.norm_added_q.weight"),
-    "txt.k_norm": ("txt_attn_k_norm.weight", "attn.norm_added_k.weight"),
-    "txt.proj": ("txt_attn_proj", "attn.to_add_out"),
-    "txt.mlp.0": ("txt_mlp.fc1", "ff_context.net.0.proj"),
-    "txt.mlp.2": ("txt_mlp.fc2", "ff_context.net.2"),
+_DOUBLE = {  # internal → original
+    "img.mod": "img_mod.linear",
+    "img.qkv": "img_attn_qkv",
+    "img.q_norm": "img_attn_q_norm.weight",
+    "img.k_norm": "img_attn_k_norm.weight",
+    "img.proj": "img_attn_proj",
+    "img.mlp.0": "img_mlp.fc1",
+    "img.mlp.2": "img_mlp.fc2",
+    "txt.mod": "txt_mod.linear",
+    "txt.qkv": "txt_attn_qkv",
+    "txt.q_norm": "txt_attn_q_norm.weight",
+    "txt.k_norm": "txt_attn_k_norm.weight",
+    "txt.proj": "txt_attn_proj",
+    "txt.mlp.0": "txt_mlp.fc1",
+    "txt.mlp.2": "txt_mlp.fc2",
 }
 _SINGLE = {
-    "mod": ("modulation.linear", "norm.linear"),
-    "linear1": ("linear1", "(attn.to_q+attn.to_k+attn.to_v+proj_mlp*4)"),
-    "heads.q_norm": ("q_norm.weight", "attn.norm_q.weight"),
-    "heads.k_norm": ("k_norm.weight", "attn.norm_k.weight"),
-    "linear2": ("linear2", "proj_out"),
+    "mod": "modulation.linear",
+    "linear1": "linear1",
+    "heads.q_norm": "q_norm.weight",
+    "heads.k_norm": "k_norm.weight",
+    "linear2": "linear2",
 }
 _REFINER = {
     "norm1": ("norm1", "norm1"),
@@ -57,14 +58,7 @@ _EMBEDDERS = (  # internal, original with its two layers, diffusers
 )
 
 _ROWS = (
-    *(
-        Row(f"blocks.{{n}}.{i}", f"double_blocks.{{n}}.{o}", f"transformer_blocks.{{n}}.{d}")
-        for i, (o, d) in _DOUBLE.items()
-    ),
-    *(
-        Row(f"blocks.s{{n}}.{i}", f"single_blocks.{{n}}.{o}", f"single_transformer_blocks.{{n}}.{d}")
-        for i, (o, d) in _SINGLE.items()
-    ),
+    *block_rows(_DOUBLE, _SINGLE),
     *(
         Row(
             f"embed.txt_in.blocks.{{n}}.{i}",
@@ -107,12 +101,12 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     width, channels, *_ = shapes["embed.img_in.weight"]
     out = shapes["head.linear.weight"][0] // 4
     head_dim = shapes["blocks.0.img.q_norm"][0]
-    numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
+    double, single = block_counts(shapes)
     refiner = [int(name.split(".")[3]) for name in shapes if name.startswith("embed.txt_in.blocks.")]
     side = head_dim * 7 // 32 * 2  # rows and columns have seven sixteenths of a head each, time the rest
     return {
-        "num_layers": 1 + max(int(number) for number in numbers if number[0] != "s"),
-        "num_single_layers": 1 + max((int(number[1:]) for number in numbers if number[0] == "s"), default=-1),
+        "num_layers": double,
+        "num_single_layers": single,
         "num_refiner_layers": 1 + max(refiner),
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,

@@ -28,7 +28,7 @@ from transpixeler.models.encoders import (
     load_t5_and_clip,
 )
 from transpixeler.models.family import Digest, file_digest
-from transpixeler.models.weights import WeightSource
+from transpixeler.models.weights import WeightSource, as_stored
 
 EXAMPLE = "hpcai-tech/Open-Sora-v2"
 VAE_FILE = "hunyuan_vae.safetensors"
@@ -110,7 +110,7 @@ def vae_geometry(path: str | Path) -> tuple[tuple[int, int, int], int]:
 
 def _config_of_file(file: Path) -> dict[str, Any]:
     """Return arguments of diffusers' class, read off the tensors of a file."""
-    source = WeightSource(file, lambda names: {name: name for name in names})
+    source = WeightSource(file, as_stored)
     with naming_damage(file):
         levels = [name for name in source.names() if name.endswith("resnets.0.conv1.conv.weight")]
         levels = sorted(name for name in levels if name.startswith("encoder.down_blocks."))

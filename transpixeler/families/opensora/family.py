@@ -39,7 +39,7 @@ from transpixeler.models.pipeline_folder import (
 )
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Grid
-from transpixeler.models.weights import WeightSource
+from transpixeler.models.weights import WeightSource, as_stored
 
 _FILE = "Open_Sora_v2.safetensors"  # of the weights in the published folder, which has no config
 # How far noise levels are shifted, by tokens of a frame: a straight line through two points.
@@ -130,7 +130,7 @@ class OpenSoraFolder(PipelineFolder):
 
 def _stored(path: Path) -> tuple[str, ...]:
     """Return the names of a file's weights as they are."""
-    return WeightSource(path, lambda names: {name: name for name in names}).names()
+    return WeightSource(path, as_stored).names()
 
 
 def _config_of_file(path: Path) -> dict[str, Any]:

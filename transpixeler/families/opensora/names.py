@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from transpixeler.models.mmdit_names import block_counts
 from transpixeler.models.names import Names, Row
 
 _PARTS = "(q_proj+k_proj+v_proj)"
@@ -71,11 +72,11 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, apart: bool) ->
     """
     width, channels = shapes["embed.img_in.weight"]
     head_dim = shapes["blocks.0.img.q_norm"][0]
-    numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
+    double, single = block_counts(shapes)
     side = head_dim * 7 // 32 * 2  # rows and columns have seven sixteenths of a head each, time the rest
     return {
-        "depth": 1 + max(int(number) for number in numbers if number[0] != "s"),
-        "depth_single_blocks": 1 + max((int(number[1:]) for number in numbers if number[0] == "s"), default=-1),
+        "depth": double,
+        "depth_single_blocks": single,
         "num_heads": width // head_dim,
         "hidden_size": width,
         "in_channels": channels,

@@ -35,7 +35,7 @@ from transpixeler.models.pipeline_folder import (
     read_published,
 )
 from transpixeler.models.resolve import resolve
-from transpixeler.models.weights import WeightSource
+from transpixeler.models.weights import WeightSource, as_stored
 
 
 class PyramidFolder(PipelineFolder):
@@ -110,7 +110,7 @@ class PyramidFolder(PipelineFolder):
 def _recognises(path: Path) -> bool:
     """Tell Pyramid Flow by the class that a config names, or by the names of a single file's weights."""
     if path.is_file():
-        return is_pyramid(WeightSource(path, lambda names: {name: name for name in names}).names())
+        return is_pyramid(WeightSource(path, as_stored).names())
     return names_class(path, CLASS)
 
 

@@ -10,31 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from transpixeler.models.mmdit_names import DOUBLE, SINGLE, block_counts, block_rows
 from transpixeler.models.names import Names, Row
 
-_DOUBLE = {  # internal → together and apart
-    "img.mod": ("norm1.linear", "norm1.linear"),
-    "img.qkv": ("attn.to_qkv", "attn.(to_q+to_k+to_v)"),
-    "img.q_norm": ("attn.norm_q.weight", "attn.norm_q.weight"),
-    "img.k_norm": ("attn.norm_k.weight", "attn.norm_k.weight"),
-    "img.proj": ("attn.to_out.0", "attn.to_out.0"),
-    "img.mlp.0": ("ff.net.0.proj", "ff.net.0.proj"),
-    "img.mlp.2": ("ff.net.2", "ff.net.2"),
-    "txt.mod": ("norm1_context.linear", "norm1_context.linear"),
-    "txt.qkv": ("attn.add_qkv_proj", "attn.(add_q_proj+add_k_proj+add_v_proj)"),
-    "txt.q_norm": ("attn.norm_added_q.weight", "attn.norm_added_q.weight"),
-    "txt.k_norm": ("attn.norm_added_k.weight", "attn.norm_added_k.weight"),
-    "txt.proj": ("attn.to_add_out", "attn.to_add_out"),
-    "txt.mlp.0": ("ff_context.net.0.proj", "ff_context.net.0.proj"),
-    "txt.mlp.2": ("ff_context.net.2", "ff_context.net.2"),
-}
-_SINGLE = {
-    "mod": ("norm.linear", "norm.linear"),
-    "linear1": ("attn.to_qkv_mlp", "(attn.to_q+attn.to_k+attn.to_v+proj_mlp*4)"),
-    "heads.q_norm": ("attn.norm_q.weight", "attn.norm_q.weight"),
-    "heads.k_norm": ("attn.norm_k.weight", "attn.norm_k.weight"),
-    "linear2": ("proj_out", "proj_out"),
-}
+_DOUBLE = DOUBLE | {"img.qkv": "attn.to_qkv", "txt.qkv": "attn.add_qkv_proj"}  # internal → together
+_SINGLE = SINGLE | {"linear1": "attn.to_qkv_mlp"}
+_FOLDERS = ("transformer_blocks", "single_transformer_blocks")
 _EMBEDDERS = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
 _LAYERS = {"in_layer": "linear_1", "out_layer": "linear_2"}
 _ENDS = {
@@ -50,11 +31,7 @@ _ENDS = {
 }
 
 _ROWS = (
-    *(Row(f"blocks.{{n}}.{i}", *(f"transformer_blocks.{{n}}.{one}" for one in pair)) for i, pair in _DOUBLE.items()),
-    *(
-        Row(f"blocks.s{{n}}.{i}", *(f"single_transformer_blocks.{{n}}.{one}" for one in pair))
-        for i, pair in _SINGLE.items()
-    ),
+    *block_rows(_DOUBLE, _SINGLE, folders=_FOLDERS),
     *(Row(internal, *pair) for internal, pair in _ENDS.items()),
 )
 NAMES = Names(
@@ -72,11 +49,11 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return the config of a file, which comes without one, from shapes by internal name."""
     width, channels = shapes["embed.img_in.weight"]
     head_dim = shapes["blocks.0.img.q_norm"][0]
-    numbers = [name.split(".")[1] for name in shapes if name.startswith("blocks.")]
+    double, single = block_counts(shapes)
     side = head_dim * 3 // 16 * 2  # rows and columns have three eighths of a head each, time the rest
     return {
-        "num_layers": 1 + max(int(number) for number in numbers if number[0] != "s"),
-        "num_single_layers": 1 + max((int(number[1:]) for number in numbers if number[0] == "s"), default=-1),
+        "num_layers": double,
+        "num_single_layers": single,
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,
         "in_channels": channels,

@@ -28,7 +28,7 @@ from pathlib import Path
 import gpu_large
 import harness
 import torch
-from gpu_blocks import REAL, TOY, Bench, Line, step, timed
+from gpu_blocks import REAL, ROOT, TOY, Bench, Line, command, step, steps_of, timed
 from torch import Tensor
 from torch.nn.attention import restore_flash_attention_impl
 
@@ -38,7 +38,6 @@ from transpixeler.models.attention import attention, available_kernels, pick_ker
 from transpixeler.parallel.devices import memory_facts, prepare_allocator
 from transpixeler.parallel.runtime import quiet_libraries
 
-ROOT = Path(__file__).parents[2]
 MODES = ("none", "attention", "full", "offload")
 SAMPLED = 256  # rows of queries whose gradient is held against fp32
 FLASH = 4, 10  # FLOPs of attention forward and backward, times width and pairs
@@ -149,28 +148,15 @@ def trainer(bench: Bench) -> Iterator[Line]:
             while process.poll() is None and time.monotonic() < limit and not _saved(output):
                 time.sleep(0.2)
             process.kill()
-        killed_at = max(int(step["step"]) for step in _steps(output))
-        _command("train", config, *settings, f"train.max_steps={killed_at + 4}", "--resume")
-        steps = _steps(output)
+        killed_at = max(int(step["step"]) for step in steps_of(output))
+        command("train", config, *settings, f"train.max_steps={killed_at + 4}", "--resume")
+        steps = steps_of(output)
     told = {name: [round(step[name], 4) for step in steps] for name in ("seconds", "data_wait", "checkpoint_stall")}
     yield {"killed_at": killed_at, "steps": steps[-1]["step"], **told, "memory_gib": round(steps[-1]["memory_gib"], 3)}
 
 
-def _command(*argv: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "transpixeler", *argv], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{argv[0]}: {done.stderr.strip().splitlines()[-1]}")
-
-
 def _saved(output: Path) -> list[Path]:
     return [*output.glob("latest/checkpoints/global_step*[0-9]")]
-
-
-def _steps(output: Path) -> list[Line]:
-    """Return the records of steps of a run; one that was cut off is left out."""
-    lines = (output / "latest/metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return [record for record in records if "checkpoint_stall" in record]
 
 
 STAGES = (

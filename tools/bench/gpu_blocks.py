@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -21,6 +25,7 @@ from transpixeler.models.streams import Grid, StreamLayout
 from transpixeler.parallel.devices import forget_peak, peak_memory
 from transpixeler.parallel.shard import set_recompute
 
+ROOT = Path(__file__).parents[2]
 Line = dict[str, Any]
 
 
@@ -137,3 +142,22 @@ def timed(
     if bench.device.type == "cuda":
         memory["peak_gib"] = round(peak_memory(bench.device) - held / 2**30, 3)
     return {"seconds": round(taken, 4), "model_tflops": round(flops / taken / 1e12, 4), **memory}
+
+
+# -- whole trainings
+
+
+def command(*argv: str, ranks: int = 1, limit: float | None = None) -> None:
+    """Run a command of transpixeler, on several ranks under torchrun. limit: seconds."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    words = [sys.executable, *launcher, "-m", "transpixeler", *argv]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise RuntimeError(f"{argv[0]}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def steps_of(output: Path) -> list[Line]:
+    """Return the records of steps of a run; one that was cut off is left out."""
+    lines = (output / "latest/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [record for record in records if "checkpoint_stall" in record]

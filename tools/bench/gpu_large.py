@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +11,7 @@ from typing import Any
 
 import harness
 import torch
-from gpu_blocks import LARGE, REAL, Bench, Line, forward, step, timed
+from gpu_blocks import LARGE, REAL, Bench, Line, command, forward, step, steps_of, timed
 from torch import Tensor
 
 from transpixeler.demo.write import write_demo
@@ -23,7 +19,6 @@ from transpixeler.models.quantize import quantize
 from transpixeler.parallel.devices import forget_peak, peak_memory
 from transpixeler.parallel.swap import Swap
 
-ROOT = Path(__file__).parents[2]
 WAITING = 6  # blocks, of which two are on the device at a time
 LAYOUTS = {  # of two GPUs
     "replicas": ("parallel.replicate=2",),
@@ -131,12 +126,7 @@ def several(bench: Bench) -> Iterator[Line]:
             output = Path(folder, name.replace(" ", "_"))
             few = ("train.max_steps=4", "eval.every_epochs=0", "eval.before_first_step=false", "log.tensorboard=false")
             words = ("train", f"{folder}/demo/config.yaml", f"output_dir={output}", *few, *keys)
-            launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "transpixeler")
-            command, environment = [sys.executable, *launcher, *words], {"OMP_NUM_THREADS": "1"} | os.environ
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-            if done.returncode:
-                raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-            records = [json.loads(line) for line in (output / "latest/metrics.jsonl").read_text().splitlines()]
-            steps = [record for record in records if "loss" in record and "seconds" in record]
+            command(*words, ranks=2, limit=180)
+            steps = steps_of(output)
             told = {key: [round(one[key], 6) for one in steps] for key in ("loss", "seconds")}
             yield {"layout": name, **told}

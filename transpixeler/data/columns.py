@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, overload
@@ -22,9 +23,9 @@ COMPARED = 1 << 16  # texts whose bytes are gathered at a time
 class Rows(Sequence[Row], Generic[Row]):
     """A sequence whose rows are made when they are asked for; equal to any sequence of equal rows."""
 
+    @abstractmethod
     def make(self, row: int) -> Row:
         """Return a row by its number from 0."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, row: int) -> Row: ...

@@ -162,6 +162,15 @@ def test_a_frame_that_the_decoder_had_to_guess_is_named(name: str, tmp_path: Pat
         read_frames(path, range(8, 20), height=16, width=32)
 
 
+def test_a_tag_that_is_no_text_does_not_keep_a_file_from_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_marked(path, range(3), fps=Fraction(16))
+    whole = path.read_bytes()
+    assert b"VideoHandler" in whole
+    path.write_bytes(whole.replace(b"VideoHandler", b"Video\xff\xfe\xfa\xfc\xe9er"))
+    assert probe(path).frames == 3 and marks(read_frames(path, [0, 1, 2], height=HEIGHT, width=WIDTH)) == [0, 1, 2]
+
+
 def test_a_frame_beyond_the_end_is_named(tmp_path: Path) -> None:
     write_marked(tmp_path / "a.mp4", range(5), fps=Fraction(24))
     with pytest.raises(BadMedia, match="has 5 frames, so there is no frame 5"):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Video
     import av
     from av.stream import Disposition
 
-    with as_bad_media(), av.open(f"file:{path}", options=LOCAL, metadata_errors="replace") as container:
+    with as_bad_media(), av.open(f"file:{path}", options=LOCAL, **_lenient(av.__version__)) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise BadMedia("has no video stream")
@@ -79,6 +79,11 @@ def opened(path: Path, threads: int = 1) -> Iterator[tuple[InputContainer, Video
         stream.codec_context.thread_count = threads or os.cpu_count() or 1
         stream.thread_type = "AUTO"
         yield container, stream
+
+
+def _lenient(version: str) -> dict[str, Any]:
+    """Return the option with which PyAV reads tags that are not UTF-8; from version 19 on it needs and has none."""
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
 
 
 def timeline(container: InputContainer, stream: VideoStream) -> Timeline:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FRAMES_JUDGED = 12  # of a file, to tell whether its colour is premultiplied
 PLANAR = {3: "gbrp", 4: "gbrap"}  # swscale writes planes in half the time of packed pixels
 PACKED = {3: "rgb24", 4: "rgba"}
+# FFmpeg's numbers for bicubic, accurate rounding, full chroma interpolation and input; PyAV 17.0 names the first alone
+BICUBIC = 0x4 | 0x40000 | 0x2000 | 0x4000
 
 
 class Scaler(Protocol):
@@ -179,7 +181,5 @@ def _image_frames(
 
 
 def _scaled(frame: VideoFrame, scaler: VideoReformatter, layout: str, *, height: int, width: int) -> np.ndarray:
-    from av.video.reformatter import Interpolation as By
-
-    by = By.BICUBIC | By.ACCURATE_RND | By.FULL_CHR_H_INT | By.FULL_CHR_H_INP
-    return scaler.reformat(frame, width=width, height=height, format=layout, interpolation=by, threads=1).to_ndarray()
+    size = {"width": width, "height": height}
+    return scaler.reformat(frame, **size, format=layout, interpolation=BICUBIC, threads=1).to_ndarray()

@@ -69,6 +69,8 @@ def test_a_real_comfyui_reads_every_export_as_ours() -> None:
 def test_a_real_comfyui_makes_what_our_sampler_makes() -> None:
     code, told = run(COMFYUI, "workflows")
     lines = [json.loads(line) for line in told.splitlines()]
-    assert code == 0 and len(lines) == 7 and all(line["error"] < 1e-4 for line in lines), told
+    assert code == 0 and len(lines) == 14 and all(line["error"] < 1e-4 for line in lines), told
     by_name = {line["workflow"]: line["given"] for line in lines}
-    assert by_name["matting"] == {"rgb": 3} and by_name["image_to_rgba"] == {"rgb": 1}
+    assert by_name["matting"] == {"rgb": 3} and by_name["matting, painting"] == {"seg": 3}
+    assert by_name["image_to_rgba"] == by_name["image_to_rgba, Wan 2.2 5B"] == {"rgb": 1}
+    assert by_name["image_to_rgba, with its matte"] == {"rgb": 1, "seg": 1}

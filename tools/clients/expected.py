@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transpixeler.models.streams import StreamLayout
 
 WORDS = (512, 4096)
+SEEN = (257, 1280)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ def text_of(text: str) -> Tensor:
     import torch
 
     return torch.randn(1, *WORDS, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
+
+
+def vision() -> Tensor:
+    """Return random numbers in place of an encoded picture, [1, tokens, width]."""
+    import torch
+
+    return torch.randn(1, *SEEN, generator=torch.Generator().manual_seed(1))
 
 
 def expected(
@@ -54,7 +62,10 @@ def expected(
     experts = [models[name] for name in _adapters(prompt)]
     layout, (latents, held) = _layout(experts[0], found, scales), (_parts(x, scales) for x in (found, start))
     holder = _node(prompt, "TranspixelerJointLatent")["inputs"]
-    whole, first = ({0} if name in holder else set() for name in ("rgb", "image"))
+    whole, first = (
+        {stream for stream, name in enumerate(names) if name in holder}
+        for names in (("rgb", "alpha"), ("image", "image_alpha"))
+    )
     layout = Task("", given=frozenset(whole), first=frozenset(first)).cut(layout)
     given = {stream: _normed(held[stream])[0] for stream in whole} | {
         stream: _normed(held[stream])[0, :, :1] for stream in first
@@ -108,9 +119,10 @@ def _node(prompt: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 
 
 def _adapters(prompt: Mapping[str, Any]) -> list[str]:
-    """Return the adapters' files, that of the high-noise expert first."""
+    """Return the adapters' files, that of the high-noise expert first; those of one model as one name."""
     names = ("adapter", "adapter_high", "adapter_low")
-    return [node["inputs"][name] for name in names for node in prompt.values() if name in node["inputs"]]
+    files = [[node["inputs"][name] for node in prompt.values() if name in node["inputs"]] for name in names]
+    return [", ".join(sorted(chain)) for chain in files if chain]
 
 
 # -- latents
@@ -140,8 +152,13 @@ def _normed(latent: Tensor) -> Tensor:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
+    from transpixeler.families.wan.original import LATENTS_MEAN_22, LATENTS_STD_22
+
     known = inspect.signature(AutoencoderKLWan.__init__).parameters
-    mean, std = (torch.tensor(known[f"latents_{name}"].default).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    found = (known["latents_mean"].default, known["latents_std"].default)
+    if latent.shape[1] == len(LATENTS_MEAN_22):
+        found = (LATENTS_MEAN_22, LATENTS_STD_22)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in found)
     return (latent - mean) / std
 
 
@@ -154,7 +171,7 @@ def _noise(asked: Mapping[str, Any], latent: Tensor, scales: Sequence[int], layo
 
 
 def _shown_fields(model: Backbone, layout: StreamLayout, shown: Mapping[int, Tensor]) -> list[Tensor]:
-    """Return what an image-to-video model is shown, [1, N'] of masks and latents; [] of another model."""
+    """Return what an image-to-video model is shown, [1, N'] of masks and latents, and of tokens; [] of others."""
     from transpixeler.models.conditions import Shown, shown_fields, with_channels
 
     fields = shown_fields(model.fields)
@@ -163,5 +180,6 @@ def _shown_fields(model: Backbone, layout: StreamLayout, shown: Mapping[int, Ten
     inside = with_channels(layout, fields[0].width - fields[0].mask)
     own = inside.pack([_normed(shown[stream]) for stream in range(len(layout.names))])
     grey = inside.pack([_normed(shown[-1])] * len(layout.names))
-    values = Shown(fields, {fields[0].name: own}, {fields[0].name: grey}).values(layout, [{0}])
-    return [values[fields[0].name]]
+    encoded = {field.name: vision() for field in fields[1:]}
+    values = Shown(fields, {fields[0].name: own, **encoded}, {fields[0].name: grey, **encoded}).values(layout, [{0}])
+    return [values[field.name] for field in fields]

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transpixeler.models.family import Family
 
 
+RANK, ALPHA = 4, 6.0
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A tiny model of a family; ComfyUI takes the widths of heads, texts and times for granted."""
@@ -74,27 +77,58 @@ def write_base(tiny: Tiny, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def trained(tiny: Tiny, base: Path, streams: Sequence[str], **said: str) -> tuple[Backbone, Adapter]:
+def trained(
+    tiny: Tiny, base: Path, streams: Sequence[str], *, attends: bool = True, **said: str
+) -> tuple[Backbone, Adapter]:
     """Return a model whose adapter has moved, and the adapter: of every default linear, at a scale that is not 1.
 
-    said: more of what its file's header tells.
+    attends: whether RGB tokens see the companions. said: more of what its file's header tells.
     """
     import torch
 
     from transpixeler.adapters.on_model import adapter_of
-    from transpixeler.models.family import find_family
-    from transpixeler.models.lora import inject
-    from transpixeler.models.weights import WeightSource, load_weights
 
-    family = find_family(tiny.family)
-    model = family.open(str(base)).build(streams=streams)
-    load_weights(model, WeightSource(base, family.internal_names))
-    inject(model, LoraConfig(rank=4, alpha=6.0, scope="all" if len(streams) == 1 else "aux"))
+    lora = LoraConfig(rank=RANK, alpha=ALPHA, scope="all" if len(streams) == 1 else "aux")
+    model = _injected(tiny, base, streams, lora, attends=attends)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name or "stream_embedding" in name:
                 parameter.normal_(std=0.1)
     return model.eval(), adapter_of(model, {"base_model": str(base), "streams": ",".join(streams), **said})
+
+
+def chained(tiny: Tiny, base: Path, parts: Sequence[tuple[Backbone, float]]) -> Backbone:
+    """Return a model with the sum of several models' adapters, each at its strength; their marks are averaged."""
+    import torch
+
+    rank, total = RANK * len(parts), sum(strength for _, strength in parts)
+    model = _injected(tiny, base, parts[0][0].streams, LoraConfig(rank=rank, alpha=float(rank), scope="aux"))
+    held = [dict(part.named_parameters()) for part, _ in parts]
+    strengths = [strength for _, strength in parts]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = [own[name] for own in held] if ".lora_" in name or "stream_embedding" in name else []
+            if name.endswith(".lora_A"):
+                parameter.copy_(torch.cat(values))
+            elif name.endswith(".lora_B"):
+                up = [ALPHA / RANK * by * value for value, by in zip(values, strengths, strict=True)]
+                parameter.copy_(torch.cat(up, dim=1))
+            elif values:
+                marks = [by / total * value for value, by in zip(values, strengths, strict=True)]
+                parameter.copy_(torch.stack(marks).sum(0))
+    return model.eval()
+
+
+def _injected(tiny: Tiny, base: Path, streams: Sequence[str], lora: LoraConfig, *, attends: bool = True) -> Backbone:
+    from transpixeler.models.family import find_family
+    from transpixeler.models.lora import inject
+    from transpixeler.models.weights import WeightSource, load_weights
+
+    family = find_family(tiny.family)
+    model = family.open(str(base)).build(streams=streams, rgb_attends_aux=attends)
+    load_weights(model, WeightSource(base, family.internal_names))
+    inject(model, lora)
+    return model
 
 
 def original_weights(base: Path, family: Family) -> dict[str, Tensor]:
@@ -105,9 +139,11 @@ def original_weights(base: Path, family: Family) -> dict[str, Tensor]:
     return {family.names.parameter(n, source="internal", to="original"): source.read(n) for n in source.names()}
 
 
-def shrink_vae() -> None:
-    """Have ComfyUI's Wan VAE take few channels, where it takes 96 for granted: those need minutes on a CPU."""
+def shrink_vaes() -> None:
+    """Have ComfyUI's VAEs of Wan take few channels, where it takes 96 and more for granted: minutes on a CPU."""
     import comfy.ldm.wan.vae as wan  # pyright: ignore[reportMissingImports]  in the folder that the user gives
+    import comfy.ldm.wan.vae2_2 as wan22  # pyright: ignore[reportMissingImports]
 
-    whole = wan.WanVAE
-    wan.WanVAE = lambda **config: whole(**config | {"dim": 8})
+    first, second = wan.WanVAE, wan22.WanVAE
+    wan.WanVAE = lambda **config: first(**config | {"dim": 8})
+    wan22.WanVAE = lambda **config: second(**config | {"dim": 8, "dec_dim": 8})

@@ -20,15 +20,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from clients.cases import ADAPTERS, CASES, CHAIN, PLAIN_BASE, SIDE, Case, Prompt
 from clients.comfyui import NODES, imported
 from clients.expected import Made, expected
-from clients.tiny import WAN, original_weights, shrink_vae, trained, write_base
+from clients.tiny import WAN, chained, original_weights, shrink_vaes, trained, write_base
 from tooling import run
 
 from transpixeler.config.sections import UserError
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 
 EXAMPLES = NODES / "example_workflows"
 TOLERANCE = 1e-4  # of the largest value; fp32 gives some 1e-6
-SIDE, LENGTH, STEPS, CLIP_FRAMES = 32, 9, 4, 12
+LENGTH, CLIP_FRAMES = 9, 12
 PATIENCE = 240  # seconds
-I2V = {"in_channels": 36, "out_channels": 16}
-HELPER = '''"""A text of random numbers that depend on its letters alone, and a small VAE."""
+HELPER = '''"""A text of random numbers that depend on its letters alone, an image's, and small VAEs."""
 import sys
+import types
 sys.path.insert(0, {root!r})
-from clients.expected import text_of
-from clients.tiny import shrink_vae
+from clients.expected import text_of, vision
+from clients.tiny import shrink_vaes
 
-shrink_vae()
+shrink_vaes()
 
 class TinyText:
     CATEGORY, FUNCTION, RETURN_TYPES = "tiny", "encode", ("CONDITIONING",)
@@ -61,32 +61,18 @@ class TinyText:
     def encode(self, text):
         return ([[text_of(text), {{}}]],)
 
-NODE_CLASS_MAPPINGS = {{"TinyText": TinyText}}
+class TinyVision:
+    CATEGORY, FUNCTION, RETURN_TYPES = "tiny", "encode", ("CLIP_VISION_OUTPUT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{"required": {{"image": ("IMAGE",)}}}}
+
+    def encode(self, image):
+        return (types.SimpleNamespace(penultimate_hidden_states=vision()),)
+
+NODE_CLASS_MAPPINGS = {{"TinyText": TinyText, "TinyVision": TinyVision}}
 '''
-
-
-@dataclass(frozen=True)
-class Case:
-    """A workflow, and another adapter than its own, where one is tried."""
-
-    name: str
-    scale: int = 1
-    steps: int = STEPS
-
-    @property
-    def told(self) -> str:
-        return self.name if self.scale == 1 else f"{self.name}, scale {self.scale}"
-
-
-CASES = (
-    Case("text_to_rgba"),
-    Case("text_to_rgba", scale=2),
-    Case("matting"),
-    Case("matting", scale=2),
-    Case("image_to_rgba"),
-    Case("wan2.2_text_to_rgba", steps=8),
-    Case("wan2.2_image_to_rgba", steps=8),
-)
 
 
 def workflows(argv: Sequence[str]) -> None:
@@ -98,7 +84,7 @@ def workflows(argv: Sequence[str]) -> None:
         models, shown = _world(Path(folder))
         with _server(options.comfyui.resolve(), Path(folder)) as server:
             for case in CASES:
-                if not options.only or case.name in options.only:
+                if not options.only or case.name in options.only or case.told in options.only:
                     line = _line(server, Path(folder), case, models, shown)
                     print(json.dumps(line), flush=True)
                     good &= line["as_said"]
@@ -130,50 +116,37 @@ def _world(folder: Path) -> tuple[dict[str, Backbone], dict[int, Tensor]]:
     (folder / "web").mkdir()
     (folder / "web/index.html").touch()
     found = {}
-    for number, (adapter, unet, said) in enumerate(_adapters()):
-        tiny = WAN if "i2v" not in unet else _shown()
-        base = folder / "bases" / unet.partition(".safetensors")[0]
+    for number, one in enumerate(ADAPTERS):
+        base = folder / "bases" / one.base.partition(".safetensors")[0]
         if not base.is_dir():
-            write_base(tiny, base, seed=number)
-        model, trained_adapter = trained(tiny, base, ("rgb", "seg"), **said)
-        save_file(original_weights(base, trained_adapter.family), folder / "models/diffusion_models" / unet)
-        write_adapter(trained_adapter, folder / "models/loras" / adapter)
-        found[adapter] = model
+            write_base(one.tiny, base, seed=number)
+        model, adapter = trained(one.tiny, base, ("rgb", "seg"), attends=one.attends, **one.said)
+        save_file(original_weights(base, adapter.family), folder / "models/diffusion_models" / one.base)
+        write_adapter(adapter, folder / "models/loras" / one.file)
+        found[one.file] = model
+    parts = [(found[name], strength) for name, strength in CHAIN.items()]
+    plain = folder / "bases" / PLAIN_BASE.partition(".safetensors")[0]
+    found[", ".join(sorted(CHAIN))] = chained(WAN, plain, parts)
     vae = folder / "models/vae/wan_2.1_vae.safetensors"
-    _write_vae(vae)
+    _write_vaes(vae, folder / "models/vae/wan2.2_vae.safetensors")
     _write_given(folder / "input")
     return found, _shown_latents(vae, folder / "input/first_frame.png")
 
 
-def _adapters() -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Yield the files that the workflows name: of an adapter, its base, and what its header says."""
-    plain = "wan2.1_t2v_1.3B_bf16.safetensors"
-    yield "joint.safetensors", plain, {}
-    yield "joint_scale_2.safetensors", plain, {"scales": "1,2"}
-    for kind, prefix in (("t2v", ""), ("i2v", "i2v_")):
-        for expert in ("high", "low"):
-            unet = f"wan2.2_{kind}_{expert}_noise_14B_fp8_scaled.safetensors"
-            yield f"{prefix}{expert}.safetensors", unet, {"expert": expert}
-
-
-def _shown() -> Any:
-    from dataclasses import replace
-
-    return replace(WAN, config={**WAN.config, **I2V})
-
-
-def _write_vae(file: Path) -> None:
-    """Write a small VAE of random weights."""
+def _write_vaes(first: Path, second: Path) -> None:
+    """Write small VAEs of random weights: of Wan 2.1, and of Wan 2.2 5B."""
     import comfy.ldm.wan.vae as wan  # pyright: ignore[reportMissingImports]  in the folder that the user gives
+    import comfy.ldm.wan.vae2_2 as wan22  # pyright: ignore[reportMissingImports]
     import torch
     from safetensors.torch import save_file
 
-    shrink_vae()
+    shrink_vaes()
     torch.manual_seed(0)
-    model = wan.WanVAE(z_dim=16, temperal_downsample=[False, True, True])
-    state = model.state_dict()  # ComfyUI leaves it as the memory was
-    made = {name: torch.randn(value.shape) / max(1, value[0].numel()) ** 0.5 for name, value in state.items()}
-    save_file({name: torch.ones_like(value) if "gamma" in name else value for name, value in made.items()}, file)
+    for file, module, channels in ((first, wan, 16), (second, wan22, 48)):
+        model = module.WanVAE(z_dim=channels, temperal_downsample=[False, True, True])
+        state = model.state_dict()  # ComfyUI leaves it as the memory was
+        made = {name: torch.randn(value.shape) / max(1, value[0].numel()) ** 0.5 for name, value in state.items()}
+        save_file({name: torch.ones_like(value) if "gamma" in name else value for name, value in made.items()}, file)
 
 
 def _shown_latents(vae: Path, picture: Path) -> dict[int, Tensor]:
@@ -232,8 +205,8 @@ class Server:
             try:
                 if done(answer := self.ask(path)):
                     return answer
-            except urllib.error.URLError:
-                pass  # it does not listen yet
+            except OSError:
+                pass  # it does not listen yet, or is not ready to answer
             time.sleep(0.5)
         raise UserError(f"ComfyUI did not answer {path}; it said: {self.log.read_text()[-3000:]}")
 
@@ -266,9 +239,10 @@ def _line(
 ) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    prompt = json.loads((EXAMPLES / f"api/{case.name}.json").read_text())
+    prompt: Prompt = json.loads((EXAMPLES / f"api/{case.name}.json").read_text())
     page = json.loads((EXAMPLES / f"{case.name}.json").read_text())
     same = to_api(page, server.ask("/object_info")) == _plain(prompt)
+    case.change(prompt)
     samplers = _shrink(prompt, case)
     answer = server.ask("/prompt", {"prompt": prompt})
     done = server.wait(f"/history/{answer['prompt_id']}", bool)[answer["prompt_id"]]
@@ -284,7 +258,7 @@ def _line(
     return told | {"error": made.error, "given": made.given, "files": files_made, "as_said": good}
 
 
-def _shrink(prompt: dict[str, Any], case: Case) -> list[str]:
+def _shrink(prompt: Prompt, case: Case) -> list[str]:
     """Make a workflow small and its texts plain, and have it save its latents; return its samplers in their order."""
     samplers = []
     for key, node in prompt.items():
@@ -297,7 +271,7 @@ def _shrink(prompt: dict[str, Any], case: Case) -> list[str]:
             inputs["sampler_name"] = "euler"
             samplers.append(key)
         if kind == "TranspixelerJointLatent":
-            inputs |= {"width": SIDE * case.scale, "height": SIDE * case.scale, "length": LENGTH}
+            inputs |= {"width": case.side, "height": case.side, "length": LENGTH}
         if kind == "TranspixelerJointAdapter" and case.scale > 1:
             inputs["adapter"] = f"joint_scale_{case.scale}.safetensors"
     del prompt["2"]

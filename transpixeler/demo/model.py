@@ -137,8 +137,6 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 
     Scores are counted here because the library's own trainer finds other pieces in each run.
     """
-    from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  its stubs do not list it
-
     words: Counter[str] = Counter()
     for attributes in all_attributes():
         words.update(re.findall(r"▁?\w+|[^\w▁]", "▁" + attributes.caption.replace(" ", "▁")))
@@ -147,6 +145,21 @@ def _tokenizer() -> PreTrainedTokenizerBase:
     rare = -2.0 * math.log(total)
     letters = [letter for letter in ("▁", *string.printable[:94]) if letter not in words]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5TokenizerFast(
-        vocab=[*special, *pieces, *((letter, rare) for letter in letters)], extra_ids=0, model_max_length=512
-    )
+    return t5_tokenizer([*special, *pieces, *((letter, rare) for letter in letters)], length=512)
+
+
+def t5_tokenizer(vocabulary: list[tuple[str, float]], *, length: int) -> PreTrainedTokenizerBase:
+    """Make T5's tokenizer of pieces and their scores, the first three of which are padding, end and unknown.
+
+    Only transformers 5 takes pieces; both it and 4 take a tokenizer that is made of them here.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]  its stubs do not list it
+
+    made = Tokenizer(models.Unigram(vocabulary, unk_id=2))  # pyright: ignore[reportCallIssue]  its stubs lag behind
+    spaces = {"replacement": "▁", "prepend_scheme": "always", "split": True}
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**spaces)])
+    made.decoder = decoders.Metaspace(**spaces)
+    ended, both = ["$A", "</s>"], ["$A", "</s>", "$B", "</s>"]
+    made.post_processor = processors.TemplateProcessing(single=ended, pair=both, special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=made, extra_ids=0, model_max_length=length)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tests.support.models import move
+from transpixeler.demo.model import t5_tokenizer
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -39,7 +40,7 @@ def write_pipeline(folder: Path, **overrides: Any) -> None:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -74,7 +75,7 @@ def write_pipeline(folder: Path, **overrides: Any) -> None:
     FluxPipeline(
         tokenizer=CLIPTokenizer(str(parts / "vocab.json"), str(parts / "merges.txt"), model_max_length=77),
         text_encoder=clip.eval(),
-        tokenizer_2=T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512),
+        tokenizer_2=t5_tokenizer(vocabulary, length=512),
         text_encoder_2=t5.eval(),
         vae=vae,
         transformer=published(**overrides),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tests.families.ltx.tiny import TINY, published
+from transpixeler.demo.model import t5_tokenizer
 
 VAES: dict[str, dict[str, Any]] = {
     "0.9.0": {
@@ -52,13 +53,13 @@ def write_pipeline(folder: Path, *, version: str = "0.9.0") -> None:
     """Write a pipeline of random weights in diffusers' layout."""
     from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     letters = [(letter, -math.log(95)) for letter in ("▁", *string.printable[:94])]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
-    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=128)
+    tokenizer = t5_tokenizer(vocabulary, length=128)
     sizes = {"d_model": TINY["caption_channels"], "d_kv": 8, "num_heads": 2, "d_ff": 32, "num_layers": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)

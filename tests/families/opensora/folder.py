@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.models import move
+from transpixeler.demo.model import t5_tokenizer
 from transpixeler.families.opensora.config import OpenSoraConfig, published_config
 from transpixeler.families.opensora.model import OpenSoraModel
 from transpixeler.families.opensora.names import NAMES
@@ -53,7 +54,7 @@ def stored(model: OpenSoraModel, spelling: str = "diffusers") -> dict[str, torch
 
 def write_encoders(folder: Path) -> None:
     from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -72,7 +73,7 @@ def write_encoders(folder: Path) -> None:
     (words / "vocab.json").write_text(json.dumps({letter: place for place, letter in enumerate(_clip_words())}))
     (words / "merges.txt").write_text("#version: 0.2\n")
     CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=77).save_pretrained(words)
-    T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512).save_pretrained(folder / "tokenizer_2")
+    t5_tokenizer(vocabulary, length=512).save_pretrained(folder / "tokenizer_2")
     clip.save_pretrained(folder / "text_encoder")
     t5.save_pretrained(folder / "text_encoder_2")
     vae.save_pretrained(folder / "vae")

@@ -1,21 +1,15 @@
 """Train a video diffusion transformer to generate several aligned videos at once.
 
-    import transpixeler as tp
-
-    config = tp.read_config("my.yaml", "optim.lr=5e-5")   # a file, and keys to set
-    data = tp.encode(config)                              # or a folder: tp.encode("clips", "model.path=base")
-    run = tp.train(config, callbacks=tp.Callbacks(on_step=print))
-    loaded = tp.load(run)                                 # a run, a save, an adapter file or a Hub id
-    [video] = loaded.sample("a red circle", seed=7)       # video.rgb, video.alpha, video.rgba: arrays
-    loaded.sample(["one", "two"], out="samples")          # files too
-
-tp.Prompt holds a prompt with a seed, a negative prompt, a size and files of its own. What a user can mend is raised as
-tp.UserError, other faults as tp.Fault. help(tp.load) and so on say more; `transpixeler --help` lists the commands.
+    run = tp.train(tp.read_config("my.yaml", "optim.lr=5e-5"), callbacks=tp.Callbacks(on_step=print))
+    [video] = tp.load(run).sample(tp.Prompt("a red circle", seed=7))  # video.rgb, video.alpha, video.rgba: arrays
+tp.encode("clips", "model.path=base") fills a cache; tp.UserError and tp.Fault are raised; help(tp.load) says more.
 """
 
-from typing import TYPE_CHECKING, Any
+import sys as _sys
+import typing as _typing
+from types import ModuleType as _ModuleType
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from transpixeler.api import Model as Model
     from transpixeler.api import Sample as Sample
     from transpixeler.api import encode as encode
@@ -29,7 +23,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
 
-__all__ = []  # what is offered is imported when it is asked for
 _PLACES = {
     **dict.fromkeys(("read_config", "encode", "train", "load", "Model", "Sample"), "transpixeler.api"),
     **dict.fromkeys(("UserError", "Fault"), "transpixeler.config.sections"),
@@ -38,14 +31,18 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for, so that importing the package loads nothing."""
-    if name not in _PLACES:
-        raise AttributeError(f"module 'transpixeler' has no attribute {name!r}")
-    from importlib import import_module
+class _Offering(_ModuleType):
+    """Import what is asked for, so that importing the package loads nothing. In a class `help` does not list this."""
 
-    return getattr(import_module(_PLACES[name]), name)
+    def __getattr__(self, name: str) -> _typing.Any:
+        if name not in _PLACES:
+            raise AttributeError(f"module 'transpixeler' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(_PLACES[name]), name)
+
+    def __dir__(self) -> list[str]:
+        return sorted([*vars(self), *_PLACES])
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES])
+_sys.modules[__name__].__class__ = _Offering

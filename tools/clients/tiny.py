@@ -107,7 +107,7 @@ def chained(tiny: Tiny, base: Path, parts: Sequence[tuple[Backbone, float]]) -> 
     strengths = [strength for _, strength in parts]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = [own[name] for own in held] if ".lora_" in name or "stream_embedding" in name else []
+            values: list[Tensor] = [own[name] for own in held] if ".lora_" in name or "stream_embedding" in name else []
             if name.endswith(".lora_A"):
                 parameter.copy_(torch.cat(values))
             elif name.endswith(".lora_B"):

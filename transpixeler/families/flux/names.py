@@ -57,7 +57,7 @@ NAMES = Names(
         read_by={
             "transpixeler": ("ComfyUI",),
             "comfyui": ("ComfyUI",),
-            "diffusers": ("diffusers",),
+            "diffusers": ("diffusers", "ComfyUI"),
             "kohya": ("ComfyUI",),  # diffusers cuts it by the published sizes alone
         },
         model_read_by={

@@ -24,6 +24,7 @@ from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config.sections import LoraConfig
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import inject
+from transpixeler.models.names import pieces
 
 PUBLISHED = {name: case for name, case in CASES.items() if case.family.names.loaders.read_by}
 every_published_family = pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED)
@@ -156,12 +157,26 @@ def patched(case: Case, file: Path) -> dict[str, Tensor]:
     """Return what ComfyUI adds to each weight: alpha / rank · up · down, or up · down where there is no alpha."""
     stored, added = load_file(file), {}
     for key, module in comfyui_keys(case).items():
-        for up, down in ((".lora_B.weight", ".lora_A.weight"), (".lora_up.weight", ".lora_down.weight")):
-            if key + up in stored:
-                rank = stored[key + down].shape[0]
-                scale = stored[key + ".alpha"] / rank if key + ".alpha" in stored else 1.0
-                added[module] = scale * stored[key + up] @ stored[key + down]
+        if (change := changed(stored, key)) is not None:
+            added[module] = change
+    if case.family.name == "flux":  # the only one of ours whose names in diffusers ComfyUI knows, as rows of its own
+        for module in comfyui_keys(case).values():
+            joined = case.family.names.module(module, source="original", to="diffusers")
+            rows = [changed(stored, f"transformer.{piece.name}") for piece in pieces(joined)]
+            if found := [change for change in rows if change is not None]:
+                assert len(found) == len(rows), module
+                added[module] = torch.cat(found)
     return {module: change for module, change in added.items() if change.any()}
+
+
+def changed(stored: dict[str, Tensor], key: str) -> Tensor | None:
+    """Return what a file's pair of matrices adds, if it has one of this key."""
+    for up, down in ((".lora_B.weight", ".lora_A.weight"), (".lora_up.weight", ".lora_down.weight")):
+        if key + up in stored:
+            rank = stored[key + down].shape[0]
+            scale = stored[key + ".alpha"] / rank if key + ".alpha" in stored else 1.0
+            return scale * stored[key + up] @ stored[key + down]
+    return None
 
 
 @every_published_family

@@ -15,8 +15,13 @@ from tests.families.pyramid.folder import write_folder
 from tests.support.ranks import run_ranks
 from tests.training.trainings import as_killed, exact, metrics, run_here
 from transpixeler import cli
+from transpixeler.config.loading import load
+from transpixeler.config.sections import UserError
 from transpixeler.data.media.decode import probe
+from transpixeler.models.family import open_model
+from transpixeler.parallel.mesh import Layout
 from transpixeler.sampling.saves import find_save
+from transpixeler.training.preflight import check_model
 
 CONFIG = """\
 output_dir: output
@@ -129,7 +134,10 @@ REFUSED = {
     "train.micro_batch=2": "train.micro_batch: each sample of Pyramid Flow has a layout of its own",
     "train.micro_tokens=999": "train.micro_tokens: each sample of Pyramid Flow has a layout of its own",
     "streams={rgb: '', seg: {suffix: _seg, scale: 2}}": "streams.seg.scale: the stages of Pyramid Flow go by",
-    "objective.tasks={image_to_video: 1}": "objective.tasks.image_to_video: Pyramid Flow learns to go on",
+    **{
+        f"objective.tasks={{{task}: 1}}": f"objective.tasks.{task}: Pyramid Flow learns to go on"
+        for task in ("image_to_video", "last_to_video", "interpolate", "extend")
+    },
     "objective.shift=3": "objective.shift: 3 is for one way, and each stage of this model has its own; set 1",
     "sample.shift=3": "sample.shift: 3 is for one way, and each stage of this model has its own; set auto",
     "sample.scheduler=unipc": "sample.scheduler: unipc does not go with what this model learns; set it to euler",
@@ -163,13 +171,33 @@ def test_a_plan_counts_the_longest_lesson_and_offers_no_pipeline(
     assert layouts and not any("pipeline=2" in one or "context" in one for one in layouts)
 
 
-@pytest.mark.parametrize("key", ["pipeline", "context"])
-def test_pipelines_and_shared_sequences_are_refused(key: str, world: Path) -> None:
-    from transpixeler.config.loading import load
-    from transpixeler.families.pyramid.lessons import PyramidLadder
+@pytest.mark.parametrize(("key", "layout"), [("pipeline", Layout(2, 1, 1)), ("context", Layout(1, 1, 1, 2))])
+def test_pipelines_and_shared_sequences_are_refused(key: str, layout: Layout, world: Path) -> None:
+    made = load(world / "config.yaml", [f"parallel.{key}=2"])
+    with pytest.raises(UserError, match=f"^parallel.{key}: .* set it to 1$"):
+        check_model(made, layout, open_model(made.model), {})
 
-    fault = PyramidLadder(by_frame=True).fault(load(world / "config.yaml", [f"parallel.{key}=2"]))
-    assert fault.startswith(f"parallel.{key}: ") and fault.endswith("set it to 1")
+
+NOT_GIVEN = {
+    "--between": "--between: this model goes on from a first frame alone",
+    "--extend": "--extend: this model goes on from a first frame alone",
+    "--last": "--last: needs the first frame too",
+    "--image --last": "--last: this model goes on from first frames alone",
+}
+
+
+@pytest.mark.parametrize("options", NOT_GIVEN)
+def test_a_sample_is_given_no_frames_but_the_first(
+    options: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = str(next((world / "data/eval").glob("*.mp4")))
+    files = [word for option in options.split() for word in (option, clip)]
+    settings = ("sample.scheduler=euler", "sample.shift=auto", "sample.size=[64,64,17]")
+    words = ["sample", "--model", str(world / "model"), "--prompt", "a", "--out", str(tmp_path / "out"), *files]
+    assert cli.main([*words, *settings]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"transpixeler: {NOT_GIVEN[options]}; ") and "\n" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_makes_all_at_once_takes_none_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.families.unet3d.folder import TINY, write_folder
+from transpixeler import cli
 from transpixeler.config import loading
 from transpixeler.config.sections import Config, ModelConfig, UserError
 from transpixeler.families.unet3d.config import UnetConfig
@@ -63,7 +65,15 @@ def test_what_it_can_do_is_not_refused(folder: Path) -> None:
         (["lora.per_stream=true"], "lora.per_stream: this model joins its streams"),
         (["streams.seg={suffix: _seg, scale: 2}"], "streams.seg.scale: 3D U-Net joins streams"),
         (["objective.tasks={rgb_to_aux: 1}"], "objective.tasks.rgb_to_aux: 3D U-Net is told one time"),
-        (["objective.tasks={image_to_video: 1}"], "objective.tasks.image_to_video: 3D U-Net is told one time"),
+        *[
+            ([f"objective.tasks={{{task}: 1}}"], f"objective.tasks.{task}: 3D U-Net is told one time")
+            for task in ("image_to_video", "ends_to_video", "interpolate", "extend")
+        ],
+        (["objective.history=on"], "objective.history: 3D U-Net makes all frames at once"),
+        (["data.sync_group=2"], "data.sync_group: 3D U-Net makes all frames at once"),
+        (["objective.shift=3"], "objective.shift: 3 is for flows"),
+        (["sample.shift=3"], "sample.shift: 3 is for flows"),
+        (["sample.steps=1001", "sample.scheduler=ddpm"], "sample.steps: 1001 are more than the 1000"),
         (["objective.density=logit_normal"], "objective.density: logit_normal"),
         (["sample.scheduler=euler"], "sample.scheduler: euler"),
     ],
@@ -72,6 +82,20 @@ def test_what_does_not_apply_is_one_line(folder: Path, overrides: Sequence[str],
     with pytest.raises(UserError) as fault:
         check(folder, *overrides)
     assert str(fault.value).startswith(told) and "; " in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("option", ["--image", "--last", "--rgb", "--alpha", "--between", "--extend"])
+def test_a_sample_is_given_nothing(
+    option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    settings = ("sample.scheduler=ddim", "sample.shift=auto", "sample.size=[16,16,4]")
+    words = ["sample", "--model", str(folder), "--prompt", "a", "--out", str(tmp_path / "out"), *settings]
+    assert cli.main([*words, option, str(picture)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"transpixeler: {option}: 3D U-Net is told one time") and "\n" not in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

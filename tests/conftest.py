@@ -25,6 +25,9 @@ gc.set_threshold(20_000, 20, 20)
 
 
 _modules = [0]  # how many there were when garbage was last told to leave alone what is there
+_thawed = [0]  # times that a training ended, which lets garbage be looked for everywhere again
+_thaw = gc.unfreeze
+THAWS = 5  # trainings whose garbage may lie about; looking through all that is loaded takes half a second
 
 
 def pytest_runtest_setup() -> None:
@@ -33,6 +36,18 @@ def pytest_runtest_setup() -> None:
         gc.collect()
         gc.freeze()
         _modules[0] = len(sys.modules)
+
+
+def _stay_frozen() -> None:
+    """Leave what is loaded out of later searches; now and then, look through all of it once."""
+    _thawed[0] += 1
+    if _thawed[0] % THAWS == 0:
+        _thaw()
+        gc.collect()
+    gc.freeze()
+
+
+gc.unfreeze = _stay_frozen
 
 
 @pytest.fixture(autouse=True)

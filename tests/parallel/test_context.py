@@ -55,6 +55,7 @@ MORE = {
 WAYS = ("none", "attention", "full")  # to recompute
 
 FOUR_HEADS = {"num_attention_heads": 4}  # which up to four ranks share
+TWO = "train.global_batch=2"  # samples, of which each replica has one or each stage a microbatch after the other
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def _train(rank: int, world_size: int, runs: dict[str, tuple[str, ...]], twin: s
     tiny.WAN |= FOUR_HEADS  # of this process alone
     if twin:
         TWINS[twin](rank)
-    return {name: test_layout._train(rank, world_size, overrides, "", steps) for name, overrides in runs.items()}
+    return {name: test_layout._train(rank, world_size, (*how, TWO), "", steps) for name, how in runs.items()}
 
 
 def train(ranks: int, runs: dict[str, tuple[str, ...]], *, twin: str = "", steps: int = STEPS) -> dict[str, Any]:

@@ -24,7 +24,7 @@ WAN = {
     "text_dim": 16,
     "freq_dim": 32,
     "ffn_dim": 96,
-    "num_layers": 6,
+    "num_layers": 4,
 }
 SHAPES = ((4, 1, 4, 4), (4, 2, 4, 6))  # of two buckets
 

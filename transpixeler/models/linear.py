@@ -185,6 +185,7 @@ class _Project(torch.autograd.Function):
         if down and (wanted or not gelu or magnitude):
             alone = gelu and not wanted  # then the scope's alone go through GELU
             part = activated(a[:, start:stop], alone) if part is None or alone else part
+            part = part.contiguous() if gelu else part  # as where it is made alone: a checkpoint counts what is called
             inner = product(part, stacked(down).to(x.dtype).mT, runs)  # [B, Ts, r]
         if wanted or magnitude:
             full = _full(weight, weight_scale, kind, x.dtype)

@@ -24,7 +24,7 @@ from transpixeler.training import optim
 
 STEPS = 3  # from one bucket to the other and back: the last has schedules and shards that both left behind
 BASE = (
-    *("train.global_batch=4", "train.micro_batch=1", "parallel.recompute=none", "seed=3"),
+    *("train.global_batch=4", "train.micro_batch=2", "parallel.recompute=none", "seed=3"),
     *("objective.caption_dropout=0", "objective.tasks={joint: 1, rgb_to_aux: 1, ends_to_video: 2, interpolate: 4}"),
     "objective.interpolate_every=2",  # the step of the longer bucket draws interpolate
 )
@@ -64,7 +64,7 @@ OTHERS = {
 SCHEDULES = {name: layout(2, 1, 1, f"parallel.schedule={name}") for name in ("gpipe", "interleaved-1f1b")}
 LAYOUTS = {
     ("lora", 2): ADAPTED | SCHEDULES,
-    ("lora", 4): {"(2,1,2)": layout(2, 1, 2), "(2,1,1,2)": layout(2, 1, 1, CONTEXT)},
+    ("lora", 4): {"(2,1,2)": layout(2, 1, 2, "train.micro_batch=1"), "(2,1,1,2)": layout(2, 1, 1, CONTEXT)},
     ("dora", 2): ADAPTED,
     ("full", 2): OTHERS,
     ("full", 4): {"(1,1,2,2)": layout(1, 1, 2, CONTEXT)},

@@ -317,7 +317,7 @@ CASES = {
             "txt.qkv",
             _write_pyramid,
             (1, 9),
-            more={"train": {"global_batch": 4}, "sample": {"scheduler": "euler", "shift": "auto"}},
+            more={"train": {"global_batch": 4, "micro_batch": 1}, "sample": {"scheduler": "euler", "shift": "auto"}},
         ),
         Case("toy", _toy, SMALL, (4, 4, 16, 16), toy_reference, "txt.qkv", _write_toy, (2, 8)),
     )

@@ -234,7 +234,7 @@ def test_an_evaluation_scores_its_samples(
 def test_padding_of_a_caption_and_of_a_size_changes_nothing() -> None:
     """Captions are padded with zeros to the model's length; a side that no patch divides is padded too."""
     torch.manual_seed(0)
-    scorer = Scorer(Sizes(("rgb", "seg"), (1, 2), 4, 8, patch=4, width=16, layers=2, heads=2))
+    scorer = Scorer(Sizes(("rgb", "seg"), (1, 2), 4, 8, patch=4, width=16, layers=2, text_layers=1, heads=2))
     text = torch.randn(2, 5, 8)
     text[1, 3:] = 0
     padded = torch.cat([text, torch.zeros(2, 7, 8)], 1)
@@ -243,6 +243,18 @@ def test_padding_of_a_caption_and_of_a_size_changes_nothing() -> None:
     assert scorer.embed_caption(torch.zeros(1, 4, 8)).isfinite().all()
     video = torch.randn(1, 4, 2, 6, 10)
     whole = torch.nn.functional.pad(video, (0, 2, 0, 2))
-    torch.testing.assert_close(scorer.embed_video(video, 0), scorer.embed_video(whole, 0))
-    moved = scorer.embed_video(video.flip(2), 0)
-    assert (moved - scorer.embed_video(video, 0)).abs().max() > 1e-3  # the order of frames is seen
+    seen = scorer.embed_sample([video])
+    torch.testing.assert_close(scorer.embed_sample([whole]), seen)
+    assert (scorer.embed_sample([video.flip(2)]) - seen).abs().amax((1, 2)).min() > 1e-3  # the order of frames is seen
+
+
+def test_a_caption_is_compared_with_what_any_stream_shows() -> None:
+    """What RGB does not show, such as how transparent a thing is, its companion may; RGB's own vector stays RGB's."""
+    torch.manual_seed(0)
+    scorer = Scorer(Sizes(("rgb", "seg"), (1, 1), 4, 8, patch=2, width=16, layers=1, text_layers=0, heads=2))
+    rgb, one, other = torch.randn(3, 1, 4, 2, 4, 4)
+    first, second = scorer.embed_sample([rgb, one]), scorer.embed_sample([rgb, other])
+    assert (first[0] - second[0]).abs().max() > 1e-3
+    torch.testing.assert_close(first[1], second[1])
+    torch.testing.assert_close(first.norm(dim=-1), torch.ones(3, 1))
+    torch.testing.assert_close(scorer.embed_sample([one], [1])[1], first[2])

@@ -30,10 +30,27 @@ def test_only_what_moves_as_the_truth_does_is_right() -> None:
             frames = tool.made_frames(KNOWN[name], 17)
             held = {key: video[tool.nearest(frames)] for key, video in true.items()}
             right, wrong = tool.measured(true, true, frames, near), tool.measured(held, true, frames, near)
-            assert right["motion"] == 1 and right["center_off"] == 0 and not wrong["motion"], name
+            assert right["motion"] == right["every"] == 1 and right["center_off"] == 0 and not wrong["motion"], name
         assert not tool.measured(late, true, tool.made_frames(KNOWN["interpolate"], 17), tool.NEAR["interpolate"])[
             "near"
         ]
+
+
+def test_frames_that_fade_into_each_other_are_no_motion() -> None:
+    """Their centre moves as the truth's does, nearly to a pixel; so it is asked that one shape is seen."""
+    import demo_between as tool
+    from demo_figures import true_streams
+
+    frames = tool.made_frames(KNOWN["interpolate"], 17)
+    near = 0
+    for scene in scenes(6, formats=[Format(64, 64, 17, Fraction(16))], held_out=True, seed=2):
+        true = true_streams(scene)
+        faded = tool.faded(true, frames)
+        assert all(np.array_equal(faded["rgb"][n], true["rgb"][n]) for n in (0, 4, 8, 12, 16))
+        found = tool.measured(faded, true, frames, tool.NEAR["interpolate"])
+        assert found["way"] and not found["one"] and not found["motion"] and not found["every"]
+        near += int(found["near"])
+    assert near >= 3
 
 
 def test_a_given_latent_that_was_changed_by_a_bit_is_found() -> None:

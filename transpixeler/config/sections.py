@@ -329,6 +329,7 @@ class ScorerConfig:
     patch: Count = 4
     width: Count = 256
     layers: Count = 4
+    text_layers: Natural = 0
     heads: Count = 4
 
 

@@ -23,10 +23,18 @@ from transpixeler.files import whole
 from transpixeler.models.family import Field, ModelFolder, caption_fields
 from transpixeler.scoring.towers import Scorer, Sizes
 
-FORMAT = "transpixeler-scorer-1"
+FORMAT = "transpixeler-scorer-2"
 SCORER_FILE = "scorer.safetensors"
 STATE_FILE = "state.safetensors"
-LARGEST = {"width": 1 << 14, "layers": 256, "heads": 1 << 10, "patch": 64, "channels": 1 << 12, "text_width": 1 << 16}
+LARGEST = {
+    "width": 1 << 14,
+    "layers": 256,
+    "text_layers": 256,
+    "heads": 1 << 10,
+    "patch": 64,
+    "channels": 1 << 12,
+    "text_width": 1 << 16,
+}
 MOST_STREAMS = 64
 
 
@@ -91,7 +99,8 @@ def _facts(path: Path, text: str) -> Facts:
         facts = Facts(sizes=Sizes(**sizes), **said)
     except (ValueError, TypeError, KeyError, AttributeError) as fault:
         raise UserError(f"{path}: its header cannot be read ({fault}); train or copy it again") from fault
-    within = all(type(sizes[name]) is int and 0 < sizes[name] <= most for name, most in LARGEST.items())
+    fewest = dict.fromkeys(LARGEST, 1) | {"text_layers": 0}
+    within = all(type(sizes[name]) is int and fewest[name] <= sizes[name] <= most for name, most in LARGEST.items())
     names, scales = facts.sizes.streams, facts.sizes.scales
     streams = 0 < len(names) <= MOST_STREAMS and all(isinstance(name, str) for name in names)
     scaled = len(scales) == len(names) and all(scale in (1, 2) for scale in scales)

@@ -36,10 +36,9 @@ class Found:
 
 
 def embed(scorer: Scorer, batch: Batch, text: str, device: torch.device) -> Tensor:
-    """Return the vectors of a batch: [captions, RGB, companion, …; b, D]."""
-    videos = batch.layout.videos(batch.latents.to(device))
-    found = [scorer.embed_caption(batch.fields[text].to(device))]
-    return torch.stack([*found, *(scorer.embed_video(video, stream) for stream, video in enumerate(videos))])
+    """Return the vectors of a batch: [captions, samples, RGB, companion, …; b, D]."""
+    captions = scorer.embed_caption(batch.fields[text].to(device))
+    return torch.cat([captions[None], scorer.embed_sample(batch.layout.videos(batch.latents.to(device)))])
 
 
 def retrieval(scorer: Scorer, assembler: Assembler, text: str, runtime: Runtime, *, clips: int = 0) -> list[Found]:
@@ -51,7 +50,7 @@ def retrieval(scorer: Scorer, assembler: Assembler, text: str, runtime: Runtime,
     found = [_share("caption", vectors[1], vectors[0], captions)]
     for place, name in enumerate(data.streams[1:], start=1):
         videos = [data.video_keys(data.items[i])[place] for i in items]
-        found.append(_share(name, vectors[1], vectors[place + 1], videos))
+        found.append(_share(name, vectors[2], vectors[place + 2], videos))
     return found
 
 

@@ -33,10 +33,11 @@ class Scores:
 
     @torch.no_grad()
     def of_video(self, latents: Tensor, layout: StreamLayout, fields: Fields, *, caption: str) -> dict[str, float]:
-        """Return the cosine of packed latents' RGB with its caption, where it has one, and with each companion."""
+        """Return the cosine of packed latents with their caption, if there is one, and of RGB with each companion."""
         videos = layout.videos(latents[None].to(self.device, torch.float32))
-        rgb, *others = (self.scorer.embed_video(video, place) for video, place in zip(videos, self.places, strict=True))
-        found = {f"score_{name}": other for name, other in zip(layout.names[1:], others, strict=True)}
+        sample, rgb, *others = self.scorer.embed_sample(videos, self.places)
+        found = {f"score_{name}": rgb * other for name, other in zip(layout.names[1:], others, strict=True)}
         if caption:
-            found["score_caption"] = self.scorer.embed_caption(fields[self.facts.field][None].to(self.device))
-        return {name: float((rgb * other).sum()) for name, other in found.items()}
+            told = self.scorer.embed_caption(fields[self.facts.field][None].to(self.device))
+            found["score_caption"] = sample * told
+        return {name: float(products.sum()) for name, products in found.items()}

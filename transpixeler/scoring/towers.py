@@ -6,6 +6,7 @@ One tower reads the video of any stream, the other a caption. What belongs toget
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -30,6 +31,7 @@ class Sizes:
     patch: int
     width: int
     layers: int
+    text_layers: int
     heads: int
 
     def plain(self) -> dict[str, object]:
@@ -55,29 +57,33 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """A transformer whose tokens' mean becomes one vector."""
+    """A transformer whose heads each look for tokens of their own and put them into one vector."""
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
+        self.norm, self.wanted, self.value = nn.LayerNorm(width), nn.Linear(width, heads), nn.Linear(width, width)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Return [b, D] of length one from tokens [b, T, D]. valid: [b, T], where not all are."""
+        """Return [b, D] from tokens [b, T, D]. valid: [b, T], where not all are."""
         mask = None if valid is None else valid[:, None, None]
         for block in self.blocks:
             x = block(x, mask)
         x = self.norm(x)
-        if valid is None:
-            mean = x.mean(1)
-        else:
-            share = valid / valid.sum(1, keepdim=True)
-            mean = (share[..., None] * x).sum(1)
-        return F.normalize(self.out(mean), dim=-1)
+        wanted = self.wanted(x)
+        if valid is not None:
+            wanted = wanted.masked_fill(~valid[..., None], -torch.inf)
+        values = self.value(x).unflatten(-1, (self.heads, -1))
+        return (wanted.softmax(1)[..., None] * values).sum(1).flatten(1)
 
 
 class Scorer(nn.Module):
-    """Both towers, and how far apart cosines are pulled."""
+    """Both towers, and how far apart cosines are pulled.
+
+    A caption tells of all streams (RGB may not show how transparent a thing is), so it is compared with their sum; RGB
+    and a companion are compared by what both show, which is another reading of the same tower.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -86,12 +92,24 @@ class Scorer(nn.Module):
         self.patches = nn.ModuleList(nn.Linear(sizes.channels * sizes.patch**2, width) for _ in sizes.streams)
         self.place = nn.Linear(3 * 2 * FREQUENCIES, width)
         self.video = Tower(width, sizes.layers, sizes.heads)
+        self.told = nn.ModuleList(nn.Linear(width, width) for _ in sizes.streams)
+        self.shared = nn.ModuleList(nn.Linear(width, width) for _ in sizes.streams)
         self.word = nn.Linear(sizes.text_width, width)
-        self.caption = Tower(width, sizes.layers, sizes.heads)
+        self.caption = Tower(width, sizes.text_layers, sizes.heads)
         self.scale = nn.Parameter(torch.full((len(sizes.streams),), FIRST_SCALE))  # captions; then each companion
 
-    def embed_video(self, latents: Tensor, stream: int) -> Tensor:
-        """[b, C, F, H, W] of a stream → [b, D]."""
+    def embed_sample(self, videos: Sequence[Tensor], streams: Sequence[int] | None = None) -> Tensor:
+        """Return vectors of length one from a sample's videos [b, C, F, H, W]: [1 + videos, b, D].
+
+        The first is what captions are compared with, the others are each video's own. streams: of the videos; by
+        default the first, the second, ….
+        """
+        places = range(len(videos)) if streams is None else streams
+        seen = {place: self._see(video, place) for place, video in zip(places, videos, strict=True)}
+        told = sum((self.told[place](one) for place, one in seen.items()), torch.zeros((), device=videos[0].device))
+        return F.normalize(torch.stack([told, *(self.shared[place](one) for place, one in seen.items())]), dim=-1)
+
+    def _see(self, latents: Tensor, stream: int) -> Tensor:
         side = self.sizes.patch
         padded = F.pad(latents, (0, -latents.shape[-1] % side, 0, -latents.shape[-2] % side))
         cut = padded.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))  # b C F h s w s
@@ -104,7 +122,7 @@ class Scorer(nn.Module):
         valid = (text != 0).any(-1)
         valid[:, 0] = True
         longest = int(valid.any(0).nonzero()[-1]) + 1
-        return self.caption(self.word(text[:, :longest]), valid[:, :longest])
+        return F.normalize(self.caption(self.word(text[:, :longest]), valid[:, :longest]), dim=-1)
 
     def temperatures(self) -> Tensor:
         """Return what cosines are multiplied by: with captions, then with each companion."""

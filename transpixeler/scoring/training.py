@@ -162,15 +162,16 @@ class Training:
         return Step(dict(zip(losses, values.tolist(), strict=True)), lr)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return this rank's share of each loss: RGB with captions, and with each companion."""
+        """Return this rank's share of each loss: samples with captions, and RGB with each companion."""
         own = embed(self.scorer, batch, self.text, self.runtime.device)
         vectors, scales = gathered(own, self.runtime.world_size), self.scorer.temperatures()
         keys = [self.keys[name] for name in batch.ids]
-        captions, rgb, *companions = vectors
+        captions, samples, rgb, *companions = vectors
+        pairs = [(samples, captions), *((rgb, companion) for companion in companions)]
         found = {}
-        for place, (name, others) in enumerate(zip(("caption", *self.train.streams[1:]), (captions, *companions))):
+        for place, (name, (ones, others)) in enumerate(zip(("caption", *self.train.streams[1:]), pairs, strict=True)):
             same = alike([key[place] for key in keys]).to(self.runtime.device)
-            found[name] = contrast(rgb, others, scales[place], own=batch.slots, same=same)
+            found[name] = contrast(ones, others, scales[place], own=batch.slots, same=same)
         return found
 
     def _add_up(self, tensors: list[Tensor]) -> None:
@@ -245,5 +246,6 @@ def sizes_of(config: Config, model: ModelFolder) -> Sizes:
         patch=scorer.patch,
         width=scorer.width,
         layers=scorer.layers,
+        text_layers=scorer.text_layers,
         heads=scorer.heads,
     )

@@ -55,7 +55,7 @@ def test_blocks_that_wait_change_no_bit(name: str, how: str) -> None:
 
 # --- what is where, of a tiny model of six blocks --------------------------------------------------------------------
 
-BLOCKS = 6
+BLOCKS = 4
 MICROBATCHES = 2
 
 
@@ -113,9 +113,9 @@ def watched(*overrides: str, slots: int = 2) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_two_blocks_at_a_time_are_on_the_device(recompute: str) -> None:
-    found = watched("parallel.offload=6", f"parallel.recompute={recompute}")
+    found = watched("parallel.offload=4", f"parallel.recompute={recompute}")
     assert found["most"] == 2
-    assert found["said"]["offload"].startswith("the weights of 6 of 6 blocks wait in host memory, ")
+    assert found["said"]["offload"].startswith("the weights of 4 of 4 blocks wait in host memory, ")
     assert sum(size > 0 for size in found["held"]) == 2 and not found["left"]
     assert all(0 <= room - size < 0.1 * size for room, size in zip(found["each"], found["frozen"])), (
         "whole, and no more"
@@ -123,12 +123,12 @@ def test_two_blocks_at_a_time_are_on_the_device(recompute: str) -> None:
 
 
 def test_a_third_block_on_the_device_is_seen() -> None:
-    assert watched("parallel.offload=6", slots=3)["most"] == 3
+    assert watched("parallel.offload=4", slots=3)["most"] == 3
 
 
 def test_a_block_is_copied_no_more_often_than_it_must() -> None:
     """Backward begins with the two that the forward pass left, and forward with the two that backward left."""
-    found = watched("parallel.offload=6")
+    found = watched("parallel.offload=4")
     assert found["came"][0] == BLOCKS + (BLOCKS - 2) + (MICROBATCHES - 1) * 2 * (BLOCKS - 2)
     assert found["came"][1] <= 2 * MICROBATCHES * BLOCKS
     some = watched("parallel.offload=3")

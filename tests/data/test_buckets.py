@@ -205,7 +205,7 @@ def test_long_videos_can_be_kept_from_a_resolution() -> None:
 def chances(found: Assignment, rules: tuple[BucketRule, ...]) -> dict[str, float]:
     """Return the buckets that some epoch takes a sample in, with the share of epochs."""
     own = [bucket for _, _, bucket in found.clips]
-    drawn = Draws(["a"] * len(own), own, rules=rules, seed=0).chances()
+    drawn = Draws.of(["a"] * len(own), own, rules=rules, seed=0).chances()
     return {str(bucket): float(chance) for bucket, chance in zip(own, drawn, strict=True) if chance}
 
 

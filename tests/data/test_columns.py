@@ -64,7 +64,7 @@ def test_no_two_samples_share_an_id_and_the_first_keeps_its_own(some: list[str],
             free = f"{name}~{taken[name]}"
         taken[free] = 1
         wanted.append(free)
-    found, left_out = in_order(written.done())
+    found, left_out = in_order(written)
     assert [one.id for one in found] == sorted(name for name, is_bad in zip(wanted, bad) if not is_bad)
     assert left_out == [name for name, is_bad in zip(wanted, bad) if is_bad]
 

@@ -12,7 +12,7 @@ from tests.support.encoding import ALONE, config, records, write_pairs
 from tests.support.ranks import RanksFailed, run_ranks
 from transpixeler.data import hosts
 from transpixeler.data.cache.records import Cache
-from transpixeler.data.encode import encode_missing
+from transpixeler.data.encode import encode_missing, find_missing
 from transpixeler.families.wan.encoders import WanVae
 from transpixeler.models.family import open_model
 from transpixeler.parallel import sight
@@ -66,6 +66,24 @@ def test_each_host_gets_all_and_each_video_is_encoded_once(
     shutil.rmtree(caches[0])  # a new disk, even the first host's, is filled by the other
     assert run_ranks(encode_on_hosts, 4, model, data, caches) == [0] * 4
     assert records(Cache(caches[0])) == wanted
+
+
+def look_on_hosts(rank: int, world_size: int, model: Path, data: Path, caches: list[Path]) -> str:
+    """Rehearse on one rank a host; return what is to be done first."""
+    sight.SECONDS = 0.3
+    setup = config(model, data, f"data.cache_dir={caches[rank]}")
+    return str(find_missing(setup, open_model(setup.model), Runtime(rank, world_size, 0, torch.device("cpu")))[1])
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_a_rehearsal_says_what_is_copied_to_a_host_with_an_empty_cache(
+    lacks: int, model: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    caches = [whole, whole]
+    caches[lacks] = tmp_path / "new"
+    told = f"copies {len(Cache(whole))} records to hosts that lack them"
+    assert run_ranks(look_on_hosts, 2, model, data, caches) == [told, told]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".seg", ".idx") or ".seen" in path.name]
 
 
 def test_hosts_that_share_a_cache_write_each_record_once(model: Path, data: Path, whole: Path, tmp_path: Path) -> None:

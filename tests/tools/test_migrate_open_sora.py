@@ -161,7 +161,7 @@ def test_each_clip_has_the_chances_that_it_had_there(tmp_path: Path, demo: Path)
     """Of a video of 64×64 and 9 frames, written out by hand; and none is kept at a size that sends it on."""
     data = migrated(lay(tmp_path, demo), demo).data
     found = offered(data, 9, 64)
-    draws = Draws(["a"] * len(found), found, rules=data.buckets, seed=0)
+    draws = Draws.of(["a"] * len(found), found, rules=data.buckets, seed=0)
     wanted = {(9, 64): 0.25, (9, 32): 0.75 * 0.75 * 0.8, (5, 32): 0.75 * 0.25 * 0.75}
     assert {bucket[:2]: chance for bucket, chance in zip(found, draws.chances())} == pytest.approx(wanted)
     shutil.rmtree(tmp_path / "clips")
@@ -176,7 +176,7 @@ def offered(data: DataConfig, frames: int, side: int) -> list[Bucket]:
     media = Media(frames, side, side, Fraction(12), Fraction(frames, 12), False)
     sample = Sample("a", (("rgb", Path("a.mp4")),), "", 0, False, media)
     found = [bucket for _, _, bucket in assign([sample], data.train, data, geometry=USUAL, seed=0).clips]
-    chances = Draws(["a"] * len(found), found, rules=data.buckets, seed=0).chances()
+    chances = Draws.of(["a"] * len(found), found, rules=data.buckets, seed=0).chances()
     return [bucket for bucket, chance in zip(found, chances, strict=True) if chance]
 
 

@@ -63,7 +63,7 @@ def catalog(clips: int, folder: Path) -> Any:
         paths = ("rgb", Path(f"{place}.mp4")), ("seg", Path(f"{place}_seg.mp4"))
         text = " ".join(random.choice(WORDS, 16)) + f" {number}"
         written.append(Sample(f"set/{number:07}", paths, text, 0, False, kinds[number % 2]))
-    samples, _ = in_order(written.done())
+    samples, _ = in_order(written)
     owners = np.arange(clips, dtype=np.int32)
     cut = Clips(samples, owners, (owners % 2).astype(np.int32), np.zeros(clips, np.int32), offered, fps)
     keys = random.integers(0, 2**64, (3 * clips + 1, 2), dtype=np.uint64)

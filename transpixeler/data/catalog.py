@@ -13,7 +13,7 @@ from transpixeler.data.buckets import Bucket, Dropped, not_drawn
 from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.draws import Draws
 from transpixeler.data.features.needs import Needs
-from transpixeler.data.items import Items
+from transpixeler.data.items import Coded, Items
 from transpixeler.data.jobs import ClipJob, Jobs, Keys, TextJob
 from transpixeler.data.keying import Fingerprints, Keying, TextKeys
 from transpixeler.data.prompts import sampled_texts
@@ -116,14 +116,15 @@ def surveyed(config: Config, model: ModelFolder, name: str) -> Survey:
 
 def drawn_once(found: Survey, config: Config) -> Survey:
     """Keep one bucket of each sample: sets to measure on are the same in every epoch."""
-    owners, buckets = [clip.sample.id for clip in found.clips], [clip.bucket for clip in found.clips]
-    taken = Draws(owners, buckets, rules=config.data.buckets, seed=config.seed).taken(0)
-    clips = found.clips.take(taken)
-    kept, ways = {clip.sample.id for clip in clips}, dict[str, dict[Bucket, None]]()
-    for owner, bucket in zip(owners, buckets):
-        if owner not in kept:
-            ways.setdefault(owner, {})[bucket] = None
-    dropped = [(name, not_drawn(list(some))) for name, some in sorted(ways.items())]
+    clips, ids = found.clips, found.clips.samples.ids
+    coded = Coded(clips.offered, clips.numbers)
+    taken = Draws(clips.owners, ids, coded, rules=config.data.buckets, seed=config.seed).taken(0)
+    left = ~np.isin(clips.owners, clips.owners[taken])
+    ways: dict[int, dict[Bucket, None]] = {}
+    for owner, number in zip(clips.owners[left].tolist(), clips.numbers[left].tolist()):
+        ways.setdefault(owner, {})[clips.offered[number]] = None
+    dropped = sorted((ids[owner], not_drawn(list(some))) for owner, some in ways.items())
+    clips = clips.take(taken)
     return replace(found, clips=clips, dropped=(*found.dropped, *dropped))
 
 

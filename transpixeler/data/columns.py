@@ -17,7 +17,8 @@ import numpy as np
 Row = TypeVar("Row")
 HELD_BYTES = 1 << 20  # of texts that a writer keeps before it uses its file
 WORD = 8  # bytes that are compared at a time
-COMPARED = 1 << 16  # texts whose bytes are gathered at a time
+COMPARED = 1 << 14  # texts whose bytes are gathered at a time
+READ_ROOM = 1 << 16  # bytes between texts that are read with them, whatever their size
 
 
 class Rows(Sequence[Row], Generic[Row]):
@@ -54,6 +55,8 @@ class Store(Protocol):
 
     def read(self, first: int, size: int) -> bytes: ...
 
+    def held(self) -> Held: ...
+
 
 class Held:
     """Bytes of an array, which may be a mapped file's."""
@@ -63,6 +66,9 @@ class Held:
 
     def read(self, first: int, size: int) -> bytes:
         return self.data[first : first + size].tobytes()
+
+    def held(self) -> Held:
+        return self
 
 
 class Filed:
@@ -75,8 +81,11 @@ class Filed:
     def read(self, first: int, size: int) -> bytes:
         return os.pread(self._file, size, first)
 
+    def held(self) -> Held:
+        return Held(np.asarray(np.memmap(self._open, np.uint8, "r")))
+
     def __reduce__(self) -> tuple[type[Held], tuple[np.ndarray]]:
-        return Held, (np.asarray(np.memmap(self._open, np.uint8, "r")),)
+        return Held, (self.held().data,)
 
 
 class Texts(Rows[str]):
@@ -98,6 +107,20 @@ class Texts(Rows[str]):
     def make(self, row: int) -> str:
         return decoded(self.store.read(int(self.firsts[row]), int(self.sizes[row])))
 
+    def __iter__(self) -> Iterator[str]:
+        return map(decoded, self.each())
+
+    def each(self) -> Iterator[bytes]:
+        """Yield the bytes of each text; those that lie together are read together."""
+        for start in range(0, len(self), COMPARED):
+            firsts, sizes = self.firsts[start : start + COMPARED], self.sizes[start : start + COMPARED]
+            low, high = int(firsts.min()), int((firsts + sizes).max())
+            if high - low > READ_ROOM + 2 * int(sizes.sum(dtype=np.int64)):
+                yield from map(self.store.read, firsts.tolist(), sizes.tolist())
+                continue
+            data = self.store.read(low, high - low)
+            yield from (data[first : first + size] for first, size in zip((firsts - low).tolist(), sizes.tolist()))
+
     def take(self, rows: np.ndarray) -> Texts:
         """Return some of the texts in the order of their numbers; the bytes stay where they are."""
         return Texts(self.store, self.firsts[rows], self.sizes[rows])
@@ -111,6 +134,10 @@ class Texts(Rows[str]):
         firsts[rows], sizes[rows] = added.firsts + len(self.store.data), added.sizes
         return Texts(Held(data), firsts, sizes)
 
+    def mapped(self) -> Texts:
+        """Return the same texts in memory, or in a mapped file, so that they can be put in order."""
+        return self if isinstance(self.store, Held) else Texts(self.store.held(), self.firsts, self.sizes)
+
     def filed(self) -> Texts:
         """Return the same texts, kept in a file without a name where they are large."""
         if not isinstance(self.store, Held) or self.store.data.nbytes < HELD_BYTES:
@@ -123,9 +150,10 @@ class Texts(Rows[str]):
     def packed(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the bytes of all texts one after another, uint8, and where each ends, int64 [n]."""
         ends = np.cumsum(self.sizes, dtype=np.int64)
-        out = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-        for first, size, end in zip(self.firsts.tolist(), self.sizes.tolist(), ends.tolist()):
-            out[end - size : end] = np.frombuffer(self.store.read(first, size), np.uint8)
+        out, first = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8), 0
+        for data in self.each():
+            out[first : first + len(data)] = np.frombuffer(data, np.uint8)
+            first += len(data)
         return out, ends
 
     @classmethod
@@ -191,8 +219,9 @@ class TextWriter:
 
     def done(self) -> Texts:
         """Return the texts; nothing is appended any more."""
-        sizes = np.array(self._sizes, np.int32)
-        firsts = np.cumsum(sizes, dtype=np.int64) - sizes
+        sizes = np.frombuffer(self._sizes, np.int32)
+        firsts = np.cumsum(sizes, dtype=np.int64)
+        firsts -= sizes
         if self._file is None:
             return Texts(Held(np.frombuffer(self._held, np.uint8)), firsts, sizes)
         self._file.write(self._held)
@@ -212,10 +241,16 @@ def spread(kinds: np.ndarray, values: Sequence[Sequence[int]]) -> tuple[np.ndarr
     """Give each row the values of its kind: the rows' numbers and the values, int32 [n], row after row."""
     counts = np.array([len(some) for some in values], np.int64)
     flat = np.array([one for some in values for one in some], np.int32)
-    each = counts[kinds] if len(values) else np.zeros(0, np.int64)
-    owners = np.repeat(np.arange(len(kinds), dtype=np.int32), each)
-    within = np.arange(len(owners)) - np.repeat(np.cumsum(each) - each, each)
-    return owners, flat[(np.cumsum(counts) - counts)[kinds[owners]] + within] if len(owners) else flat[:0]
+    size = int(np.dot(np.bincount(kinds, minlength=len(counts)), counts)) if len(kinds) else 0
+    owners, found, first = np.empty(size, np.int32), np.empty(size, np.int32), 0
+    for start in range(0, len(kinds) if size else 0, COMPARED):  # some at a time, as all take much memory
+        some = kinds[start : start + COMPARED]
+        each, begins = counts[some], (np.cumsum(counts) - counts)[some]
+        places = np.arange(first, first + int(each.sum()))
+        owners[places] = np.repeat(np.arange(start, start + len(some), dtype=np.int32), each)
+        found[places] = flat[places - first + np.repeat(begins - np.cumsum(each) + each, each)]
+        first += len(places)
+    return owners, found
 
 
 def come_first(values: np.ndarray) -> np.ndarray:

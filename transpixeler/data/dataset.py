@@ -14,7 +14,7 @@ from transpixeler.config.sections import BucketRule, Config, DataConfig, UserErr
 from transpixeler.data.buckets import Bucket, Dropped, batch_for
 from transpixeler.data.cache.records import Cache
 from transpixeler.data.draws import Draws
-from transpixeler.data.items import Item, coded_buckets, repeats_of
+from transpixeler.data.items import Coded, Item, coded_buckets, repeats_of, samples_of
 from transpixeler.data.order import Order, make_order
 from transpixeler.data.parts import Part, parts_of
 from transpixeler.models.streams import FramesOf, Grid, Shape, StreamLayout
@@ -53,7 +53,7 @@ class Dataset:
         return make_order(
             buckets=buckets,
             repeats=times,
-            batches=np.array(batches, np.int64)[buckets.numbers],
+            batches=np.array(batches, np.int32)[buckets.numbers],
             seed=seed,
             draws=self._draws(data.buckets, seed) if data.draw == "epoch" else None,
             key=self.key,
@@ -61,9 +61,14 @@ class Dataset:
 
     def _draws(self, rules: Sequence[BucketRule], seed: int) -> Draws:
         """Draw for each repeat of a sample by itself."""
-        repeated = [(item, number) for item in self.items for number in range(item.repeats)]
-        owners = [f"{item.sample_id}\0{number}" for item, number in repeated]
-        return Draws(owners, [Bucket(*item.bucket) for item, _ in repeated], rules=rules, seed=seed)
+        buckets, times, how = coded_buckets(self.items), repeats_of(self.items), {"rules": rules, "seed": seed}
+        samples, names = samples_of(self.items)
+        number = np.arange(int(times.sum())) - np.repeat(np.cumsum(times) - times, times)  # of each repeat
+        often = np.zeros(len(names), np.int64)
+        often[samples] = times  # clips of one sample are of one source
+        owners = np.repeat((np.cumsum(often) - often)[samples], times) + number
+        told = (f"{name}\0{repeat}" for name, count in zip(names, often.tolist()) for repeat in range(count))
+        return Draws(owners, told, Coded(buckets.offered, np.repeat(buckets.numbers, times)), **how)
 
     def layout(self, item: Item, patch: Grid) -> StreamLayout:
         """Lay out a clip's records."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from transpixeler.config.sections import BucketRule
 from transpixeler.data.buckets import Bucket, rule_for
+from transpixeler.data.items import Coded, coded
 
 NOWHERE = -1
 
@@ -24,24 +25,25 @@ NOWHERE = -1
 class Draws:
     """Decide for clips whether an epoch takes them; those of one owner and one bucket are taken together.
 
-    owners: of each clip, the sample that it is cut from (or one repeat of it).
+    owners: of each clip, the number of the sample that it is cut from (or of one repeat of it), int [n].
+    names: of the owners, in the order of their numbers. buckets: of the clips.
     """
 
     def __init__(
-        self, owners: Sequence[str], buckets: Sequence[Bucket], *, rules: Sequence[BucketRule], seed: int
+        self, owners: np.ndarray, names: Iterable[str], buckets: Coded, *, rules: Sequence[BucketRule], seed: int
     ) -> None:
-        self.seed = seed
-        numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
-        self._owners = np.array([numbers[owner] for owner in owners], np.int64)
-        offered: dict[str, set[Bucket]] = {owner: set() for owner in numbers}
-        for owner, bucket in zip(owners, buckets):
-            offered[owner].add(bucket)
-        ways = {owner: in_order(some) for owner, some in offered.items()}
-        places = {owner: {bucket: place for place, bucket in enumerate(some)} for owner, some in ways.items()}
-        self._places = np.array([places[owner][bucket] for owner, bucket in zip(owners, buckets)], np.int64)
-        self._ways = _Ways(ways, rules)
+        self.seed, self._owners = seed, owners
+        self._ways = _Ways(owners, names, buckets, rules)
+        self._places = self._ways.places
         self._lock = threading.Lock()  # the loader's thread and the loop ask at the same time
         self._last: tuple[int, np.ndarray] = (NOWHERE, np.zeros(0, bool))
+
+    @classmethod
+    def of(cls, owners: Sequence[str], buckets: Sequence[Bucket], *, rules: Sequence[BucketRule], seed: int) -> Draws:
+        """Draw for clips by the names of their owners."""
+        numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
+        mine = np.array([numbers[owner] for owner in owners], np.int64)
+        return cls(mine, numbers, coded(buckets), rules=rules, seed=seed)
 
     def taken(self, epoch: int) -> np.ndarray:
         """Return for each clip whether an epoch takes it."""
@@ -55,29 +57,47 @@ class Draws:
         return self._ways.chances()[self._owners, self._places]
 
 
-def in_order(buckets: set[Bucket]) -> list[Bucket]:
+def in_order(buckets: Iterable[tuple[int, ...]]) -> list[Bucket]:
     """Return the buckets of one sample as they are tried: larger resolutions first, in each the longest first."""
-    return sorted(buckets, key=lambda it: (it.height * it.width, it.height, it.frames), reverse=True)
+    every = (Bucket(*bucket) for bucket in buckets)
+    return sorted(every, key=lambda it: (it.height * it.width, it.height, it.frames), reverse=True)
 
 
 class _Ways:
     """The buckets that each owner tries in turn, as arrays [owners, tries]."""
 
-    def __init__(self, ways: dict[str, list[Bucket]], rules: Sequence[BucketRule]) -> None:
-        self.shape = len(ways), max(map(len, ways.values()), default=0)
-        self.keys = np.zeros(self.shape, np.uint64)
-        self.stays, self.keeps = np.zeros(self.shape), np.zeros(self.shape)  # 0 where there is no bucket
-        self.resolutions = np.zeros(self.shape, np.int64)
-        known: dict[Bucket, BucketRule] = {}
-        for row, (owner, buckets) in enumerate(ways.items()):
-            number, before = 0, None
-            for column, bucket in enumerate(buckets):
-                rule = known.setdefault(bucket, rule_for(bucket, rules))
-                number += bucket[1:] != before
-                before = bucket[1:]
-                self.keys[row, column] = _key(owner, bucket)
-                self.stays[row, column], self.keeps[row, column] = rule.keep, rule.keep_resolution
-                self.resolutions[row, column] = number
+    def __init__(self, owners: np.ndarray, names: Iterable[str], buckets: Coded, rules: Sequence[BucketRule]) -> None:
+        tried = in_order(buckets.offered)
+        rank = np.array([tried.index(Bucket(*bucket)) for bucket in buckets.offered], np.int64)
+        numbers = owners.astype(np.int64) * len(tried) + rank[buckets.numbers] if tried else owners.astype(np.int64)
+        pairs, each = np.unique(numbers, return_inverse=True)  # an owner and a bucket, in the order of tries
+        holders, ranks = np.divmod(pairs, max(1, len(tried)))
+        begins = np.append(True, holders[1:] != holders[:-1])[: len(pairs)]
+        firsts = np.flatnonzero(begins)
+        columns = np.arange(len(pairs)) - np.repeat(firsts, np.diff(np.append(firsts, len(pairs))))
+        self.places = columns[each].astype(np.int16)  # of each clip, among its owner's tries
+        self.shape = int(holders.max(initial=-1)) + 1, int(columns.max(initial=-1)) + 1
+        self.keys, self._ranks = np.zeros(self.shape, np.uint64), np.full(self.shape, len(tried), np.int16)
+        self.resolutions = np.zeros(self.shape, np.int16)
+        self.keys[holders, columns] = _keys(names, holders, ranks, tried)
+        self._ranks[holders, columns] = ranks
+        sizes = np.array([one == 0 or tried[one][1:] != tried[one - 1][1:] for one in range(len(tried))], int).cumsum()
+        new = begins | np.append(True, sizes[ranks[1:]] != sizes[ranks[:-1]])[: len(pairs)]
+        counted = np.cumsum(new)
+        self.resolutions[holders, columns] = counted - np.repeat(
+            counted[firsts] - 1, np.diff(np.append(firsts, len(pairs)))
+        )
+        found = [rule_for(bucket, rules) for bucket in tried]
+        self._stays = np.array([*(rule.keep for rule in found), 0.0])  # 0 where there is no bucket
+        self._keeps = np.array([*(rule.keep_resolution for rule in found), 0.0])
+
+    def stays(self, column: int) -> np.ndarray:
+        """Return the chance to stay at the length of a try, by owner."""
+        return self._stays[self._ranks[:, column]]
+
+    def keeps(self, column: int) -> np.ndarray:
+        """Return the chance to stay at the resolution of a try, by owner."""
+        return self._keeps[self._ranks[:, column]]
 
     def choose(self, seed: int, epoch: int) -> np.ndarray:
         """Return the try at which each owner stays, or NOWHERE."""
@@ -85,8 +105,8 @@ class _Ways:
         for column in range(self.shape[1]):
             keys, resolution = self.keys[:, column], self.resolutions[:, column]
             open_ = (chosen == NOWHERE) & (left != resolution)
-            open_ &= uniform(keys, seed, epoch, "length") < self.stays[:, column]
-            stays = open_ & (uniform(keys, seed, epoch, "resolution") < self.keeps[:, column])
+            open_ &= uniform(keys, seed, epoch, "length") < self.stays(column)
+            stays = open_ & (uniform(keys, seed, epoch, "resolution") < self.keeps(column))
             chosen[stays] = column
             left = np.where(open_ & ~stays, resolution, left)
         return chosen
@@ -100,8 +120,8 @@ class _Ways:
             if column:
                 new = self.resolutions[:, column] != self.resolutions[:, column - 1]
                 here, later = np.where(new, here + later, here), np.where(new, 0.0, later)
-            there = here * self.stays[:, column]
-            found[:, column] = there * self.keeps[:, column]
+            there = here * self.stays(column)
+            found[:, column] = there * self.keeps(column)
             here, later = here - there, later + there - found[:, column]
         return found
 
@@ -127,6 +147,14 @@ def mix(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-def _key(owner: str, bucket: Bucket) -> int:
-    content = f"{owner}\0{tuple(bucket)}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+def _keys(names: Iterable[str], holders: np.ndarray, ranks: np.ndarray, tried: Sequence[Bucket]) -> np.ndarray:
+    """Return 64 bits for each pair of an owner and a bucket, uint64 [n]. holders, ranks: their numbers, in order."""
+    tails, found, place = [f"\0{tuple(bucket)}".encode() for bucket in tried], bytearray(), 0
+    counts = np.bincount(holders).tolist() if len(holders) else []
+    for name, count in zip(names, counts):
+        head = name.encode("utf-8", "surrogateescape") if count else b""
+        for rank in ranks[place : place + count].tolist():
+            found += hashlib.blake2b(head + tails[rank], digest_size=8).digest()
+        place += count
+    assert place == len(holders), "every owner has a name"
+    return np.frombuffer(found, ">u8").astype(np.uint64)

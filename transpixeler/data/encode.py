@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,14 @@ def find_missing(config: Config, model: ModelFolder, runtime: Runtime) -> tuple[
     """Return the train and eval sets of a config, and what `encode_missing` would encode of them."""
     with connected(runtime) as ranks:
         found = shared(ranks, partial(catalog, config, model), cache_folders(config))
-        work = _find_work(config, model, found, {}, Hosts(ranks))
+        folders = own_folders(found, config)
+        hosts = find_hosts(ranks, [*folders.values()])
+        work = _find_work(config, model, found, {}, hosts)
+        copies = hosts.copies(lambda: folders_by_key(found, folders, _used(config, model, found, {})))
     datasets = _datasets(config, model, found, {}, whole=False)
     if runtime.is_main:
         _summarise(datasets, [])
-    return datasets, work
+    return datasets, replace(work, copies=copies)
 
 
 def _find_work(config: Config, model: ModelFolder, found: Catalog, bad: Mapping[Keys, str], hosts: Hosts) -> Work:

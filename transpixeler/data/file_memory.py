@@ -9,7 +9,7 @@ import os
 import time
 import weakref
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,7 +20,10 @@ from transpixeler.files import whole
 
 Fact = TypeVar("Fact")
 Stamp = tuple[int, int]  # size, time of change
-USUAL_LINE = 512  # bytes that are read for a line, and more where it goes on
+USUAL_READ = 1 << 14  # bytes that are read for a line and those after it, and more where it goes on
+BLOCK = 1 << 20  # bytes that are looked through at a time
+PLACE_BITS = 36  # of where a line begins
+HASH, PLACE = (1 << 64 - PLACE_BITS) - 1, (1 << PLACE_BITS) - 1
 SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its clock
 
 
@@ -45,7 +48,7 @@ class FileMemory(Generic[Fact]):
         self._fresh: dict[str, tuple[Stamp, Fact]] = {}
         self._unsaved = False
 
-    def recall(self, path: Path, stamp: Stamp) -> Fact | None:
+    def recall(self, path: Path | str, stamp: Stamp) -> Fact | None:
         name = self._name(path)
         known = self._fresh.get(name) or self._find(name)
         return known[1] if known is not None and known[0] == stamp else None
@@ -95,55 +98,65 @@ class FileMemory(Generic[Fact]):
         except (ValueError, ZeroDivisionError):  # torn or garbled
             return None
 
-    def _name(self, path: Path) -> str:
-        parent, _, name = str(path).rpartition("/")  # as `path.parent` is slow, and there are millions
+    def _name(self, path: Path | str) -> str:
+        parent, slash, name = str(path).rpartition("/")  # as pathlib is slow, and there are millions
         if parent not in self._folders:
-            self._folders[parent] = os.path.relpath(path.parent, self.path.parent)
+            self._folders[parent] = os.path.relpath(parent or slash or ".", self.path.parent)
         return f"{self._folders[parent]}/{name}"
 
 
 class _Lines:
-    """Find lines of a text file by the name at their ends, with 8 bytes of memory a line (12 beyond 4 GiB)."""
+    """Find lines of a text file by the name at their ends, with 8 bytes of memory a line."""
 
     def __init__(self, path: Path, header: str) -> None:
-        self._hashes, self._firsts = array("I"), array("Q")
+        self._places = array("Q")  # hash of a name and where its line begins, in order
+        self._held = 0, b""  # a piece of the file, and where it begins
         try:
             self._file = path.open("rb", buffering=0)
         except OSError:  # lost, or someone else's: an empty memory
             return
         weakref.finalize(self, self._file.close)
-        lines = _raw_lines(path, header)
-        both: np.ndarray = np.fromiter(((_hash(_tail(line)), len(line)) for line in lines), np.dtype((np.uint32, 2)))
         first = len(header.encode()) + 1 if header else 0
-        firsts = first + np.cumsum(both[:, 1], dtype=np.int64) - both[:, 1]
-        kind = np.uint32 if not len(firsts) or firsts[-1] < 1 << 32 else np.uint64
-        order = np.argsort(both[:, 0], kind="stable")
-        self._hashes.frombytes(both[order, 0].tobytes())  # an array is several times as fast to look through as numpy's
-        self._firsts = array("I" if kind is np.uint32 else "Q")
-        self._firsts.frombytes(firsts.astype(kind)[order].tobytes())
+        for lines in _blocks(path, header):
+            hashes = np.array([hash(line[line.rfind(b"\t") + 1 :]) & HASH for line in lines], np.uint64)
+            ends = first + np.cumsum([len(line) + 1 for line in lines], dtype=np.uint64)
+            begins = np.append(np.uint64(first), ends)[:-1].astype(np.uint64)
+            self._places.frombytes((hashes << np.uint64(PLACE_BITS) | begins).tobytes())
+            first = int(ends[-1]) if lines else first
+        np.frombuffer(self._places, np.uint64).sort()
 
     def find(self, name: bytes) -> Iterator[bytes]:
         """Yield the lines that may be a name's, the last of the file first."""
-        wanted = _hash(_tail(name + b"\n"))
-        place = bisect_right(self._hashes, wanted) - 1
-        while place >= 0 and self._hashes[place] == wanted:
-            yield self._line(self._firsts[place])
+        wanted = hash(name[name.rfind(b"\t") + 1 :]) & HASH
+        place = bisect_left(self._places, wanted + 1 << PLACE_BITS) - 1
+        while place >= 0 and (found := self._places[place]) >> PLACE_BITS == wanted:
+            yield self._line(found & PLACE)
             place -= 1
 
     def _line(self, first: int) -> bytes:
-        size = USUAL_LINE
-        while b"\n" not in (line := os.pread(self._file.fileno(), size, first)) and len(line) == size:
+        """Return the line that begins somewhere; those of files that are looked for one after another lie together."""
+        start, held = self._held
+        if start <= first < start + len(held) and (end := held.find(b"\n", first - start)) >= 0:
+            return held[first - start : end + 1]
+        size = USUAL_READ
+        while b"\n" not in (held := os.pread(self._file.fileno(), size, first)) and len(held) == size:
             size *= 4
-        return line[: line.find(b"\n") + 1]
+        self._held = first, held
+        return held[: held.find(b"\n") + 1]
 
 
-def _hash(tail: bytes) -> int:
-    return hash(tail) & 0xFFFFFFFF
-
-
-def _tail(line: bytes) -> bytes:
-    """Return what comes after the last tab; a name may hold tabs."""
-    return line[line.rfind(b"\t") + 1 :]
+def _blocks(path: Path, header: str) -> Iterator[list[bytes]]:
+    """Yield the whole lines of a memory, many at a time and without their ends; none, where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            if header and file.readline() != header.encode() + b"\n":
+                return
+            rest = b""
+            while block := file.read(BLOCK):
+                *lines, rest = (rest + block).split(b"\n")
+                yield lines
+    except OSError:
+        return
 
 
 def _raw_lines(path: Path, header: str) -> Iterator[bytes]:

@@ -42,6 +42,13 @@ class Hosts:
         held = np.logical_or.reduce(self._held(folders)[1:], axis=0)
         return {key for key, there in zip(folders, held, strict=True) if there}
 
+    def copies(self, list_folders: Callable[[], Folders]) -> int:
+        """Count the records that `fill` would copy. A collective call."""
+        if len(self.leaders) == 1:
+            return 0
+        held = None if self.group is None else self._held(list_folders())
+        return self.ranks.from_main(lambda: 0 if held is None else int((held.any(0) & ~held).sum()))
+
     def fill(self, list_folders: Callable[[], Folders]) -> None:
         """Copy to each cache what others hold. A collective call."""
         if len(self.leaders) == 1:

@@ -152,12 +152,12 @@ class Items(Rows[Item]):
 
     def captions(self) -> Iterator[str]:
         """Yield each clip's caption."""
-        return map(self.clips.samples.caption, self.clips.owners.tolist())
+        return self.clips.samples.captions(self.clips.owners)
 
     @property
     def repeats(self) -> np.ndarray:
-        """Return how often an epoch takes each clip, int64 [n]."""
-        return np.array(self.source_repeats, np.int64)[self.clips.samples.sources[self.clips.owners]]
+        """Return how often an epoch takes each clip, int32 [n]."""
+        return np.array(self.source_repeats, np.int32)[self.clips.samples.sources[self.clips.owners]]
 
 
 def _shown(run: Run, keys: Sequence[bytes]) -> ShownKeys:
@@ -189,8 +189,16 @@ def coded(buckets: Iterable[tuple[int, ...]]) -> Coded:
 
 
 def repeats_of(items: Sequence[Item]) -> np.ndarray:
-    """Return how often an epoch takes each clip, int64 [n]."""
-    return items.repeats if isinstance(items, Items) else np.array([item.repeats for item in items], np.int64)
+    """Return how often an epoch takes each clip, int32 [n]."""
+    return items.repeats if isinstance(items, Items) else np.array([item.repeats for item in items], np.int32)
+
+
+def samples_of(items: Sequence[Item]) -> tuple[np.ndarray, Sequence[str]]:
+    """Return the number of each clip's sample, int [n], and the ids of the samples by their numbers."""
+    if isinstance(items, Items):
+        return items.clips.owners, items.clips.samples.ids
+    names = {name: number for number, name in enumerate(dict.fromkeys(item.sample_id for item in items))}
+    return np.array([names[item.sample_id] for item in items], np.int64), [*names]
 
 
 def captions_of(items: Sequence[Item]) -> Iterator[str]:

@@ -26,10 +26,10 @@ class Row(NamedTuple):
     """One bucket's items, each as often as it repeats."""
 
     name: str
-    items: np.ndarray  # int64 [n], indices into the data set
+    items: np.ndarray  # int32 [n], indices into the data set
     batch: int  # clips of a step
     mean: float  # items of an epoch
-    entries: np.ndarray  # int64 [n], where the order's draws have each of them
+    entries: np.ndarray  # int64 [n], where the order's draws have each of them; none without draws
 
     @property
     def steps(self) -> float:
@@ -172,16 +172,16 @@ def make_order(
     batches: of each item's bucket, the samples of a step. draws: of each item, repeated as often as it repeats.
     """
     offered, numbers = buckets if isinstance(buckets, Coded) else coded(buckets)
-    times = np.asarray(repeats, np.int64)
-    firsts, chances = np.cumsum(times) - times, None if draws is None else draws.chances()
-    rows = []
+    times, rows, chances = np.asarray(repeats), [], None if draws is None else draws.chances()
+    firsts = np.zeros(0, np.int64) if draws is None else np.cumsum(times) - times
     for number, bucket in sorted(enumerate(offered), key=lambda it: it[1]):
-        members = np.flatnonzero(numbers == number)
+        members = np.flatnonzero(numbers == number).astype(np.int32)
         if not len(members):
             continue
         often = times[members]
-        items = np.repeat(members, often)
-        entries = np.repeat(firsts[members] - np.cumsum(often) + often, often) + np.arange(len(items))
+        items, entries = np.repeat(members, often), np.zeros(0, np.int64)
+        if draws is not None:
+            entries = np.repeat(firsts[members] - np.cumsum(often) + often, often) + np.arange(len(items))
         mean = float(len(items) if chances is None else chances[entries].sum())
         if mean > 0:
             rows.append(Row("x".join(map(str, bucket)), items, int(batches[members[0]]), mean, entries))

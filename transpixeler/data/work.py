@@ -96,12 +96,19 @@ class Work:
     clips: Sequence[ClipJob] = ()
     texts: Sequence[TextJob] = ()
     blanks: tuple[BlankJob, ...] = field(default=())
+    copies: int = 0  # records that hosts without a common cache copy from each other
 
     def __bool__(self) -> bool:
-        return bool(self.clips or self.texts or self.blanks)
+        return bool(self.clips or self.texts or self.blanks or self.copies)
 
     def __str__(self) -> str:
-        """Say how much is to be encoded, and how much is taken from features."""
+        """Say how much is to be encoded, how much is taken from features, and how much is copied to other hosts."""
+        told = [self._made] if self.clips or self.texts or self.blanks or not self.copies else []
+        told += [f"copies {self.copies} records to hosts that lack them"] if self.copies else []
+        return " and ".join(told)
+
+    @property
+    def _made(self) -> str:
         files = len(given(self.clips)), len(given(self.texts))
         clips, texts = len(self.clips) - files[0], len(self.texts) - files[1]
         taken = f"takes {files[0]} clips and {files[1]} captions from features"

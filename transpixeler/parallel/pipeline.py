@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining import schedules as torch_schedules
 
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.flow.objective import Example
@@ -33,11 +31,11 @@ from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.stage import Stage, Streamed
 from transpixeler.parallel.swap import Swap
 
-SCHEDULES = {
-    "gpipe": torch_schedules.ScheduleGPipe,
-    "1f1b": torch_schedules.Schedule1F1B,
-    "interleaved-1f1b": torch_schedules.ScheduleInterleaved1F1B,
-    "interleaved-zero-bubble": torch_schedules.ScheduleInterleavedZeroBubble,
+SCHEDULES = {  # names of torch's classes: importing them takes 30 MB and a second, and a plan needs none
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved-1f1b": "ScheduleInterleaved1F1B",
+    "interleaved-zero-bubble": "ScheduleInterleavedZeroBubble",
 }
 INTERLEAVED = ("interleaved-1f1b", "interleaved-zero-bubble")
 NOMINAL_TOKENS = 16_384  # of a stream, where blocks are weighed against each other: 49 frames of 832×464 or so
@@ -287,6 +285,8 @@ class Engine:
     def _new_schedule(
         self, layout: StreamLayout, inputs: Sequence[Tensor], size: int, count: int, training: bool
     ) -> Any:
+        from torch.distributed.pipelining import PipelineStage, schedules
+
         total, name = stage_count(self.config), self._schedule_name(count, training)
         indices = local_stages(self.config, self.mesh)
         stages = [
@@ -302,7 +302,7 @@ class Engine:
             for index, stage in zip(indices, self.stages, strict=True)
         ]
         options = {"loss_fn": _weighted_sum, "scale_grads": False} if training else {}
-        return SCHEDULES[name](stages if name in INTERLEAVED else stages[0], count, **options)
+        return getattr(schedules, SCHEDULES[name])(stages if name in INTERLEAVED else stages[0], count, **options)
 
     def _schedule_name(self, count: int, training: bool) -> str:
         name = self.config.schedule

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -48,7 +48,8 @@ GIB = 2**30
 DEFAULT_DEVICE = "H100"  # where there is no GPU and none is named
 LETTERS_PER_TOKEN = 4
 BF16_BYTES = 2
-TEXT = np.dtype([("hash", np.int64), ("letters", np.int32)])
+LETTERS = 20  # bits of a number that stands for a text: the others are of its hash
+MOST_LETTERS, MOST_BITS = (1 << LETTERS) - 1, (1 << 64) - 1
 
 
 class Row(NamedTuple):
@@ -103,8 +104,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     """Plan a config on a machine, as its own layout would run there, and find the layouts that fit."""
     layout = meshes.resolve(config.parallel, machine.gpus)
     folder = _checked_model(config, layout)
+    train, evaluation, scan_seconds = _datasets(config, folder)  # first, as long as little else is in memory
     model, geometry = _model(config, machine), folder.geometry.over(config.scales)
-    train, evaluation, scan_seconds = _datasets(config, folder)
     order = training_order(config, train)
     used, steps = replace(train, items=clips_used(config, train, order)), int(order.total(config.train))
     loads = _loads(config, folder, geometry, order, train)
@@ -231,17 +232,17 @@ def _layout(config: Config, folder: ModelFolder, geometry: Geometry, bucket: Buc
 def _text_bytes(config: Config, folder: ModelFolder, sets: Sequence[Dataset]) -> int:
     """Estimate the records of captions: one row a token, or one a caption; beside pictures, of each clip."""
     beside = Counter[int]()  # how many texts have so many letters
-    every = [np.array([(hash(""), 0)], TEXT)]
+    every = [_texts([""], 1)]
     for data in sets:
         offered, numbers = coded_buckets(data.items)
         kinds = [views(config.objective, tuple(config.streams), video=bucket[0] > 1) for bucket in offered]
-        texts = np.fromiter(((hash(text), len(text)) for text in captions_of(data.items)), TEXT, len(data.items))
+        texts = _texts(captions_of(data.items), len(data.items))
         seen, unseen = (np.array([kind[which] for kind in kinds], bool)[numbers] for which in (0, 1))
-        beside.update(_counted(texts["letters"][seen]))
+        beside.update(_counted(texts[seen]))
         every.append(texts[unseen] if sees_frames(folder.fields) else texts)
     texts = np.concatenate(every)
-    _, firsts = np.unique(texts["hash"], return_index=True)
-    plain = _counted(texts["letters"][firsts])
+    texts.sort()
+    plain = _counted(texts[np.append(True, texts[1:] != texts[:-1])])
     size = 0
     for field in caption_fields(folder.fields):
         texts = plain + beside if field.source == "caption+image" else plain
@@ -249,8 +250,16 @@ def _text_bytes(config: Config, folder: ModelFolder, sets: Sequence[Dataset]) ->
     return size
 
 
-def _counted(numbers: np.ndarray) -> Counter[int]:
-    return Counter(dict(zip(*(found.tolist() for found in np.unique(numbers, return_counts=True)))))
+def _texts(texts: Iterable[str], count: int) -> np.ndarray:
+    """Return a number for each text, uint64 [n]: of its hash and its letters, as texts themselves take much memory."""
+    numbers = ((hash(text) << LETTERS & MOST_BITS) | min(len(text), MOST_LETTERS) for text in texts)
+    return np.fromiter(numbers, np.uint64, count)
+
+
+def _counted(texts: np.ndarray) -> Counter[int]:
+    """Count how many texts have so many letters."""
+    counts = np.bincount((texts & np.uint64(MOST_LETTERS)).astype(np.int32))
+    return Counter({letters: int(counts[letters]) for letters in np.flatnonzero(counts).tolist()})
 
 
 def _rows(field: Field, letters: int) -> int:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.data.sources.test_pairs import STREAMS, add, found, reasons
+from tests.support.media import write_marked
 from transpixeler.config.sections import DataConfig, SourceConfig, UserError
 from transpixeler.data.media.probe import Probes
+from transpixeler.data.sources import pairs
 from transpixeler.data.sources.pairs import scan
 
 
@@ -182,3 +186,46 @@ def test_a_csv_without_captions_is_refused_at_its_head(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("rgb,seg\na.mp4,b.mp4\n")
     with pytest.raises(UserError, match=r"no column 'text' \(columns: rgb, seg\)"):
         found(tmp_path / "l.csv")
+
+
+PLAIN = {"rgb": "a/clip.mp4", "seg": "a/clip_seg.mp4", "text": " words "}
+ROWS = [
+    PLAIN,
+    PLAIN | {"text": ""},
+    PLAIN | {"text": None},
+    PLAIN | {"text": "\ud800"},
+    PLAIN | {"rgb": "./a//clip.mp4"},
+    PLAIN | {"rgb": "a/lost.mp4"},
+    PLAIN | {"rgb": "", "video": "a/clip.mp4"},
+    PLAIN | {"seg": "a/short.mp4"},
+    PLAIN | {"seg": 7},
+    PLAIN | {"num_frames": 20, "fps": "16"},
+    PLAIN | {"num_frames": 21},
+    PLAIN | {"height": "tall"},
+    {"video": "a/clip.mp4", "seg": "a/clip_seg.mp4", "text": "words"},
+]
+
+
+def test_rows_that_are_taken_as_they_are_give_what_the_longer_look_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of known files, and each fault that a plain row may have, with the probes' memory and without."""
+    (tmp_path / "a").mkdir()
+    for name, count in (("clip", 20), ("clip_seg", 20), ("short", 12)):
+        path = tmp_path / "a" / f"{name}.mp4"
+        write_marked(path, range(count), fps=Fraction(16))
+        os.utime(path, (1e9, 1e9))  # so that it counts as settled
+    manifest = tmp_path / "set.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    sources, streams = (SourceConfig(str(manifest)),), {"rgb": "", "seg": "_seg"}
+    first = Probes(tmp_path / "cache")
+    wanted = scan(sources, streams, DataConfig(), probe=first)
+    first.save()
+    again = Probes(tmp_path / "cache")
+    looked, whole = list[object](), pairs.examined
+    monkeypatch.setattr(pairs, "examined", lambda offer, **how: (looked.append(offer), whole(offer, **how))[1])
+    found = scan(sources, streams, DataConfig(), probe=again)
+    assert list(found.samples) == list(wanted.samples) and found.bad == wanted.bad
+    assert again.opened == 0
+    assert len(found.samples) == 4 and len(found.bad) == 9
+    assert len(looked) == len(ROWS) - 3, "plain rows of known files take no longer look"

@@ -43,12 +43,17 @@ class Probes:
         self._memory.note(path, stamp, media)
         return media
 
+    def known(self, path: str) -> Media | None:
+        """Return what is remembered of a file, without opening it."""
+        stamp = _stamp(path)
+        return None if stamp is None else self._memory.recall(path, stamp)
+
     def save(self) -> None:
         if not self._memory.save():
             logger.info("%s cannot be written: files are looked at again the next time", self.folder)
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _stamp(path: Path | str) -> Stamp | None:
     """Return None for what cannot be remembered: a folder's time says nothing of the images in it."""
     try:
         found = os.stat(path)  # noqa: PTH116  pathlib takes several times as long

@@ -28,11 +28,13 @@ from transpixeler.data.sources.candidate import (
     latent_column,
 )
 from transpixeler.data.sources.folder import KNOWN_ENDINGS
+from transpixeler.data.sources.plain import PlainReader, PlainRow, above, stem
 
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SHARD_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")  # .json beside them describes the set
 CLAIMS = ("num_frames", "height", "width", "fps")
 NUMBER = re.compile(r"\d{1,18}(/\d{1,18}|(\.\d{0,24})?(e[+-]?\d{1,2})?)", re.ASCII | re.IGNORECASE)
+DECODER = json.JSONDecoder()
 PRIMARY_ALIASES = ("video", "path")  # names that other tools give the first stream's column
 
 Row = Mapping[str, Any] | str  # a row, or the reason why it cannot be read
@@ -40,7 +42,7 @@ Row = Mapping[str, Any] | str  # a row, or the reason why it cannot be read
 
 def manifest_candidates(
     path: Path, name: str, streams: Iterable[str], *, rgba: bool, columns: Mapping[str, str] | None = None
-) -> Iterator[Candidate | TextRow | BadSample]:
+) -> Iterator[Candidate | PlainRow | TextRow | BadSample]:
     """Yield a candidate for each row; a row that cannot be one is named by its number. columns: as `data.columns`.
 
     path: a manifest, or a folder of shards, which are read in the order of their names.
@@ -49,15 +51,20 @@ def manifest_candidates(
     shards = shards_of(path) if path.is_dir() else (path,)
     ours = [latent_column(stream, streams[0]) for stream in streams]
     featured = [name for name in (columns.get(own, own) for own in (*ours, TEXT_COLUMN)) if name]
+    names = [_names(number, stream, columns) for number, stream in enumerate(streams[:1] if rgba else streams)]
+    text, claims = columns.get("text", "text"), {key: columns.get(key, key) for key in CLAIMS}
     for shard in shards:
-        of = f"{shard.name} " * (shard != path)
-        for number, row in rows(shard, text=columns.get("text", "text")):
-            told = f"{of}row {number}"
-            if isinstance(row, str):
-                found = row
-            else:
-                gives = any(row.get(column) not in (None, "") for column in featured)
-                found = _found(row, shard.parent, name, streams, told=told if gives else "", rgba=rgba, columns=columns)
+        plain = PlainReader(
+            shard.parent, name, streams, names=names, text=text, claims=partial(_claims, columns=claims)
+        )
+        for number, row in rows(shard, text=text):
+            gives = isinstance(row, str) or any(row.get(column) not in (None, "") for column in featured)
+            if not isinstance(row, str) and not gives and (found := plain(row)):
+                yield found
+                continue
+            told = f"{shard.name} " * (shard != path) + f"row {number}"
+            how = {"told": told if gives else "", "rgba": rgba, "columns": columns}
+            found = row if isinstance(row, str) else _found(row, shard.parent, name, streams, **how)
             yield BadSample(f"{name}/{told}", f"{shard}:{number}", found) if isinstance(found, str) else found
 
 
@@ -107,7 +114,7 @@ def _found(
     if isinstance(claims, str):
         return claims
     named = own if isinstance(paths, str) else paths
-    first = _stem(named[0][1], folder)
+    first = stem(str(named[0][1]), above(folder))
     if not first:
         return f"its {streams[0]} path names no file"
     if features.latents and named is paths:
@@ -121,13 +128,18 @@ def _video_paths(
     """Return the file of each stream, or the reason why there is none."""
     paths = []
     for number, stream in enumerate(streams):
-        names = (stream, *PRIMARY_ALIASES) if number == 0 else (stream,)
-        names = (columns[stream],) if stream in columns else names
+        names = _names(number, stream, columns)
         value = next((row[name] for name in names if row.get(name) is not None), None)
         if not isinstance(value, str) or not value.strip():
             return f"no path in column {' or '.join(map(repr, names))}"
         paths.append((stream, folder / value.strip()))
     return paths
+
+
+def _names(number: int, stream: str, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns that may hold a stream's path."""
+    names = (stream, *PRIMARY_ALIASES) if number == 0 else (stream,)
+    return (columns[stream],) if stream in columns else names
 
 
 def _tells_no_video(row: Mapping[str, Any], streams: Iterable[str], columns: Mapping[str, str]) -> bool:
@@ -159,26 +171,13 @@ def _claims(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Fra
     """Return what a row says of its first file's length, size and rate, or the reason why it cannot be read."""
     claims: dict[str, Fraction] = {}
     for key in CLAIMS:
-        value, column = row.get(columns.get(key, key)), columns.get(key, key)
+        value = row.get(column := columns.get(key, key))
         if value in (None, ""):
             continue
         if (number := _number(str(value))) is None:
             return f"column {column!r} is {str(value)[:40]!r}, not a number above 0"
         claims[key] = number
     return claims
-
-
-def _stem(path: Path, folder: Path) -> str:
-    """Return a path relative to a folder, or without its root, and without its ending; "" where it names no file.
-
-    With texts alone: pathlib takes ten times as long, and there are millions.
-    """
-    whole, above = str(path), str(folder).rstrip("/") + "/"
-    relative = whole if above == "./" else whole.removeprefix(above)
-    relative = "" if whole == str(folder) else relative.lstrip("/")
-    dot = relative.rfind(".")
-    has_ending = relative.rfind("/") + 1 < dot < len(relative) - 1
-    return relative[:dot] if has_ending else relative
 
 
 @lru_cache(maxsize=4096)  # the clips of a set are alike, and fractions are slow
@@ -234,14 +233,27 @@ def _decoded(row: dict[str, Any]) -> Row:
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                row = _json(line)
             except (ValueError, RecursionError) as error:
                 yield number, f"not JSON: {error}"
                 continue
-            yield number, _decoded(row) if isinstance(row, dict) else "not a JSON object"
+            may_be_broken = "�" in line or "\\u" in line
+            if isinstance(row, dict):
+                yield number, _decoded(row) if may_be_broken else row
+            else:
+                yield number, "not a JSON object"
+
+
+def _json(line: str) -> Any:
+    """Return the value of a line as `json.loads` does, which looks for blanks at both ends first."""
+    if line[0] == "{":
+        row, end = DECODER.raw_decode(line)
+        if line[end:] in ("", "\n"):
+            return row
+    return json.loads(line)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,21 +23,23 @@ from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
-from transpixeler.data.media.files import VIDEO_ENDINGS, ending_of, files_of, numbers_of, spans_files
+from transpixeler.data.media.files import ending_of, spans_files
 from transpixeler.data.media.fill import KEEP, Fill
 from transpixeler.data.media.light import DATA
+from transpixeler.data.media.probe import Probes
 from transpixeler.data.names import is_utf8, printable
 from transpixeler.data.sources.candidate import BadSample, Candidate, Note, TextRow, counted
 from transpixeler.data.sources.captions import caption_of
 from transpixeler.data.sources.folder import folder_candidates
 from transpixeler.data.sources.manifest import MANIFEST_ENDINGS, manifest_candidates, shards_of
+from transpixeler.data.sources.plain import ONE_VIDEO, PlainRow, known_media
 from transpixeler.data.sources.samples import Sample, SampleWriter, in_order
+from transpixeler.data.sources.twins import check_claims, check_numbers, check_twin
 
 Probe = Callable[[Path], Media]
-Offer = Candidate | TextRow | BadSample | Note
-Found = Sample | TextRow | BadSample | Note
+Offer = Candidate | PlainRow | TextRow | BadSample | Note
+Found = Sample | Media | TextRow | BadSample | Note  # a plain row that is taken as it is: its first file
 WINDOW = 4096  # candidates examined at a time: manifests are streamed
-ONE_VIDEO = tuple(VIDEO_ENDINGS)  # files of these need no note on how they are taken
 AT_ONCE = 32  # of them by one thread, which costs less than a thread for each
 
 
@@ -66,16 +68,23 @@ def scan(
             fps = exact_rate(source.sequence_fps or data.sequence_fps or 0)
             look = partial(examined, source=index, rgba=source.rgba, probe=probe, needs=needs, fps=fps)
             offered = _offered(source, names[index], streams, data.columns)
+            known = probe.known if isinstance(probe, Probes) else None
             while window := list(itertools.islice(offered, WINDOW)):
-                pieces = [window[start : start + AT_ONCE] for start in range(0, len(window), AT_ONCE)]
-                for some, found in zip(pieces, pool.map(partial(_each, look), pieces)):
-                    for candidate, one in zip(some, found, strict=True):
-                        gathered.add(candidate, one, data)
+                plain = known_media(window, known, pool, rgba=source.rgba)
+                for candidate, found in zip(window, _all_looked_at(window, plain, look, pool), strict=True):
+                    gathered.add(candidate, found, data, source=index, rgba=source.rgba)
     return gathered.scan(data)
 
 
-def _each(look: Callable[[Offer], Found], candidates: Sequence[Offer]) -> list[Found]:
-    return list(map(look, candidates))
+def _all_looked_at(
+    window: Sequence[Offer], plain: Sequence[Media | None], look: Callable[[Offer], Found], pool: Executor
+) -> list[Found]:
+    """Look at the candidates that are not plain. plain: what is known of the others."""
+    left = [place for place, media in enumerate(plain) if media is None]
+    pieces = [left[start : start + AT_ONCE] for start in range(0, len(left), AT_ONCE)]
+    looked = pool.map(lambda piece: [look(window[place]) for place in piece], pieces)
+    others = iter(found for some in looked for found in some)
+    return [next(others) if media is None else media for media in plain]
 
 
 class _Gathered:
@@ -88,8 +97,11 @@ class _Gathered:
         self.texts: list[TextRow] = []
         self.notes: dict[str, Note] = {}
 
-    def add(self, candidate: Offer, found: Found, data: DataConfig) -> None:
-        if isinstance(found, Sample):
+    def add(self, candidate: Offer, found: Found, data: DataConfig, *, source: int, rgba: bool) -> None:
+        if isinstance(found, Media):
+            assert isinstance(candidate, PlainRow), "other candidates make samples"
+            self.samples.append_plain(candidate, found, source, rgba=rgba)
+        elif isinstance(found, Sample):
             self.samples.append(found)
             if not all(str(path).endswith(ONE_VIDEO) for _, path in found.paths):
                 for note in (*_sequence_notes(found, data), *_light_notes(found, data)):
@@ -98,7 +110,7 @@ class _Gathered:
             self.texts.append(found)
         elif isinstance(found, Note):
             self.notes[found.text] = counted(found, self.notes.get(found.text))
-        elif isinstance(candidate, Candidate):
+        elif isinstance(candidate, (Candidate, PlainRow)):
             self.samples.append_bad(candidate.id)
             self.named.append(found)
         else:
@@ -106,7 +118,7 @@ class _Gathered:
 
     def scan(self, data: DataConfig) -> Scan:
         """Return all in order; refuse bad samples where that is asked."""
-        samples, names = in_order(self.samples.done())
+        samples, names = in_order(self.samples)
         bad = [*self.bad, *(replace(one, id=name) for one, name in zip(self.named, names, strict=True))]
         bad.sort(key=lambda sample: (sample.id, sample.path))
         if bad and data.on_bad == "error":
@@ -207,6 +219,7 @@ def examined(
         return candidate
     if isinstance(candidate, TextRow):
         return _examined_text(candidate, needs)
+    candidate = candidate.candidate if isinstance(candidate, PlainRow) else candidate
     files = [path for _, path in candidate.paths] + [candidate.caption] * isinstance(candidate.caption, Path)
     for path in (*files, *([candidate.features.text] if candidate.features.text else [])):
         if not is_utf8(str(path)):
@@ -215,7 +228,7 @@ def examined(
     path = candidate.paths[0][1]
     try:
         media = _known(needs).media(candidate.features) if given else probe(path)
-        _check_claims(candidate, media)
+        check_claims(candidate.declared, media)
         media = media if given else media.at_rate(candidate.declared.get("fps", fps))
         for path in () if given else [path for _, path in candidate.paths]:
             _check_stream(candidate, path, media, probe=probe, rgba=rgba)
@@ -255,42 +268,9 @@ def _check_stream(candidate: Candidate, path: Path, media: Media, *, probe: Prob
         raise BadMedia("has no alpha channel, but its source is rgba")
     if not rgba and path is not primary:
         twin = probe(path)
-        _check_twin(first, media, twin)
+        check_twin(first, media, twin)
         if not twin.fps:  # no file has none, but for stills
-            _check_numbers(first, primary, path)
-
-
-def _check_claims(candidate: Candidate, media: Media) -> None:
-    """Compare a file with what its manifest says about it."""
-    found = {"num_frames": media.frames, "height": media.height, "width": media.width, "fps": media.fps or None}
-    for key, claim in candidate.declared.items():
-        value = found[key]
-        if value is not None and value != claim and abs(value / claim - 1) > (1 / 200 if key == "fps" else 0):
-            raise BadMedia(f"the manifest says {key} {float(claim):g}, the file has {float(value):g}")
-
-
-def _check_twin(primary: str, media: Media, twin: Media) -> None:
-    """Refuse a stream whose frame count, size or rate differs from the first stream's."""
-    if twin is media:  # as remembered media are where files are alike
-        return
-    if twin.frames != media.frames:
-        raise BadMedia(f"has {twin.frames} frames, {primary} has {media.frames}")
-    if (twin.width, twin.height) != (media.width, media.height):
-        raise BadMedia(f"is {twin.width}×{twin.height}, {primary} is {media.width}×{media.height}")
-    if not media.image and media.fps != twin.fps and media.fps and twin.fps and abs(twin.fps / media.fps - 1) > 1 / 100:
-        raise BadMedia(f"runs at {float(twin.fps):.3f} fps, {primary} at {float(media.fps):.3f}")
-
-
-def _check_numbers(primary: str, path: Path, twin: Path) -> None:
-    """Refuse two image sequences whose numbers in the names do not go together, wherever each begins to count."""
-    if not (spans_files(path) and spans_files(twin)):
-        return
-    files, others = files_of(path), files_of(twin)
-    counts = zip(numbers_of(files) or (), numbers_of(others) or ())
-    shifts = [other - number for number, other in counts]
-    for k, shift in enumerate(shifts):
-        if shift != shifts[0]:
-            raise BadMedia(f"has {others[k].name} as its frame {k}, {primary} has {files[k].name}")
+            check_numbers(first, primary, path)
 
 
 def decode_pair(sample: Sample, clip: Clip, *, fill: Fill = KEEP, threads: int = 0) -> dict[str, np.ndarray]:

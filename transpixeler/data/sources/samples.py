@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transpixeler.data.columns import Rows, Texts, TextWriter
+from transpixeler.data.columns import Rows, Texts, TextWriter, decoded
 from transpixeler.data.media.clip import Media
 from transpixeler.data.sources.candidate import NOT_GIVEN, Features
+from transpixeler.data.sources.plain import PlainRow
 
 RGBA, FEATURES, LATENTS, BAD = 1, 2, 4, 8  # flags of a sample
 MEDIA_KNOWN = 4096  # spelled once: files of a set are alike
+AT_ONCE = 1 << 14  # records that are read together
 END = "\0"  # between the parts of a record: no path holds it
 
 
@@ -88,6 +90,14 @@ class Samples(Rows[Sample]):
         parts = len(self.streams) + (3 if int(self.flags[row]) & FEATURES else 1)
         return self.records.make(row).split(END, parts)[-1]
 
+    def captions(self, rows: np.ndarray) -> Iterator[str]:
+        """Yield the captions of some samples, by their numbers."""
+        for start in range(0, len(rows), AT_ONCE):
+            some = rows[start : start + AT_ONCE]
+            featured, plain = (self.flags[some] & FEATURES) > 0, len(self.streams) + 1
+            for record, more in zip(self.records.take(some).each(), featured.tolist()):
+                yield decoded(record.split(b"\0", plain + 2 * more)[-1])
+
     def take(self, rows: np.ndarray) -> Samples:
         """Return some of the samples in the order of their numbers."""
         kept = self.ids.take(rows), self.records.take(rows)
@@ -95,9 +105,10 @@ class Samples(Rows[Sample]):
 
     def alike(self) -> Iterator[tuple[int, Shape, np.ndarray]]:
         """Yield the numbers of those samples that have one source and one shape, for each such pair."""
-        pairs = self.kinds.astype(np.int64) * (1 + int(self.sources.max(initial=0))) + self.sources
+        pairs = self.kinds * (1 + int(self.sources.max(initial=0))) + self.sources
+        counts = np.bincount(pairs)
         order = np.argsort(pairs, kind="stable")
-        for rows in np.split(order, np.flatnonzero(np.diff(pairs[order])) + 1) if len(order) else ():
+        for rows in np.split(order, np.cumsum(counts[counts > 0])[:-1]) if len(order) else ():
             yield int(self.sources[rows[0]]), self.shapes[int(self.kinds[rows[0]])], rows
 
     @property
@@ -111,7 +122,9 @@ class SampleWriter:
 
     def __init__(self, fps: Fraction) -> None:
         self.fps = fps
-        self._ids, self._records = TextWriter(), TextWriter(filed=True)
+        self.ascending = True  # so far each id comes after the one before it
+        self._last = ""
+        self._ids, self._records = TextWriter(filed=True), TextWriter(filed=True)
         self._kinds, self._sources, self._flags = array("i"), array("h"), bytearray()
         self._shapes: dict[Shape, int] = {}
         self._streams: tuple[str, ...] = ()
@@ -127,11 +140,19 @@ class SampleWriter:
         flags = RGBA * sample.rgba + FEATURES * bool(features) + LATENTS * bool(features.latents)
         self._add(sample.id, record, kind, sample.source, flags)
 
+    def append_plain(self, row: PlainRow, first: Media, source: int, *, rgba: bool) -> None:
+        """Take a plain row. first: its first file."""
+        self._streams = row.streams
+        _, media, kind = self._known.get(id(first)) or self._spelled(first)
+        self._add(row.id, END.join((media, *row.paths, row.caption)), kind, source, RGBA * rgba)
+
     def append_bad(self, name: str) -> None:
         """Take the name of a sample that cannot be used, which no other may have."""
         self._add(name, "", 0, 0, BAD)
 
     def _add(self, name: str, record: str, kind: int, source: int, flags: int) -> None:
+        self.ascending = self.ascending and (name > self._last or not len(self._ids))
+        self._last = name
         self._ids.append(name)
         self._records.append(record)
         self._kinds.append(kind)
@@ -149,8 +170,8 @@ class SampleWriter:
 
     def done(self) -> Samples:
         """Return the samples in the order in which they came, bad ones included."""
-        kinds, sources = np.array(self._kinds, np.int32), np.array(self._sources, np.int16)
-        flags = np.frombuffer(bytes(self._flags), np.uint8)
+        kinds, sources = np.frombuffer(self._kinds, np.int32), np.frombuffer(self._sources, np.int16)
+        flags = np.frombuffer(self._flags, np.uint8)
         columns = kinds, tuple(self._shapes), sources, flags
         return Samples(self._ids.done(), self._records.done(), *columns, self._streams)
 
@@ -161,11 +182,16 @@ def _media(told: str) -> Media:
     return Media(int(frames), int(height), int(width), Fraction(fps), Fraction(duration), alpha == "1")
 
 
-def in_order(samples: Samples) -> tuple[Samples, list[str]]:
+def in_order(written: SampleWriter) -> tuple[Samples, list[str]]:
     """Return the samples that can be used, sorted by ids that are unique now, and the ids of the bad ones as they came.
 
     A video with two captions is two samples, `clip` and `clip~2`, unless that is a name too.
     """
+    samples = written.done()
+    bad = (samples.flags & BAD) > 0
+    if written.ascending and not bad.any():
+        return samples, []
+    samples.ids = samples.ids.mapped()
     order, same = samples.ids.in_order()
     if same.any():
         again = np.flatnonzero(same)
@@ -174,7 +200,6 @@ def in_order(samples: Samples) -> tuple[Samples, list[str]]:
         )
         order, same = samples.ids.in_order()
         assert not same.any(), "two samples share an id"
-    bad = (samples.flags & BAD) > 0
     names = [samples.ids.make(row) for row in np.flatnonzero(bad).tolist()]
     found = samples.take(order[~bad[order]])
     found.ids = found.ids.filed()

@@ -5,6 +5,7 @@ The text file may be lost, torn or edited: then the facts are found again, never
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 import weakref
@@ -79,10 +80,10 @@ class FileMemory(Generic[Fact]):
 
     def _others(self, fresh: Container[str]) -> Iterator[bytes]:
         """Yield the lines of facts that the file holds now, but for those of fresh ones."""
-        for line in _raw_lines(self.path, self._header):
-            found = self._parsed(line)
+        for line in itertools.chain.from_iterable(_blocks(self.path, self._header)):
+            found = self._parsed(line + b"\n")
             if found is not None and _text(found[0]) not in fresh:
-                yield line
+                yield line + b"\n"
 
     def _find(self, name: str) -> tuple[Stamp, Fact] | None:
         wanted = _bytes(name)
@@ -155,17 +156,6 @@ def _blocks(path: Path, header: str) -> Iterator[list[bytes]]:
             while block := file.read(BLOCK):
                 *lines, rest = (rest + block).split(b"\n")
                 yield lines
-    except OSError:
-        return
-
-
-def _raw_lines(path: Path, header: str) -> Iterator[bytes]:
-    """Yield the whole lines of a memory as they are; one that cannot be read, or has another header, is empty."""
-    try:
-        with path.open("rb") as file:
-            if header and file.readline() != header.encode() + b"\n":
-                return
-            yield from (line for line in file if line.endswith(b"\n"))
     except OSError:
         return
 

@@ -98,6 +98,7 @@ def test_shards_that_leave_a_machine_are_told() -> None:
 
 def _limits(rank: int, world_size: int) -> tuple[tuple[int, int], bool, int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))
+    gc.unfreeze = sys.modules["tests.support.preload"].thaw  # as it is outside of tests
     runtime.raise_file_limit()
     with runtime.steady_garbage(2):
         frozen = gc.get_freeze_count()

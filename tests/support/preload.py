@@ -37,4 +37,4 @@ torch.set_num_threads(1)
 gc.enable()
 gc.collect()
 gc.freeze()  # a collection in a rank would else write to every object, and so copy the memory shared with the server
-gc.unfreeze = lambda: None  # a rank ends before it would matter
+thaw, gc.unfreeze = gc.unfreeze, lambda: None  # a rank ends before it would matter

@@ -84,7 +84,7 @@ def measure(source: SavedModel, runtime: Runtime, *, count: int, picture: Path |
     captions = [attributes.caption for attributes in wanted]
     made, base = (sample(one, runtime, captions) for one in (source, base_model(source.config)))
     figures = {
-        name: _means([_measured(videos[number], attributes) for number, attributes in enumerate(wanted)])
+        name: mean_figures([measured(videos[number], attributes) for number, attributes in enumerate(wanted)])
         for name, videos in (("adapter", made), ("base", base))
     }
     drifts = [metrics.rgb_drift(made[n]["rgb"] / np.float32(255), base[n]["rgb"] / np.float32(255)) for n in made]
@@ -92,11 +92,11 @@ def measure(source: SavedModel, runtime: Runtime, *, count: int, picture: Path |
     if picture and runtime.is_main:
         write_sheet(picture, [made[number] for number in range(min(count, SHEET_ROWS))])
     if source.config.objective.tasks.get(MATTING_TASK, 0) > 0:
-        clips = _clips(source, count)
+        clips = held_out_clips(source, count)
         given, captions = [true_streams(clip)["rgb"] for clip in clips], [clip.attributes.caption for clip in clips]
         for one, measures in ((source, figures["adapter"]), (base_model(source.config), figures["base"])):
             mattes = sample(one, runtime, captions, given=given)
-            measures |= _means([_against(mattes[number], clip) for number, clip in enumerate(clips)])
+            measures |= mean_figures([against(mattes[number], clip) for number, clip in enumerate(clips)])
     return figures
 
 
@@ -126,7 +126,7 @@ def _latents(given: Sequence[np.ndarray] | None, number: int, frames: Frames) ->
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
-def _measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str, float]:
+def measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str, float]:
     """Measure one sampled pair; opacity is the mean alpha inside the shape that the RGB shows."""
     rgb, aux, *_ = streams.values()
     alpha, shape = aux.mean(-1) / 255, silhouette(rgb)
@@ -140,7 +140,7 @@ def _measured(streams: Mapping[str, np.ndarray], wanted: Attributes) -> dict[str
     return found
 
 
-def _against(streams: Mapping[str, np.ndarray], scene: Scene) -> dict[str, float]:
+def against(streams: Mapping[str, np.ndarray], scene: Scene) -> dict[str, float]:
     """Compare every companion that was made of a given RGB with the truth."""
     true, found = true_streams(scene), {}
     for name in [*streams][1:]:
@@ -149,12 +149,12 @@ def _against(streams: Mapping[str, np.ndarray], scene: Scene) -> dict[str, float
     return found
 
 
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_figures(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def _clips(source: SavedModel, count: int) -> Sequence[Scene]:
+def held_out_clips(source: SavedModel, count: int) -> Sequence[Scene]:
     model = open_model(source.config.model)
     frames, height, width = model.geometry.pixels(video_layout(source.config, model).shapes[0])
     format = Format(width, height, frames, Fraction(source.config.data.fps))

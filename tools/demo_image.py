@@ -57,11 +57,13 @@ KEYS = (
     "sample.guidance=1",  # guidance leads towards the caption, which says no colour, and away from the image's
 )
 VECTORS = ("*.bias", "*norm*", "*patch_embedding.weight")  # what is no matrix between features
-# The base itself goes on learning, from given frames: an adapter of scope all kept 70 % of the colours.
+LEARN_ALL = (  # the base itself goes on learning
+    *("lora.enabled=false", "optim.name=muon", "optim.lr=0.01", "optim.ema=0.99", "optim.warmup_steps=50"),
+    f"optim.groups={json.dumps([{'pattern': pattern, 'lr': 6e-4} for pattern in VECTORS])}",
+)
 STAGES = {
     "taught": (
-        *("lora.enabled=false", "optim.name=muon", "optim.lr=0.01", "optim.ema=0.99", "optim.warmup_steps=50"),
-        f"optim.groups={json.dumps([{'pattern': pattern, 'lr': 6e-4} for pattern in VECTORS])}",
+        *LEARN_ALL,  # from given frames: an adapter of scope all kept 70 % of the colours
         "objective.tasks={images_to_videos: 0.85, joint: 0.1, image_to_video: 0.05, rgb_to_aux: null}",
         "objective.shift=4",  # colour is decided where noise is high
         "train.max_steps=2400",
@@ -116,8 +118,10 @@ def colorless(attributes: Attributes) -> str:
     return f"a {attributes.shape} drifts {attributes.direction}, {attributes.opacity}"
 
 
-def write_clips(out: Path, count: int, *, caption: Callable[[Attributes], str] = colorless) -> None:
-    """Write the demo and, beside its own clips, those with captions of another kind."""
+def write_clips(
+    out: Path, count: int, *, caption: Callable[[Attributes], str] = colorless, format: Format = SQUARE
+) -> None:
+    """Write the demo and, beside its own clips, those with captions of another kind or of another format."""
     asked = json.dumps({"clips": count, "recipe": RECIPE, "weights": weights_digest()})
     begun = out / "begun.json"
     if begun.is_file() and begun.read_text() != asked:
@@ -126,7 +130,7 @@ def write_clips(out: Path, count: int, *, caption: Callable[[Attributes], str] =
     write_text(begun, asked)
     if (out / "clips").is_dir():
         return
-    clips = scenes(count, formats=[SQUARE], held_out=False, seed=11)
+    clips = scenes(count, formats=[format], held_out=False, seed=11)
     with whole(out / "clips") as unfinished:
         write_pairs(unfinished, clips)
         for name, scene in zip(clip_names(clips), clips):

@@ -111,7 +111,7 @@ class _Lines:
 
     def __init__(self, path: Path, header: str) -> None:
         self._places = array("Q")  # hash of a name and where its line begins, in order
-        self._held = 0, b""  # a piece of the file, and where it begins
+        self._held = 0, b"", 0  # a piece of the file, where it begins, and where in it a line follows the last found
         try:
             self._file = path.open("rb", buffering=0)
         except OSError:  # lost, or someone else's: an empty memory
@@ -127,7 +127,11 @@ class _Lines:
         np.frombuffer(self._places, np.uint64).sort()
 
     def find(self, name: bytes) -> Iterator[bytes]:
-        """Yield the lines that may be a name's, the last of the file first."""
+        """Yield the lines that may be a name's: the one that follows the last found, and the last of the file first."""
+        start, held, at = self._held
+        if (end := held.find(b"\n", at) + 1) and held.endswith(name, at, end - 1):
+            self._held = start, held, end
+            yield held[at:end]
         wanted = hash(name[name.rfind(b"\t") + 1 :]) & HASH
         place = bisect_left(self._places, wanted + 1 << PLACE_BITS) - 1
         while place >= 0 and (found := self._places[place]) >> PLACE_BITS == wanted:
@@ -136,14 +140,16 @@ class _Lines:
 
     def _line(self, first: int) -> bytes:
         """Return the line that begins somewhere; those of files that are looked for one after another lie together."""
-        start, held = self._held
-        if start <= first < start + len(held) and (end := held.find(b"\n", first - start)) >= 0:
-            return held[first - start : end + 1]
+        start, held, _ = self._held
+        if start <= first < start + len(held) and (end := held.find(b"\n", first - start) + 1):
+            self._held = start, held, end
+            return held[first - start : end]
         size = USUAL_READ
         while b"\n" not in (held := os.pread(self._file.fileno(), size, first)) and len(held) == size:
             size *= 4
-        self._held = first, held
-        return held[: held.find(b"\n") + 1]
+        end = held.find(b"\n") + 1
+        self._held = first, held, end
+        return held[:end]
 
 
 def _blocks(path: Path, header: str) -> Iterator[list[bytes]]:

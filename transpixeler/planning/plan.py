@@ -104,11 +104,8 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     """Plan a config on a machine, as its own layout would run there, and find the layouts that fit."""
     layout = meshes.resolve(config.parallel, machine.gpus)
     folder = _checked_model(config, layout)
-    train, evaluation, scan_seconds = _datasets(config, folder)  # first, as long as little else is in memory
-    model, geometry = _model(config, machine), folder.geometry.over(config.scales)
-    order = training_order(config, train)
-    used, steps = replace(train, items=clips_used(config, train, order)), int(order.total(config.train))
-    loads = _loads(config, folder, geometry, order, train)
+    clips = _clips(config, folder)  # first, as they are many and leave memory before anything else comes into it
+    model, loads = _model(config, machine), clips.loads
     estimate = _estimate(config, folder, model, machine)
     mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
     whole = sum(estimate.parts.values(), Part())
@@ -121,23 +118,59 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         parameters=estimate.experts * whole.numbers,
         experts=_split(config, folder, loads),
         idle_on_device=estimate.idle_on_device(layout),
-        rows=tuple(_row(load, train, estimate, layout, mode) for load in loads),
-        dropped={"train": train.skipped, "eval": evaluation.skipped},
-        notes={"train": train.notes, "eval": evaluation.notes},
-        steps_first_epoch=order.steps(0),
+        rows=tuple(_row(load, clips, estimate, layout, mode) for load in loads),
+        dropped=clips.dropped,
+        notes=clips.notes,
+        steps_first_epoch=clips.steps_first_epoch,
         steps_epoch=sum(load.steps for load in loads),
-        steps=steps,
-        whole_epochs=steps == order.first_step(config.train.epochs),
+        steps=clips.steps,
+        whole_epochs=clips.whole_epochs,
         flop_step=estimate.flops(loads, layout, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
         kept_whole=tuple(estimate.kept_whole(load, layout, 0, mode) for load in loads),
         memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *RECOMPUTE_MODES])},
+        drawn=clips.drawn,
+        cache_latents=clips.cache_latents,
+        cache_texts=clips.cache_texts,
+        caching=text_encoder_bytes(folder, config.model.quantize_encoders),
+        fits=tuple(_fits(config, folder, estimate, loads, machine)),
+        scan_seconds=clips.scan_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """All that a plan asks of the clips, as in `Plan`."""
+
+    loads: list[Load]  # of the buckets, in training's order
+    counts: Mapping[tuple[int, int, int], int]  # clips of the training set, by bucket
+    dropped: Mapping[str, Dropped]
+    notes: Mapping[str, tuple[str, ...]]
+    steps_first_epoch: int
+    steps: int
+    whole_epochs: bool
+    drawn: int
+    cache_latents: int
+    cache_texts: int
+    scan_seconds: float
+
+
+def _clips(config: Config, folder: ModelFolder) -> ClipFacts:
+    train, evaluation, scan_seconds = _datasets(config, folder)
+    geometry, order = folder.geometry.over(config.scales), training_order(config, train)
+    used, steps = replace(train, items=clips_used(config, train, order)), int(order.total(config.train))
+    return ClipFacts(
+        loads=_loads(config, folder, geometry, order, train),
+        counts=train.buckets(),
+        dropped={"train": train.skipped, "eval": evaluation.skipped},
+        notes={"train": train.notes, "eval": evaluation.notes},
+        steps_first_epoch=order.steps(0),
+        steps=steps,
+        whole_epochs=steps == order.first_step(config.train.epochs),
         drawn=len(used.items),
         cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (used, evaluation)),
         cache_texts=_text_bytes(config, folder, [train, evaluation]),
-        caching=text_encoder_bytes(folder, config.model.quantize_encoders),
-        fits=tuple(_fits(config, folder, estimate, loads, machine)),
         scan_seconds=scan_seconds,
     )
 
@@ -198,9 +231,9 @@ def _loads(config: Config, folder: ModelFolder, geometry: Geometry, order: Order
     return loads
 
 
-def _row(load: Load, train: Dataset, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
+def _row(load: Load, facts: ClipFacts, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
     flop = estimate.sample_flops(load, layout, mode)
-    clips = train.buckets()[load.bucket]
+    clips = facts.counts[load.bucket]
     seen, micro_batch = load.steps * load.batch, estimate.micro_batch(load, layout)
     return Row(load.bucket, clips, seen, load.batch, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
 

@@ -33,19 +33,23 @@ class Probes:
         self._memory = FileMemory(folder / NAME, read=_read, line=_line, header=str(VERSION))
 
     def __call__(self, path: Path) -> Media:
-        stamp = _stamp(path)
+        stamp = stamp_of(path)
         if stamp is None:
             return probe(path)
         if (known := self._memory.recall(path, stamp)) is not None:
             return known
         media = probe(path)
+        self.remember(path, stamp, media)
+        return media
+
+    def remember(self, path: Path, stamp: Stamp, media: Media) -> None:
+        """Remember a file that was opened. stamp: from before it was."""
         self.opened += 1
         self._memory.note(path, stamp, media)
-        return media
 
     def known(self, path: str) -> Media | None:
         """Return what is remembered of a file, without opening it."""
-        stamp = _stamp(path)
+        stamp = stamp_of(path)
         return None if stamp is None else self._memory.recall(path, stamp)
 
     def save(self) -> None:
@@ -53,7 +57,7 @@ class Probes:
             logger.info("%s cannot be written: files are looked at again the next time", self.folder)
 
 
-def _stamp(path: Path | str) -> Stamp | None:
+def stamp_of(path: Path | str) -> Stamp | None:
     """Return None for what cannot be remembered: a folder's time says nothing of the images in it."""
     try:
         found = os.stat(path)  # noqa: PTH116  pathlib takes several times as long

@@ -50,7 +50,7 @@ def manifest_candidates(
     streams, columns = tuple(streams), columns or {}
     shards = shards_of(path) if path.is_dir() else (path,)
     ours = [latent_column(stream, streams[0]) for stream in streams]
-    featured = [name for name in (columns.get(own, own) for own in (*ours, TEXT_COLUMN)) if name]
+    featured = {name for name in (columns.get(own, own) for own in (*ours, TEXT_COLUMN)) if name}
     names = [_names(number, stream, columns) for number, stream in enumerate(streams[:1] if rgba else streams)]
     text, claims = columns.get("text", "text"), {key: columns.get(key, key) for key in CLAIMS}
     for shard in shards:
@@ -58,7 +58,9 @@ def manifest_candidates(
             shard.parent, name, streams, names=names, text=text, claims=partial(_claims, columns=claims)
         )
         for number, row in rows(shard, text=text):
-            gives = isinstance(row, str) or any(row.get(column) not in (None, "") for column in featured)
+            gives = isinstance(row, str) or not (
+                featured.isdisjoint(row) or all(row.get(column) in (None, "") for column in featured)
+            )
             if not isinstance(row, str) and not gives and (found := plain(row)):
                 yield found
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from fractions import Fraction
@@ -68,8 +68,8 @@ class PlainReader:
         caption, claims = row.get(self.text), self.claims(row)
         if not isinstance(caption, str) or not isinstance(claims, dict) or not (caption := caption.strip()):
             return None
-        paths = tuple(path for names in self.names if (path := self._path(row, names)))
-        if len(paths) < len(self.names) or not is_utf8(caption):
+        paths = tuple([self._path(row, names) for names in self.names])
+        if "" in paths or not is_utf8(caption):
             return None
         if len(paths) < len(self.streams):  # one file with alpha
             paths *= len(self.streams)
@@ -79,7 +79,10 @@ class PlainReader:
 
     def _path(self, row: Mapping[str, Any], names: Sequence[str]) -> str:
         """Return a stream's path as `Path` would spell it; "" where that takes a longer look."""
-        value = next((row[name] for name in names if row.get(name) is not None), None)
+        value = None
+        for name in names:  # a generator takes twice as long, and there are millions
+            if (value := row.get(name)) is not None:
+                break
         if not isinstance(value, str):
             return ""
         path = value.strip()
@@ -110,7 +113,7 @@ def known_media(window: Sequence[object], known: Known | None, pool: Executor, *
     if known is None:
         return [None] * len(window)
     look = partial(_looks, known=known, rgba=rgba)
-    if not _asking_is_slow(window):
+    if not slow_to_ask([row.paths[0] for row in window if isinstance(row, PlainRow)]):
         return look(window)
     pieces = [window[start : start + AT_ONCE] for start in range(0, len(window), AT_ONCE)]
     return [one for some in pool.map(look, pieces) for one in some]
@@ -136,17 +139,13 @@ def _look(row: PlainRow, known: Known, *, rgba: bool) -> Media | None:
     return media
 
 
-def _asking_is_slow(window: Iterable[object]) -> bool:
-    times = list(map(_seconds, _first(window)))
+def slow_to_ask(paths: Sequence[str | bytes]) -> bool:
+    """Tell by a few files of a window whether asking for one takes so long that threads should."""
+    times = list(map(_seconds, paths[:ASKED]))
     return bool(times) and statistics.median(times) > SLOW_SECONDS
 
 
-def _first(window: Iterable[object]) -> Iterator[str]:
-    rows = (row for row in window if isinstance(row, PlainRow))
-    return (row.paths[0] for row, _ in zip(rows, range(ASKED)))
-
-
-def _seconds(path: str) -> float:
+def _seconds(path: str | bytes) -> float:
     started = time.perf_counter()
     with suppress(OSError, ValueError):  # the look at it says what is wrong
         os.stat(path)  # noqa: PTH116  as what is timed asks

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from tests.publishing.test_report import write_run
-from tests.support.hub_server import READER, TOKEN, Hub, serving
+from tests.support.hub_server import READER, TOKEN, Hub, serving, serving_here
 from tests.support.models import TINY, tiny, wan_folder
 from tests.support.saves import BASE, TERMS, contents, save_adapter
 from transpixeler import cli
@@ -55,16 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
-    with serving() as made:
-        monkeypatch.setattr(constants, "ENDPOINT", made.endpoint)
-        files = f"{made.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serving_here(monkeypatch, tmp_path) as made:
         yield made
 
 

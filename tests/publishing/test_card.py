@@ -140,8 +140,8 @@ def test_the_node_goes_with_a_joint_adapter_and_no_other(run: Path, tmp_path: Pa
 def test_measures_are_told_in_words(run: Path) -> None:
     card = card_of(run)
     assert "|  | held | prompts |\n|---|---|---|\n| held-out loss of rgb | 1.0500 |  |" in card
-    assert "| IoU, overlap at one half, more is better | 0.8 |  |" in card
-    assert "| flicker, comes and goes, less is better | 0.01 | 0.02 |" in card
+    assert "| IoU ↑, overlap at one half | 0.8 |  |" in card
+    assert "| flicker ↓, comes and goes | 0.01 | 0.02 |" in card
     assert in_words("of_tomorrow") == "of tomorrow"
 
 

@@ -111,7 +111,11 @@ def _sample_section(card: Card) -> list[str]:
 def _training_section(card: Card) -> list[str]:
     rows = [(name, value) for name, value in _figures(card).items() if value]
     table = "\n".join(
-        ["| | |", "|---|---|", *(f"| {markdown.cell(name)} | {markdown.cell(str(value))} |" for name, value in rows)]
+        [
+            "| setting | value |",
+            "|---|---|",
+            *(f"| {markdown.cell(name)} | {markdown.cell(str(value))} |" for name, value in rows),
+        ]
     )
     made = "Trained with transpixeler; `config.yaml` holds every setting."
     return ["## Training", table, made]
@@ -130,7 +134,10 @@ def _measures_section(card: Card) -> list[str]:
     cells = [[title, *(found.get(name, "") for name in card.evals)] for title, found in rows.items()]
     head, *body = (f"| {' | '.join(map(markdown.cell, line))} |" for line in (["", *card.evals], *cells))
     table = "\n".join([head, f"|{'---|' * (1 + len(card.evals))}", *body])
-    about = "By sets of clips that it was not trained on, and each task by itself; `prompts` are captions alone."
+    about = (
+        "By sets of clips that it was not trained on, and each task by itself; `prompts` are captions alone. ↑: more is "
+        "better, ↓: less is better."
+    )
     return ["## Measures", about, table]
 
 

@@ -27,12 +27,13 @@ def _base(card: Card) -> str:
 def _ours(card: Card) -> list[str]:
     """Return the lines that install the project and make a video with it."""
     size, prompt, joint = card.size, card.prompt, len(card.streams) > 1
-    sized, seen = (f" --size {'x'.join(map(str, size))}", f", size={size}") if size else ("", "")
+    sized, seen = (f"--size {'x'.join(map(str, size))} ", f", size={size}") if size else ("", "")
     format, formats = (" --format mov", ', formats=("mov",)') if joint else ("", "")
-    shown = "".join(f" --{name.removesuffix('_image')} {file}" for name, file in card.pictures.items())
+    shown = "".join(f"--{name.removesuffix('_image')} {file} " for name, file in card.pictures.items())
     given = "".join(f', {name.removesuffix("_image")}="{file}"' for name, file in card.pictures.items())
     shell = (
-        f'transpixeler sample {card.repo} --model {_base(card)}{sized}{shown} --prompt "{prompt}"{format} --out samples'
+        f"transpixeler sample {card.repo} --model {_base(card)} \\\n"
+        f'    {sized}{shown}--prompt "{prompt}"{format} --out samples'
     )
     python = (
         "import transpixeler as tp\n\n"

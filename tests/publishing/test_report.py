@@ -191,7 +191,8 @@ LOOK = """
     videos: latest.length, changed: all("video.thumb").filter((v, i) => v.src !== latest[i]).length,
     broken: all("video.thumb").filter(v => v.error).length, tip: one("#training .tip")?.textContent,
     bad: one("main").textContent.match(/NaN|undefined|Infinity/g),
-    named: all(".card > svg").filter(s => s.querySelectorAll("text.name").length === 1).length, charts: all(".card > svg").length,
+    named: all(".card > svg").filter(s => s.querySelectorAll("text.name").length === 1).length,
+    charts: all(".card > svg").length,
     titles: all("#samples article > p").map(p => p.textContent),
   };
 """
@@ -232,9 +233,9 @@ def test_the_page_says_what_was_trained_and_what_was_skipped(seen: dict) -> None
 
 
 def test_each_axis_has_a_name_and_what_is_made_of_a_given_video_says_so(seen: dict) -> None:
-    for page in (seen["w390"], seen["w1280"]):
-        assert page["named"] == page["charts"] == 17
-        assert page["titles"] == ["a star, 000", "a star, 001 given rgb"]
+    for found in (seen["w390"], seen["w1280"]):
+        assert found["named"] == found["charts"] == 17
+        assert found["titles"] == ["a star, 000", "a star, 001 given rgb"]
 
 
 def test_samples_play_and_the_slider_goes_back_through_the_steps(seen: dict) -> None:

@@ -135,8 +135,8 @@ def _measures_section(card: Card) -> list[str]:
     head, *body = (f"| {' | '.join(map(markdown.cell, line))} |" for line in (["", *card.evals], *cells))
     table = "\n".join([head, f"|{'---|' * (1 + len(card.evals))}", *body])
     about = (
-        "By sets of clips that it was not trained on, and each task by itself; `prompts` are captions alone. ↑: more is "
-        "better, ↓: less is better."
+        "By sets of clips that it was not trained on, and each task by itself; `prompts` are captions alone. "
+        "↑: more is better, ↓: less is better."
     )
     return ["## Measures", about, table]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.hub_server import serving_here
 from tests.training.trainings import FAST
 from transpixeler import cli
 from transpixeler.config.sections import ModelConfig
@@ -46,6 +47,32 @@ def test_it_has_the_shape_that_was_asked_and_the_encoders_of_the_other(demo: Pat
     assert ours.config["num_layers"] == 2 and ours.vae_fingerprint() == theirs.vae_fingerprint()
     assert ours.text_fingerprint() == theirs.text_fingerprint()
     assert (fresh / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("place", ["here", "hub"])
+def test_no_weights_are_taken_that_no_encoder_reads(
+    place: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published transformers lie in files and folders of many names, of tens of gigabytes."""
+    source = tmp_path / "published"
+    shutil.copytree(demo / "model", source)
+    large = ("The_Model_v2.safetensors", "model-q8.gguf", "diffusion_transformer_768p/diffusion_pytorch_model.bin")
+    for name in large:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"x" * 100)
+    (source / "diffusion_transformer_768p/config.json").write_text("{}")
+    with serving_here(monkeypatch, tmp_path) as hub:
+        files = [file for file in source.rglob("*") if file.is_file()]
+        hub.repos["me/base"] = {file.relative_to(source).as_posix(): file.read_bytes() for file in files}
+        assert init(written(tmp_path, SMALL), source if place == "here" else "me/base", tmp_path / "base") == 0
+        asked = {request.split("/resolve/")[1].partition("/")[2] for request in hub.requests if "/resolve/" in request}
+    assert sorted(file.name for file in (tmp_path / "base").iterdir()) == [
+        *("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    ]
+    ours, theirs = open_model(ModelConfig(path=str(tmp_path / "base"))), open_model(ModelConfig(path=str(source)))
+    assert ours.vae_fingerprint() == theirs.vae_fingerprint() and ours.text_fingerprint() == theirs.text_fingerprint()
+    if place == "hub":
+        assert "vae/config.json" in asked and not [name for name in asked if name in large or "transformer" in name]
 
 
 def test_weights_are_drawn_by_seed_and_keep_the_size_of_what_passes(demo: Path, fresh: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import yaml
 from tests.publishing.test_report import write_run
 from tests.support.saves import BASE, TERMS, save_adapter
 from transpixeler import api, cli
+from transpixeler.config import loading
+from transpixeler.config.sections import ObjectiveConfig
 from transpixeler.models.family import APACHE, Family, License, families, find_family
 from transpixeler.publishing import card_facts, card_use, hub
 from transpixeler.publishing.licenses import license_of
@@ -71,6 +73,20 @@ def test_the_gallery_shows_what_has_alpha_over_a_background(tmp_path: Path) -> N
     assert "widget" not in head(card_of(run)) and "<Gallery" not in card_of(run)
 
 
+def test_a_matte_of_a_given_video_is_told_from_a_pair_of_a_caption(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "flames")
+    config = save_adapter(run / "step30") / "config.yaml"
+    assert "--rgb clip.mp4" not in card_of(run)
+    tasks = ObjectiveConfig(tasks={"joint": 0.8, "rgb_to_aux": 0.2})
+    config.write_text(loading.dump(dataclasses.replace(loading.load(config), objective=tasks)))
+    facts = run / "samples/step00000030/001/sample.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"given": ["rgb"]}))
+    card = card_of(run)
+    assert [one["text"] for one in head(card)["widget"]] == ["a star, 000", "a star, 001, given rgb"]
+    assert "> a star, 001, given rgb\n" in card and "> a star, 000\n" in card
+    assert "It was trained for this, too: `--rgb clip.mp4` makes the other streams of a given video." in card
+
+
 def test_the_programs_save_a_video_of_the_samples_size(run: Path, tmp_path: Path) -> None:
     plain = write_run(tmp_path / "plain")
     save_adapter(plain / "step30", streams=1)
@@ -123,8 +139,9 @@ def test_the_node_goes_with_a_joint_adapter_and_no_other(run: Path, tmp_path: Pa
 
 def test_measures_are_told_in_words(run: Path) -> None:
     card = card_of(run)
-    assert "| IoU, overlap at one half, more is better (held) | 0.8 |" in card
-    assert "| flicker, comes and goes, less is better (prompts) | 0.02 |" in card
+    assert "|  | held | prompts |\n|---|---|---|\n| held-out loss of rgb | 1.0500 |  |" in card
+    assert "| IoU ↑, overlap at one half | 0.8 |  |" in card
+    assert "| flicker ↓, comes and goes | 0.01 | 0.02 |" in card
     assert in_words("of_tomorrow") == "of tomorrow"
 
 

@@ -147,6 +147,9 @@ def test_data_of_which_nothing_can_be_used_are_the_users_to_mend(
     assert cli.main(["inspect", str(stills), "data.frames=[33]", *words]) == 2
     said = capsys.readouterr().out
     assert "8 samples can be used" in said and "0 clips in 0 buckets" in said and "expected" not in said
+    assert "no clip fits: data.resolutions and data.frames say which" in said
+    page = (tmp_path / "page.html").read_text()
+    assert "No clip fits: data.resolutions" in page and "<details open><summary>Clips dropped" in page
     assert cli.main(["inspect", str(tmp_path / "none.yaml"), *words]) == 2
     assert "none.yaml names no data" in capsys.readouterr().err
 

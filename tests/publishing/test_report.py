@@ -76,7 +76,10 @@ def write_run(folder: Path, *, steps: int = 30, samples: bool = True) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "glass-fx")
+    run = write_run(tmp_path_factory.mktemp("runs") / "glass-fx")
+    for facts in run.glob("samples/*/001/sample.json"):
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"given": ["rgb"]}))
+    return run
 
 
 # --- what is gathered ------------------------------------------------------------------------------------------------
@@ -188,6 +191,9 @@ LOOK = """
     videos: latest.length, changed: all("video.thumb").filter((v, i) => v.src !== latest[i]).length,
     broken: all("video.thumb").filter(v => v.error).length, tip: one("#training .tip")?.textContent,
     bad: one("main").textContent.match(/NaN|undefined|Infinity/g),
+    named: all(".card > svg").filter(s => s.querySelectorAll("text.name").length === 1).length,
+    charts: all(".card > svg").length,
+    titles: all("#samples article > p").map(p => p.textContent),
   };
 """
 
@@ -220,10 +226,16 @@ def test_the_page_says_what_was_trained_and_what_was_skipped(seen: dict) -> None
     text = seen["w1280"]["text"]
     assert "A LoRA of rank 128 on the aux streams, trained on 48 clips" in text["header"]
     assert "4 devices (pipeline 2 × replicate 1 × shard 2)" in text["header"]
-    assert "−30 % against the base" in text["header"] and "0.8best 0.8" in text["header"]
+    assert "−30 % against the base" in text["header"] and "0.8held, best 0.8" in text["header"]
     for sample, reason in SKIPPED:
         assert sample in text["data"] and reason in text["data"]
     assert "seed5" in text["settings"]
+
+
+def test_each_axis_has_a_name_and_what_is_made_of_a_given_video_says_so(seen: dict) -> None:
+    for found in (seen["w390"], seen["w1280"]):
+        assert found["named"] == found["charts"] == 17
+        assert found["titles"] == ["a star, 000", "a star, 001 given rgb"]
 
 
 def test_samples_play_and_the_slider_goes_back_through_the_steps(seen: dict) -> None:

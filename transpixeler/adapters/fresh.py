@@ -26,8 +26,11 @@ from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, ModelFolder, find_family
 from transpixeler.models.resolve import resolve
 
-# A model folder holds these of its transformer; everything else in it belongs to the encoders or the pipeline.
+# A model folder holds these of its transformer; everything else in it belongs to the encoders or the pipeline, but for
+# weights that no encoder reads: a published transformer in one file or in a folder of another name, and its variants.
 _OF_TRANSFORMER = ("transformer*", "config.json", "diffusion_pytorch_model*", ".*")
+_OF_PIPELINE = ("model_index.json", "scheduler/*")
+_WEIGHTS = {".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt", ".gguf"}
 
 
 def init_command(family: str, *, shape: str, encoders: str, out: str, seed: int = 0) -> Path:
@@ -38,17 +41,18 @@ def init_command(family: str, *, shape: str, encoders: str, out: str, seed: int 
     config = _shape(found, shape)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"--out: {place} is not empty; name a new folder")
-    source = resolve(encoders, only=("*",), key="--encoders")
+    source = resolve(encoders, only=_OF_PIPELINE, key="--encoders")
     if not source.is_dir():
         raise UserError(f"--encoders: {source} is a file; give a model's folder")
     with writing_to(place, "--out"), whole(place) as draft, TemporaryDirectory() as scratch:
         transformer = Path(scratch) / MODEL_FOLDER
         transformer.mkdir()
         (transformer / "config.json").write_text(json.dumps(config))
-        model = found.open(scratch, str(source))
+        model = found.open(scratch, encoders)  # of a Hub id, each encoder's files are fetched when they are asked for
+        read = _encoder_files(model)
         _check_encoders(model, source)
         draft.mkdir()
-        _take_parts(source, draft)
+        _take_parts(source, draft, read)
         save_model(random_weights(model, seed), draft, model=model)
     return place
 
@@ -92,10 +96,23 @@ def _shape(family: Family, asked: str) -> dict[str, Any]:
     return {"_class_name": said, **named}
 
 
+def _encoder_files(model: ModelFolder) -> set[Path]:
+    """Return the files that the encoders read; a model without them is refused."""
+    read: set[Path] = set()
+
+    def note(path: Path) -> str:
+        read.add(path.resolve())
+        return ""
+
+    model.vae_fingerprint(note)
+    model.text_fingerprint(note)
+    if any(field.source == "image" for field in model.fields):
+        model.image_fingerprint(note)
+    return read
+
+
 def _check_encoders(model: ModelFolder, source: Path) -> None:
-    """Refuse a shape that does not take what the encoders make, or a folder without them."""
-    model.vae_fingerprint(lambda _: "")
-    model.text_fingerprint(lambda _: "")
+    """Refuse a shape that does not take what the encoders make."""
     texts = source / "text_encoder" / "config.json"  # where the layout says it without loading a weight
     made = read_json(texts).get("d_model") if texts.is_file() else None
     taken = model.fields[0].width
@@ -106,10 +123,12 @@ def _check_encoders(model: ModelFolder, source: Path) -> None:
         raise UserError(f"--shape: makes {said} channels, and the VAE in {source} reads {channels}")
 
 
-def _take_parts(source: Path, draft: Path) -> None:
-    """Link or, on another disk, copy all that is not the transformer's."""
+def _take_parts(source: Path, draft: Path, read: set[Path]) -> None:
+    """Link or, on another disk, copy all that is not the transformer's. read: by the encoders."""
     for entry in sorted(source.iterdir()):
-        if any(entry.match(pattern) for pattern in _OF_TRANSFORMER):
+        files = [entry] if entry.is_file() else [*entry.rglob("*")]
+        weights = [file.resolve() for file in files if file.suffix.lower() in _WEIGHTS]
+        if any(entry.match(pattern) for pattern in _OF_TRANSFORMER) or (weights and read.isdisjoint(weights)):
             continue
         if entry.is_dir():
             shutil.copytree(entry, draft / entry.name, copy_function=_take)

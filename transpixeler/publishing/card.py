@@ -39,6 +39,7 @@ def write(card: Card) -> str:
         *_sample_section(card),
         *use_section(card),
         *_training_section(card),
+        *_measures_section(card),
         *_license_section(card),
     ]
     return "\n\n".join(parts) + "\n"
@@ -67,7 +68,7 @@ def _gallery(card: Card) -> list[dict[str, Any]]:
     """Return the prompts and samples that the Hub shows as a gallery."""
     image = card.model.family.makes == "image"
     shown = [(sample, sample.still if image and card.plain else sample.shown) for sample in card.samples]
-    return [{"text": markdown.line(one.prompt) or "-", "output": {"url": url}} for one, url in shown if url]
+    return [{"text": markdown.line(one.said), "output": {"url": url}} for one, url in shown if url]
 
 
 def _summary(card: Card) -> str:
@@ -103,17 +104,45 @@ def _sample_section(card: Card) -> list[str]:
     for sample in card.samples:
         paths = [path for path in sample.files if path != sample.still]
         videos = ", ".join(f"[{markdown.inline(Path(path).name)}]({quote(path)})" for path in paths)
-        lines.append(f"![a sample]({quote(sample.still)})\n\n> {markdown.inline(sample.prompt)}\n\n{videos}")
+        lines.append(f"![a sample]({quote(sample.still)})\n\n> {markdown.inline(sample.said)}\n\n{videos}")
     return lines
 
 
 def _training_section(card: Card) -> list[str]:
     rows = [(name, value) for name, value in _figures(card).items() if value]
     table = "\n".join(
-        ["| | |", "|---|---|", *(f"| {markdown.cell(name)} | {markdown.cell(str(value))} |" for name, value in rows)]
+        [
+            "| setting | value |",
+            "|---|---|",
+            *(f"| {markdown.cell(name)} | {markdown.cell(str(value))} |" for name, value in rows),
+        ]
     )
     made = "Trained with transpixeler; `config.yaml` holds every setting."
     return ["## Training", table, made]
+
+
+def _measures_section(card: Card) -> list[str]:
+    """Tell what was measured: a row for each measure, a column for each set of clips."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, measured in card.evals.items():
+        for stream, by_time in measured.get("loss", {}).items():
+            rows.setdefault(f"held-out loss of {stream}", {})[name] = _mean(list(by_time.values()))
+        for metric, value in measured.get("metrics", {}).items():
+            rows.setdefault(in_words(metric), {})[name] = f"{value:.4g}" if value is not None else ""
+    if not rows:
+        return []
+    cells = [[title, *(found.get(name, "") for name in card.evals)] for title, found in rows.items()]
+    head, *body = (f"| {' | '.join(map(markdown.cell, line))} |" for line in (["", *card.evals], *cells))
+    table = "\n".join([head, f"|{'---|' * (1 + len(card.evals))}", *body])
+    about = (
+        "By sets of clips that it was not trained on, and each task by itself; `prompts` are captions alone. "
+        "↑: more is better, ↓: less is better."
+    )
+    return ["## Measures", about, table]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h of steps" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min of steps"
 
 
 def _figures(card: Card) -> dict[str, Any]:
@@ -121,7 +150,7 @@ def _figures(card: Card) -> dict[str, Any]:
     lora, optim = config.lora, config.optim
     targets = ", ".join(lora.targets or card.model.family.lora_targets)
     seconds = sum(line.get("seconds", 0.0) for line in steps)
-    found: dict[str, Any] = {
+    return {
         "steps": f"{card.model.step:,}" if card.model.step is not None else "",
         "epochs": steps[-1]["epoch"] if steps else "",
         "clips": card.manifest.get("clips", {}).get("train", ""),
@@ -132,15 +161,9 @@ def _figures(card: Card) -> dict[str, Any]:
         "frames a second": f"{config.data.fps:g}",
         "fill of transparent RGB": config.data.fill,
         f"loss, mean of the last {min(MEAN_STEPS, len(steps))} steps": _mean([s["loss"] for s in steps[-MEAN_STEPS:]]),
-        "time": f"{seconds / 3600:.2f} h of steps" if seconds else "",
+        "time": _time(seconds) if seconds else "",
         "device": card.manifest.get("machine", {}).get("device", ""),
     }
-    for name, measured in card.evals.items():
-        for stream, by_time in measured.get("loss", {}).items():
-            found[f"held-out loss of {stream} ({name})"] = _mean(list(by_time.values()))
-        for metric, value in measured.get("metrics", {}).items():
-            found[f"{in_words(metric)} ({name})"] = f"{value:.4g}" if value is not None else ""
-    return found
 
 
 def _scopes(card: Card) -> str:

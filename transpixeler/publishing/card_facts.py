@@ -28,6 +28,12 @@ class ShownSample:
     prompt: str
     files: Mapping[str, Path]
     size: tuple[int, int, int] | None = None  # width, height, frames
+    given: tuple[str, ...] = ()  # streams that it was made from
+
+    @property
+    def said(self) -> str:
+        """Return the prompt, and what was given besides."""
+        return ", given ".join([self.prompt or "-", *([", ".join(self.given)] if self.given else [])])
 
     @property
     def shown(self) -> str:
@@ -137,4 +143,4 @@ def _samples(run: Path, step: int | None) -> Iterator[ShownSample]:
         if files:
             width, height, frames = (facts.get(key) or 0 for key in ("width", "height", "frames"))
             size = (width, height, frames) if width and height and frames else None
-            yield ShownSample(facts.get("prompt") or "", files, size)
+            yield ShownSample(facts.get("prompt") or "", files, size, tuple(facts.get("given") or ()))

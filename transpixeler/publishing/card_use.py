@@ -27,12 +27,13 @@ def _base(card: Card) -> str:
 def _ours(card: Card) -> list[str]:
     """Return the lines that install the project and make a video with it."""
     size, prompt, joint = card.size, card.prompt, len(card.streams) > 1
-    sized, seen = (f" --size {'x'.join(map(str, size))}", f", size={size}") if size else ("", "")
+    sized, seen = (f"--size {'x'.join(map(str, size))} ", f", size={size}") if size else ("", "")
     format, formats = (" --format mov", ', formats=("mov",)') if joint else ("", "")
-    shown = "".join(f" --{name.removesuffix('_image')} {file}" for name, file in card.pictures.items())
+    shown = "".join(f"--{name.removesuffix('_image')} {file} " for name, file in card.pictures.items())
     given = "".join(f', {name.removesuffix("_image")}="{file}"' for name, file in card.pictures.items())
     shell = (
-        f'transpixeler sample {card.repo} --model {_base(card)}{sized}{shown} --prompt "{prompt}"{format} --out samples'
+        f"transpixeler sample {card.repo} --model {_base(card)} \\\n"
+        f'    {sized}{shown}--prompt "{prompt}"{format} --out samples'
     )
     python = (
         "import transpixeler as tp\n\n"
@@ -40,7 +41,19 @@ def _ours(card: Card) -> list[str]:
         f'(made,) = model.sample("{prompt}"{seen}{given}{formats}, out="samples")\n'
         "print(made.folder, made.rgba.shape)  # its files, and the frames as an array"
     )
-    return [f"```sh\n{install_line()}\n{shell}\n```", "From Python:", f"```python\n{python}\n```"]
+    return [f"```sh\n{install_line()}\n{shell}\n```", *_given(card), "From Python:", f"```python\n{python}\n```"]
+
+
+def _given(card: Card) -> list[str]:
+    """Name the options for what it was trained to be given."""
+    rgb, tasks = card.streams[0], card.config.objective.tasks
+    known = {
+        f"{rgb}_to_aux": ("rgb clip.mp4", "the other streams of a given video"),
+        f"aux_to_{rgb}": ("alpha matte.mp4", "the video of a given companion"),
+        **({} if card.pictures else {"image_to_video": ("image first.png", "a video that begins with a given image")}),
+    }
+    told = [f"`--{option}` makes {what}" for task, (option, what) in known.items() if tasks.get(task, 0) > 0]
+    return [f"It was trained for this, too: {'; '.join(told)}."] if told else []
 
 
 def install_line() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from transpixeler.config.sections import SourceConfig
 from transpixeler.data.buckets import Bucket
 from transpixeler.publishing import page
-from transpixeler.publishing.inspection import FLAGS, Card, Inspection, Used, share
+from transpixeler.publishing.inspection import FLAGS, NOT_FITTING, Card, Inspection, Used, share
 
 STRIP_GAP = 4  # pixels between frames, as player.js has them
 CUT_OUT = "cut out"  # title of the strip that shows RGB through its matte
@@ -25,7 +25,7 @@ BODY = """<main>
 <section><h2>Problems</h2>{problems}</section>
 <section><h2>Clips in each bucket</h2>{buckets}</section>
 </div>
-<div class="tools"><button data-flag="" aria-pressed="true">all</button>{filters}
+<div class="tools">{filters}
 <input type="search" placeholder="Find in names and captions" aria-label="Find in names and captions">
 <span id="shown" role="status"></span></div>
 <p class="none">{note}</p>
@@ -97,7 +97,7 @@ def _problems(report: Inspection) -> str:
         rows = ((bad.id, bad.reason, bad.path) for bad in report.bad)
         tables.append(_table("Cannot be used", ("sample", "reason", "file"), rows, opened=True))
     if report.dropped:
-        tables.append(_table("Clips dropped", ("sample", "reason"), report.dropped, opened=False))
+        tables.append(_table("Clips dropped", ("sample", "reason"), report.dropped, opened=not report.buckets))
     if report.notes:
         rows = ((f"{note.count:,}", note.text, note.path) for note in report.notes)
         tables.append(_table("Notes", ("files", "what", "such as"), rows, opened=False))
@@ -116,7 +116,7 @@ def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, o
 
 def _histogram(buckets: Sequence[tuple[Bucket, int]]) -> str:
     if not buckets:
-        return "<p class=none>No clip fits a bucket; the dropped clips say why."
+        return f"<p class=none>No clip fits: {NOT_FITTING}."
     most = max(count for _, count in buckets)
     return "".join(
         f"<div class=bar><span>{bucket.width}×{bucket.height}</span><span>{_length(bucket.frames)}</span>"
@@ -130,7 +130,8 @@ def _length(frames: int) -> str:
 
 
 def _filters(report: Inspection) -> str:
-    return "".join(
+    all_of_them = '<button data-flag="" aria-pressed="true">all</button>' if any(n for _, n in report.flags) else ""
+    return all_of_them + "".join(
         f'<button data-flag="{flag}" title="{FLAGS[flag]}" aria-pressed=false>{flag} <i>{count:,}</i></button>'
         for flag, count in report.flags
         if count

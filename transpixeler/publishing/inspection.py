@@ -11,6 +11,10 @@ from transpixeler.data.buckets import Bucket
 from transpixeler.data.sources.candidate import BadSample, Note
 from transpixeler.data.sources.samples import Sample
 
+NOT_FITTING = (
+    "data.resolutions and data.frames say which sizes and lengths do; set them, such as data.frames=[17], or name a "
+    "config in place of a folder"
+)
 FLAGS = {
     "blank alpha": "the matte is empty in every frame that was looked at",
     "all opaque": "the matte hides nothing, so there is nothing to learn from it",
@@ -75,6 +79,8 @@ class Inspection:
         yield from (f"  {note}" for note in self.notes)
         yield f"{sum(count for _, count in self.buckets)} clips in {len(self.buckets)} buckets"
         yield from (f"  {bucket}: {count}" for bucket, count in self.buckets)
+        if self.samples and not self.buckets:
+            yield f"no clip fits: {NOT_FITTING}"
         used, frames = self.frames
         if frames:
             yield f"{used:,} of {frames:,} frames of the videos are used ({share(used, frames)})"

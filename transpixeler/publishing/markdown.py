@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 # Words, numbers and marks that mean nothing to Markdown wherever they stand in a line; all else is shown as code.
-_HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,.;()%'’/+=–…-]|(?<=[^\W_])_(?=[^\W_]))*")
+_HARMLESS = re.compile(r"[^\W_](?:[^\W_]|[ ,.;()%'’/+=–…↑↓-]|(?<=[^\W_])_(?=[^\W_]))*")
 _LIST_OR_LINK = re.compile(r"\d+[.)]|www\.", re.IGNORECASE)
 _CONTROL = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # Unicode categories of what is no visible character
 

@@ -40,8 +40,8 @@ def plain() -> dict[str, dict[str, str | bool]]:
 
 
 def in_words(name: str) -> str:
-    """Return a measure's name with its meaning and its better end."""
+    """Return a measure's name with its meaning, and an arrow to its better end."""
     known = MEASURES.get(name)
     if known is None:
         return name.replace("_", " ")
-    return f"{known.title}, {known.about}, {'more' if known.more else 'less'} is better"
+    return f"{known.title} {'↑' if known.more else '↓'}, {known.about}"

@@ -61,6 +61,8 @@ def test_numbered_images_beside_each_other_are_one_clip(name: str, tmp_path: Pat
 def test_numbered_images_with_captions_of_their_own_are_stills(tmp_path: Path) -> None:
     for number in range(1, 6):
         add_images(tmp_path, f"img_{number:03}.png", f"img_{number:03}_seg.png", caption=f"img_{number:03}.txt")
+    result = found(tmp_path)
+    assert len(result.samples) == 5 and not result.bad and notes(result) == {}, "nothing to tell where all have one"
     (tmp_path / "img_005.txt").unlink()
     result = found(tmp_path)
     assert [sample.media.frames for sample in result.samples] == [1] * 4

@@ -23,6 +23,7 @@ from transpixeler.evaluation.clips import all_fields
 from transpixeler.flow.objective import tasks
 from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
+from transpixeler.publishing import hub
 
 CPU = torch.device("cpu")
 CONFIG = """\
@@ -78,6 +79,8 @@ def test_a_model_is_cached_trained_evaluated_and_sampled(world: Path, capsys: py
     assert cli.main([*words, "--out", str(place / "out")]) == 0
     facts = json.loads(next((place / "out").rglob("sample.json")).read_text())
     assert facts["given"] == ["first frame of rgb"]
+    card = hub.pack(str(run), hub.Terms("me/flames", base="me/base")).files["README.md"].decode()
+    assert "pipeline_tag: image-to-video" in card and "--image first.png --prompt" in card
     capsys.readouterr()
     assert cli.main(["cache", str(world), "--export", str(place / "features")]) == 2
     assert "shown given frames (text" in capsys.readouterr().err

@@ -24,7 +24,7 @@ NOT_READ = "file of a kind that is not read: *{}"
 HIDDEN = "file or folder whose name begins with a dot"
 UNTAKEN = "file NAME{} beside NAME has no caption and is no stream of this config"
 FRAMES = "numbered image without a caption of its own, a frame of one clip"
-STILLS = "numbered image that is a still, as those of its name have captions of their own"
+STILLS = "numbered image that is a still, as others of its name have captions of their own"
 
 
 @dataclass(slots=True)

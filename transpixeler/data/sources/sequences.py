@@ -33,7 +33,7 @@ class Sorted(NamedTuple):
 
     sequences: tuple[ImageSequence, ...]
     stills: tuple[Path, ...]
-    captioned: tuple[Path, ...]  # of the stills: those that are numbered, but have captions of their own
+    captioned: tuple[Path, ...]  # of the stills: those that are numbered, where some of a name have captions, not all
 
 
 def tell_apart(images: Iterable[Path], captions: Container[str]) -> Sorted:
@@ -43,14 +43,15 @@ def tell_apart(images: Iterable[Path], captions: Container[str]) -> Sorted:
     groups: dict[tuple[str, ...], list[tuple[Path, re.Match[str]]]] = {}
     alone: list[Path] = []
     own: set[str] = set()  # heads of stills
+    lacking: set[str] = set()  # heads of images without a caption
     for image in images:
         match = NUMBERED.fullmatch(image.stem)
         if match is None or not _counts(match):
             alone.append(image)
             continue
         groups.setdefault((match["head"], match["tail"], image.suffix.lower()), []).append((image, match))
-        if normal(image.stem) in captions or normal(match["head"] + match["number"]) in captions:
-            own.add(match["head"])
+        told = normal(image.stem) in captions or normal(match["head"] + match["number"]) in captions
+        (own if told else lacking).add(match["head"])
     sequences, captioned = [], []
     for (head, tail, _), found in groups.items():
         files = [image for image, _ in found]
@@ -59,7 +60,7 @@ def tell_apart(images: Iterable[Path], captions: Container[str]) -> Sorted:
             sequences.append(_sequence(stem, found))
         else:
             alone += files
-            captioned += files if len(files) > 1 and head in own else []
+            captioned += files if len(files) > 1 and head in own & lacking else []
     return Sorted(tuple(sequences), tuple(alone), tuple(captioned))
 
 

@@ -96,6 +96,10 @@ class HunyuanFolder(PipelineFolder):
     def fields(self) -> tuple[Field, ...]:
         return fields(self._checked)
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        return ("image",) if self._image_type else ()
+
     def diffusers_config(self) -> dict[str, Any]:
         return diffusers_config(self.config)
 
@@ -157,6 +161,7 @@ FAMILY = Family(
     lora_targets=HunyuanModel.lora_targets,
     transformer_class=CLASS,
     pipeline_class=PIPELINE,
+    image_pipeline_class=IMAGE_PIPELINE,
     example=encoders.EXAMPLE,
     license=License(
         "other", "tencent-hunyuan-community", "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"

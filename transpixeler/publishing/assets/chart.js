@@ -105,11 +105,13 @@ class Chart {
     draw(this.svg, "line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom });
     const columns = last > first ? ticks(first, last, Math.max(2, (right - left) / 90)) : [first];
     const whole = columns.filter(v => this.xlabel !== "step" || Number.isInteger(v));
-    for (const v of whole) {
+    const beside = this.x(whole[0]) > 44; // else the axis' name and its first number are one text
+    for (const v of beside ? whole : whole.slice(1)) {
       const edge = this.x(v) > right - 14;
       draw(this.svg, "text", { x: edge ? right + MARGIN.right : this.x(v), y: bottom + 17, "text-anchor": edge ? "end" : "middle" }, short(v));
     }
-    if (this.x(whole[0]) > 44) draw(this.svg, "text", { x: 0, y: bottom + 17 }, this.xlabel);
+    const name = beside ? this.xlabel : `${this.xlabel} ${short(whole[0])}`;
+    draw(this.svg, "text", { class: "name", x: beside ? 0 : Math.max(0, this.x(whole[0]) - 3.1 * name.length), y: bottom + 17 }, name);
   }
 
   curves({ left, right, bottom }) {

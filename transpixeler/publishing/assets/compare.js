@@ -22,7 +22,8 @@ function heading() {
 const keyOf = sample => JSON.stringify([sample.prompt || sample.name, sample.given ?? []]);
 
 function samplesPart() {
-  const keys = union(runs.map(run => run.samples.map(keyOf))).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  const inOrder = samples => samples.toSorted((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+  const keys = union(runs.map(run => inOrder(run.samples).map(keyOf))); // as each run's own report has them
   if (!keys.length) return [el("p", { class: "none" }, "None of these runs has made a sample yet.")];
   const steps = union(runs.map(run => run.samples.map(s => s.step))).sort((a, b) => a - b);
   return throughSteps(keys.map(card), steps);
@@ -43,7 +44,7 @@ function card(key) {
     return [shown.map(({ run, view }) => clipOf(words, view.current, `${run.label}: ${view.current.prompt || view.current.name}`)), shown.indexOf(part)];
   };
   const [title, given] = JSON.parse(key);
-  const node = el("article", { class: "card sample wide" }, el("p", {}, title, given.length ? el("small", {}, ` given ${given.join(", ")}`) : null), el("div", { class: "side" }, parts.map(part => part.node)));
+  const node = el("article", { class: "card sample wide" }, el("p", {}, title, givenOf(given)), el("div", { class: "side" }, parts.map(part => part.node)));
   return { node, show(step) {
     for (const { view, absent } of parts) {
       absent.hidden = view !== null && view.first <= step;

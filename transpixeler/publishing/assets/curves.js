@@ -72,15 +72,18 @@ function factsOf(words, sample) {
   const parts = [typeof sample.step === "number" ? `step ${sample.step.toLocaleString("en")}` : null, `${sample.width}×${sample.height}, ${plural(sample.frames ?? 0, "frame")}`];
   for (const name of ["seed", "steps", "guidance", "shift", "scheduler"]) if (sample[name] !== undefined && sample[name] !== null && typeof sample[name] !== "object") parts.push(`${name} ${sample[name]}`);
   for (const name of ["iou", "mad"]) if (typeof sample.metrics?.[name] === "number") parts.push(`${titleOf(words, name)} ${short(sample.metrics[name])}`);
-  if (sample.given?.length) parts.push(`given ${sample.given.join(", ")}`);
   if (sample.alpha_mode === "premultiplied") parts.push("premultiplied");
   return parts.filter(Boolean).join(" · ");
 }
 
+// What a sample is made from, behind its prompt: a matte of a given video is another thing than a pair from a caption.
+const givenOf = given => given?.length ? el("small", {}, ` given ${given.join(", ")}`) : "";
+
 function clipOf(words, sample, title = "") {
   const files = Object.fromEntries(sample.streams.filter(name => sample.videos[name]).map(name => [name, sample.videos[name]]));
   const alpha = sample.streams[1], histogram = sample.alpha_histogram?.length === BINS ? sample.alpha_histogram : null;
-  return { title: title || sample.prompt || sample.name, facts: factsOf(words, sample), fps: rateOf(sample.fps), frames: sample.frames || 1, files: Object.keys(files).length ? files : sample.videos, alpha: files[alpha] ? alpha : null, histogram };
+  const made = sample.given?.length ? `, given ${sample.given.join(", ")}` : "";
+  return { title: (title || sample.prompt || sample.name) + made, facts: factsOf(words, sample), fps: rateOf(sample.fps), frames: sample.frames || 1, files: Object.keys(files).length ? files : sample.videos, alpha: files[alpha] ? alpha : null, histogram };
 }
 
 const captionOf = name => ({ checkerboard: "cut out", composite: "over a background" })[name] ?? name;

@@ -32,6 +32,7 @@ function time(seconds) {
 
 function text(value) {
   if (value === null || value === undefined) return "none";
+  if (value === "") return "“”";
   return typeof value === "object" ? JSON.stringify(value).replace(/[{}[\]"]/g, "").replaceAll(",", ", ").replaceAll(":", ": ") : String(value);
 }
 

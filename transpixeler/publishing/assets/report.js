@@ -60,7 +60,7 @@ function heldOutFigures() {
 
 function metricFigures() {
   const values = metricCurves(data).find(c => c.name === "iou");
-  return values ? [figure("alpha IoU", short(values.y.at(-1)), `best ${short(Math.max(...known(values.y)))}`)] : [];
+  return values ? [figure("alpha IoU", short(values.y.at(-1)), `${values.set}, best ${short(Math.max(...known(values.y)))}`)] : [];
 }
 
 // --- curves ---
@@ -155,7 +155,7 @@ function samplesPart() {
   names.forEach((name, i) => {
     const versions = data.samples.filter(s => s.name === name).sort((a, b) => a.step - b.step);
     const view = sampleView(words, versions, () => openPlayer(clips(), i)), title = el("p", {});
-    const show = step => { view.show(step); title.textContent = view.current.prompt || name; };
+    const show = step => { view.show(step); title.replaceChildren(view.current.prompt || name, givenOf(view.current.given)); };
     cards.push({ node: el("article", { class: "card sample" }, title, view.node), view, show });
   });
   return throughSteps(cards, steps);

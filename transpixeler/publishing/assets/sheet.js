@@ -5,7 +5,7 @@ const { words, samples } = data;
 
 function cards() {
   const views = samples.map((sample, i) => sampleView(words, [sample], () => openPlayer(samples.map(one => clipOf(words, one)), i)));
-  const nodes = samples.map((sample, i) => el("article", { class: "card sample" }, el("p", {}, sample.prompt || sample.name), el("p", { class: "facts" }, sample.name), views[i].node));
+  const nodes = samples.map((sample, i) => el("article", { class: "card sample" }, el("p", {}, sample.prompt || sample.name, givenOf(sample.given)), el("p", { class: "facts" }, sample.name), views[i].node));
   const watch = new IntersectionObserver(entries => {
     for (const entry of entries) if (entry.isIntersecting) { views[nodes.indexOf(entry.target)].show(Infinity); watch.unobserve(entry.target); }
   }, { rootMargin: "400px" });

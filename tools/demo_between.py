@@ -1,7 +1,7 @@
 """Teach the demo's base to make frames between frames and to go on from a clip, and measure both on held-out scenes.
 
-Clips whose captions say neither colour nor direction are written and an adapter of scope all is trained on them, so
-that the motion can only come from the given frames. Then of each held-out scene every fourth frame, or the first five,
+Clips whose captions say neither colour nor direction are written and the whole base is trained on them, so that the
+motion can only come from the given frames. Then of each held-out scene every fourth frame, or the first five,
 are given, RGB and alpha, and the rest is made. Its motion is right where the shape moves the true way, stays near the
 true path, and is one shape and not two that fade. Measured as well are what must fail this, the nearest given frame
 held still and given frames that fade into each other, and what must pass it, the VAE's round trip of the truth. Prints
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_figures import true_streams
-from demo_image import SQUARE, center_distance, round_trips, train, write_clips
+from demo_image import SQUARE, WHOLE_BASE, center_distance, round_trips, train, write_clips
 from demo_measures import add_captions, direction, silhouette, silhouette_iou
 from tooling import run
 from torch import Tensor
@@ -37,11 +37,12 @@ from transpixeler.sampling.saves import SavedModel, load_saved
 from transpixeler.sampling.texts import encode_prompts
 from transpixeler.sampling.video import Video, video_layout
 
-TASKS = "objective.tasks={extend: 0.5, interpolate: 0.5, joint: null, rgb_to_aux: null}"
-SETTINGS = ("lora.scope=all", "optim.lr=4.0e-3", "train.global_batch=4")
 STAGES = {
-    "first": (TASKS, *SETTINGS, "train.max_steps=700"),
-    "second": (TASKS, *SETTINGS, "train.max_steps=280"),
+    "taught": (
+        *WHOLE_BASE,
+        "objective.tasks={interpolate: 0.65, extend: 0.35, joint: null, rgb_to_aux: null}",
+        *("optim.lr=0.015", "optim.ema=0.98", "optim.warmup_steps=30", "train.max_steps=600", "train.micro_batch=8"),
+    )
 }
 NEAR = {
     "interpolate": 1.0,
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to work in; what is finished there is not done again")
     parser.add_argument("overrides", nargs="*", help="config keys, such as train.max_steps=400")
-    parser.add_argument("--clips", type=int, default=128, help="training clips (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=192, help="training clips (default: %(default)s)")
     add_captions(parser, default=20)
     arguments = parser.parse_intermixed_args(argv)
     log_to_terminal(0)

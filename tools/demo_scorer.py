@@ -31,7 +31,7 @@ from transpixeler.demo.scenes import COLORS, DIRECTIONS, OPACITIES, Format, Scen
 from transpixeler.demo.write import write_demo, write_pairs
 from transpixeler.files import whole
 from transpixeler.models.family import caption_fields, open_model
-from transpixeler.parallel.runtime import Runtime, running
+from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.texts import encode_prompts
 from transpixeler.scoring.file import STATE_FILE, text_field
@@ -116,7 +116,7 @@ def errors_seen(config: Config, file: Path, runtime: Runtime) -> dict[str, Mappi
     config = replace(config, data=replace(config.data, train=()))
     model = open_model(config.model)
     data = encode_missing(config, model, runtime).eval
-    scores = Scores(str(file), data.streams, config, model, runtime.device)
+    scores = Scores(str(file), config, model, runtime.device)
     assembler = Assembler(data, patch=model.geometry.patch, fields=caption_fields(model.fields))
     text = text_field(model).name
     batches = [assembler.batch(np.array([number]), slots=range(1)) for number in range(len(data.items))]
@@ -151,6 +151,8 @@ def main(argv: Sequence[str]) -> None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is no folder; give one to write to")
+    log_to_terminal(0)
+    quiet_libraries()
     config = prepared(out, args.overrides)
     with running(device="cpu") as runtime:
         file = train_scorer(config, runtime, resume=(out / FOLDER / STATE_FILE).exists())

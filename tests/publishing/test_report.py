@@ -111,6 +111,12 @@ def test_all_of_a_run_is_gathered(run: Path) -> None:
     ]
 
 
+def test_a_scorers_cosines_are_better_where_they_are_more(run: Path) -> None:
+    told = report.gather(run)["words"]
+    assert told["score_caption"]["more"] and told["score_seg"]["more"] and told["score_seg"]["alone"]
+    assert "score_depth" not in told and not told["mad"]["more"]
+
+
 def test_a_video_that_was_deleted_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for file in [run / "samples/step00000030/000/seg.mp4", *run.glob("samples/step00000010/001/*.mp4")]:

@@ -17,7 +17,7 @@ from tests.support.ranks import run_ranks
 from transpixeler import cli
 from transpixeler.adapters.tensorfile import open_tensors, save_tensors
 from transpixeler.config import loading
-from transpixeler.config.sections import Config, UserError
+from transpixeler.config.sections import Config, StreamConfig, UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.loader import Loader
 from transpixeler.models.family import open_model
@@ -150,7 +150,10 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         ("data.train=[]", r"data\.train: set it"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_by_its_key(demo: Path, tmp_path: Path, override: str, said: str) -> None:
+def test_what_cannot_be_trained_is_refused_by_its_key_before_anything_is_encoded(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
+    monkeypatch.setattr(training, "encode_missing", lambda *args: pytest.fail("encoded"))
     with pytest.raises(UserError, match=said):
         training.train_scorer(config(demo, tmp_path, override), Runtime(0, 1, 0, CPU))
 
@@ -202,17 +205,44 @@ def test_a_cut_or_missing_file_is_refused(trained: Path, tmp_path: Path) -> None
             read_scorer(tmp_path / file)
 
 
-def test_a_scorer_of_another_vae_text_or_stream_is_refused(demo: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_scorer_of_another_vae_or_text_is_refused(demo: Path, trained: Path, tmp_path: Path) -> None:
     made = config(demo, tmp_path)
     model = open_model(made.model)
-    with pytest.raises(UserError, match=r"eval\.scorer: .* knows the streams rgb, seg, and not depth"):
-        Scores(str(trained), ("rgb", "depth"), made, model, CPU)
     tensors, header = load_file(trained), open_tensors(trained)[1]
     for name, said in (("vae", "another VAE's latents"), ("text", "another text encoder's")):
         _header(lambda told, name=name: told.update({name: "x"}))(tensors, other := dict(header))
         save_tensors(tensors, tmp_path / "other.safetensors", other)
         with pytest.raises(UserError, match=said):
-            Scores(str(tmp_path / "other.safetensors"), ("rgb", "seg"), made, model, CPU)
+            Scores(str(tmp_path / "other.safetensors"), made, model, CPU)
+
+
+@pytest.mark.parametrize(
+    ("streams", "said"),
+    [
+        ({"rgb": ""}, "the stream rgb"),
+        ({"rgb": "", "depth": "_depth"}, "the streams rgb, depth"),
+        ({"rgb": "", "seg": "_seg", "depth": "_depth"}, "the streams rgb, seg, depth"),
+        ({"rgb": "", "seg": StreamConfig("_seg", scale=2)}, r"the streams rgb, seg \(scale 2\)"),
+    ],
+)
+def test_a_scorer_of_other_streams_is_refused(
+    demo: Path, trained: Path, tmp_path: Path, streams: dict[str, str | StreamConfig], said: str
+) -> None:
+    """It learned what all its streams show together: of fewer of them it would say something that it never learned."""
+    made = config(demo, tmp_path)
+    other = dataclasses.replace(made, streams=streams)
+    with pytest.raises(UserError, match=rf"eval\.scorer: .* judges the streams rgb, seg together, .* has {said};"):
+        Scores(str(trained), other, open_model(made.model), CPU)
+
+
+@pytest.mark.parametrize("command", [("train",), ("eval", "--base")])
+def test_a_scorer_that_is_not_there_is_refused_before_anything_is_encoded(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    places = (f"output_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}", "eval.scorer=none.safetensors")
+    assert cli.main([command[0], str(demo / "config.yaml"), *command[1:], *places]) == 2
+    assert "none.safetensors: no such file; `transpixeler scorer CONFIG` trains a scorer" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transpixeler.runs.folder import SAMPLES, sample_folder
 from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.saves import EMA, SavedModel
 from transpixeler.sampling.video import name_part
+from transpixeler.scoring.file import check_scorer
 
 logger = logging.getLogger("transpixeler")
 
@@ -29,6 +30,7 @@ def eval_command(source: SavedModel, runtime: Runtime, *, out: str = "", asked_l
     config, layout = fit_layout(source.config, runtime, asked=asked_layout)
     if not config.data.eval:
         raise UserError("data.eval: set it to a folder of pairs or a manifest that training does not see")
+    check_scorer(config)
     config = replace(config, data=replace(config.data, train=()))
     data = encode_missing(config, open_model(config.model), runtime).eval
     mesh = meshes.build(layout, runtime)

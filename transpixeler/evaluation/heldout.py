@@ -78,8 +78,8 @@ class Evaluator:
         self.frames = Frames(self.model, self.mesh.device, upsample=config.sample.upsample)
         self.maker = Maker(config, self.model, self.frames, self.texts)
         self.measures = Measures(config, self.held_out, self.frames)
-        file, streams = config.eval.scorer, tuple(config.streams)
-        self.scores = Scores(file, streams, config, self.model, self.mesh.device) if file else None
+        file = config.eval.scorer
+        self.scores = Scores(file, config, self.model, self.mesh.device) if file else None
 
     @property
     def has_work(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from transpixeler.config import loading
 from transpixeler.config.sections import UserError
 from transpixeler.files import write_text, writing_to
-from transpixeler.publishing import page, report, words
+from transpixeler.publishing import page, report
 from transpixeler.publishing.page import Embedding
 from transpixeler.runs.lock import is_trained
 
@@ -44,7 +44,8 @@ def gather(runs: Sequence[Path], made: Path) -> dict[str, Any]:
         {key: one[key] for key in kept} | {"label": label, "place": str(run), "state": one["live"]["words"]}
         for one, label, run in zip(found, _labels(runs), runs)
     ]
-    return {"runs": shown, "differences": differences([one["config"] for one in found]), "words": words.plain()}
+    merged = {name: one for run in found for name, one in run["words"].items()}
+    return {"runs": shown, "differences": differences([one["config"] for one in found]), "words": merged}
 
 
 def render(data: Mapping[str, Any]) -> str:

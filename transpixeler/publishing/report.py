@@ -76,7 +76,7 @@ def gather(run: Path, embedding: Embedding | None = None, *, live: float = 0.0) 
         "seconds": sum(line.get("seconds", 0) for line in steps),
         "evals": [line for line in lines if "eval" in line],
         "samples": list(_samples(run, embedding or Embedding(run / PAGE))),
-        "words": words.plain(),
+        "words": words.plain(streams if isinstance(streams := config.get("streams"), Mapping) else ()),
         "live": {"live": live, "written": time.time(), "words": _state(steps, manifest, live=live > 0)},
     }
 

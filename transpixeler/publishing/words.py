@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+
+SCORE = "score_"  # begins the names of a scorer's cosines, with the caption and with each companion
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,27 @@ MEASURES = {
     "fill_deviation": Measure("fill deviation", "colour under zero alpha", alone=True),
     "holes": Measure("holes", "see-through inside shapes", alone=True),
     "flicker": Measure("flicker", "comes and goes", alone=True),
+    f"{SCORE}caption": Measure("caption score", "cosine of all streams with the caption", more=True, alone=True),
 }
 
 
-def plain() -> dict[str, dict[str, str | bool]]:
-    """Return the measures as JSON has them."""
-    return {name: asdict(measure) for name, measure in MEASURES.items()}
+def measure(name: str) -> Measure | None:
+    """Return a measure by its name; a companion's score is named by the companion."""
+    stream = name.removeprefix(SCORE)
+    if name in MEASURES or stream == name:
+        return MEASURES.get(name)
+    return Measure(f"{stream} score", f"cosine of {stream} with RGB", more=True, alone=True)
+
+
+def plain(streams: Iterable[str] = ()) -> dict[str, dict[str, str | bool]]:
+    """Return the measures as JSON has them, with the scores of streams."""
+    found = {name: measure(name) for name in (*MEASURES, *(f"{SCORE}{stream}" for stream in streams))}
+    return {name: asdict(one) for name, one in found.items() if one}
 
 
 def in_words(name: str) -> str:
     """Return a measure's name with its meaning, and an arrow to its better end."""
-    known = MEASURES.get(name)
+    known = measure(name)
     if known is None:
         return name.replace("_", " ")
     return f"{known.title} {'↑' if known.more else '↓'}, {known.about}"

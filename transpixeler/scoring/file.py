@@ -123,6 +123,29 @@ def check_made_for(path: Path, facts: Facts, config: Config, model: ModelFolder)
         raise UserError(f"{path}: was trained on another text encoder's texts than {model.path} has; train one with it")
 
 
+def check_scorer(config: Config) -> None:
+    """Refuse an `eval.scorer` that is none or judges other streams, before anything is encoded."""
+    if config.eval.scorer:
+        file = Path(config.eval.scorer).expanduser()
+        check_streams(file, read_scorer(file)[1], config)
+
+
+def check_streams(path: Path, facts: Facts, config: Config) -> None:
+    """Refuse a scorer of more, fewer or other streams: captions are compared with what all of them show together."""
+    known = dict(zip(facts.sizes.streams, facts.sizes.scales, strict=True))
+    asked = dict(zip(config.streams, config.scales, strict=True))
+    if asked != known:
+        raise UserError(
+            f"eval.scorer: {path} judges {_listed(known)} together, and this config has {_listed(asked)}; train one "
+            "with these streams (`transpixeler scorer CONFIG`), or score none (eval.scorer='')"
+        )
+
+
+def _listed(scales: Mapping[str, int]) -> str:
+    names = [f"{name} (scale {scale})" if scale > 1 else name for name, scale in scales.items()]
+    return f"the stream{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
 def write_state(path: Path, optimizer: torch.optim.Optimizer, scorer: Scorer, told: Mapping[str, Any]) -> None:
     """Write all that a training goes on from."""
     tensors = {f"model.{name}": value.detach().cpu() for name, value in scorer.state_dict().items()}

@@ -7,27 +7,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transpixeler.config.sections import Config, UserError
+from transpixeler.config.sections import Config
 from transpixeler.flow.objective import Fields
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
-from transpixeler.scoring.file import check_made_for, read_scorer
+from transpixeler.scoring.file import check_made_for, check_streams, read_scorer
 
 
 class Scores:
     """A scorer on a device."""
 
-    def __init__(
-        self, path: str, streams: tuple[str, ...], config: Config, model: ModelFolder, device: torch.device
-    ) -> None:
-        """streams: of the videos that will come; the scorer must know them all by these names."""
+    def __init__(self, path: str, config: Config, model: ModelFolder, device: torch.device) -> None:
+        """config: of the videos that will come; the scorer must have been trained on just its streams, in any order."""
         file = Path(path).expanduser()
         self.scorer, self.facts = read_scorer(file)
         check_made_for(file, self.facts, config, model)
-        if unknown := [name for name in streams if name not in self.facts.sizes.streams]:
-            known = ", ".join(self.facts.sizes.streams)
-            raise UserError(f"eval.scorer: {file} knows the streams {known}, and not {', '.join(unknown)}")
-        self.places = [self.facts.sizes.streams.index(name) for name in streams]
+        check_streams(file, self.facts, config)
+        self.places = [self.facts.sizes.streams.index(name) for name in config.streams]
         self.scorer.to(device).eval()
         self.device = device
 

@@ -48,7 +48,7 @@ def train_scorer(config: Config, runtime: Runtime, *, resume: bool = False) -> P
     _check(config, runtime)
     config = replace(config, data=replace(config.data, draw="once"))
     model = open_model(config.model)
-    text_field(model)
+    sizes_of(config, model)  # refused before anything is encoded
     folder = Path(config.output_dir) / FOLDER
     with _held(folder, runtime):
         _check_begun(folder, resume=resume)

@@ -29,6 +29,7 @@ from transpixeler.parallel.pipeline import NOMINAL_TOKENS
 from transpixeler.runs.folder import MANIFEST, METRICS
 from transpixeler.sampling.guidance import check_sample
 from transpixeler.sampling.model import make_model
+from transpixeler.scoring.file import check_scorer
 
 
 def check(config: Config, layout: Layout) -> None:
@@ -109,6 +110,7 @@ def check_settings(config: Config, layout: Layout, model: ModelFolder) -> None:
     if fault := model.noising.fault(config.objective):
         raise UserError(fault)
     check_sample(config.sample, model)
+    check_scorer(config)
     check_experts(config, model)
 
 

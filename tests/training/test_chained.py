@@ -162,4 +162,6 @@ def test_what_cannot_be_a_base_is_refused_in_one_line(
     (bare / "transformer").mkdir(parents=True)
     for file in (chain["images"] / "step2/transformer").iterdir():
         (bare / "transformer" / file.name).write_bytes(file.read_bytes())
-    assert "set model.encoders" in refused(capsys, demo, tmp_path, f"model.path={bare}", "data.cache_dir=cache")
+    assert "set model.encoders" in refused(
+        capsys, demo, tmp_path, f"model.path={bare}", f"data.cache_dir={tmp_path / 'cache'}"
+    )

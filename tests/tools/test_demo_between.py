@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import tests.support.toolbox  # noqa: F401 - the tools are found from here on
+from transpixeler.config import loading
 from transpixeler.demo.scenes import Format, scenes
-from transpixeler.flow.tasks import tasks
+from transpixeler.demo.write import CONFIG
+from transpixeler.flow.tasks import tasks, trained
 from transpixeler.models.streams import StreamLayout
 from transpixeler.sampling.video import Video
 
@@ -67,3 +70,13 @@ def test_a_given_latent_that_was_changed_by_a_bit_is_found() -> None:
     made[-1] = torch.nextafter(made[-1], torch.tensor(9.0))
     assert not tool.given_kept(video, made)
     assert "red" not in tool.still_words(SCENES[0].attributes) and "left" not in tool.still_words(SCENES[0].attributes)
+
+
+def test_the_whole_base_learns_both_tasks_and_no_other(tmp_path: Path) -> None:
+    import demo_between as tool
+    from demo_image import KEYS
+
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    made = loading.load(tmp_path / "config.yaml", [*KEYS, *(key for keys in tool.STAGES.values() for key in keys)])
+    assert {task.name for task in trained(made.objective, tuple(made.streams))} == set(tool.NEAR)
+    assert not made.lora.enabled and made.optim.name == "muon" and made.data.frames == (tool.SQUARE.frames,)

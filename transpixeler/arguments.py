@@ -191,7 +191,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check all, build the model, read the first batch, say what would be trained, and write nothing",
+        help="check all, build the model, read the first batch, say what would be trained, and make nothing",
     )
 
 

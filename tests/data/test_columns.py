@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.ranks import run_ranks
+from tests.support.ranks import RanksFailed, run_ranks
 from transpixeler.config.sections import BucketRule, DataConfig, SourceConfig
 from transpixeler.data import columns, sharing
 from transpixeler.data.buckets import assign
@@ -84,26 +85,51 @@ def test_a_sample_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(filed.done()) == [one.caption * 50 for one in some]
 
 
-def share(rank: int, world_size: int, folder: Path, blind: bool) -> tuple[list[str], bool]:
-    """Share samples among two hosts of two ranks, each with a folder of its own for what is sent."""
-    tempfile.tempdir = str(folder / f"host{rank // 2}")
-    if blind and rank == 2:
+def share(rank: int, world_size: int, folder: Path, blind: tuple[int, ...], full: int) -> tuple[list[str], bool, int]:
+    """Share samples among hosts of two ranks, each with a folder of its own; tell the bytes that this rank has sent.
+
+    blind: the ranks whose host does not see rank 0's file. full: the host that cannot write, either.
+    """
+    tempfile.tempdir, sharing.PIECE = str(folder / f"host{rank // 2}"), 2000
+    sent, send = [0], dist.send
+    dist.send = lambda data, *a, **k: (sent.append(data.nbytes), send(data, *a, **k))[1]
+    if rank in blind:
         sharing.comes_in_sight = lambda _: False
+    if rank // 2 == full:  # in a world of its own
+        sharing._sent = lambda path: folder / "nowhere" / path.name
+        Path.exists = lambda path, **_: not path.name.startswith(".columns-")  # pyright: ignore
     runtime = Runtime(rank, world_size, rank % 2, torch.device("cpu"))
     with connected(runtime) as ranks:
-        found = sharing.shared(ranks, lambda: Samples.of([sample(f"s{n}", n) for n in range(500)], FPS), [folder / "c"])
-    return [one.id for one in found] + [one.caption for one in found], found.kinds.flags.writeable
+        some = [sample(f"s{n}", n) for n in range(500)]
+        found = sharing.shared(ranks, lambda _: Samples.of(some, FPS), [folder / "c"])
+    return [one.id for one in found] + [one.caption for one in found], found.kinds.flags.writeable, sum(sent)
 
 
-@pytest.mark.parametrize("blind", [False, True])
-def test_ranks_map_one_file_of_columns_and_a_host_that_does_not_see_it_is_sent_its_bytes(
-    blind: bool, tmp_path: Path
+@pytest.mark.parametrize("blind", [(), (2,), (2, 4)], ids=str)
+def test_ranks_map_one_file_of_columns_and_hosts_that_do_not_see_it_hand_on_its_bytes(
+    blind: tuple[int, ...], hosts: Path
 ) -> None:
-    for host in (0, 1):
-        (tmp_path / f"host{host}").mkdir()
     wanted = [f"s{n}" for n in range(500)] + ["c"] * 500
-    assert run_ranks(share, 4, tmp_path, blind) == [(wanted, False)] * 4
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    found = run_ranks(share, 6, hosts, blind, -1)
+    assert [one[:2] for one in found] == [(wanted, False)] * 6
+    sent = [one[2] for one in found]
+    assert [rank for rank, size in enumerate(sent) if size] == [0, *blind][:-1], "each but the last sends"
+    assert len({*sent} - {0}) <= 1, "as much as rank 0 does, which sends to one"
+    assert not [path for path in hosts.rglob("*") if path.is_file()]
+
+
+def test_a_host_that_cannot_write_the_file_is_told_on_all_ranks(hosts: Path) -> None:
+    with pytest.raises(RanksFailed) as told:
+        run_ranks(share, 6, hosts, (2, 4), 1)
+    assert str(told.value).count("UserError: ") == 6
+    assert not [path for path in hosts.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Path:
+    for host in range(3):
+        (tmp_path / f"host{host}").mkdir()
+    return tmp_path
 
 
 WRITTEN = {"once": (687, 1120, "86640c818969bffa"), "epoch": (1350, 543, "fff3f74bbae186a3")}

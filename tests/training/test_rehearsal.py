@@ -24,7 +24,7 @@ def test_it_says_what_would_be_trained_and_leaves_nothing(
 ) -> None:
     assert dry(demo, tmp_path / "output") == 0
     said = capsys.readouterr().err
-    assert "8 steps would be trained, and nothing was written" in said and "a LoRA of rank 32" in said
+    assert "8 steps would be trained. Nothing was made" in said and "a LoRA of rank 32" in said
     assert "first    " in said and "train/0" in said.split("first    ")[1], "the first batch is named"
     assert not (tmp_path / "output").exists()
 

@@ -7,8 +7,9 @@ has loaded torch; `private` leaves out the mapped file, which is in memory once 
 what was sent to each rank when clips were objects, measured on some of them.
 
 More ranks are a model of these figures and of a fake process group's: each rank is told what is no column, a machine
-of 8 ranks that does not see rank 0's file is sent it once, and a group of gloo opens 1.33 sockets to each peer. With
-`--train`, two ranks of the real command on a demo count their collective calls: at the start, a step, a save.
+of 8 ranks that does not see rank 0's file is sent it once, by rank 0 or by the machine before it in the line, and a
+group of gloo opens 1.33 sockets to each peer. With `--train`, two ranks of the real command on a demo count their
+collective calls: at the start, a step, a save.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def rank(clips: int, folder: Path) -> dict[str, float]:
     with connected(Runtime(number, 2, number, torch.device("cpu"))) as ranks:
         dist.barrier()
         start = time.perf_counter()
-        found = sharing.shared(ranks, made.pop, (folder,))
+        found = sharing.shared(ranks, lambda _: made.pop(), (folder,))
         figures["shared_s"] = time.perf_counter() - start
     if number == 0:
         figures |= sizes(found)
@@ -224,7 +225,7 @@ def main() -> None:
             main_rank, other = two("--child", str(clips), folder)
         figures[str(clips)] = found = {name: round(value, 4) for name, value in (main_rank | other).items()}
         for ranks in RANKS:
-            blind = max(0, -(-ranks // PER_MACHINE) - 1)
+            blind = ranks > PER_MACHINE  # machines hand it on: rank 0 sends it to one
             row = f"{found['objects_mb'] * (ranks - 1):12,.1f} {found['told_mb'] * (ranks - 1):10,.2f} "
             row += f"{found['sent_mb'] * blind:12,.1f}"
             print(f"{clips:>9,} clips {ranks:4} ranks: MB sent as objects, told, to other machines {row}")

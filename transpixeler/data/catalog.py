@@ -15,8 +15,10 @@ from transpixeler.data.draws import Draws
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.items import Coded, Items
 from transpixeler.data.jobs import ClipJob, Jobs, Keys, TextJob
+from transpixeler.data.kept_survey import kept_path, kept_survey
 from transpixeler.data.keying import Fingerprints, Keying, TextKeys
 from transpixeler.data.prompts import sampled_texts
+from transpixeler.data.ranks import ALONE, Helpers
 from transpixeler.data.shown import BlankJob
 from transpixeler.data.survey import Survey, survey
 from transpixeler.models.conditions import shown_fields
@@ -68,21 +70,25 @@ class Catalog:
         return names | {key: f"caption {job.caption[:60]!r}" for job in self.texts for key in job.keys.values()}
 
 
-def catalog(config: Config, model: ModelFolder) -> Catalog:
-    """Read the sources; files that have not changed since the last time are neither opened nor hashed again."""
+def catalog(config: Config, model: ModelFolder, helpers: Helpers = ALONE) -> Catalog:
+    """Read the sources; files that have not changed since the last time are neither opened nor hashed again.
+
+    Where none has, what was found then is taken as it is.
+    """
     if not config.data.train and not config.data.eval:
         raise UserError("data.train names no source; give a folder of pairs or a manifest")
     folders = cache_folders(config)
-    hashes = {folder: FileHashes(folder) for folder in folders}
+    hashes = {folder: FileHashes(folder, helpers) for folder in folders}
     made_with = Fingerprints(config, model, hashes[folders[0]].digest)
-    found = {name: surveyed(config, model, name) for name in SETS}
+    found = {name: surveyed(config, model, name, helpers) for name in SETS}
     texts = TextKeys(config, model, made_with, hashes[folders[0]], [row for one in found.values() for row in one.texts])
     keying = Keying(config, model, hashes, made_with, texts)
     jobs = {}
     for name in SETS:
         sources: tuple[SourceConfig, ...] = getattr(config.data, name)
         own = [cache_folder(source, config) for source in sources]
-        jobs[name] = keying.jobs(found[name].clips, sources, own, traced=name == "eval")
+        path = kept_path(folders[0], f"{name}-keys")
+        jobs[name] = keying.jobs(found[name], sources, own, traced=name == "eval", path=path)
     prompts = {text: texts.job(text, folders[0]) for text in sampled_texts(config, model.family)}
     for memory in hashes.values():
         memory.save()
@@ -97,21 +103,19 @@ def catalog(config: Config, model: ModelFolder) -> Catalog:
     )
 
 
-def surveyed(config: Config, model: ModelFolder, name: str) -> Survey:
+def surveyed(config: Config, model: ModelFolder, name: str, helpers: Helpers = ALONE) -> Survey:
     """Look through the sources of a set, `train` or `eval`, which may have none."""
     sources: tuple[SourceConfig, ...] = getattr(config.data, name)
     if not sources:
         return Survey()
-    found = survey(
-        sources,
-        config.suffixes,
-        config.data,
-        geometry=model.geometry.over(config.scales),
-        seed=config.seed,
-        memory=cache_folders(config)[0],
-        needs=Needs.of(config, model),
-    )
-    return drawn_once(found, config) if name == "eval" and config.data.draw == "epoch" else found
+    memory, needs = cache_folders(config)[0], Needs.of(config, model)
+
+    def look() -> Survey:
+        how = {"geometry": needs.geometry, "seed": config.seed, "memory": memory, "needs": needs, "helpers": helpers}
+        found = survey(sources, config.suffixes, config.data, **how)
+        return drawn_once(found, config) if name == "eval" and config.data.draw == "epoch" else found
+
+    return kept_survey(config, name, needs, memory, look)
 
 
 def drawn_once(found: Survey, config: Config) -> Survey:

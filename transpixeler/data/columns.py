@@ -72,17 +72,22 @@ class Held:
 
 
 class Filed:
-    """Bytes of an open file, read without a mapping: what was read does not count as this process's memory."""
+    """Bytes of an open file, read without a mapping: what was read does not count as this process's memory.
 
-    def __init__(self, file: Any) -> None:
-        self._file = file.fileno()
+    start, size: of those that count; by default all.
+    """
+
+    def __init__(self, file: Any, start: int = 0, size: int | None = None) -> None:
+        self._file, self._start = file.fileno(), start
         self._open = file  # closed with this
+        self._size = os.fstat(self._file).st_size - start if size is None else size
 
     def read(self, first: int, size: int) -> bytes:
-        return os.pread(self._file, size, first)
+        return os.pread(self._file, size, self._start + first)
 
     def held(self) -> Held:
-        return Held(np.asarray(np.memmap(self._open, np.uint8, "r")))
+        some = np.memmap(self._open, np.uint8, "r", self._start, (self._size,)) if self._size else np.zeros(0, np.uint8)
+        return Held(np.asarray(some))
 
     def __reduce__(self) -> tuple[type[Held], tuple[np.ndarray]]:
         return Held, (self.held().data,)

@@ -25,6 +25,7 @@ USUAL_READ = 1 << 14  # bytes that are read for a line and those after it, and m
 BLOCK = 1 << 20  # bytes that are looked through at a time
 PLACE_BITS = 36  # of where a line begins
 HASH, PLACE = (1 << 64 - PLACE_BITS) - 1, (1 << PLACE_BITS) - 1
+SAVE_SECONDS, SAVE_SHARE = 30.0, 20.0  # between saves, at least, and in times of what one takes
 SETTLED_SECONDS = 2.0  # a file changed later than this may change again within one tick of its clock
 
 
@@ -48,6 +49,7 @@ class FileMemory(Generic[Fact]):
         self._known = _Lines(path, header)
         self._fresh: dict[str, tuple[Stamp, Fact]] = {}
         self._unsaved = False
+        self._saved, self._took = time.monotonic(), 0.0
 
     def recall(self, path: Path | str, stamp: Stamp) -> Fact | None:
         name = self._name(path)
@@ -63,6 +65,7 @@ class FileMemory(Generic[Fact]):
 
     def save(self) -> bool:
         """Write what is new beside what another run has saved meanwhile; return False where that is impossible."""
+        started = self._saved = time.monotonic()
         if not self._unsaved:
             return True
         fresh, self._unsaved = dict(self._fresh), False
@@ -76,7 +79,14 @@ class FileMemory(Generic[Fact]):
         self._known = _Lines(self.path, self._header)
         for name in fresh:
             self._fresh.pop(name)
+        self._saved = time.monotonic()
+        self._took = self._saved - started
         return True
+
+    def save_now_and_then(self) -> bool:
+        """Save where that was long ago, so that a kill loses little; the more so, the longer it takes."""
+        due = max(SAVE_SECONDS, SAVE_SHARE * self._took)
+        return time.monotonic() - self._saved < due or self.save()
 
     def _others(self, fresh: Container[str]) -> Iterator[bytes]:
         """Yield the lines of facts that the file holds now, but for those of fresh ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,6 +61,18 @@ class Run(NamedTuple):
     pictures: int = 0  # that its caption is read beside: a key of pixels, no record's
     blank: tuple[tuple[str, bytes], ...] = ()  # of a field where no frame is given: one key for all of a bucket
     sees: bool = False  # the first of its texts is read beside the picture
+
+    @property
+    def told(self) -> tuple[Any, ...]:
+        """Return the same for JSON."""
+        return (*self[:-2], [(name, key.hex()) for name, key in self.blank], self.sees)
+
+    @classmethod
+    def of(cls, told: Sequence[Any]) -> Run:
+        """Return what `told` was made of."""
+        latents, texts, unseen, own, pictures, blank, sees = told
+        named = tuple((name, bytes.fromhex(key)) for name, key in blank)
+        return cls(latents, texts, unseen, tuple((name, count) for name, count in own), pictures, named, sees)
 
     @property
     def sizes(self) -> dict[str, int]:

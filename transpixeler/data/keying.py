@@ -15,6 +15,7 @@ from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.cache.index import KEY
 from transpixeler.data.items import Items, Run, ShownKeys
 from transpixeler.data.jobs import Jobs, TextJob
+from transpixeler.data.kept import KeptFile
 from transpixeler.data.keys import (
     first_frame,
     given_part_keys,
@@ -29,6 +30,7 @@ from transpixeler.data.media.fill import Fill
 from transpixeler.data.sources.candidate import NOT_GIVEN, TEXT_COLUMN, Features, TextRow
 from transpixeler.data.sources.pairs import source_names
 from transpixeler.data.sources.samples import Sample
+from transpixeler.data.survey import Survey
 from transpixeler.flow.tasks import all_beside, views
 from transpixeler.models.conditions import shown_fields
 from transpixeler.models.family import Digest, ModelFolder, caption_fields, sees_frames
@@ -109,8 +111,41 @@ class Keying:
         self.beside = all_beside(config.objective, self.streams, model.fields)
         self.shown, self.sees = shown_fields(model.fields), sees_frames(model.fields)
 
-    def jobs(self, clips: Clips, sources: Sequence[SourceConfig], folders: Sequence[Path], *, traced: bool) -> Jobs:
-        """Return the jobs of a set's clips. folders: the cache of each source. traced: items say their files."""
+    def jobs(
+        self, found: Survey, sources: Sequence[SourceConfig], folders: Sequence[Path], *, traced: bool, path: Path
+    ) -> Jobs:
+        """Return the jobs of a set's clips. folders: the cache of each source. traced: items say their files.
+
+        path: where keys are kept from one start to the next, as the survey is.
+        """
+        clips, (keys, runs) = found.clips, self._kept_keys(found, folders, path)
+        sizes = np.array([run.size for run in runs], np.int64)[clips.numbers] if runs else np.zeros(0, np.int64)
+        items = Items(
+            clips,
+            source_names(sources),
+            [source.repeats for source in sources],
+            keys=keys,
+            starts=np.cumsum(sizes) - sizes,
+            runs=runs,
+            traced=traced,
+        )
+        fields = tuple(field.name for field in caption_fields(self.model.fields))
+        return Jobs(items, tuple(folders), self.streams, self.beside, fields, self.fill, self.texts.alone)
+
+    def _kept_keys(self, found: Survey, folders: Sequence[Path], path: Path) -> tuple[np.ndarray, Sequence[Run]]:
+        """Return the keys that a file holds, where survey and encoders are those that they are of; else make them."""
+        asked = found.mark, [views(self.config.objective, self.streams, video=video) for video in (False, True)]
+        file = KeptFile(path, hashlib.sha256(repr(asked).encode()).hexdigest())
+        held = file.read() if found.mark else None
+        if held is not None and all(self.made_with[name] == one for name, one in held.told["made_with"].items()):
+            return held.columns["keys"], [Run.of(told) for told in held.told["runs"]]
+        keys, runs = self._make_keys(found.clips, folders)
+        if found.mark:
+            file.write({"made_with": dict(self.made_with), "runs": [run.told for run in runs]}, {"keys": keys})
+        return keys, runs
+
+    def _make_keys(self, clips: Clips, folders: Sequence[Path]) -> tuple[np.ndarray, Sequence[Run]]:
+        """Return the keys of each clip after the one before it, and how many there are, by the number of its bucket."""
         keys, runs = bytearray(), [Run()] * len(clips.offered)
         for start in range(0, len(clips), WINDOW):
             window = clips[start : start + WINDOW]
@@ -120,18 +155,7 @@ class Keying:
                 assert runs[number] in (Run(), run), "clips of one bucket have as many keys"
                 runs[number] = run
                 keys += some
-        sizes = np.array([run.size for run in runs], np.int64)[clips.numbers] if runs else np.zeros(0, np.int64)
-        items = Items(
-            clips,
-            source_names(sources),
-            [source.repeats for source in sources],
-            keys=np.frombuffer(keys, KEY),
-            starts=np.cumsum(sizes) - sizes,
-            runs=runs,
-            traced=traced,
-        )
-        fields = tuple(field.name for field in caption_fields(self.model.fields))
-        return Jobs(items, tuple(folders), self.streams, self.beside, fields, self.fill, self.texts.alone)
+        return np.frombuffer(keys, KEY), runs
 
     def _run(self, found: SampleClip, digests: Mapping[Path, str]) -> tuple[Run, bytes]:
         """Return the keys of a clip, and how many there are of each kind."""

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from transpixeler.config.sections import UserError
-from transpixeler.data.ranks import Ranks
+from transpixeler.data.ranks import Helpers, Ranks
 from transpixeler.parallel.sight import comes_in_sight
 
 logger = logging.getLogger("transpixeler")
@@ -31,36 +31,39 @@ ALIGNMENT = 64
 PIECE = 16 << 20  # bytes that are packed and sent at a time
 
 
-def shared(ranks: Ranks, make: Callable[[], T], folders: Sequence[Path]) -> T:
-    """Return on every rank what `make` returns on rank 0. folders: where a file may lie that all hosts see.
+def shared(ranks: Ranks, make: Callable[[Helpers], T], folders: Sequence[Path]) -> T:
+    """Return on every rank what `make` returns on rank 0, with the help of all. folders: that all hosts may see.
 
     A collective call. The file has no name any more when it returns; the mappings keep its bytes.
     """
+    helpers = Helpers(ranks)
     if ranks.group is None:
-        return make()
+        return make(helpers)
     main, name = ranks.runtime.is_main, f".columns-{uuid.uuid4().hex}"
 
     def write() -> tuple[bytes, list[int], Path]:
         buffers: list[pickle.PickleBuffer] = []
-        told = pickle.dumps(make(), protocol=5, buffer_callback=buffers.append)
+        with helpers:
+            made = make(helpers)
+        told = pickle.dumps(made, protocol=5, buffer_callback=buffers.append)
         views = [buffer.raw() for buffer in buffers]
         return told, [len(view) for view in views], _written(views, name, folders)
 
+    if not main:
+        helpers.serve()
     told, sizes, path = ranks.from_main(write)
     leader = ranks.runtime.local_rank == 0
     blind = leader and not main and not comes_in_sight(path)
-    if ranks.any(blind):
-        own = Path(tempfile.gettempdir()) / path.name if blind else None
-        _send(ranks, path, own)
+    _send(ranks, path, ranks.those(blind))
     dist.barrier(group=ranks.group)
-    sent = Path(tempfile.gettempdir()) / path.name
-    here = sent if sent.exists() else path
+    here = _sent(path) if _sent(path).exists() else path
     seen = here.exists()
     value = pickle.loads(told, buffers=_mapped(here, sizes)) if seen else None
-    if ranks.any(not seen):
-        raise UserError(f"{path}: some rank does not see the list of clips; set TMPDIR to a folder of its host")
+    lost = ranks.any(not seen)  # all have mapped it now
     if main or blind:
         here.unlink(missing_ok=True)
+    if lost:
+        raise UserError(f"{path}: some rank does not see the list of clips; set TMPDIR to a folder of its host")
     return value  # pyright: ignore[reportReturnType]  it is there without a fault
 
 
@@ -96,22 +99,56 @@ def _mapped(path: Path, sizes: Sequence[int]) -> Iterator[memoryview]:
         first += size + -size % ALIGNMENT
 
 
-def _send(ranks: Ranks, path: Path, own: Path | None) -> None:
-    """Send rank 0's file to hosts that do not see it. own: where this rank writes it. A collective call."""
-    pieces = _packed(path) if ranks.runtime.is_main else iter(())
-    with own.open("wb") if own else tempfile.TemporaryFile() as out:
-        while True:
-            piece = next(pieces, b"")
-            size = torch.tensor(len(piece))
-            dist.broadcast(size, src=0, group=ranks.group)
-            if not int(size):
-                return
-            data = torch.empty(int(size), dtype=torch.uint8)
-            if piece:
-                data = torch.from_numpy(np.frombuffer(bytearray(piece), np.uint8))
-            dist.broadcast(data, src=0, group=ranks.group)
-            if own:
-                out.write(zlib.decompress(data.numpy().tobytes()))
+def _sent(path: Path) -> Path:
+    """Return where a host that does not see a file has its own."""
+    return Path(tempfile.gettempdir()) / path.name
+
+
+def _send(ranks: Ranks, path: Path, blind: Sequence[int]) -> None:
+    """Send rank 0's file to the hosts of blind ranks, each of which hands it on to the next: rank 0 sends it once."""
+    line, rank = [0, *blind], ranks.runtime.rank
+    if not blind or rank not in line:
+        return
+    after = line[line.index(rank) + 1 :][:1]
+    if rank == 0:
+        for piece in _packed(path):
+            _put(ranks, piece, after)
+        _put(ranks, b"", after)
+        return
+    before, own = line[line.index(rank) - 1], _sent(path)
+    there = _append(own, b"")
+    while piece := _take(ranks, before, after):  # to the end, as others wait for it
+        there = there and _append(own, zlib.decompress(piece))
+    if not there:
+        own.unlink(missing_ok=True)  # which all ranks are told
+
+
+def _append(path: Path, data: bytes) -> bool:
+    try:
+        with path.open("ab") as out:
+            out.write(data)
+    except OSError as error:  # as of a disk that is full
+        logger.warning("%s: the list of clips cannot be written: %s", path, error.strerror)
+        return False
+    return True
+
+
+def _take(ranks: Ranks, before: int, after: Sequence[int]) -> bytes:
+    size = torch.tensor(0)
+    dist.recv(size, src=before, group=ranks.group)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    if int(size):
+        dist.recv(data, src=before, group=ranks.group)
+    piece = data.numpy().tobytes()
+    _put(ranks, piece, after)
+    return piece
+
+
+def _put(ranks: Ranks, piece: bytes, after: Sequence[int]) -> None:
+    for rank in after:
+        dist.send(torch.tensor(len(piece)), dst=rank, group=ranks.group)
+        if piece:
+            dist.send(torch.from_numpy(np.frombuffer(bytearray(piece), np.uint8)), dst=rank, group=ranks.group)
 
 
 def _packed(path: Path) -> Iterator[bytes]:

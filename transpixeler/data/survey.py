@@ -13,10 +13,12 @@ import numpy as np
 
 from transpixeler.config.sections import DataConfig, SourceConfig
 from transpixeler.data.buckets import Clips, Dropped, assign, rate
+from transpixeler.data.columns import Texts
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.features.place import place
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.probe import Probes
+from transpixeler.data.ranks import ALONE, Helpers
 from transpixeler.data.sources.candidate import BadSample, Note, TextRow
 from transpixeler.data.sources.pairs import scan
 from transpixeler.data.sources.samples import Sample, Samples
@@ -33,6 +35,8 @@ class Survey:
     dropped: Dropped = ()  # of samples that fit no bucket
     texts: tuple[TextRow, ...] = ()  # rows that give the features of a text alone
     notes: tuple[Note, ...] = ()  # on files that are in no sample, and on how others were understood
+    others: Texts = field(default_factory=lambda: Texts.of(()))  # files that rows name which make no sample
+    mark: str = ""  # all that it was found from, where that is known to be at rest
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -55,9 +59,10 @@ def survey(
     seed: int,
     memory: Path | None = None,  # the folder where probes are remembered
     needs: Needs | None = None,
+    helpers: Helpers = ALONE,
 ) -> Survey:
     """Scan the sources and assign each sample its buckets. needs: of features that manifests may give."""
-    probes = Probes(memory) if memory is not None else None
+    probes = Probes(memory, helpers) if memory is not None else None
     found = scan(sources, streams, data, probe=probes or probe, needs=needs)
     if probes is not None:
         probes.save()
@@ -65,12 +70,12 @@ def survey(
     how = {"sources": sources, "data": data, "geometry": geometry, "seed": seed}
     if not samples.given.any():
         made = assign(samples, **how)
-        return Survey(samples, found.bad, made.clips, made.dropped, found.texts, found.notes)
+        return Survey(samples, found.bad, made.clips, made.dropped, found.texts, found.notes, found.others)
     videos, given = np.flatnonzero(~samples.given), np.flatnonzero(samples.given)
     parts = assign(samples.take(videos), **how), place(samples.take(given), **how)
     clips = beside([part.clips for part in parts], [videos, given], samples)
     dropped = (*parts[0].dropped, *parts[1].dropped)
-    return Survey(samples, found.bad, clips, dropped, found.texts, found.notes)
+    return Survey(samples, found.bad, clips, dropped, found.texts, found.notes, found.others)
 
 
 def beside(parts: Sequence[Clips], rows: Sequence[np.ndarray], samples: Samples) -> Clips:

@@ -33,6 +33,7 @@ from transpixeler.data.catalog import cache_folders, catalog
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.features import export as features
+from transpixeler.data.kept import KEPT_ENDING
 from transpixeler.data.parts import part_shape
 from transpixeler.files import whole
 from transpixeler.flow.tasks import check_given
@@ -311,7 +312,7 @@ def remove_all(folders: tuple[Path, ...], report: Report) -> None:
         with _alone(folder):
             report.removed_records += len(Cache(folder))
             report.removed_bytes += _bytes(folder)
-            for path in (*folder.glob("*.idx"), *folder.glob("*.seg")):
+            for path in (*folder.glob("*.idx"), *folder.glob("*.seg"), *folder.glob(f"*{KEPT_ENDING}")):
                 path.unlink()
 
 

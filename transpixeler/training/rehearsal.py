@@ -1,4 +1,4 @@
-"""Do all that comes before a training's first step, and write nothing: `train --dry-run`.
+"""Do all that comes before a training's first step, and make neither run nor records: `train --dry-run`.
 
 In: what `train` takes. Out: what it would do, in the log; the same one line where it would refuse.
 """
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 
 from transpixeler.config.sections import Config
+from transpixeler.data.catalog import cache_folders
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import find_missing
 from transpixeler.data.loader import Batch
 from transpixeler.data.work import Work
+from transpixeler.files import shown_path
 from transpixeler.flow.objective import Example
 from transpixeler.models.family import ModelFolder
 from transpixeler.parallel.runtime import Runtime
@@ -54,7 +56,9 @@ def rehearse(config: Config, runtime: Runtime, *, resume: str | None = None, goi
             loader.close()
     if runtime.is_main:
         todo = schedule.total - state.step
-        logger.info("%s\ndry run: all is well; %d steps would be trained, and nothing was written", line, todo)
+        notes = ", ".join(map(shown_path, cache_folders(config)))
+        said = f"{todo} steps would be trained. Nothing was made; what is known of the media files is kept in {notes}"
+        logger.info("%s\ndry run: all is well; %s", line, said)
 
 
 def _batch_line(batch: Batch, examples: Sequence[Example], model: ModelFolder) -> str:

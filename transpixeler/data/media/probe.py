@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from stat import S_ISDIR
 from transpixeler.data.file_memory import FileMemory, Stamp
 from transpixeler.data.media.clip import Media
 from transpixeler.data.media.decode import probe
+from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.ranks import ALONE, Helpers
 
 logger = logging.getLogger("transpixeler")
 NAME = "probes.tsv"
@@ -27,12 +30,15 @@ VERSION = 4  # raised when probing gives other values or the lines change; an ol
 class Probes:
     """`probe` with a memory; called from many threads."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, helpers: Helpers = ALONE) -> None:
+        self.folder, self._helpers = folder, helpers
         self.opened = 0  # files that had to be opened
+        self._faults: dict[Path, BadMedia] = {}  # of files that other ranks have opened last
         self._memory = FileMemory(folder / NAME, read=_read, line=_line, header=str(VERSION))
 
     def __call__(self, path: Path) -> Media:
+        if path in self._faults:
+            raise BadMedia(str(self._faults[path]))
         stamp = stamp_of(path)
         if stamp is None:
             return probe(path)
@@ -47,14 +53,34 @@ class Probes:
         self.opened += 1
         self._memory.note(path, stamp, media)
 
+    def look_ahead(self, paths: Iterable[Path], threads: int) -> None:
+        """Open files that are not known, on all ranks, where there are others."""
+        if self._helpers.count == 1:
+            return
+        stamps = {path: stamp for path in dict.fromkeys(paths) if (stamp := stamp_of(path)) is not None}
+        unknown = [path for path, stamp in stamps.items() if self._memory.recall(path, stamp) is None]
+        self._faults.clear()
+        for path, found in zip(unknown, self._helpers.map(_opened, unknown, threads), strict=True):
+            if isinstance(found, BadMedia):
+                self._faults[path] = found
+            elif isinstance(found, Exception):
+                raise found
+            else:
+                self.remember(path, stamps[path], found)
+
     def known(self, path: str) -> Media | None:
         """Return what is remembered of a file, without opening it."""
         stamp = stamp_of(path)
         return None if stamp is None else self._memory.recall(path, stamp)
 
-    def save(self) -> None:
-        if not self._memory.save():
+    def save(self, *, now: bool = True) -> None:
+        """Write what is new. now: else only where that was long ago."""
+        if not (self._memory.save() if now else self._memory.save_now_and_then()):
             logger.info("%s cannot be written: files are looked at again the next time", self.folder)
+
+
+def _opened(path: Path) -> Media:
+    return probe(path)
 
 
 def stamp_of(path: Path | str) -> Stamp | None:

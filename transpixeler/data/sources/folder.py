@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transpixeler.config.sections import UserError
+from transpixeler.data.kept import KEPT_ENDING
 from transpixeler.data.media.files import IMAGE_ENDINGS, VIDEO_ENDINGS, is_pattern
 from transpixeler.data.media.probe import NAME as PROBES
 from transpixeler.data.names import normal, printable
@@ -65,7 +66,7 @@ def listed(folder: Path) -> Listing:
             if is_sequence(path):
                 listing.media.setdefault(normal(path.name), []).append(path)
                 listing.notes += _odd(_entries(path))
-            elif not _holds_cache(path):
+            elif not holds_cache(entry.name for entry in _entries(path)):
                 listing.folders.append(path)
         elif kind in IMAGE_ENDINGS:
             images.append(path)
@@ -120,9 +121,9 @@ def _odd(paths: Iterable[Path]) -> Iterator[Note]:
             yield Note(NOT_READ.format(path.suffix.lower() or path.name), str(path))
 
 
-def _holds_cache(folder: Path) -> bool:
-    """Tell whether a folder is a cache of encoded clips, which lies beside the data."""
-    return any(path.name == PROBES or path.suffix == ".seg" for path in _entries(folder))
+def holds_cache(names: Iterable[str]) -> bool:
+    """Tell by the names in it whether a folder is a cache of encoded clips, which lies beside the data."""
+    return any(name == PROBES or name.endswith((".seg", KEPT_ENDING)) for name in names)
 
 
 def _pairs(listing: Listing, prefix: str, streams: Mapping[str, str]) -> Iterator[Candidate | BadSample | Note]:

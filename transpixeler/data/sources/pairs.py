@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config.sections import DataConfig, SourceConfig, UserError
+from transpixeler.data.columns import Texts, TextWriter
 from transpixeler.data.features.files import old_formats
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.clip import Clip, Media, exact_rate
@@ -51,6 +52,7 @@ class Scan:
     bad: tuple[BadSample, ...]
     texts: tuple[TextRow, ...] = ()  # in the order of their rows
     notes: tuple[Note, ...] = ()  # one of each text
+    others: Texts = field(default_factory=lambda: Texts.of(()))  # files that rows name which make no sample
 
 
 def scan(
@@ -63,17 +65,29 @@ def scan(
 ) -> Scan:
     """Open every file once; drop nothing without a reason. needs: of features, where sources may hold some."""
     gathered, names = _Gathered(exact_rate(data.fps)), source_names(sources)
-    with old_formats(), ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+    threads = min(32, 4 * (os.cpu_count() or 1))
+    with old_formats(), ThreadPoolExecutor(max_workers=threads) as pool:
         for index, source in enumerate(sources):
             fps = exact_rate(source.sequence_fps or data.sequence_fps or 0)
             look = partial(examined, source=index, rgba=source.rgba, probe=probe, needs=needs, fps=fps)
             offered = _offered(source, names[index], streams, data.columns)
-            known = probe.known if isinstance(probe, Probes) else None
+            probes = probe if isinstance(probe, Probes) else None
             while window := list(itertools.islice(offered, WINDOW)):
-                plain = known_media(window, known, pool, rgba=source.rgba)
+                plain = known_media(window, probes and probes.known, pool, rgba=source.rgba)
+                if probes is not None:
+                    probes.look_ahead(_unknown_files(window, plain), threads)
+                    probes.save(now=False)
                 for candidate, found in zip(window, _all_looked_at(window, plain, look, pool), strict=True):
                     gathered.add(candidate, found, data, source=index, rgba=source.rgba)
     return gathered.scan(data)
+
+
+def _unknown_files(window: Sequence[Offer], plain: Sequence[Media | None]) -> Iterator[Path]:
+    """Yield the videos of candidates that take a longer look."""
+    for candidate, media in zip(window, plain, strict=True):
+        if media is None and isinstance(candidate, (PlainRow, Candidate)):
+            one = candidate.candidate if isinstance(candidate, PlainRow) else candidate
+            yield from (path for _, path in one.paths if not one.features.latents and is_utf8(str(path)))
 
 
 def _all_looked_at(
@@ -96,6 +110,7 @@ class _Gathered:
         self.bad: list[BadSample] = []
         self.texts: list[TextRow] = []
         self.notes: dict[str, Note] = {}
+        self.others = TextWriter(filed=True)
 
     def add(self, candidate: Offer, found: Found, data: DataConfig, *, source: int, rgba: bool) -> None:
         if isinstance(found, Media):
@@ -108,13 +123,23 @@ class _Gathered:
                     self.notes[note.text] = counted(note, self.notes.get(note.text))
         elif isinstance(found, TextRow):
             self.texts.append(found)
+            self.others.append(str(found.features.text))
         elif isinstance(found, Note):
             self.notes[found.text] = counted(found, self.notes.get(found.text))
         elif isinstance(candidate, (Candidate, PlainRow)):
             self.samples.append_bad(candidate.id)
             self.named.append(found)
+            self._name_files(candidate)
         else:
             self.bad.append(found)
+            if isinstance(candidate, TextRow):
+                self.others.append(str(candidate.features.text))
+
+    def _name_files(self, candidate: Candidate | PlainRow) -> None:
+        """Note the files of a row, which may be better at another start."""
+        one = candidate.candidate if isinstance(candidate, PlainRow) else candidate
+        for path in (*(path for _, path in one.paths), *([one.features.text] if one.features.text else [])):
+            self.others.append(str(path))
 
     def scan(self, data: DataConfig) -> Scan:
         """Return all in order; refuse bad samples where that is asked."""
@@ -127,7 +152,8 @@ class _Gathered:
                 f"{len(bad)} of {len(bad) + len(samples)} samples cannot be used, the first is {first}; "
                 "mend them or set data.on_bad=skip"
             )
-        return Scan(samples, tuple(bad), tuple(self.texts), tuple(self.notes[text] for text in sorted(self.notes)))
+        notes = tuple(self.notes[text] for text in sorted(self.notes))
+        return Scan(samples, tuple(bad), tuple(self.texts), notes, self.others.done())
 
 
 def _sequence_notes(sample: Sample, data: DataConfig) -> Iterator[Note]:
@@ -189,11 +215,17 @@ def _offered(
         raise UserError(f"{printable(str(path))}: the source cannot be read: {error}") from None
     if source.rgba and len(streams) > 2:
         raise UserError(f"{path}: rgba gives two streams, but streams names {', '.join(streams)}")
-    if path.is_dir() and not _holds_shards(path):
+    if not reads_manifest(source):
         return folder_candidates(path, name, streams, rgba=source.rgba)
     if not path.is_dir() and path.suffix.lower() not in MANIFEST_ENDINGS:
         raise UserError(f"{path}: a source is a folder or a manifest ({', '.join(MANIFEST_ENDINGS)})")
     return manifest_candidates(path, name, streams, rgba=source.rgba, columns=columns)
+
+
+def reads_manifest(source: SourceConfig) -> bool:
+    """Tell whether a source is a manifest or a folder of its shards, and no folder of pairs."""
+    path = Path(source.path)
+    return not path.is_dir() or _holds_shards(path)
 
 
 def _holds_shards(folder: Path) -> bool:

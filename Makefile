@@ -61,6 +61,9 @@ demo: $(READY)  ## the whole way on a tiny model: files, training, evaluation, a
 demo/config.yaml: | $(READY)
 	$(BIN)/python -m transpixeler demo demo
 
+%.yaml:
+	@echo "$@: no such file; name a config with CONFIG=, such as configs/wan2.1-t2v-1.3b-joint.yaml"; exit 2
+
 plan: $(READY) $(CONFIG)  ## estimate steps, memory, time and layouts of CONFIG
 	$(BIN)/python -m transpixeler plan $(CONFIG) $(ARGS)
 

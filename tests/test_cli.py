@@ -62,7 +62,9 @@ def test_an_unknown_command_is_the_users_to_mend() -> None:
 def test_debug_shows_the_traceback_as_well_and_stands_anywhere(words: list[str]) -> None:
     done = run(*words)
     assert done.returncode == 2 and "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1] == "transpixeler: no.yaml: no such file"
+    assert done.stderr.splitlines()[-1] == (
+        "transpixeler: no.yaml: no such file; name a YAML file, such as those in configs/"
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,8 @@ def test_make_setup_says_what_it_does_and_what_it_needs(tmp_path: Path) -> None:
     assert "Python 3.10 or newer is needed, and ./python2 is Python 2.7" in done.stdout and done.returncode == 2
     planned = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True).stdout
     assert "setup: making .venv with" in planned and "ready: .venv has" in planned
+    missing = subprocess.run(["make", "-n", "train", "CONFIG=my.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert "my.yaml: no such file; name a config with CONFIG=" in missing.stdout and "No rule" not in missing.stderr
 
 
 # --- what is told ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Options of the programs that people come from, and what stands for them here.
 OTHERS_OPTIONS = {
-    "--config": "is the first word here: `transpixeler train CONFIG`; tools/migrate.py turns a TOML into one",
+    "--config": "is the word behind the command: `transpixeler train CONFIG`; tools/migrate.py turns a TOML into one",
     "--resume_from_checkpoint": "is `--resume` here",
     "--reset_dataloader": "is `--resume RUN --restart-steps` here: a new run that begins with the checkpoint",
     "--reset_optimizer": "is `--resume RUN --weights-only` here",

@@ -123,6 +123,9 @@ def test_a_mistake_is_answered_with_one_line(name: str, tmp_path: Path, capsys: 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{tmp_path / 'no.yaml'}: no such file" in said(tmp_path / "no.yaml", [], capsys)
+    (tmp_path / "wan-smoke.yaml").write_text("seed: 1")
+    meant = f"did you mean {tmp_path / 'wan-smoke.yaml'}?"
+    assert meant in said(tmp_path / "wan_smoke.yaml", [], capsys) and meant not in said(tmp_path / "q.yaml", [], capsys)
     assert f"{tmp_path}: is a folder" in said(tmp_path, [], capsys)
     assert "cannot be read" in said(tmp_path / ("x" * 300), [], capsys)
 

@@ -272,6 +272,17 @@ def test_what_is_no_hub_id_is_refused(run: Path, options: list[str], capsys: pyt
     assert "user/name" in capsys.readouterr().err
 
 
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for source in ("output/latest", "runs/first"):
+        assert cli.main(["push", source, "--repo", "me/flames"]) == 2
+        assert f"{source}: no such run, save or adapter here; train first" in capsys.readouterr().err
+    assert not server.requests
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 

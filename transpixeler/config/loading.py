@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -118,11 +119,19 @@ def _unfolded(node: yaml.Node, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
+def _nearest(path: Path) -> str:
+    """Name the YAML files beside a place, or in configs/, whose names are nearest to one that is not there."""
+    folders = [folder for folder in (path.parent, Path("configs")) if folder.is_dir()]
+    there = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    found = difflib.get_close_matches(path.stem, there, n=1)
+    return f"; did you mean {there[found[0]]}?" if found else "; name a YAML file, such as those in configs/"
+
+
 def _read(path: Path, named_in: str = "") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{named_in}") from None
+        raise UserError(f"{path}: no such file{named_in}{_nearest(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a YAML file{named_in}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -20,6 +20,7 @@ from transpixeler.adapters.saved import (
     ADAPTER_FILE,
     CONFIG,
     EMA,
+    LATEST,
     MODEL_FOLDER,
     averaged,
     config_of,
@@ -106,6 +107,12 @@ def find_save(source: str, *, ema: bool | None = None) -> Save:
 
     `ema`: averaged weights, or not; None for averaged ones where they were saved.
     """
+    place = Path(source).expanduser()
+    if not place.exists() and (place.name == LATEST or place.parent.is_dir()):
+        raise UserError(
+            f"{source}: no such run, save or adapter here; train first, or give a run's folder, an adapter's file or a "
+            "Hub id like user/name"
+        )
     path = resolve(source, only=_PUSHED, key="adapter")
     run = run_of(path)
     if run is None or is_save(run):

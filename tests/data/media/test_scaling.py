@@ -110,7 +110,26 @@ LIMITED, FULL = 1, 2
 
 BT709, BT601, BT2020 = 1, 5, 9
 
+WEIGHTS = {BT709: (0.2126, 0.0722), BT601: (0.299, 0.114), BT2020: (0.2627, 0.0593)}  # of red and blue in luma
+
 UNTOLD, SRGB, BT2020_10, PQ, HLG = 2, 13, 14, 16, 18
+
+
+def planes(picture: np.ndarray, pixels: str, matrix: int, span: int) -> np.ndarray:
+    """Convert a picture by the standards' formulas, since not every PyAV knows all matrices when it writes."""
+    red, green, blue = np.moveaxis(picture / 255, 2, 0)
+    of_red, of_blue = WEIGHTS[matrix]
+    luma = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
+    chroma = [(blue - luma) / (2 - 2 * of_blue), (red - luma) / (2 - 2 * of_red)]
+    bits = 10 if pixels.endswith("10le") else 8
+    unit, white = 1 << (bits - 8), (1 << bits) - 1
+    luma = luma * white if span == FULL else luma * 219 * unit + 16 * unit
+    chroma = [one * (white if span == FULL else 224 * unit) + 128 * unit for one in chroma]
+    kind = np.uint8 if bits == 8 else np.uint16
+    if "444" in pixels:
+        return np.rint(np.stack([luma, *chroma])).astype(kind)
+    small = [one[::2, ::2].reshape(-1, picture.shape[1]) for one in chroma]
+    return np.rint(np.concatenate([luma, *small])).astype(kind)
 
 
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p", "yuv420p10le"])
@@ -123,9 +142,8 @@ def test_matrix_and_range_of_a_file_are_respected(pixels: str, matrix: int, span
         stream = out.add_stream("libx264", rate=25, options={"qp": "1"})
         stream.height, stream.width, stream.pix_fmt = *BARS.shape[:2], pixels
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, span
-        frame = av.VideoFrame.from_ndarray(BARS, format="rgb24")
-        frame = frame.reformat(format=pixels, dst_colorspace=matrix, dst_color_range=span)
-        frame.pts = 0
+        frame = av.VideoFrame.from_ndarray(planes(BARS, pixels, matrix, span), format=pixels)
+        frame.colorspace, frame.color_range, frame.pts = matrix, span, 0
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     found = read_frames(tmp_path / "a.mkv", [0], height=64, width=96)[0]

@@ -143,8 +143,8 @@ def test_measures_are_told_in_words(run: Path) -> None:
     assert "| IoU ↑, overlap at one half | 0.8 |  |" in card
     assert "| flicker ↓, comes and goes | 0.01 | 0.02 |" in card
     assert in_words("of_tomorrow") == "of tomorrow"
-    assert in_words("score_caption") == "caption score, cosine of all streams with the caption, more is better"
-    assert in_words("score_seg") == "seg score, cosine of seg with RGB, more is better"
+    assert in_words("score_caption") == "caption score ↑, cosine of all streams with the caption"
+    assert in_words("score_seg") == "seg score ↑, cosine of seg with RGB"
 
 
 def test_every_measure_that_has_words_is_made() -> None:

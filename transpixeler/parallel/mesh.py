@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.context import Context
@@ -22,6 +22,7 @@ from transpixeler.parallel.launch import launch
 from transpixeler.parallel.runtime import Runtime
 
 logger = logging.getLogger("transpixeler")
+set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # public from torch 2.14 on
 T = TypeVar("T")
 
 
@@ -142,7 +143,7 @@ def build(layout: Layout, runtime: Runtime) -> Mesh:
     p, r, s = layout.pipeline, layout.replicate, layout.shard * layout.context
     mesh = init_device_mesh(runtime.device.type, (p, r, s), mesh_dim_names=("pipeline", "replicate", "shard"))
     for group in mesh.get_all_groups():
-        _set_pg_timeout(runtime.timeout, group)  # a mesh makes its groups with torch's own
+        set_timeout(runtime.timeout, group)  # a mesh makes its groups with torch's own
     ranks = torch.arange(p * r * s).view(p, r * s)
     pipeline_rank, stage_rank = divmod(runtime.rank, r * s)
     if p == 1:  # all ranks, which have a group already: another is one more communicator, with buffers of its own

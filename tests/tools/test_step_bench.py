@@ -98,7 +98,7 @@ def test_the_limit_is_the_formula_of_the_costs_but_for_the_texts_gradient(step: 
 def test_a_steps_bench_ends_with_its_figures(step: ModuleType) -> None:
     found = figures(step)
     ratios = {"x_limit", "x_rival_time", "x_rival_memory", "x_rival_memory_full", "x_half_time", "x_half_memory"}
-    ratios |= {"x_forward_only", "x_forward_only_memory"}
+    ratios |= {"x_forward_only", "x_forward_only_memory", "x_half_rival_time"}
     sizes = {"mib", "rival_mib", "gflop", "tokens"}
     assert found.keys() == {"seconds", "limit_seconds", "rival_seconds", "spread", *ratios, *sizes}
     assert min(found["x_rival_memory"], found["x_rival_memory_full"], found["seconds"]) > 0 and found["tokens"] == 64
@@ -110,6 +110,7 @@ def test_a_steps_bench_ends_with_its_figures(step: ModuleType) -> None:
 def test_samplings_bench_ends_with_its_figures() -> None:
     found = figures(loaded("sample"), "--text", "16")
     ratios = {"x_forward", "x_forward_guided", "x_one_batch", "x_forward_short", "x_one_batch_short", "x_rgb_known"}
+    ratios.add("x_half")
     assert found.keys() == {"step_seconds", *ratios, "spread", "tokens"}
     assert all("6 are needed" in str(found[name]) for name in ratios) and found["tokens"] == 64
 

@@ -6,6 +6,7 @@ is better: `x_forward` without guidance, `x_forward_guided` with it (against twi
 what one batch of both halves takes of two forwards one after the other; `…_short` is that on a sequence of an eighth,
 where it matters more. Both ways must agree on the latents before anything is timed.
 
+`x_half`: denoising beside a companion at scale 2, without guidance, against denoising beside one of full size.
 `x_rgb_known`: a step of matting after the first, in which a given RGB that does not see its companion is known from it,
 against such a step without.
 """
@@ -79,10 +80,12 @@ class Matting:
 class Denoising:
     """One video's denoising in every way that is measured."""
 
-    def __init__(self, engine: Engine, grid: Sequence[int], args: argparse.Namespace) -> None:
+    def __init__(self, engine: Engine, grid: Sequence[int], args: argparse.Namespace, *, scale: int = 1) -> None:
+        """scale: of the companion."""
         f, h, w = grid
         self.engine, self.steps, (self.model,) = engine, args.steps, engine.models()
-        self.layout = StreamLayout.equal(("rgb", "seg"), (16, f, 2 * h, 2 * w), (1, 2, 2))
+        shapes = (16, f, 2 * h, 2 * w), (16, f, 2 * h // scale, 2 * w // scale)
+        self.layout = StreamLayout(("rgb", "seg"), shapes, (1, 2, 2), scales=(1, scale))
         self.noise = start_noise(self.layout, seed=0)
         self.text, self.negative = ({"text": text} for text in torch.randn(2, 512, args.text))
 
@@ -112,7 +115,8 @@ class Denoising:
             self.model(self.noise, steps, self.text["text"][None], layout=self.layout)
 
 
-def measure(denoising: Denoising, *, repeats: int) -> Rounds:
+def measure(denoising: Denoising, half: Denoising, *, repeats: int) -> Rounds:
+    """half: the same with a companion at scale 2."""
     torch.testing.assert_close(denoising.guided(), denoising.guided_apart(), atol=1e-4, rtol=1e-4)
     matting = Matting(denoising.engine, denoising.layout, denoising.text["text"])
     matting.known()  # the first step
@@ -121,6 +125,7 @@ def measure(denoising: Denoising, *, repeats: int) -> Rounds:
         "forwards": denoising.forwards,
         "plain": denoising.plain,
         "two forwards each": lambda: denoising.forwards(2),
+        "half": half.plain,
         "guided": denoising.guided,
         "guided, one by one": denoising.guided_apart,
         "matting": matting.step,
@@ -137,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with runtime.running(device="cpu") as here:
         engine = make_engine(args, here)
         long, short = (
-            measure(Denoising(engine, grid, args), repeats=args.repeats)
+            measure(Denoising(engine, grid, args), Denoising(engine, grid, args, scale=2), repeats=args.repeats)
             for grid in ((f, h, w), (f // 2, h // 2, w // 2))
         )
     figures = {
@@ -147,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "x_one_batch": long.ratio("guided", "guided, one by one").figure,
         "x_forward_short": short.ratio("plain", "forwards").figure,
         "x_one_batch_short": short.ratio("guided", "guided, one by one").figure,
+        "x_half": long.ratio("half", "plain").figure,
         "x_rgb_known": long.ratio("matting, RGB known", "matting").figure,
         "spread": round(max(t.spread for times in (long, short) for t in times.values()), 3),
         "tokens": 2 * f * h * w,

@@ -8,7 +8,8 @@ diffusers' blocks, a peft LoRA whose output is masked, every block checkpointed 
 
 All ratios are ours over theirs, so smaller is better: `x_limit` (time), `x_rival_time`, `x_rival_memory`, and
 `x_rival_memory_full`, where ours keeps as little between blocks as the rival. `x_half_time` and `x_half_memory` are
-ours with a companion at scale 2 over ours with one of full size. `x_forward_only` and `x_forward_only_memory` are of a
+ours with a companion at scale 2 over ours with one of full size, and `x_half_rival_time` is that over the rival, whose
+companion is of full size. `x_forward_only` and `x_forward_only_memory` are of a
 step whose RGB sees itself alone: RGB forward only over RGB with a backward pass too. On CPUs time is one thread's CPU
 time.
 `--against PATH` compares ours with ours of another checkout; `limit`, the same in both, shows how far to trust it.
@@ -48,6 +49,7 @@ LAST_PROJECTION = "ffn.2"  # of a block; no gradient needs its result, which is 
 
 APART = {"attends": False, "forward_only": True}  # RGB sees itself alone, and has no backward pass
 BOTH_WAYS = {"attends": False}
+WAYS = {"forward_only": APART, "both_ways": BOTH_WAYS}
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # hidden [B, T, D], modulation [B, S, 6, D], context [B, TEXT_TOKENS, D]
 
@@ -366,8 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mine_apart, mine_both_ways = peak_of(ours, inputs, whole, **APART), peak_of(ours, inputs, whole, **BOTH_WAYS)
     step_ours = partial(step_of, ours, inputs, whole)
     sides = {"limit": limit, "ours": step_ours, "half": partial(step_of, ours, fewer, half)}
-    sides |= {"forward_only": partial(step_ours, **APART), "both_ways": partial(step_ours, **BOTH_WAYS)}
-    sides["rival"] = partial(step, rival, inputs)
+    sides |= {name: partial(step_ours, **how) for name, how in WAYS.items()} | {"rival": partial(step, rival, inputs)}
     times = harness.alternate(sides, repeats=args.repeats, clock=harness.step_clock())
     figures = {
         "seconds": round(times["ours"].median, 4),
@@ -380,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "x_rival_memory_full": round(mine_full / other, 3),
         "x_half_time": times.ratio("half", "ours").figure,
         "x_half_memory": round(mine_half / mine, 3),
+        "x_half_rival_time": times.ratio("half", "rival").figure,
         "x_forward_only": times.ratio("forward_only", "both_ways").figure,
         "x_forward_only_memory": round(mine_apart / mine_both_ways, 3),
         "mib": round(mine / 2**20, 1),

@@ -29,6 +29,7 @@ from transpixeler.models.tokens import Tokens
 # full fine-tuning. A plain tuple: pipelining wants no other. Its first `carried` tensors are what blocks change: the
 # streams' tokens, and text that flows. Where RGB runs forward only, the companions' tokens come first, then RGB's.
 Flow = tuple[Tensor, ...]
+Compute = Callable[[Flow, Tokens], Flow]
 RunBlock = Callable[["Block", Flow, Tokens], Flow]
 QKV = tuple[Tensor, Tensor, Tensor, Flow]  # of the attention among streams, and what the rest of the block takes more
 
@@ -38,6 +39,7 @@ class Block(nn.Module, ABC):
 
     recompute: Callable[..., Flow] | None = None
     keeps: Callable[[Flow, Tokens], bool] | None = None  # tells of which flows nothing is recomputed after all
+    compiled_inside: bool = False  # what is recomputed is a graph of its own
     chunk: int = 0  # tokens of a microbatch that go through `finish` at a time, where that costs nothing; 0 for all
     carried: int = 1  # tensors of the flow that it changes, the first ones; the same for all blocks of a model
     grouped: tuple[int, ...] = (1,)  # places in the flow of what has a row for each time group, [B, G, …]
@@ -54,12 +56,22 @@ class Block(nn.Module, ABC):
             changed = self.compute(flow, tokens)
         else:
             tokens = tokens._replace(copy_scope=False)  # nothing is kept: copying saves nothing
-            compute = self.compute if torch.compiler.is_compiling() else _Recomputed(self.compute)
-            changed = recompute(compute, flow, tokens)
+            changed = recompute(self._twice(self.compute), flow, tokens)
         return (*changed, *flow[len(changed) :])
 
     def _recompute(self, flow: Flow, tokens: Tokens) -> Callable[..., Flow] | None:
         return None if self.keeps is not None and self.keeps(flow, tokens) else self.recompute
+
+    def _twice(self, compute: Compute) -> Compute:
+        """Return what a recomputation calls; a compiler needs no telling what is discarded, and drops it by itself."""
+        compiled = self.compiled_inside or torch.compiler.is_compiling()
+        return compute if compiled else _Recomputed(compute)
+
+    def compile_inside(self) -> None:
+        """Compile what is recomputed, and not what recomputes it: no graph can hold hooks on saved tensors."""
+        self.compiled_inside = True
+        for name in ("compute", "companions"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     def compute(self, flow: Flow, tokens: Tokens) -> Flow:
         """Return the carried tensors of the flow, changed."""
@@ -106,8 +118,8 @@ class Block(nn.Module, ABC):
         if (recompute := self._recompute(flow, tokens)) is None:
             rest, q, k, v, *others = self.companions(flow, tokens)
         else:
-            compute = self.companions if torch.compiler.is_compiling() else _Recomputed(self.companions)
-            rest, q, k, v, *others = recompute(compute, flow, tokens._replace(copy_scope=False))
+            again = self._twice(self.companions)
+            rest, q, k, v, *others = recompute(again, flow, tokens._replace(copy_scope=False))
         near, first = rgb_part(flow, tokens, self), tokens.rgb()
         known = (k, v) if tokens.rgb_returned else ()
         with torch.no_grad():
@@ -155,12 +167,9 @@ class Block(nn.Module, ABC):
 
 
 class _Recomputed:
-    """A block's `compute`, which is told from its second call on that its output is discarded.
+    """A block's `compute`, which is told from its second call on that its output is discarded."""
 
-    A compiler needs no telling: it drops what nothing uses.
-    """
-
-    def __init__(self, compute: Callable[[Flow, Tokens], Flow]) -> None:
+    def __init__(self, compute: Compute) -> None:
         self.compute, self.recomputing = compute, False
 
     def __call__(self, flow: Flow, tokens: Tokens) -> Flow:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from transpixeler.models.backbone import Flow
+from transpixeler.models.backbone import Compute, Flow
 from transpixeler.models.tokens import Tokens
 
 logger = logging.getLogger("transpixeler")
-Compute = Callable[[Flow, Tokens], Flow]
 
 
 def flat(compute: Compute, tokens: Tokens) -> Callable[..., Flow]:

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from transpixeler.config.sections import ParallelConfig, UserError
 from transpixeler.models.attention import SAVED_OPS
-from transpixeler.models.backbone import Backbone, Block, Flow
+from transpixeler.models.backbone import Backbone, Block, Compute, Flow
 from transpixeler.models.tokens import Tokens
-from transpixeler.parallel.hosted import Compute, HostInputs, flat
+from transpixeler.parallel.hosted import HostInputs, flat
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.swap import spread
 
@@ -43,13 +43,14 @@ def wrap(
 
     waiting: the blocks whose weights are in host memory until used. host: the rank's memory for blocks' inputs.
     """
-    set_recompute(blocks, recompute_mode(config, mesh.device), host)
+    mode = recompute_mode(config, mesh.device)
+    set_recompute(blocks, mode, host)
     if wants_compile(config, mesh.device):
         compiler = torch.compiler.config  # beyond its limits, of 8 graphs, a block would run uncompiled without a word
         compiler.recompile_limit = max(compiler.recompile_limit, GRAPHS)
         compiler.accumulated_recompile_limit = max(compiler.accumulated_recompile_limit, GRAPHS)
-        for block in blocks:
-            block.compile(dynamic=False)  # lengths that are symbols cost speed and still a graph for each bucket
+        for block in blocks:  # lengths that are symbols cost speed and still a graph for each bucket
+            block.compile_inside() if mode == "offload" else block.compile(dynamic=False)
     if is_sharded(config, mesh):
         _shard(stage, blocks, config, mesh, waiting)
 
@@ -153,10 +154,6 @@ def settled(config: ParallelConfig, model: Backbone) -> ParallelConfig:
 
 
 def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
-    if config.recompute == "offload":  # hooks on saved tensors cannot be traced
-        if config.compile == "on":
-            raise UserError("parallel.compile: on does not go with parallel.recompute=offload; set one of them to auto")
-        return False
     if splits_backward(config):  # a compiled backward pass cannot be
         if config.compile == "on":
             raise UserError(f"parallel.compile: on does not go with parallel.schedule={config.schedule}; set auto")
@@ -169,7 +166,9 @@ def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
                 f"{SHARED_COMPILE} or newer"
             )
         return False
-    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    # with offload memory is short, and what computes in pieces takes less of it than what is compiled
+    chosen = config.compile == "auto" and device.type == "cuda" and config.recompute != "offload"
+    return config.compile == "on" or chosen
 
 
 # --- shard -----------------------------------------------------------------------------------------------------------

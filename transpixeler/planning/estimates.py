@@ -304,7 +304,7 @@ class Estimate:
         )
 
     def _is_compiled(self, recompute: costs.Recompute) -> bool:
-        return self.compiled and recompute != "offload"  # hooks on saved tensors cannot be compiled
+        return self.compiled and (recompute != "offload" or self.config.parallel.compile == "on")
 
     def _example(self, layout: StreamLayout) -> int:
         """Return bytes of one sample's latents, noise and fields."""

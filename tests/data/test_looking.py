@@ -95,7 +95,7 @@ def fail(rank: int, world_size: int, model: Path, data: Path, cache: Path) -> No
 
 def test_what_one_rank_cannot_read_ends_all(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(RanksFailed) as told:
-        run_ranks(fail, 2, model, data, tmp_path, timeout=60)
+        run_ranks(fail, 2, model, data, tmp_path)
     assert str(told.value).count("not for you") >= 2 and "no answer" not in str(told.value)
 
 

@@ -66,3 +66,19 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Pulse:
+    """Say in the log every few seconds how many files were looked at, where nobody knows how many there are."""
+
+    def __init__(self, verb: str) -> None:
+        self._verb, self._done = verb, 0
+        self._start = self._logged = time.monotonic()
+
+    def step(self) -> None:
+        self._done += 1
+        if (now := time.monotonic()) - self._logged > LINE_SECONDS:
+            self._logged = now
+            logger.info(
+                "%s files: %d so far (%.0f/s)", self._verb, self._done, self._done / max(now - self._start, 1e-6)
+            )

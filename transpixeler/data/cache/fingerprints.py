@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transpixeler.data.file_memory import FileMemory, Stamp
+from transpixeler.data.progress import Pulse
 from transpixeler.data.ranks import ALONE, Helpers
 from transpixeler.models.family import file_digest
 
@@ -25,6 +26,7 @@ class FileHashes:
     def __init__(self, folder: Path, helpers: Helpers = ALONE) -> None:
         self.folder, self._helpers = folder, helpers
         self.read = 0  # files whose content was read
+        self._pulse = Pulse("hashing")
         self._memory = FileMemory(folder / NAME, read=_read, line=_line)
 
     def digest(self, path: Path) -> str:
@@ -35,6 +37,7 @@ class FileHashes:
 
     def _note(self, path: Path, stamp: Stamp, digest: str) -> str:
         self.read += 1
+        self._pulse.step()
         self._memory.note(path, stamp, digest)
         return digest
 

@@ -19,6 +19,7 @@ from transpixeler.data.file_memory import FileMemory, Stamp
 from transpixeler.data.media.clip import Media
 from transpixeler.data.media.decode import probe
 from transpixeler.data.media.errors import BadMedia
+from transpixeler.data.progress import Pulse
 from transpixeler.data.ranks import ALONE, Helpers
 
 logger = logging.getLogger("transpixeler")
@@ -33,6 +34,7 @@ class Probes:
     def __init__(self, folder: Path, helpers: Helpers = ALONE) -> None:
         self.folder, self._helpers = folder, helpers
         self.opened = 0  # files that had to be opened
+        self._pulse = Pulse("opening")
         self._faults: dict[Path, BadMedia] = {}  # of files that other ranks have opened last
         self._memory = FileMemory(folder / NAME, read=_read, line=_line, header=str(VERSION))
 
@@ -51,6 +53,7 @@ class Probes:
     def remember(self, path: Path, stamp: Stamp, media: Media) -> None:
         """Remember a file that was opened. stamp: from before it was."""
         self.opened += 1
+        self._pulse.step()
         self._memory.note(path, stamp, media)
 
     def look_ahead(self, paths: Iterable[Path], threads: int) -> None:

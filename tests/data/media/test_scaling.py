@@ -115,7 +115,7 @@ WEIGHTS = {BT709: (0.2126, 0.0722), BT601: (0.299, 0.114), BT2020: (0.2627, 0.05
 UNTOLD, SRGB, BT2020_10, PQ, HLG = 2, 13, 14, 16, 18
 
 
-def planes(picture: np.ndarray, pixels: str, matrix: int, span: int) -> np.ndarray:
+def planes(picture: np.ndarray, pixels: str, matrix: int, span: int) -> list[np.ndarray]:
     """Convert a picture by the standards' formulas, since not every PyAV knows all matrices when it writes."""
     red, green, blue = np.moveaxis(picture / 255, 2, 0)
     of_red, of_blue = WEIGHTS[matrix]
@@ -125,11 +125,9 @@ def planes(picture: np.ndarray, pixels: str, matrix: int, span: int) -> np.ndarr
     unit, white = 1 << (bits - 8), (1 << bits) - 1
     luma = luma * white if span == FULL else luma * 219 * unit + 16 * unit
     chroma = [one * (white if span == FULL else 224 * unit) + 128 * unit for one in chroma]
+    apart = 1 if "444" in pixels else 2
     kind = np.uint8 if bits == 8 else np.uint16
-    if "444" in pixels:
-        return np.rint(np.stack([luma, *chroma])).astype(kind)
-    small = [one[::2, ::2].reshape(-1, picture.shape[1]) for one in chroma]
-    return np.rint(np.concatenate([luma, *small])).astype(kind)
+    return [np.rint(one).astype(kind) for one in (luma, *(one[::apart, ::apart] for one in chroma))]
 
 
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p", "yuv420p10le"])
@@ -142,7 +140,11 @@ def test_matrix_and_range_of_a_file_are_respected(pixels: str, matrix: int, span
         stream = out.add_stream("libx264", rate=25, options={"qp": "1"})
         stream.height, stream.width, stream.pix_fmt = *BARS.shape[:2], pixels
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, span
-        frame = av.VideoFrame.from_ndarray(planes(BARS, pixels, matrix, span), format=pixels)
+        frame = av.VideoFrame(stream.width, stream.height, pixels)
+        for plane, values in zip(frame.planes, planes(BARS, pixels, matrix, span), strict=True):
+            padded = np.zeros((plane.height, plane.line_size), np.uint8)
+            padded[:, : values.shape[1] * values.itemsize] = np.ascontiguousarray(values).view(np.uint8)
+            plane.update(padded)
         frame.colorspace, frame.color_range, frame.pts = matrix, span, 0
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))

@@ -20,8 +20,8 @@ from transpixeler.data.buckets import Bucket
 from transpixeler.models import lora
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import build, mesh
-from transpixeler.planning.estimates import Estimate, Load
 from transpixeler.planning.layouts import USABLE_MEMORY
+from transpixeler.training.estimates import Estimate, Load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REFERENCE = CONFIGS / "reference.yaml"

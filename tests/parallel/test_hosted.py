@@ -22,8 +22,7 @@ from tests.support.families.cases import CASES, STREAMS
 from tests.support.ranks import run_ranks
 from transpixeler.config import loading
 from transpixeler.config.sections import UserError
-from transpixeler.models import backbone
-from transpixeler.models.backbone import Backbone, Block, Compute, Flow
+from transpixeler.models.backbone import Backbone, Compute, Flow
 from transpixeler.models.streams import StreamLayout
 from transpixeler.models.tokens import Tokens
 from transpixeler.parallel import hosted, shard
@@ -54,17 +53,10 @@ def test_inputs_that_wait_elsewhere_change_no_bit(name: str, way: str) -> None:
     assert_no_bit_differs(results(name, ranks)[f"{way} some"], results(name, ranks)[f"{way} full"])
 
 
-def _compiled(
-    rank: int, world_size: int, runs: dict[str, tuple[str, ...]], backend: str, told: bool
-) -> dict[str, Result]:
-    """Train a step with graphs that nothing may break.
-
-    told: a twin, whose recomputation is told that its output is discarded, as one that is not compiled is.
-    """
+def _compiled(rank: int, world_size: int, runs: dict[str, tuple[str, ...]], backend: str) -> dict[str, Result]:
+    """Train a step with graphs that nothing may break."""
     compile_ = torch.compile
     torch.compile = lambda function, **how: compile_(function, backend=backend, fullgraph=True, **how)
-    if told:
-        Block._twice = lambda self, compute: backbone._Recomputed(compute)
     return _train_all(rank, world_size, "wan", runs, "", 1)
 
 
@@ -75,24 +67,17 @@ def plain(way: str) -> Result:
 
 
 @pytest.mark.parametrize("way", ["one", "blind"])
-def test_graphs_whose_inputs_wait_elsewhere_change_no_bit(way: str) -> None:
+def test_graphs_whose_inputs_wait_elsewhere_give_the_same_but_for_rounding(way: str) -> None:
     graphs = (*WAYS[way][1], "parallel.compile=on")
     runs = {"full": (*graphs, "parallel.recompute=full"), "some": (*graphs, "parallel.recompute=offload", SOME)}
-    (found,) = run_ranks(_compiled, 1, runs, "eager", False)
-    assert_no_bit_differs(found["some"], found["full"])
-    assert difference(found["some"], plain(way)) < 1e-6
+    (found,) = run_ranks(_compiled, 1, runs, "eager")
+    assert max(difference(found["some"], found["full"]), difference(found["some"], plain(way))) < 1e-6
 
 
 def test_graphs_that_are_differentiated_whole_give_the_same_but_for_rounding() -> None:
     runs = {"some": (*WAYS["one"][1], "parallel.recompute=offload", SOME, "parallel.compile=on")}
-    (found,) = run_ranks(_compiled, 1, runs, "aot_eager", False)
+    (found,) = run_ranks(_compiled, 1, runs, "aot_eager")
     assert difference(found["some"], plain("one")) < 1e-6
-
-
-def test_a_graph_that_leaves_out_what_is_discarded_is_another_one_and_is_refused() -> None:
-    runs = {"some": (*WAYS["one"][1], "parallel.recompute=offload", SOME, "parallel.compile=on")}
-    with pytest.raises(Exception, match=r"number of tensors|different"):
-        run_ranks(_compiled, 1, runs, "aot_eager", True)
 
 
 def run(model: Backbone, laid: StreamLayout, host: HostInputs) -> Flow:

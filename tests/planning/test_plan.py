@@ -33,9 +33,9 @@ from transpixeler.parallel import mesh
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.planning import estimates, layouts, plan, text
+from transpixeler.planning import layouts, plan, text
 from transpixeler.runs import controls, opening
-from transpixeler.training import trainer
+from transpixeler.training import estimates, trainer
 
 WAN_1_3B = {"model_type": "t2v", "dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_dim": 16,
             "out_dim": 16, "freq_dim": 256, "text_len": 512, "eps": 1e-6}  # fmt: skip
@@ -150,6 +150,14 @@ def test_a_published_models_figures_need_no_weights(large: Config) -> None:
     assert made.trainable_parameters == pytest.approx(128 * 1.18e6, rel=0.01)
     assert made.memory["none"].total > made.memory["attention"].total > made.memory["full"].total
     assert made.flop_step / made.seconds_step == pytest.approx(estimates.UTILISATION * 989e12, rel=1e-6)
+
+
+def test_what_auto_recomputes_on_a_machine_is_said_with_its_reason(large: Config) -> None:
+    made = planned(large, device="h100")
+    needed = f"{made.memory['none'].total / plan.GIB:.3g} GiB"
+    assert f"auto     recompute: none, as it takes {needed} by `plan`'s estimate, and 64 GiB" in text.describe(made)
+    asked = planned(replace(large, parallel=replace(large.parallel, recompute="none")), device="h100")
+    assert "auto  " not in text.describe(asked) and asked.flop_step == made.flop_step
 
 
 def test_the_best_layout_of_a_machine_with_room_recomputes_and_shards_nothing(large: Config) -> None:

@@ -22,10 +22,10 @@ from transpixeler.models import lora
 from transpixeler.models.weights import load_weights
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.planning import plan
-from transpixeler.planning.estimates import Machine
 from transpixeler.runs import checkpoint
 from transpixeler.sampling.model import base_weights, make_model
 from transpixeler.training import preflight, trainer
+from transpixeler.training.estimates import Machine
 
 # --- what the user finds ---------------------------------------------------------------------------------------------
 

@@ -72,6 +72,16 @@ def memory_facts(device: torch.device) -> dict[str, float]:
     return {"memory_reserved_gib": reserved, "allocation_retries": statistics.get("num_alloc_retries", 0)}
 
 
+def memory(device: torch.device) -> int:
+    """Return the bytes that a device has, used or not; of a CPU its rank's share of the machine's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
+
+
+def host_memory() -> int:
+    """Return the bytes that the machine has, used or not, for each of its ranks."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def free_host_memory() -> int:
     """Return the bytes that the system has free or can free, for each rank of this machine."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())

@@ -76,6 +76,14 @@ class Runtime:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return bool(found)
 
+    def least(self, number: int) -> int:
+        """Return on every rank the least of all ranks' numbers."""
+        if self.world_size == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
+
     def faults(self, fault: str) -> list[str]:
         """Return the faults of all ranks, on every rank; a text is sent only where there is one."""
         return [text for text in self.gather(fault) if text] if self.any(bool(fault)) else []

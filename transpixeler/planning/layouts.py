@@ -12,10 +12,8 @@ from transpixeler.data.buckets import batch_sizes
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import stage_count
 from transpixeler.parallel.shard import splits_backward
-from transpixeler.planning.estimates import Estimate, Load, Machine, Memory
-
-RECOMPUTE_MODES = ("none", "attention", "full", "offload")  # of `parallel.recompute`, the fastest first
-USABLE_MEMORY = 0.92  # share of a device's memory; the context and fragmentation take the rest
+from transpixeler.training.estimates import Estimate, Load, Machine, Memory
+from transpixeler.training.room import RECOMPUTE_MODES, USABLE_MEMORY
 
 
 @dataclass(frozen=True)

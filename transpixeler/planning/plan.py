@@ -24,25 +24,20 @@ from transpixeler.data.cache.records import Cache
 from transpixeler.data.catalog import surveyed
 from transpixeler.data.dataset import Dataset, training_order
 from transpixeler.data.items import Items, captions_of, coded_buckets
-from transpixeler.data.order import Order
 from transpixeler.data.sources.pairs import source_names
 from transpixeler.data.work import clips_used
 from transpixeler.flow.experts import Split
-from transpixeler.flow.tasks import all_beside, beside_by_step, views
+from transpixeler.flow.tasks import all_beside, views
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.conditions import kept_layout
-from transpixeler.models.experts import chosen_experts
 from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model, sees_frames
-from transpixeler.models.geometry import Geometry
-from transpixeler.models.streams import StreamLayout
-from transpixeler.parallel import build, devices, shard
+from transpixeler.parallel import build, devices
 from transpixeler.parallel import mesh as meshes
-from transpixeler.planning import estimates
 from transpixeler.planning.caching import text_encoder_bytes
-from transpixeler.planning.estimates import Estimate, KeptWhole, Load, Machine, Memory, Part
-from transpixeler.planning.layouts import RECOMPUTE_MODES, Fit, fits, fits_by_waiting
+from transpixeler.planning.layouts import Fit, fits, fits_by_waiting
 from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
-from transpixeler.training import preflight
+from transpixeler.training import estimates, preflight, room
+from transpixeler.training.estimates import Estimate, KeptWhole, Load, Machine, Memory, Part
 
 GIB = 2**30
 DEFAULT_DEVICE = "H100"  # where there is no GPU and none is named
@@ -87,6 +82,7 @@ class Plan:
     flop_step: float  # of all ranks, with recomputation
     seconds_step: float
     recompute: str | int  # the config's, with `auto` resolved
+    why: str  # `auto` was resolved so; empty where the config says it
     kept_whole: tuple[KeptWhole, ...]  # on the first rank, in each bucket
     memory: Mapping[str, Memory]  # by `parallel.recompute`
     drawn: int  # clips of the training set that the run's epochs take
@@ -105,9 +101,9 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
     layout = meshes.resolve(config.parallel, machine.gpus)
     folder = _checked_model(config, layout)
     clips = _clips(config, folder)  # first, as they are many and leave memory before anything else comes into it
-    model, loads = _model(config, machine), clips.loads
-    estimate = _estimate(config, folder, model, machine)
-    mode = shard.recompute_mode(config.parallel, torch.device(machine.kind))
+    loads = clips.loads
+    estimate = room.estimate_of(config, folder, _model(config, machine), machine)
+    mode, why = room.choose(estimate, loads, layout, machine)
     whole = sum(estimate.parts.values(), Part())
     return Plan(
         config=config,
@@ -128,8 +124,9 @@ def make_plan(config: Config, device: str, machine: Machine) -> Plan:
         flop_step=estimate.flops(loads, layout, mode),
         seconds_step=estimate.seconds(loads, layout, mode, machine),
         recompute=mode,
+        why=why,
         kept_whole=tuple(estimate.kept_whole(load, layout, 0, mode) for load in loads),
-        memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *RECOMPUTE_MODES])},
+        memory={str(way): estimate.memory(loads, layout, way) for way in dict.fromkeys([mode, *room.RECOMPUTE_MODES])},
         drawn=clips.drawn,
         cache_latents=clips.cache_latents,
         cache_texts=clips.cache_texts,
@@ -158,10 +155,10 @@ class ClipFacts:
 
 def _clips(config: Config, folder: ModelFolder) -> ClipFacts:
     train, evaluation, scan_seconds = _datasets(config, folder)
-    geometry, order = folder.geometry.over(config.scales), training_order(config, train)
+    order = training_order(config, train)
     used, steps = replace(train, items=clips_used(config, train, order)), int(order.total(config.train))
     return ClipFacts(
-        loads=_loads(config, folder, geometry, order, train),
+        loads=room.loads_of(config, folder, order, train),
         counts=train.buckets(),
         dropped={"train": train.skipped, "eval": evaluation.skipped},
         notes={"train": train.notes, "eval": evaluation.notes},
@@ -169,7 +166,7 @@ def _clips(config: Config, folder: ModelFolder) -> ClipFacts:
         steps=steps,
         whole_epochs=steps == order.first_step(config.train.epochs),
         drawn=len(used.items),
-        cache_latents=sum(_latent_bytes(config, geometry, data, folder.fields) for data in (used, evaluation)),
+        cache_latents=sum(_latent_bytes(config, folder, data) for data in (used, evaluation)),
         cache_texts=_text_bytes(config, folder, [train, evaluation]),
         scan_seconds=scan_seconds,
     )
@@ -195,18 +192,6 @@ def _model(config: Config, machine: Machine) -> Backbone:
     return build.shape(config, partial(make_model, config), dtype, scopes=scopes)
 
 
-def _estimate(config: Config, folder: ModelFolder, model: Backbone, machine: Machine) -> Estimate:
-    device = torch.device(machine.kind)
-    return Estimate.of(
-        model,
-        config,
-        dtype=build.compute_dtype(config, device),
-        compiled=shard.wants_compile(shard.settled(config.parallel, model), device),
-        experts=len(chosen_experts(config.model, folder.experts)),
-        device_memory=machine.memory,
-    )
-
-
 def _datasets(config: Config, model: ModelFolder) -> tuple[Dataset, Dataset, float]:
     """Return the clips of both sets, and the seconds that it took to probe them."""
     started = time.perf_counter()
@@ -221,16 +206,6 @@ def _dataset(config: Config, model: ModelFolder, key: str) -> Dataset:
     return Dataset(items, tuple(config.streams), (), Cache(), key, found.skipped, notes=found.told)
 
 
-def _loads(config: Config, folder: ModelFolder, geometry: Geometry, order: Order, train: Dataset) -> list[Load]:
-    """Return the buckets in training's order, each with its share of the steps."""
-    loads = []
-    for row in order.rows:
-        bucket = Bucket(*train.items[row.items[0]].bucket)
-        layout, batch = _layout(config, folder, geometry, bucket), row.batch * config.data.sync_group
-        loads.append(Load(bucket, layout, row.steps, batch))
-    return loads
-
-
 def _row(load: Load, facts: ClipFacts, estimate: Estimate, layout: meshes.Layout, mode: str | int) -> Row:
     flop = estimate.sample_flops(load, layout, mode)
     clips = facts.counts[load.bucket]
@@ -238,8 +213,8 @@ def _row(load: Load, facts: ClipFacts, estimate: Estimate, layout: meshes.Layout
     return Row(load.bucket, clips, seen, load.batch, micro_batch, load.steps, load.layout.tokens, flop / 1e12)
 
 
-def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Sequence[Field]) -> int:
-    streams = tuple(config.streams)
+def _latent_bytes(config: Config, folder: ModelFolder, data: Dataset) -> int:
+    streams, geometry, fields = tuple(config.streams), folder.geometry.over(config.scales), folder.fields
     beside = all_beside(config.objective, streams, fields)
     plain = {bucket: geometry.layout(streams, config.scales, bucket) for bucket in data.buckets()}
     layouts = {bucket: layout.with_beside(beside, bucket[0]) for bucket, layout in plain.items()}
@@ -250,16 +225,6 @@ def _latent_bytes(config: Config, geometry: Geometry, data: Dataset, fields: Seq
     )
     tokens = sum((field.length or 1) * field.width for field in fields if field.source == "image")
     return BF16_BYTES * (latents + tokens * len(data.items))
-
-
-def _layout(config: Config, folder: ModelFolder, geometry: Geometry, bucket: Bucket) -> StreamLayout:
-    """Return the largest layout that a step of this bucket may have."""
-    streams, ladder = tuple(config.streams), folder.ladder(config.objective)
-    layout = geometry.layout(streams, config.scales, bucket)
-    if ladder:
-        return ladder.longest(layout)
-    kinds = beside_by_step(config.objective, streams, folder.fields)
-    return max((layout.with_beside(kind, bucket.frames) for kind in kinds), key=lambda one: one.tokens)
 
 
 def _text_bytes(config: Config, folder: ModelFolder, sets: Sequence[Dataset]) -> int:
@@ -317,7 +282,7 @@ def _fits(
     """
     for key, changed in [("", config), *_memory_savers(config)]:
         if key:
-            estimate = _estimate(changed, folder, _model(changed, machine), machine)
+            estimate = room.estimate_of(changed, folder, _model(changed, machine), machine)
         found = fits(estimate, loads, machine)
         if not found and changed.parallel.offload is not True:
             found = fits_by_waiting(estimate, loads, machine)

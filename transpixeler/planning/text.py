@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from transpixeler.data.buckets import batch_sizes
-from transpixeler.planning import estimates
-from transpixeler.planning.estimates import Memory
-from transpixeler.planning.layouts import USABLE_MEMORY
 from transpixeler.planning.plan import GIB, Plan
+from transpixeler.training import estimates
+from transpixeler.training.estimates import Memory
+from transpixeler.training.room import USABLE_MEMORY
 
 LISTED_CLIPS = 40  # dropped clips that the text names
 
@@ -29,6 +29,7 @@ def _head(plan: Plan) -> list[str]:
         "layout": f"{plan.layout}, {shares}",
         "steps": f"{plan.steps:,} in all, {plan.steps_epoch:.4g} an epoch; {epochs:.3g} epochs",
         "work": f"{plan.flop_step / 1e12:.4g} TFLOP a step, recompute: {plan.recompute}",
+        **({"auto": f"recompute: {plan.recompute}, as {plan.why}"} if plan.why else {}),
         "time": _time(plan),
         "cache": f"{_bytes(plan.cache_latents)} of latents{_drawn(plan)}, about {_bytes(plan.cache_texts)} of texts",
         **({"caching": _caching(plan)} if plan.caching else {}),

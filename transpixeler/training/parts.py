@@ -22,7 +22,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import telemetry
 from transpixeler.runs.folder import Run
 from transpixeler.sampling.model import make_model, weights_by_expert
-from transpixeler.training import identity, optim, preflight
+from transpixeler.training import identity, optim, preflight, room
 from transpixeler.training.batches import micro_batch
 from transpixeler.training.schedule import Schedule, make_schedule
 from transpixeler.training.state import TrainingState, find_beginning
@@ -63,7 +63,8 @@ def build_parts(config: Config, runtime: Runtime, layout: meshes.Layout, run: Ru
     schedule = make_schedule(config, order)
     mesh = meshes.build(layout, runtime)
     found = identity.check(config, runtime, run, hosts, data)
-    engine = build_engines(config, mesh, lambda _: make_model(config), sources, scopes=beginning.scopes)
+    chosen = room.with_recompute(config, runtime, layout, model, beginning.scopes, data.train)
+    engine = build_engines(chosen, mesh, lambda _: make_model(config), sources, scopes=beginning.scopes)
     state = TrainingState(config, runtime, engine, beginning, found)
     state.resume(run)
     return Parts(model, data, schedule, mesh, engine, state)

@@ -71,7 +71,7 @@ def _check_memory(config: Config, layout: Layout) -> None:
             "set interleaved-1f1b or auto"
         )
     gpu = torch.device("cuda")
-    keeps = shard.recompute_mode(config.parallel, gpu) == "attention"
+    keeps = shard.recompute_mode(config.parallel, gpu) == config.parallel.recompute == "attention"
     if keeps and config.model.attention == "flex" and not shard.wants_compile(config.parallel, gpu):
         raise UserError(  # flex then compiles itself, and what it keeps cannot be chosen
             "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "

@@ -20,8 +20,8 @@ from transpixeler.models.geometry import USUAL
 from transpixeler.parallel import build
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.shard import wants_compile
-from transpixeler.planning.estimates import Estimate, Load
 from transpixeler.planning.layouts import USABLE_MEMORY
+from transpixeler.training.estimates import Estimate, Load
 
 CONFIGS, GPU = Path(__file__).parents[3] / "configs", torch.device("cuda")
 

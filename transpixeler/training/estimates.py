@@ -76,6 +76,7 @@ class Machine:
     memory: float  # bytes of one GPU
     flops: float  # a second at its peak
     kind: str = "cuda"
+    host: float = 0.0  # bytes of host memory for each GPU; 0 where it is not known
 
 
 class KeptWhole(NamedTuple):
@@ -264,15 +265,21 @@ class Estimate:
     def _share_that_stays(self, load: Load, layout: Layout) -> float:
         """Return the share of blocks' inputs that `parallel.host_gb` has no room for."""
         budget = self.config.parallel.host_gb * 2**30
-        if not budget:
-            return 0.0
+        each, count = self._hosted(load, layout)
+        return max(0.0, 1 - budget // each / count) if budget else 0.0
+
+    def hosted(self, loads: Sequence[Load], layout: Layout) -> float:
+        """Return bytes of host memory that blocks' inputs take on a rank, in the largest bucket."""
+        return max(each * count for each, count in (self._hosted(load, layout) for load in loads))
+
+    def _hosted(self, load: Load, layout: Layout) -> tuple[int, float]:
+        """Return bytes of host memory that the inputs of one block take, and the most that wait at a time."""
         micro = self.micro_batch(load, layout)
         blocks = max(sum(map(len, self._ranges(layout)[rank :: layout.pipeline])) for rank in range(layout.pipeline))
         held = in_flight(self.config.parallel, layout.pipeline, 0, load.batch // layout.data // micro)
         token = micro * self.costs.width * self.size
         text = self.costs.part(layout.context).text * ("joint" in self.costs.blocks[0].attends)  # which flows, too
-        each = taken(sum(part(load.layout.lengths, layout)) * token) + taken(text * token)
-        return max(0.0, 1 - budget // each / (held * blocks))
+        return taken(sum(part(load.layout.lengths, layout)) * token) + taken(text * token), held * blocks
 
     def kept_whole(self, load: Load, layout: Layout, rank: int, recompute: costs.Recompute) -> KeptWhole:
         """Return the blocks of a pipeline rank that recompute nothing, and what that takes more than without."""

@@ -369,15 +369,18 @@ def test_activations_of_ranks_that_share_samples_shrink(large: Config, mode: str
 # --- many clips ------------------------------------------------------------------------------------------------------
 
 
-def test_ten_thousand_clips_that_were_looked_at_take_seconds(large: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_thousand_clips_that_were_looked_at_take_seconds(
+    large: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     media = Media(81, 720, 1280, Fraction(24), Fraction(81, 24), False)
     samples = tuple(
         Sample(f"s/{n:05}", (("rgb", Path(f"{n}.mp4")), ("seg", Path(f"{n}_seg.mp4"))), f"caption {n}", 0, False, media)
         for n in range(10_000)
     )
     monkeypatch.setattr(survey, "scan", lambda *_, **__: Scan(samples, (BadSample("s/x", "x.mp4", "is missing"),)))
+    config = replace(large, data=replace(large.data, cache_dir=str(tmp_path)))
     started = time.process_time()  # of this process, however busy the machine is
-    made = planned(large, device="h100", gpus=8)
+    made = planned(config, device="h100", gpus=8)
     assert time.process_time() - started < 4.0
     assert sum(row.clips for row in made.rows) == 10_000 and ("s/x", "is missing") in made.dropped["train"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +210,12 @@ def test_a_file_with_a_fault_anywhere_is_no_file(tmp_path: Path) -> None:
         kept.path.write_bytes(torn)
         padding += kept.read() is not None
     assert padding < 5 * 64, "bytes between columns alone stand for nothing"
+
+
+@pytest.mark.parametrize("header", [b"{}", b"[1]", b"null", b"no json", b"\xff", b"[" * 100_000], ids=range(6))
+def test_a_file_that_another_wrote_is_no_file(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.columns").write_bytes(b"columns" + header + f"{len(header):08x}{zlib.crc32(header):08x}".encode())
+    assert KeptFile(tmp_path / "a.columns", "key").read() is None
 
 
 def test_a_torn_file_is_made_again(setup: Config, looks: Looks) -> None:

@@ -50,7 +50,7 @@ class KeptFile:
             header = _header(file)
             if (
                 header is None
-                or header["key"] != self.key
+                or header.get("key") != self.key
                 or not all(_is_whole(file, *it) for it in header["parts"].values())
             ):
                 return None
@@ -124,7 +124,13 @@ def _header(file: BinaryIO) -> dict[str, Any] | None:
     except (ValueError, OSError):  # torn: what is no number, or one that leads to before the beginning
         return None
     header = file.read(size)
-    return json.loads(header) if zlib.crc32(header) == check else None
+    if zlib.crc32(header) != check:
+        return None
+    try:
+        told = json.loads(header)
+    except (ValueError, RecursionError):  # of someone who only knows how to check it
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def _is_whole(file: BinaryIO, first: int, size: int, wanted: int) -> bool:

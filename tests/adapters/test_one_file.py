@@ -24,6 +24,7 @@ from transpixeler.adapters.merge import save_model
 from transpixeler.adapters.on_model import adapter_of
 from transpixeler.adapters.tensorfile import stream_tensors
 from transpixeler.config.sections import LoraConfig
+from transpixeler.files import shown_path
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.lora import inject
 from transpixeler.models.weights import WeightSource, load_weights
@@ -88,7 +89,7 @@ def merged(case: Case, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert export(file, tmp_path / "merged.safetensors") == 0
     told = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"read by ComfyUI \(.*\), diffusers \(from_single_file\), transpixeler", told[0])
-    assert told[1:] == [str(tmp_path / "merged.safetensors")]
+    assert told[1:] == [shown_path(tmp_path / "merged.safetensors")]
     yield tmp_path / "merged.safetensors"
 
 

@@ -28,6 +28,7 @@ from transpixeler.data.features.files import open_features
 from transpixeler.data.features.needs import Needs
 from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.sources.candidate import Features
+from transpixeler.files import shown_path
 from transpixeler.models.family import Field, open_model
 from transpixeler.models.geometry import USUAL
 
@@ -368,7 +369,7 @@ def test_commands_say_what_is_taken(
     assert cli.main(["plan", path]) == 0 and re.search(r"32×32×5 +2 ", capsys.readouterr().out)
     assert not list((tmp_path / "c").glob("*.seg"))
     assert cli.main(["cache", path, "--export", str(tmp_path / "again")]) == 0
-    assert f"{tmp_path / 'again/train.jsonl'}: 6 rows for data.train" in capsys.readouterr().out
+    assert f"{shown_path(tmp_path / 'again/train.jsonl')}: 6 rows for data.train" in capsys.readouterr().out
     first = next((tmp_path / "again/train").iterdir())
     assert load_file(first)["latent"].dtype == torch.bfloat16
     with safe_open(first, framework="pt") as file:

@@ -15,6 +15,7 @@ from tests.support.browser import CHROMIUM, browse, needs_browser
 from transpixeler import cli
 from transpixeler.config import loading
 from transpixeler.config.sections import Config, ModelConfig, UserError
+from transpixeler.files import shown_path
 from transpixeler.publishing import page, report
 from transpixeler.sampling.files import write_sample
 
@@ -87,7 +88,7 @@ def run(tmp_path_factory) -> Path:
 
 def test_the_command_writes_the_page_and_says_where(run: Path, capsys) -> None:
     assert cli.main(["report", str(run)]) == 0
-    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert capsys.readouterr().out.strip() == shown_path(run / "report.html")
     assert (run / "report.html").stat().st_size > 20_000
 
 

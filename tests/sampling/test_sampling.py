@@ -369,7 +369,7 @@ def strange_adapter(folder: Path) -> Path:
         (("RUN", "--steps", "0"), "sample.steps: 0 is out of range"),
         (("RUN", "--format", "gif"), "sample.formats"),
         (("RUN", "--rgb", "nowhere.mp4"), "--rgb: nowhere.mp4 is missing"),
-        (("nothing-here",), "adapter: nothing-here does not exist"),
+        (("nothing-here",), "nothing-here: no such run, save or adapter here; train first"),
         (("BROKEN",), "broken.safetensors is not a whole safetensors file"),
         (("STRANGE", "--model", "MODEL"), "the adapter is for another base: its blocks.0.self_attn.q is 8×8, which in"),
         (("STRANGE",), "does not say which base it was trained on; give one with --model"),

@@ -60,7 +60,7 @@ def test_ctrl_c_saves_at_the_step_boundary_and_prints_the_line_that_resumes(demo
     assert process.returncode == 130, said
     last = metrics(run)[-1]["step"]
     checkpoint.check(run / "checkpoints" / checkpoint.folder_name(last))
-    told = [f"train {shown_path(demo / 'config.yaml')}", f"--resume {shown_path(run)}"]
+    told = [f"train {demo / 'config.yaml'}", f"--resume {shown_path(run)}"]
     assert all(words.encode() in said for words in told)
     assert b"Traceback" not in said
 

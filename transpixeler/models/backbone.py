@@ -313,7 +313,9 @@ class Backbone(nn.Module, ABC):
             return flow
         hidden, first = flow[0], self.lengths(layout)[0]
         texts = [text.detach() for text in flow[1 : self.carried]]
-        return hidden[:, first:].clone(), hidden.detach()[:, :first].clone(), *texts, *flow[self.carried :]
+        own = torch.contiguous_format  # or a batch of one keeps the whole's strides, which torch 2.11 compares
+        companions, rgb = (part.clone(memory_format=own) for part in (hidden[:, first:], hidden.detach()[:, :first]))
+        return companions, rgb, *texts, *flow[self.carried :]
 
     def _end(self, flow: Flow, tokens: Tokens, layout: StreamLayout) -> Tensor:
         """Turn tokens into the packed prediction, RGB's by itself where it runs forward only."""

@@ -21,7 +21,7 @@ import torch
 from demo_figures import true_streams
 from demo_image import SQUARE, WHOLE_BASE, center_distance, round_trips, train, write_clips
 from demo_measures import add_captions, direction, silhouette, silhouette_iou
-from tooling import run
+from tooling import figures_table, run
 from torch import Tensor
 
 from transpixeler.demo.scenes import Attributes, scenes
@@ -191,14 +191,15 @@ ROWS = {
 
 
 def table(figures: Mapping[str, float]) -> str:
-    lines = ["", f"{'held-out scenes':76} {'made':>8} {'held':>8} {'faded':>8} {'VAE':>8}"]
-    for task, near in NEAR.items():
-        for key, title in ROWS.items():
-            keys = [f"{task}_{key}{column}" for column in ("", "_held", "_faded", "_vae")]
-            cells = [f"{figures[key]:8.3f}" if key in figures else f"{'–':>8}" for key in keys]
-            words = title.format(task=task, near=near, EDGE=EDGE, EVERY_NEAR=EVERY_NEAR)
-            lines.append(f"{words:76} {' '.join(cells)}")
-    return "\n".join([*lines, ""])
+    rows = (
+        (
+            title.format(task=task, near=near, EDGE=EDGE, EVERY_NEAR=EVERY_NEAR),
+            [figures.get(f"{task}_{key}{column}") for column in ("", "_held", "_faded", "_vae")],
+        )
+        for task, near in NEAR.items()
+        for key, title in ROWS.items()
+    )
+    return figures_table("held-out scenes", ("made", "held", "faded", "VAE"), rows, widths=(76, 8))
 
 
 if __name__ == "__main__":

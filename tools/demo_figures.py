@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from demo_measures import add_captions, follows, held_out_captions, silhouette, silhouette_iou
-from tooling import run
+from tooling import figures_table, run
 
 from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_png
@@ -185,17 +185,8 @@ ROWS = {
 
 def table(figures: Figures) -> str:
     with_adapter, base = figures["adapter"], figures["base"]
-    lines = ["", f"{'held-out captions':46} {'adapter':>8} {'base':>8}"]
-    lines += [
-        f"{title:46} {_cell(with_adapter, name)} {_cell(base, name)}"
-        for name, title in ROWS.items()
-        if name in with_adapter
-    ]
-    return "\n".join([*lines, ""])
-
-
-def _cell(values: Mapping[str, float], name: str) -> str:
-    return f"{values[name]:8.3f}" if name in values else f"{'–':>8}"
+    rows = ((title, (with_adapter[name], base.get(name))) for name, title in ROWS.items() if name in with_adapter)
+    return figures_table("held-out captions", ("adapter", "base"), rows, widths=(46, 8))
 
 
 def plain(figures: Figures) -> dict[str, float]:

@@ -25,7 +25,7 @@ import numpy as np
 from demo_figures import SHEET_ROWS, against, held_out_clips, mean_figures, measured, sample, true_streams, write_sheet
 from demo_image import LEARN_ALL, write_clips
 from demo_measures import add_captions, held_out_captions, silhouette
-from tooling import run
+from tooling import figures_table, run
 
 from transpixeler.adapters.bases import on_trained_base
 from transpixeler.config import loading
@@ -239,15 +239,13 @@ ROWS = {
     "rgb_drift": "RGB differs from the base's (mean, 0 to 1)",
     "color": "RGB has the caption's colour",
 }
+THIN_ROWS = "_thin", ", thin shapes"  # ends of a figure's name and of its title
 
 
 def table(figures: Mapping[str, Row]) -> str:
-    lines = ["", f"{'held-out captions':60} {' '.join(f'{title:>10}' for title in COLUMNS.values())}"]
-    for name, title in ROWS.items():
-        for key, told in ((name, title), (f"{name}_thin", f"{title}, thin shapes")):
-            cells = [f"{figures[c][key]:10.3f}" if key in figures[c] else f"{'–':>10}" for c in COLUMNS]
-            lines.append(f"{told:60} {' '.join(cells)}")
-    return "\n".join([*lines, ""])
+    titles = ((name + end, title + of) for name, title in ROWS.items() for end, of in (("", ""), THIN_ROWS))
+    rows = ((title, [figures[column].get(name) for column in COLUMNS]) for name, title in titles)
+    return figures_table("held-out captions", [*COLUMNS.values()], rows, widths=(60, 10))
 
 
 def beside(path: Path, pictures: Sequence[Path]) -> None:

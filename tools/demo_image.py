@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from demo_figures import true_streams
 from demo_measures import add_captions, silhouette, silhouette_iou
-from tooling import run
+from tooling import figures_table, run
 from torch import Tensor
 
 from transpixeler.config.sections import UserError
@@ -290,14 +290,8 @@ ROWS = {
 
 
 def table(figures: Mapping[str, float]) -> str:
-    lines = ["", f"{'held-out scenes':66} {'own image':>10} {'another':>10} {'VAE alone':>10}"]
-    for name, title in ROWS.items():
-        cells = [
-            f"{figures[key]:10.3f}" if key in figures else f"{'–':>10}"
-            for key in (name, f"{name}_control", f"{name}_vae")
-        ]
-        lines.append(f"{title:66} {' '.join(cells)}")
-    return "\n".join([*lines, ""])
+    rows = ((title, [figures.get(name + end) for end in ("", "_control", "_vae")]) for name, title in ROWS.items())
+    return figures_table("held-out scenes", ("own image", "another", "VAE alone"), rows, widths=(66, 10))
 
 
 def write_strips(path: Path, rows: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]) -> None:

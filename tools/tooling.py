@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from transpixeler.config.sections import UserError
@@ -45,6 +45,18 @@ def folder_given(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: {'is not a folder' if path.exists() else 'does not exist'}; give {what}")
     return path
+
+
+def figures_table(
+    corner: str, heads: Sequence[str], rows: Iterable[tuple[str, Sequence[float | None]]], *, widths: tuple[int, int]
+) -> str:
+    """Lay out figures for a terminal, None for what is not there. widths: of a title, and of a figure."""
+    title, width = widths
+    lines = ["", f"{corner:{title}} {' '.join(f'{head:>{width}}' for head in heads)}"]
+    for name, values in rows:
+        cells = [f"{'–':>{width}}" if value is None else f"{value:{width}.3f}" for value in values]
+        lines.append(f"{name:{title}} {' '.join(cells)}")
+    return "\n".join([*lines, ""])
 
 
 def summary(done: str, left_out: Sequence[tuple[str, str]]) -> None:

@@ -110,15 +110,6 @@ def test_a_run_does_what_was_planned(demo: Path, tmp_path: Path, overrides: tupl
     assert memory.total == pytest.approx(run["peak"], rel=0.15)
 
 
-def test_the_count_of_bytes_sees_what_is_alive_and_forgets_what_is_freed() -> None:
-    kept = torch.zeros(1000)
-    with BytesHeld() as held:
-        twice = kept + 1
-        for _ in range(3):
-            torch.zeros(5000).add_(1)
-    assert (held.peak, held.held) == (4 * 7000, 4 * 2000) and twice.shape == (1000,)
-
-
 def test_epochs_give_the_steps_that_training_takes(demo: Path) -> None:
     config = loading.load(demo / "config.yaml", ["train.epochs=3", "train.max_steps=0", "train.global_batch=4"])
     made = planned(config)

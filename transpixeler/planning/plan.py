@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -31,11 +30,11 @@ from transpixeler.flow.tasks import all_beside, views
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.conditions import kept_layout
 from transpixeler.models.family import Field, ModelFolder, caption_fields, open_model, sees_frames
-from transpixeler.parallel import build, devices
+from transpixeler.parallel import devices
 from transpixeler.parallel import mesh as meshes
 from transpixeler.planning.caching import text_encoder_bytes
 from transpixeler.planning.layouts import Fit, fits, fits_by_waiting
-from transpixeler.sampling.model import initial_adapters, initial_scopes, make_model
+from transpixeler.sampling.model import initial_adapters, initial_scopes
 from transpixeler.training import estimates, preflight, room
 from transpixeler.training.estimates import Estimate, KeptWhole, Load, Machine, Memory, Part
 
@@ -186,10 +185,9 @@ def _split(config: Config, folder: ModelFolder, loads: Sequence[Load]) -> Split:
 
 
 def _model(config: Config, machine: Machine) -> Backbone:
-    """Build the model as a rank does, on meta."""
-    dtype = build.compute_dtype(config, torch.device(machine.kind))
+    """Build the model as a rank of a machine does, on meta."""
     scopes = initial_scopes(config, initial_adapters(config))
-    return build.shape(config, partial(make_model, config), dtype, scopes=scopes)
+    return room.shape_of(config, torch.device(machine.kind), scopes)
 
 
 def _datasets(config: Config, model: ModelFolder) -> tuple[Dataset, Dataset, float]:

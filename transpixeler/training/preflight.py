@@ -30,6 +30,7 @@ from transpixeler.runs.folder import MANIFEST, METRICS
 from transpixeler.sampling.guidance import check_sample
 from transpixeler.sampling.model import make_model
 from transpixeler.scoring.file import check_scorer
+from transpixeler.training import room
 
 
 def check(config: Config, layout: Layout) -> None:
@@ -71,8 +72,8 @@ def _check_memory(config: Config, layout: Layout) -> None:
             "set interleaved-1f1b or auto"
         )
     gpu = torch.device("cuda")
-    keeps = shard.recompute_mode(config.parallel, gpu) == config.parallel.recompute == "attention"
-    if keeps and config.model.attention == "flex" and not shard.wants_compile(config.parallel, gpu):
+    shard.recompute_mode(config.parallel, gpu)  # refuses what does not go with it
+    if config.parallel.recompute == "attention" and not room.keeps_attention(config, gpu):
         raise UserError(  # flex then compiles itself, and what it keeps cannot be chosen
             "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "
             "set full, or parallel.compile=auto"

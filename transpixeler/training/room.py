@@ -67,6 +67,11 @@ def _largest_layout(config: Config, folder: ModelFolder, bucket: Bucket) -> Stre
     return max((layout.with_beside(kind, bucket.frames) for kind in kinds), key=lambda one: one.tokens)
 
 
+def shape_of(config: Config, device: torch.device, scopes: Mapping[str, Scope]) -> Backbone:
+    """Build the model as a rank has it, on meta. scopes: by target, those of the adapter that training starts from."""
+    return build.shape(config, partial(make_model, config), build.compute_dtype(config, device), scopes=scopes)
+
+
 def estimate_of(config: Config, folder: ModelFolder, model: Backbone, machine: Machine) -> Estimate:
     """Return the estimate of a model as a rank has it, on meta."""
     device = torch.device(machine.kind)
@@ -106,16 +111,16 @@ def _candidates(config: Config, kind: str) -> list[str]:
     parallel, out = config.parallel, set[str]()
     if parallel.keep_gb:
         out |= {"none"} if kind == "cuda" else {"none", "attention"}
-    if shard.splits_backward(parallel) or not _keeps_attention(config, kind):
+    if shard.splits_backward(parallel) or not keeps_attention(config, torch.device(kind)):
         out |= {"attention"}
     if kind == "cpu":  # whose memory is the host's
         out |= {"offload"}
     return [mode for mode in RECOMPUTE_MODES if mode not in out]
 
 
-def _keeps_attention(config: Config, kind: str) -> bool:
+def keeps_attention(config: Config, device: torch.device) -> bool:
     """Tell whether outputs of attention can be kept: those of flex only where blocks are compiled."""
-    return config.model.attention != "flex" or shard.wants_compile(config.parallel, torch.device(kind))
+    return config.model.attention != "flex" or shard.wants_compile(config.parallel, device)
 
 
 def with_recompute(
@@ -129,8 +134,7 @@ def with_recompute(
         return config
     memory, host = (runtime.least(size) for size in (devices.memory(runtime.device), devices.host_memory()))
     machine = Machine(layout.ranks, memory, 0.0, runtime.device.type, host)
-    dtype = build.compute_dtype(config, runtime.device)
-    model = build.shape(config, partial(make_model, config), dtype, scopes=scopes)
+    model = shape_of(config, runtime.device, scopes)
     loads = loads_of(config, folder, training_order(config, data), data)
     if _is_small(config, model, loads, layout, machine):
         choice = Choice("none", "so small a model leaves most of the memory free")

@@ -86,8 +86,13 @@ def _unknown_files(window: Sequence[Offer], plain: Sequence[Media | None]) -> It
     """Yield the videos of candidates that take a longer look."""
     for candidate, media in zip(window, plain, strict=True):
         if media is None and isinstance(candidate, (PlainRow, Candidate)):
-            one = candidate.candidate if isinstance(candidate, PlainRow) else candidate
+            one = _told_by(candidate)
             yield from (path for _, path in one.paths if not one.features.latents and is_utf8(str(path)))
+
+
+def _told_by(offered: Candidate | PlainRow) -> Candidate:
+    """Return the candidate that a row is, if it is still plain."""
+    return offered.candidate if isinstance(offered, PlainRow) else offered
 
 
 def _all_looked_at(
@@ -137,7 +142,7 @@ class _Gathered:
 
     def _name_files(self, candidate: Candidate | PlainRow) -> None:
         """Note the files of a row, which may be better at another start."""
-        one = candidate.candidate if isinstance(candidate, PlainRow) else candidate
+        one = _told_by(candidate)
         for path in (*(path for _, path in one.paths), *([one.features.text] if one.features.text else [])):
             self.others.append(str(path))
 
@@ -251,7 +256,7 @@ def examined(
         return candidate
     if isinstance(candidate, TextRow):
         return _examined_text(candidate, needs)
-    candidate = candidate.candidate if isinstance(candidate, PlainRow) else candidate
+    candidate = _told_by(candidate)
     files = [path for _, path in candidate.paths] + [candidate.caption] * isinstance(candidate.caption, Path)
     for path in (*files, *([candidate.features.text] if candidate.features.text else [])):
         if not is_utf8(str(path)):

@@ -20,7 +20,8 @@ from transpixeler.families.wan.family import WanFolder
 from transpixeler.models.backbone import apply_dtypes
 from transpixeler.models.lora import inject, lora_linears
 from transpixeler.models.quantize import quantize
-from transpixeler.models.weights import load_weights, local_slices
+from transpixeler.models.shards import local_slices
+from transpixeler.models.weights import load_weights
 from transpixeler.sampling.model import initial_adapters
 
 

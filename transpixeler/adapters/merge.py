@@ -25,7 +25,8 @@ from transpixeler.config.sections import FuseConfig, UserError
 from transpixeler.files import sync, whole
 from transpixeler.models.family import Family, ModelFolder
 from transpixeler.models.names import split_rows
-from transpixeler.models.weights import Readable, Slices, WeightSource
+from transpixeler.models.shards import Slices
+from transpixeler.models.weights import Readable, WeightSource
 
 SHARD_BYTES = 5 * 2**30
 _WEIGHTS = "diffusion_pytorch_model"

@@ -16,8 +16,8 @@ from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family
 from transpixeler.models.lora import LoraLinear, inject, is_adapter, load_adapter, lora_linears
 from transpixeler.models.names import UnknownName
+from transpixeler.models.shards import assign
 from transpixeler.models.streams import Scope, scope_span
-from transpixeler.models.weights import assign
 
 STREAM_EMBEDDING = "embed.stream_embedding."
 

@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from transpixeler.config.sections import LoraConfig, UserError
 from transpixeler.models.backbone import Backbone, Block
@@ -33,6 +32,7 @@ from transpixeler.models.linear import (
     project,
     row_factors,
 )
+from transpixeler.models.shards import local
 from transpixeler.models.streams import Scope, scope_span, span_slice
 
 Setting = TypeVar("Setting")
@@ -300,20 +300,17 @@ def reset_adapter(model: nn.Module, *, seed: int, assign: Assign = _copy) -> Non
             assign(parameter, first_value(name, parameter.shape, seed=seed))
     for _, module in lora_linears(model):
         if module.weight_norm is not None and not module.weight_norm.is_meta:
-            for parameter in (module.weight_norm, *(magnitude for *_, magnitude in module.pairs)):
-                _copy(_local(parameter), torch.linalg.vector_norm(_local_weight(module), dim=1))
-
-
-def _local(parameter: Tensor | None) -> Any:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            magnitudes = [magnitude for *_, magnitude in module.pairs if magnitude is not None]
+            for parameter in (module.weight_norm, *magnitudes):
+                _copy(local(parameter), torch.linalg.vector_norm(_local_weight(module), dim=1))
 
 
 def _local_weight(module: LoraLinear) -> Tensor:
     """Return the rows of a base's weight that are here, in fp32."""
     if module.quantized:
-        data, scale = _local(module.weight_data), _local(module.weight_scale)
+        data, scale = local(module.weight_data), local(module.weight_scale)
         return dequantize(data, scale, module.quantized, torch.float32)
-    return _local(module.weight).float()
+    return local(module.weight).float()
 
 
 def load_adapter(model: Backbone, tensors: Mapping[str, Tensor], *, assign: Assign = _copy) -> None:
@@ -368,9 +365,10 @@ def _check_kind(needed: Sequence[str], ours: Mapping[str, Any], tensors: Mapping
 def _start_magnitude(module: LoraLinear, pair: Pair, down: Tensor) -> None:
     """Give the rows of a pair the norms that they have. down: its whole A, of which this rank may hold a part."""
     _, up, magnitude = pair
-    low = module.scale * _local(up) @ down.to(up.device, torch.float32)
+    assert magnitude is not None, "the pair of a DoRA"
+    low = module.scale * local(up) @ down.to(up.device, torch.float32)
     weight = _local_weight(module).to(low.device)  # which may wait in host memory
-    _copy(_local(magnitude), torch.linalg.vector_norm(weight + low, dim=1))
+    _copy(local(magnitude), torch.linalg.vector_norm(weight + low, dim=1))
 
 
 def _lives_here(model: Backbone, name: str) -> bool:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from transpixeler.config.sections import UserError
 from transpixeler.files import read_json
@@ -27,8 +26,8 @@ from transpixeler.models.lora import is_adapter
 from transpixeler.models.names import pieces
 from transpixeler.models.quantize import quantize_weight
 from transpixeler.models.resolve import resolve
+from transpixeler.models.shards import Slices, local, local_slices
 
-Slices = tuple[slice, ...]
 Names = Callable[[Iterable[str]], Mapping[str, str]]  # stored names of a file → {internal name: stored name}
 
 PACKED_PREFIX = "model.diffusion_model."  # of a transformer's weights in a file that may hold other parts too
@@ -218,31 +217,6 @@ class Readable(Protocol):
     def read_slice(self, name: str, slices: Slices) -> Tensor: ...
 
 
-def local_slices(parameter: Tensor) -> Slices:
-    """Locate the part of the whole tensor that this rank holds."""
-    starts, sizes = [0] * parameter.ndim, list(parameter.shape)
-    if isinstance(parameter, DTensor):
-        for axis, placement in enumerate(parameter.placements):
-            if isinstance(placement, Shard):
-                whole, mesh = sizes[placement.dim], parameter.device_mesh
-                chunk = -(-whole // mesh.size(axis))
-                start = min(chunk * mesh.get_local_rank(axis), whole)
-                starts[placement.dim] += start
-                sizes[placement.dim] = min(chunk, whole - start)
-        assert tuple(sizes) == tuple(parameter.to_local().shape), "a placement that torch.chunk does not describe"
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes))
-
-
-def assign(parameter: Tensor, whole: Tensor) -> None:
-    """Put a whole tensor into a parameter that may hold a shard of it."""
-    with torch.no_grad():
-        _local(parameter).copy_(whole[local_slices(parameter)])
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 def load_weights(model: Backbone, source: Readable, *, device: torch.device | None = None) -> None:
     """Fill every base parameter of a model, a stage or a shard of one, reading only the slice that this rank keeps.
 
@@ -253,18 +227,18 @@ def load_weights(model: Backbone, source: Readable, *, device: torch.device | No
     _check_fit(model, parameters, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            local = _local(parameter)
-            assert not local.is_meta, f"{name} has no memory yet: to_empty comes before load_weights"
-            if not local.numel():
+            own = local(parameter)
+            assert not own.is_meta, f"{name} has no memory yet: to_empty comes before load_weights"
+            if not own.numel():
                 continue
             piece = source.read_slice(name, local_slices(parameter))
             linear = model.get_submodule(name.rpartition(".")[0])
             if isinstance(linear, Linear) and linear.quantized and name.endswith(".weight"):
-                data, scale = quantize_weight(piece.to(device or local.device), linear.quantized)
-                local.copy_(data)
-                _local(linear.weight_scale).copy_(scale)
+                data, scale = quantize_weight(piece.to(device or own.device), linear.quantized)
+                own.copy_(data)
+                local(linear.weight_scale).copy_(scale)
             else:
-                local.copy_(piece)
+                own.copy_(piece)
 
 
 def _base_parameters(model: nn.Module) -> dict[str, Tensor]:

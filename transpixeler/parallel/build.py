@@ -17,8 +17,9 @@ from transpixeler.models import lora, quantize
 from transpixeler.models.backbone import Backbone, Block, apply_dtypes, set_trainable
 from transpixeler.models.costs import Costs
 from transpixeler.models.experts import Expert
+from transpixeler.models.shards import assign
 from transpixeler.models.streams import Scope
-from transpixeler.models.weights import Readable, assign, load_weights
+from transpixeler.models.weights import Readable, load_weights
 from transpixeler.parallel import pipeline, shard
 from transpixeler.parallel.devices import be_deterministic
 from transpixeler.parallel.experts import AnyEngine, Experts, resolve_wait

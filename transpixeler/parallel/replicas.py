@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from transpixeler.config.sections import Fault
-from transpixeler.models.weights import Readable, Slices
+from transpixeler.models.shards import Slices
+from transpixeler.models.weights import Readable
 from transpixeler.parallel.mesh import Mesh
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from transpixeler.models.shards import local
 from transpixeler.parallel.mesh import Mesh
 
 
@@ -68,10 +69,10 @@ def own_part(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
 
 def dequantized(tensor: Tensor) -> Tensor:
     """Return 8-bit moments as numbers, because their blocks fit no other sharding; other tensors as they are."""
-    local = _local(tensor)
-    if not _is_quantized(local):
+    own = local(tensor)
+    if not _is_quantized(own):
         return tensor
-    values = local.dequantize()
+    values = own.dequantize()
     if isinstance(tensor, DTensor):
         shape, stride = tensor.shape, tensor.stride()
         return DTensor.from_local(values, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
@@ -80,19 +81,19 @@ def dequantized(tensor: Tensor) -> Tensor:
 
 def quantize_into(tensor: Tensor, values: Tensor) -> None:
     """Copy numbers back into the 8-bit moments that `dequantized` read them from; do nothing for other tensors."""
-    local = _local(tensor)
-    if _is_quantized(local):
-        local.copy_(_local(values))
+    own = local(tensor)
+    if _is_quantized(own):
+        own.copy_(local(values))
 
 
 def codes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the codes and scales of 8-bit moments, named by their shard, so that the same layout resumes bitwise."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        local = _local(tensor)
-        if _is_quantized(local):
+        own = local(tensor)
+        if _is_quantized(own):
             place = _shard(tensor)
-            found |= {f"{name}.{part}.{place}": getattr(local, part) for part in local.__tensor_flatten__()[0]}
+            found |= {f"{name}.{part}.{place}": getattr(own, part) for part in own.__tensor_flatten__()[0]}
     return found
 
 
@@ -104,10 +105,6 @@ def _shard(tensor: Tensor) -> str:
     assert coordinates is not None, "a rank outside the mesh holds no shard"
     axes = zip(coordinates, tensor.placements, strict=True)
     return "-".join(str(at) for at, placement in axes if placement.is_shard())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_quantized(tensor: Tensor) -> TypeGuard[_Quantized]:

@@ -20,7 +20,7 @@ from transpixeler.models.backbone import Backbone, Block
 from transpixeler.models.family import caption_fields
 from transpixeler.models.streams import StreamLayout
 
-PIECE = 8  # tokens, of sequences of tens
+PIECE = 24  # tokens: less than the shortest sequence here, so that each is cut, and no more calls than that takes
 META = torch.device("meta")
 
 

@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node
+BENCHES = $(filter-out side,$(patsubst tools/bench/%.py,%,$(shell grep -l __main__ tools/bench/*.py)))
 RUN := $(if $(filter-out 1,$(NPROC)),$(TORCHRUN) $(NPROC) -m transpixeler,$(BIN)/python -m transpixeler)
 
 .PHONY: help setup demo plan cache train eval sample push test lint format bench inspect
@@ -102,4 +103,5 @@ format: $(READY)  ## mend style
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## time one thing: ARGS=step, sample, cache, load …
+	@test -f "tools/bench/$(firstword $(ARGS)).py" || { echo "bench: name a bench with ARGS=, such as ARGS=step; there are $(BENCHES)"; exit 2; }
 	$(BIN)/python tools/bench/$(firstword $(ARGS)).py $(wordlist 2,99,$(ARGS))

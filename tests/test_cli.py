@@ -223,6 +223,9 @@ def test_make_setup_says_what_it_does_and_what_it_needs(tmp_path: Path) -> None:
     assert "Python 3.10 or newer is needed, and ./python2 is Python 2.7" in done.stdout and done.returncode == 2
     planned = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True).stdout
     assert "setup: making .venv with" in planned and "ready: .venv has" in planned
+    for words in (["bench"], ["bench", "ARGS=nope"]):  # as if setup had been done, which takes minutes
+        said = subprocess.run(["make", "-o", ".venv/.ready", *words], cwd=ROOT, capture_output=True, text=True).stdout
+        assert "name a bench with ARGS=, such as ARGS=step; there are" in said and "cache" in said
     missing = subprocess.run(["make", "-n", "train", "CONFIG=my.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert "my.yaml: no such file; name a config with CONFIG=" in missing.stdout and "No rule" not in missing.stderr
 

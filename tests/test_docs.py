@@ -159,6 +159,20 @@ def test_the_table_of_packages_is_in_the_order_of_the_house() -> None:
     assert [name for cell in cells for name in re.findall(r"`(\w+)/?`", cell)] == [*ORDER[:-1]]
 
 
+def test_every_message_that_is_quoted_is_one_of_the_code() -> None:
+    """A message of the code holds names and numbers in place of a guide's `…`, N and examples."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "transpixeler").rglob("*.py"))
+    whole = re.sub(r'"\s*\n\s*f?"', "", code)  # strings that go over several lines
+    quoted = [quote for cells in _symptoms() for quote in re.findall(r'"([^"]+)"', cells[0])]
+    parts = [part.strip(" :;") for quote in quoted for part in re.split(r"…|\bN\b|\S*[\d/*]\S*|\b(?:seg|rgb)\b", quote)]
+    assert len(quoted) > 10 and [part for part in parts if " " in part and part not in whole] == []
+
+
+def _symptoms() -> list[list[str]]:
+    lines = text(DOCS / "troubleshooting.md").splitlines()
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")]
+
+
 # --- config ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tooling import folder_given, run, summary
+from tooling import check_counts, folder_given, run, summary
 from tqdm import tqdm
 
 from transpixeler.config.sections import UserError
@@ -46,6 +46,7 @@ class Options:
 
 def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
+    check_counts(jobs=arguments.jobs)
     root = folder_given(arguments.root, "the folder of CelebV-Text")
     videos = folder_given(root / "videos", "CelebV-Text, whose clips lie in videos")
     kinds = folder_given(root / "texts", "CelebV-Text, whose captions lie in texts")

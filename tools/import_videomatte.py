@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tooling import folder_given, run, summary
+from tooling import check_counts, folder_given, run, summary
 from tqdm import tqdm
 
 from transpixeler.config.sections import UserError
@@ -44,6 +44,7 @@ class Pair:
 
 def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
+    check_counts(jobs=arguments.jobs)
     split = folder_given(folder_given(arguments.root, "the folder of VideoMatte240K") / arguments.split, "its split")
     pictures = _media(_picture_folder(split, arguments.fgr))
     mattes = _media(folder_given(split / "pha", "VideoMatte240K, whose alpha lies in pha"))

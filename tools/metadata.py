@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests import check_manifest, first_path, moved, rows_into, schema_of
-from tooling import REASONS_SHOWN, run, summary
+from tooling import REASONS_SHOWN, check_counts, run, summary
 from tqdm import tqdm
 
 from transpixeler.config.sections import UserError
@@ -40,6 +40,7 @@ WINDOW = 1024  # rows probed, and then written, at a time
 
 def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
+    check_counts(jobs=arguments.jobs)
     source, out = check_manifest(arguments.manifest, there=True), check_manifest(arguments.out, there=False)
     if source.resolve() == out.resolve():
         raise UserError(f"--out: {out} is the manifest itself; name another")

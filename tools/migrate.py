@@ -19,7 +19,7 @@ import migrate_toml
 import yaml
 from migrate_buckets import Rule
 from migrate_keys import Migration
-from tooling import folder_given, run
+from tooling import check_counts, folder_given, run
 
 from transpixeler.config import loading
 from transpixeler.config.sections import Config, UserError
@@ -40,6 +40,7 @@ _Dumper.add_representer(
 
 def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
+    check_counts(gpus=arguments.gpus)
     folder_given(arguments.root, "the folder that training was started in")
     if arguments.out.exists() and not arguments.force:
         raise UserError(f"{arguments.out}: already exists; choose another --out, or --force")

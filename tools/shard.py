@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from manifests import check_manifest, moved, rows_into
-from tooling import REASONS_SHOWN, run, summary
+from tooling import REASONS_SHOWN, check_counts, run, summary
 from tqdm import tqdm
 
 from transpixeler.config.sections import UserError
@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> None:
     source = check_manifest(arguments.manifest, there=True)
     if (arguments.rows is None) == (arguments.shards is None):
         raise UserError("give one of --rows and --shards")
-    if min(arguments.rows or 1, arguments.shards or 1) < 1 or (arguments.shards or 1) > MOST_OPEN:
-        raise UserError(f"--rows must be at least 1, and --shards from 1 to {MOST_OPEN}")
+    check_counts(rows=arguments.rows, shards=arguments.shards)
+    if (arguments.shards or 1) > MOST_OPEN:
+        raise UserError(f"--shards must be at most {MOST_OPEN}, and is {arguments.shards}")
     _check_state(arguments)
     source_rows = _Rows(source, tuple(name for name in arguments.paths.split(",") if name), arguments.out)
     split = _by_rows if arguments.rows else _round_robin

@@ -47,6 +47,13 @@ def folder_given(path: Path, what: str) -> Path:
     return path
 
 
+def check_counts(**options: int | None) -> None:
+    """Raise an error that names the option of a count that is given and counts nothing."""
+    for name, count in options.items():
+        if count is not None and count < 1:
+            raise UserError(f"--{name} must be at least 1, and is {count}")
+
+
 def figures_table(
     corner: str, heads: Sequence[str], rows: Iterable[tuple[str, Sequence[float | None]]], *, widths: tuple[int, int]
 ) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from functools import partial
 from typing import Any
 
@@ -134,14 +135,14 @@ def _add_plan(commands: Any) -> None:
     )
     option(
         "--memory",
-        type=float,
+        type=_size,
         default=0.0,
         metavar="GB",
         help="memory of one GPU, if it is not the usual one for the device",
     )
     option(
         "--peak",
-        type=float,
+        type=_size,
         default=0.0,
         metavar="TFLOPS",
         help="dense bf16 peak of one GPU, if it is not known for the device",
@@ -258,6 +259,16 @@ def _count(text: str, *, above: int = 0) -> int:
     if not text.isdigit() or int(text) <= above:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above {above}")
     return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return size
 
 
 def _add_inspect(commands: Any) -> None:

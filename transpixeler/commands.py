@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that `--help` and a misspelt
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,10 +16,13 @@ from transpixeler.config.sections import Config, UserError, parse_size
 from transpixeler.files import near, printable, shown_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transpixeler.data.features.needs import Needs
     from transpixeler.data.upkeep import Report
     from transpixeler.parallel.runtime import Runtime
 
+logger = logging.getLogger("transpixeler")
 GIVEN_OPTIONS = ("rgb", "alpha", "image", "last", "between", "factor", "extend", "frames")
 Command = Callable[[argparse.Namespace], int]
 
@@ -77,6 +81,7 @@ def _print_cache(report: Report, arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    from transpixeler.publishing import report
     from transpixeler.runs.folder import Going
     from transpixeler.training import preflight, rehearsal, trainer
 
@@ -88,8 +93,15 @@ def _train(arguments: argparse.Namespace) -> int:
             return 0
         folder = trainer.train(config, runtime, resume=arguments.resume, going=going)
         if runtime.is_main:
+            _name_page("report", folder / report.PAGE)
             print(printable(shown_path(folder)))
     return 0
+
+
+def _name_page(what: str, page: Path) -> None:
+    """Log where the page is that shows what was made, if it was written."""
+    if page.is_file():
+        logger.info("%-8s %s", what, shown_path(page))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -164,7 +176,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     with _running(source.config) as runtime:
         made = sample_command(source, runtime, options)
         if runtime.is_main:
-            write_sheet_page(Path(options.out), made.folders)
+            _name_page("sheet", write_sheet_page(Path(options.out), made.folders))
             print(printable(options.out))
     return 0
 
@@ -227,9 +239,8 @@ def _needs(config: Config) -> Needs:
     needs = Needs.of(config, None)
     usual = needs.geometry
     tall, wide = usual.unit
-    print(
-        f"model.path: not here; buckets are counted for sides of {wide}×{tall} pixels and {usual.stride[0]}k+1 frames"
-    )
+    steps = f"widths in steps of {wide}, heights in steps of {tall}, and {usual.stride[0]}k+1 frames"
+    print(f"model.path: the model, which says what sizes it takes, is not here; clips are counted for {steps}")
     return needs
 
 

@@ -25,7 +25,7 @@ MISTAKES = {
     "a value that holds itself": ("data: {train: &x [*x]}\n", [], ["mine.yaml:1", "recursive"]),
     "brackets without end": ("a: " + "[" * 1000, [], ["mine.yaml", "not valid YAML"]),
     "two documents": ("seed: 1\n---\nseed: 2\n", [], ["mine.yaml:2", "single document"]),
-    "not UTF-8": (b"run_name: \xff\n", [], ["mine.yaml", "cannot be read"]),
+    "not UTF-8": (b"run_name: \xff\n", [], ["mine.yaml", "is no text in UTF-8", "YAML file"]),
     "a list for a file": ("- seed\n", [], ["mine.yaml", "key: value", "a list"]),
     "a key twice": ("seed: 1\nseed: 2\n", [], ["mine.yaml:2", "'seed'", "twice"]),
     "a key that is no text": ("1: x\n", [], ["mine.yaml:1", "1 is not text"]),

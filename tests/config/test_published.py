@@ -29,6 +29,14 @@ LINES = REFERENCE.read_text(encoding="utf-8").splitlines()
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path != REFERENCE], ids=lambda path: path.stem)
+def test_runs_are_written_where_the_guides_look_for_them(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert loading.load(path).output_dir == str(tmp_path / "output"), "in the working folder, not in configs/"
+
+
 # --- what the dataclasses say ----------------------------------------------------------------------------------------
 
 

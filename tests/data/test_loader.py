@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,14 @@ def test_waiting_is_measured_and_closing_never_hangs(tmp_path: Path) -> None:
 
 def test_an_empty_set_says_why(tmp_path: Path) -> None:
     bare = make_dataset(tmp_path, count=0)
-    with pytest.raises(UserError, match=r"data\.train holds no usable clip: it is empty"):
+    with pytest.raises(UserError, match=r"data\.train holds no usable clip: its source is empty; .*001_seg\.mp4"):
         bare.order(seed=0, global_batch=1)
-    skipped = Dataset((), ("rgb",), bare.empty_text_keys, bare.cache, "train", (("a", "it has no caption"),))
-    with pytest.raises(UserError, match=r"1 were skipped, the first, a, because it has no caption"):
+    skipped = Dataset((), ("rgb",), bare.empty_text_keys, bare.cache, "train", (("a", "no caption a.txt"),))
+    with pytest.raises(UserError, match=r"1 skipped, the first a: no caption a\.txt; `transpixeler inspect` .*"):
         skipped.order(seed=0, global_batch=1)
+
+
+def test_a_set_that_is_too_small_says_that_clips_were_skipped(tmp_path: Path) -> None:
+    small = replace(make_dataset(tmp_path, count=3), skipped=(("a", "is empty"), ("b", "is empty")))
+    with pytest.raises(UserError, match=r"has 3 clips .* train\.global_batch 4: .*\(2 skipped, the first a: is empty"):
+        small.order(seed=0, global_batch=4)

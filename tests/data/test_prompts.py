@@ -71,8 +71,21 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--prompts: .*p.json is one JSON text; give .jsonl"):
         prompt_lines(str(tmp_path / "p.json"), key="--prompts")
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(UserError, match=r"--prompts: .*p.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"--prompts: .*p.jsonl is no text in UTF-8"):
         prompt_lines(str(tmp_path / "p.jsonl"), key="--prompts")
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl"])
+def test_a_list_without_prompts_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("\n \n")
+    with pytest.raises(UserError, match=rf"--prompts: .*{name} holds no prompt"):
+        prompt_lines(str(tmp_path / name), key="--prompts")
+
+
+def test_a_picture_is_no_list_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(UserError, match=r"--prompts: .*a\.png is no text in UTF-8; give \.txt or \.jsonl"):
+        prompt_lines(str(tmp_path / "a.png"), key="--prompts")
 
 
 def test_negative_prompts_of_lines_are_encoded_where_guidance_is_on(tmp_path: Path) -> None:

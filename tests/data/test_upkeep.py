@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.encoding import ALONE, Counted, config, records, run, write_pair, write_pairs
+from transpixeler import cli
 from transpixeler.config.sections import UserError
 from transpixeler.data import encode
 from transpixeler.data.cache.records import CacheDamaged
@@ -94,6 +95,15 @@ def test_verify_gc_and_rebuild_wait_for_no_writer_but_refuse(model: Path, tmp_pa
             with pytest.raises(UserError, match="is being written by another run"):
                 cache_command(setup, ALONE, **{what: True})
     cache_command(setup, ALONE, gc=True)
+
+
+def test_a_cache_in_the_place_of_a_file_is_one_line(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("a file")
+    assert cli.main(["cache", str(demo / "config.yaml"), f"data.cache_dir={tmp_path / 'mine'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "data.cache_dir: " in line and "mine is a file; give a folder" in line
 
 
 def test_rebuild_gives_the_same_records(model: Path, tmp_path: Path, counted: Counted) -> None:

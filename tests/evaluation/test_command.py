@@ -90,6 +90,15 @@ def test_what_cannot_be_evaluated_is_one_clear_line(
     assert "holds no run yet; train first, or add --adapter PATH or --base" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "holds no run; give a run's folder or a config" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path / "nothing")]) == 2
+    assert "no such run or config here; give a run's folder or a YAML file" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    assert cli.main(["eval", str(run), f"data.eval={tmp_path / 'empty'}", cache]) == 2
+    assert "data.eval holds no usable clip: its source is empty" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["eval", str(run), "--out", str(tmp_path / "file")]) == 2
+    assert "--out: " in (said := capsys.readouterr().err) and "is a file; give a folder" in said
     assert cli.main(["eval", str(run), "data.eval=[]"]) == 2
     assert "data.eval: set it" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transpixeler.evaluation.results import table
+from transpixeler.evaluation.results import summary, table
 
 TIMES = [f"0.{n}" for n in range(1, 10)]
 
@@ -36,3 +36,8 @@ def test_experts_have_the_noise_levels_of_their_own() -> None:
         ["eval/low", "rgb", "2.0000", "2.0000"],
     ]
     assert table({}) == ""
+
+
+def test_a_set_of_which_nothing_was_measured_has_no_line() -> None:
+    found = {"eval": {"loss": {"rgb": {"0.5": 0.25}}, "metrics": {"flicker": 0.5}}, "prompts": {"metrics": {}}}
+    assert [*summary(found)] == ["eval: loss_rgb 0.2500, flicker 0.5"]

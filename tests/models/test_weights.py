@@ -177,8 +177,20 @@ class Bomb:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, zipped: bool) -> None:
     file = tmp_path / "diffusion_pytorch_model.pth"
     torch.save({"x": Bomb()}, file, _use_new_zipfile_serialization=zipped, pickle_module=pickle)
-    with pytest.raises(UserError, match="does not hold plain weights"):
+    with pytest.raises(UserError, match=r"does not hold plain weights: it would run getattr") as fault:
         wan_source(tmp_path)
+    assert "weights_only" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"a note\n", b"hello world", b"\x89PNG\r\n\x1a\nabc", b"PK\x03\x04abc", b""], ids=repr
+)
+def test_a_file_that_holds_no_weights_is_refused_without_advice_to_run_it(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "diffusion_pytorch_model.pth"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"does not hold plain weights, or is damaged; download it again") as fault:
+        wan_source(tmp_path)
+    assert "weights_only" not in str(fault.value) and "\n" not in str(fault.value)
 
 
 def test_an_unknown_path_and_an_unreachable_hub_give_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def test_the_command_prints_tables_and_the_same_as_json(demo: Path, capsys: pyte
         part for name, part in value["memory"][str(value["recompute"])].items() if name != "total"
     )
     assert all(reason in shown for _, reason in value["dropped"]["train"]) and value["layouts"]
+    assert "e-0" not in shown and "µs a step" in shown, "a time is told in a unit that suits it"
 
 
 def test_a_device_that_is_not_known_needs_its_numbers(demo: Path, capsys: pytest.CaptureFixture) -> None:
@@ -32,6 +33,15 @@ def test_a_device_that_is_not_known_needs_its_numbers(demo: Path, capsys: pytest
     assert cli.main(command) == 2
     assert "--peak" in capsys.readouterr().err
     assert cli.main([*command, "--peak", "100", "--memory", "16"]) == 0
+
+
+@pytest.mark.parametrize("words", [("--memory", "0"), ("--memory=-3",), ("--peak", "0"), ("--peak", "nan")], ids=str)
+def test_a_device_without_memory_or_speed_is_refused(
+    demo: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(demo / "config.yaml"), *words])
+    assert "is not a number above 0" in capsys.readouterr().err
 
 
 def test_a_device_that_comes_in_several_sizes_has_the_one_that_its_name_tells() -> None:

@@ -32,6 +32,25 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys, name: str
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("metadata", "--jobs"),
+        ("import_videomatte", "--jobs"),
+        ("import_celebv_text", "--jobs"),
+        ("shard", "--rows"),
+        ("shard", "--shards"),
+        ("migrate", "--gpus"),
+    ],
+)
+def test_a_count_of_nothing_is_one_line(tmp_path: Path, capsys, name: str, option: str) -> None:
+    source = tmp_path / ("mine.toml" if name == "migrate" else "mine.csv")
+    source.write_text("path,text\n" if name != "migrate" else "epochs = 1\n")
+    folder = {"import_videomatte": tmp_path, "import_celebv_text": tmp_path}.get(name, source)
+    assert tool(name)(folder, "--out", tmp_path / "out.jsonl", option, 0) == 2
+    one_line(capsys, f"{option} must be at least 1")
+
+
 def test_a_tool_stands_by_itself() -> None:
     said = subprocess.run([sys.executable, TOOLS / "shard.py", "--help"], capture_output=True, text=True, check=True)
     assert "larger than memory" in said.stdout

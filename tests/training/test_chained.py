@@ -100,10 +100,19 @@ def test_embeddings_that_are_not_trained_outlive_a_resume(demo: Path, chain: dic
     assert all(torch.equal(embeddings(run / "step2")[name], tensor) for name, tensor in brought.items())
 
 
-def test_a_chained_adapter_samples_exports_and_names_its_base(chain: dict[str, Path], tmp_path: Path) -> None:
+def test_a_training_ends_with_the_page_to_open(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(demo, tmp_path, "told", "train.max_steps=1")
+    assert [line.split() for line in capsys.readouterr().err.splitlines()][-1] == ["report", str(run / "report.html")]
+
+
+def test_a_chained_adapter_samples_exports_and_names_its_base(
+    chain: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["sample.steps=1", "sample.size=[64, 64, 5]", "--prompt", "a red circle drifts left, opaque"]
     assert cli.main(["sample", str(chain["adapter"]), *words, "--out", str(tmp_path / "samples")]) == 0
     assert [*(tmp_path / "samples").glob("*/seg.mp4")]
+    sheet = str(tmp_path / "samples/sheet.html")
+    assert [line.split() for line in capsys.readouterr().err.splitlines()][-1] == ["sheet", sheet], "the page to open"
     out = tmp_path / "exported"
     assert cli.main(["export", str(chain["adapter"]), "--format", "comfyui", "--out", str(out)]) == 0
     with safe_open(out / "adapter_model.safetensors", "pt") as file:

@@ -68,6 +68,13 @@ def test_weights_alone_go_on_in_the_run_at_its_step(demo: Path, tmp_path: Path) 
     assert {int(new[name]) for name in new if name.endswith(".step")} == {2}, "Adam counts from zero"
 
 
+def test_a_resumed_run_of_which_no_step_is_left_says_how_to_train_more(
+    demo: Path, first: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(demo, first.parent, "--resume", str(first))
+    assert "2 done: none is left; raise train.max_steps or train.epochs to train more" in capsys.readouterr().err
+
+
 def test_other_clips_are_no_hindrance_to_restarted_steps(demo: Path, first: Path, tmp_path: Path) -> None:
     words = ("--resume", str(first), "--restart-steps", f"data.train=[{{path: {demo / 'data/train'}, repeats: 2}}]")
     assert command(demo, tmp_path / "again", *words).is_dir()

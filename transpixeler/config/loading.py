@@ -134,7 +134,9 @@ def _read(path: Path, named_in: str = "") -> dict[str, Any]:
         raise UserError(f"{path}: no such file{named_in}{_nearest(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a YAML file{named_in}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no text in UTF-8; give a YAML file{named_in}") from None
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}{named_in}") from None
     try:
         content = yaml.load(text, Loader=_Loader)

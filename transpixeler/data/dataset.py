@@ -20,6 +20,7 @@ from transpixeler.data.parts import Part, parts_of
 from transpixeler.models.streams import FramesOf, Grid, Shape, StreamLayout
 
 PLAIN = DataConfig()
+EMPTY = "its source is empty; a sample is a video, its companions and its caption: 001.mp4, 001_seg.mp4, 001.txt"
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,17 @@ class Dataset:
     beside: tuple[FramesOf, ...] = ()  # frames that are in the cache too, encoded alone, of clips that are long enough
     notes: tuple[str, ...] = ()  # on files in no sample, and on how others were understood
 
+    def refuse_empty(self) -> None:
+        """Raise `UserError` with the reason if no clip of the set can be used."""
+        if not self.items:
+            raise UserError(f"data.{self.key} holds no usable clip: {_left_out(self.skipped) or EMPTY}")
+
     def order(self, *, seed: int, global_batch: int, data: DataConfig = PLAIN) -> Order:
         """Return the order in which training takes the clips. data: its rules for buckets, and how they are drawn.
 
         A step has fewer clips than samples where groups of samples share them.
         """
-        if not self.items:
-            raise UserError(f"data.{self.key} holds no usable clip{_first_reason(self.skipped)}")
+        self.refuse_empty()
         buckets, times = coded_buckets(self.items), repeats_of(self.items)
         batches = [
             batch_for(Bucket(*bucket), global_batch, data.buckets) // data.sync_group for bucket in buckets.offered
@@ -57,6 +62,7 @@ class Dataset:
             seed=seed,
             draws=self._draws(data.buckets, seed) if data.draw == "epoch" else None,
             key=self.key,
+            left_out=_left_out(self.skipped),
         )
 
     def _draws(self, rules: Sequence[BucketRule], seed: int) -> Draws:
@@ -109,8 +115,9 @@ class Datasets:
     eval: Dataset
 
 
-def _first_reason(skipped: Sequence[tuple[str, str]]) -> str:
+def _left_out(skipped: Sequence[tuple[str, str]]) -> str:
+    """Return how many samples were skipped and why the first one was; nothing where none was."""
     if not skipped:
-        return ": it is empty"
+        return ""
     name, reason = skipped[0]
-    return f": {len(skipped)} were skipped, the first, {name}, because {reason}"
+    return f"{len(skipped)} skipped, the first {name}: {reason}; `transpixeler inspect` names each with its file"

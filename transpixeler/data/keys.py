@@ -1,7 +1,7 @@
-"""Make the keys of records: a sample's clip, its files' hashes and the encoder's fingerprint go in; hashes come out.
+"""Make the keys of records, which decide what is stale: a clip, hashes of files, an encoder's fingerprint in; keys out.
 
-A key is a hash of everything its record depends on, so that a record stays valid until one of those changes: the files'
-content, the cut, the fill policy, the encoder's weights. Names, paths and times of files are not among them.
+A key is a hash of everything its record depends on: the files' content, the cut, the fill, the encoder's weights. If
+one of those changes, the key is another, and the old record is asked for no more. Names, paths and times are not in it.
 """
 
 from __future__ import annotations

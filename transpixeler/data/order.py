@@ -166,10 +166,12 @@ def make_order(
     seed: int,
     draws: Draws | None = None,
     key: str = "train",
+    left_out: str = "",
 ) -> Order:
     """Group items by bucket; refuse a data set that cannot fill one step.
 
     batches: of each item's bucket, the samples of a step. draws: of each item, repeated as often as it repeats.
+    left_out: what a refusal says of the samples that are not among the items.
     """
     offered, numbers = buckets if isinstance(buckets, Coded) else coded(buckets)
     times, rows, chances = np.asarray(repeats), [], None if draws is None else draws.chances()
@@ -185,17 +187,17 @@ def make_order(
         mean = float(len(items) if chances is None else chances[entries].sum())
         if mean > 0:
             rows.append(Row("x".join(map(str, bucket)), items, int(batches[members[0]]), mean, entries))
-    _check_filled(rows, key)
+    _check_filled(rows, key, left_out)
     return Order(seed, tuple(rows), draws)
 
 
-def _check_filled(rows: Sequence[Row], key: str) -> None:
+def _check_filled(rows: Sequence[Row], key: str, left_out: str) -> None:
     """Refuse a set of less than one step an epoch, and a bucket that is drawn too rarely."""
     if sum(row.steps for row in rows) < 1:
         total, most = sum(row.mean for row in rows), max((row.batch for row in rows), default=0)
         raise UserError(
             f"data.{key} has {total:.4g} clips (with repeats), fewer than train.global_batch {most}: "
-            "add data, raise the source's repeats, or lower train.global_batch"
+            "add data, raise the source's repeats, or lower train.global_batch" + f" ({left_out})" * bool(left_out)
         )
     for row in rows:
         if row.steps * LONGEST_BATCH < 1:

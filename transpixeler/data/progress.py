@@ -1,4 +1,7 @@
-"""Show the progress of work: a bar on a terminal, a line every few seconds in a log."""
+"""Show the progress of encoding and sampling: a bar on a terminal, else a line every few seconds.
+
+The bar and lines of training steps are those of `runs.telemetry`.
+"""
 
 from __future__ import annotations
 

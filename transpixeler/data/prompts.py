@@ -67,8 +67,12 @@ def prompt_lines(path: str, *, key: str) -> list[Prompt]:
         )
     try:
         text = Path(path).read_text(encoding="utf-8-sig") if path else ""
-    except (OSError, UnicodeDecodeError) as fault:
+    except UnicodeDecodeError:
+        raise UserError(f"{key}: {path} is no text in UTF-8; give .txt or .jsonl") from None
+    except OSError as fault:
         raise UserError(f"{key}: {path} cannot be read: {fault}") from None
+    if path and not text.strip():
+        raise UserError(f"{key}: {path} holds no prompt; write one a line")
     if not path.endswith(".jsonl"):
         return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
     # split at newlines alone: a JSON text may hold other separators, such as U+2028

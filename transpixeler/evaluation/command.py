@@ -30,9 +30,12 @@ def eval_command(source: SavedModel, runtime: Runtime, *, out: str = "", asked_l
     config, layout = fit_layout(source.config, runtime, asked=asked_layout)
     if not config.data.eval:
         raise UserError("data.eval: set it to a folder of pairs or a manifest that training does not see")
+    if out and Path(out).is_file():
+        raise UserError(f"--out: {out} is a file; give a folder")
     check_scorer(config)
     config = replace(config, data=replace(config.data, train=()))
     data = encode_missing(config, open_model(config.model), runtime).eval
+    data.refuse_empty()
     mesh = meshes.build(layout, runtime)
     engine = open_engine(replace(source, config=config), mesh)
     evaluator = Evaluator(config, runtime, engine, data)

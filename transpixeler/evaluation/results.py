@@ -20,14 +20,16 @@ def scalars(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float
 
 
 def summary(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a line for each set."""
+    """Yield a line for each set of which something was measured."""
     for name, values in found.items():
         parts = [
             f"{kind}_{s} {mean_over_times(t):.4f}"
             for kind in ("loss", "loss_ema")
             for s, t in values.get(kind, {}).items()
         ]
-        yield f"{name}: {', '.join([*parts, *(f'{m} {v:.4g}' for m, v in values.get('metrics', {}).items())])}"
+        parts += [f"{metric} {value:.4g}" for metric, value in values.get("metrics", {}).items()]
+        if parts:
+            yield f"{name}: {', '.join(parts)}"
 
 
 def mean_over_times(by_time: Mapping[str, float]) -> float:

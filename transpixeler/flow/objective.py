@@ -1,4 +1,4 @@
-"""Define what the model learns: noise, timesteps and the weights of the loss, as pure functions.
+"""Define what the model learns: noise, timesteps, tasks, dropped captions and weights of the loss, as pure functions.
 
 In: packed latents, fields and who they are (seed, step, sample ids, places in the global batch). Out: an `Example`.
 Nothing depends on the layout, the number of workers or earlier calls, so every layout and every resume sees the same.

@@ -1,4 +1,4 @@
-"""Noise, a solver and a function that predicts go in, clean latents come out.
+"""Walk from noise to clean latents, a prediction at each step; each `sample.scheduler` is made in `models.noising`.
 
 Nothing here knows a model: `denoise` asks the function what it predicts at (x, t). Noise is a pure function of (seed,
 stream name), drawn on the CPU, so that the same seed gives the same video on any number of ranks.

@@ -1,7 +1,7 @@
-"""Define what lies between clean latents and noise, and what a model learns of it: a value that a model folder gives.
+"""Define the way between latents and noise: what a model learns of it, and the solver of each `sample.scheduler`.
 
 In: clean latents, noise and times. Out: what the model is shown and is to predict, the error of a prediction, and
-solvers that lead from noise to latents. A time is a place on the way: 0 is clean, 1 is noise.
+solvers that lead from noise to latents. A time is a place on the way: 0 is clean, 1 is noise. A model folder gives it.
 """
 
 from __future__ import annotations

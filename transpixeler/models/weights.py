@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ _PICKLED = "diffusion_pytorch_model*.pth"
 _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _HELPER_SUFFIXES = (*_SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")  # of ComfyUI's quantized files
 _MARKER = "scaled_fp8"
+# what torch.load raises of files that are no pickle of tensors, or are cut short
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+_CALLED = re.compile(r"GLOBAL (\S+)")
 _LISTED = 10
 
 
@@ -75,9 +79,11 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     """Load the tensors of a `.pth`, memory-mapped where its format allows; nothing in it is ever executed."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as fault:
-        reason = str(fault).splitlines()[0]
-        raise UserError(f"{path} does not hold plain weights, or is damaged: {reason}; download it again") from fault
+    except UNREADABLE as fault:  # torch advises to run what the file says, which is not passed on
+        if called := _CALLED.search(str(fault)):
+            reason = f"it would run {called[1]}, which is never done"
+            raise UserError(f"{path} does not hold plain weights: {reason}; get them as safetensors") from fault
+        raise UserError(f"{path} does not hold plain weights, or is damaged; download it again") from fault
     for holder in ("state_dict", "module"):
         if isinstance(state, dict) and isinstance(state.get(holder), dict):
             state = state[holder]

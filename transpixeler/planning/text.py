@@ -51,9 +51,18 @@ def _time(plan: Plan) -> str:
     peak, gpus = plan.machine.flops, plan.machine.gpus
     if not peak:
         return "unknown; give --peak TFLOPS"
-    hours = plan.seconds_step * plan.steps / 3600
     assumed = f"at {estimates.UTILISATION:.0%} of {peak / 1e12:g} TFLOP/s on {gpus} × {plan.device} (an assumption)"
-    return f"{plan.seconds_step:.3g} s a step, {hours:.3g} h in all, {assumed}"
+    return f"{_step(plan.seconds_step)} a step, {_span(plan.seconds_step * plan.steps)} in all, {assumed}"
+
+
+def _step(seconds: float) -> str:
+    unit, name = next((one for one in ((1.0, "s"), (1e-3, "ms")) if seconds >= one[0] / 10), (1e-6, "µs"))
+    return f"{seconds / unit:.3g} {name}"
+
+
+def _span(seconds: float) -> str:
+    unit, name = next((one for one in ((3600.0, "h"), (60.0, "min")) if seconds >= 2 * one[0]), (1.0, "s"))
+    return f"{seconds / unit:,.2g} {name}" if seconds < 10 * unit else f"{seconds / unit:,.0f} {name}"
 
 
 def _caching(plan: Plan) -> str:
@@ -123,7 +132,7 @@ def _ways(plan: Plan) -> list[str]:
         return [f"no layout fits {machines}; use smaller or shorter clips, a smaller train.micro_batch, or more GPUs"]
     lines = [f"layouts that fit {machines}, the fastest first"]
     for way in plan.fits:
-        lines.append(f"  {_bytes(way.memory.total):>9}  {way.seconds:8.3g} s a step  {' '.join(way.settings)}")
+        lines.append(f"  {_bytes(way.memory.total):>9}  {_step(way.seconds):>10} a step  {' '.join(way.settings)}")
         lines.append(f"             {way.why}")
     return lines
 

@@ -202,7 +202,8 @@ def _trained(name: str, config: Config) -> list[Task]:
 
 def _tell(label: str, name: str, course: Course, config: Config) -> None:
     """Log what a course comes to, and whether the model was trained for it."""
-    if not _trained(name, config):
+    taught = _trained(name, config)
+    if not taught:
         logger.warning(
             "%s: the model was not trained for it: objective.tasks has no %s; what is made may not fit the clip",
             label, TASKS[name],
@@ -210,6 +211,13 @@ def _tell(label: str, name: str, course: Course, config: Config) -> None:
     elif course.every and course.every not in intervals(config.objective):
         known = ", ".join(map(str, intervals(config.objective)))
         logger.warning("%s: the model was trained for a factor of %s, not of %d", label, known, course.every)
+    if taught and not any(task.first == frozenset(course.streams) for task in taught):
+        named = [[*config.streams][stream] for stream in sorted(taught[0].first)]
+        names = ", ".join([*config.streams][: len(course.streams)]), ", ".join(named)
+        logger.warning(
+            "%s: the clip gives %s, and the model was trained to be given %s; what is made may not fit it. A file with "
+            "alpha gives both; the task %s_rgb trains for rgb alone", label, *names, TASKS[name],
+        )  # fmt: skip
     windows = len(course.starts)
     logger.info(
         "%s: %d frames become %d at %g fps, in %d %s of %d", label, course.clip, course.total, float(course.fps),

@@ -169,6 +169,8 @@ def load_for_eval(
     run = run_of(path) if path.is_dir() else None
     if path.is_dir() and run is None:
         raise UserError(f"{path}: holds no run; give a run's folder or a config")
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: no such run or config here; give a run's folder or a YAML file")
     tree = loading.read(run / CONFIG if run else path)
     config = on_trained_base(loading.build(tree, overrides))
     if base:

@@ -47,8 +47,7 @@ def introduce(
         "layout": f"{mesh.layout} on {mesh.device.type}, {str(engine.dtype).removeprefix('torch.')}",
         "batch": "; ".join(f"{batch} a step, {batch // mesh.layout.data} a data rank" for batch in batches),
         "clips": ", ".join(f"{w}×{h}×{f}: {n}" for (f, h, w), n in data.train.buckets().items()),
-        "steps": f"{schedule.total} in all, {schedule.order.mean_steps:.4g} an epoch"
-        + (f", {step} done" if step else ""),
+        "steps": f"{schedule.total} in all, {schedule.order.mean_steps:.4g} an epoch{_done(step, schedule.total)}",
         "run": str(run.folder),
     }
     lines |= memory_lines(config, engine)
@@ -57,6 +56,12 @@ def introduce(
     if said := Split.of(config, model, grid).lines(run=config.train.expert_steps):
         lines["experts"] = "; ".join(said)
     logger.info("%s", "\n".join(f"{name:8} {text}" for name, text in lines.items()))
+
+
+def _done(step: int, total: int) -> str:
+    """Return what is added where a run goes on, and how to train more where no step is left."""
+    left = ": none is left; raise train.max_steps or train.epochs to train more" if step >= total else ""
+    return f", {step} done{left}" if step else ""
 
 
 def _base_lines(config: Config) -> dict[str, str]:

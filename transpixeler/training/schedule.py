@@ -1,6 +1,6 @@
-"""Decide at which step an epoch ends and a save or evaluation is due, all pure functions of the step.
+"""Decide at which step an epoch ends and a save or evaluation is due; the learning rate's schedule is in `optim`.
 
-In: a config and the order of its samples. Out: answers that a resumed run gives again.
+All are functions of the step: a config and the order of its samples in; answers that a resumed run gives again, out.
 """
 
 from __future__ import annotations

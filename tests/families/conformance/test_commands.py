@@ -184,7 +184,9 @@ def test_clips_are_made_longer(case: Case, copied: Path, tmp_path: Path, capsys:
     told = next(line["eval"] for line in metrics(run) if "eval" in line)
     assert {"eval/extend", "eval/interpolate"} == told.keys(), told
     ask[1] = str(run)
+    capsys.readouterr()
     assert cli.main([*ask, "--out", str(tmp_path / "between")]) == 0
+    assert "gives rgb, and the model was trained to be given rgb, seg" in capsys.readouterr().err
     facts = json.loads(next((tmp_path / "between").rglob("sample.json")).read_text())
     total = (frames - 1) * 4 + 1
     assert facts["given"] == ["first frame of rgb", "every 4 frames of rgb"] and facts["windows"] == 4

@@ -22,6 +22,7 @@ from transpixeler.parallel.build import build_engine
 from transpixeler.runs import training_state
 from transpixeler.training import optim
 from transpixeler.training.ema import Ema
+from transpixeler.training.schedule import rate_at
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -116,7 +117,7 @@ def test_a_rule_that_matches_nothing_is_told() -> None:
 
 def test_rates_follow_their_curves() -> None:
     def at(step: int, *overrides: str) -> float:
-        return optim.rate(tiny.config("optim.lr=1", "optim.warmup_steps=10", *overrides).optim, step, 110)
+        return rate_at(tiny.config("optim.lr=1", "optim.warmup_steps=10", *overrides).optim, step, 110)
 
     assert at(1) == pytest.approx(0.1) and at(10) == 1 and at(11) == 1
     assert at(60, "optim.schedule=linear") == pytest.approx(0.5)

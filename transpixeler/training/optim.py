@@ -1,14 +1,12 @@
-"""Make the optimizer and the learning-rate schedules, and clip gradients, for plain and sharded parameters.
+"""Make the optimizer, set its rates, and clip gradients, for plain and sharded parameters.
 
-In: named parameters and `optim.*`. Out: a torch optimizer, the rate of each step as a pure function, and the norm of
-all gradients over every stage and shard.
+In: named parameters and `optim.*`. Out: a torch optimizer, and the norm of all gradients over every stage and shard.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -272,20 +270,6 @@ def _is_number(value: object) -> bool:
 
 
 # --- the rate --------------------------------------------------------------------------------------------------------
-
-
-def rate(config: OptimConfig, step: int, total: int) -> float:
-    """Return the learning rate of a step; the first is 1."""
-    if config.force_lr is not None:
-        return config.force_lr
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    span = max(1, total - config.warmup_steps)
-    done = min(1.0, (step - config.warmup_steps) / span)
-    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr_min + (config.lr - config.lr_min) * left
 
 
 def set_rate(optimizer: Optimizer, config: OptimConfig, lr: float) -> None:

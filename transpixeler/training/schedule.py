@@ -1,16 +1,16 @@
-"""Decide at which step an epoch ends and a save or evaluation is due; the learning rate's schedule is in `optim`.
+"""Decide the learning rate of a step, at which an epoch ends, and at which a save or evaluation is due.
 
 All are functions of the step: a config and the order of its samples in; answers that a resumed run gives again, out.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from transpixeler.config.sections import Config
+from transpixeler.config.sections import Config, OptimConfig
 from transpixeler.data.loader import Batch
 from transpixeler.data.order import Order
-from transpixeler.training import optim
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step; the first is 0."""
-        return optim.rate(self.config.optim, step + 1, self.total)
+        return rate_at(self.config.optim, step + 1, self.total)
 
     def saves(self, batch: Batch) -> list[str]:
         """Return the names of the saves that are due after this batch, by epochs and by steps."""
@@ -55,3 +55,17 @@ class Schedule:
 
 def make_schedule(config: Config, order: Order) -> Schedule:
     return Schedule(config, order, int(order.total(config.train)))
+
+
+def rate_at(config: OptimConfig, step: int, total: int) -> float:
+    """Return the learning rate of a step; the first is 1."""
+    if config.force_lr is not None:
+        return config.force_lr
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    span = max(1, total - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr_min + (config.lr - config.lr_min) * left

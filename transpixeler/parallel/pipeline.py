@@ -30,6 +30,7 @@ from transpixeler.parallel.keeping import Keeping
 from transpixeler.parallel.mesh import Mesh
 from transpixeler.parallel.stage import Stage, Streamed
 from transpixeler.parallel.swap import Swap
+from transpixeler.parallel.torch_stage import pipeline_stage
 
 SCHEDULES = {  # names of torch's classes: importing them takes 30 MB and a second, and a plan needs none
     "gpipe": "ScheduleGPipe",
@@ -285,12 +286,12 @@ class Engine:
     def _new_schedule(
         self, layout: StreamLayout, inputs: Sequence[Tensor], size: int, count: int, training: bool
     ) -> Any:
-        from torch.distributed.pipelining import PipelineStage, schedules
+        from torch.distributed.pipelining import schedules
 
         total, name = stage_count(self.config), self._schedule_name(count, training)
         indices = local_stages(self.config, self.mesh)
         stages = [
-            PipelineStage(
+            pipeline_stage(
                 Streamed(stage) if self.config.offload else stage,
                 index,
                 total,

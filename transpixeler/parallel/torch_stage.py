@@ -1,0 +1,47 @@
+"""Make torch's stage of a pipeline, which before torch 2.13 fails where an input of a stage has no gradient.
+
+In: what `PipelineStage` takes. Out: such a stage. From torch 2.13 on it is torch's own, which sends back what gradients
+there are. Torch 2.11 waits for one of each input, so zeros go back in its place; 2.12 waits for those that there are,
+and wants to send each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SENDS_WHAT_THERE_IS = "2.13"
+WAITS_FOR_ALL = "2.11"
+
+
+def pipeline_stage(*args: Any, **options: Any) -> Any:
+    """Return a stage whose inputs need not all have gradients."""
+    from torch.distributed.pipelining import PipelineStage
+
+    if torch.__version__ >= SENDS_WHAT_THERE_IS:
+        return PipelineStage(*args, **options)
+
+    class Stage(PipelineStage):
+        def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
+            if self.has_backward and not self.is_first:
+                _settle(self, bwd_chunk_id)
+            return super().get_bwd_send_ops(bwd_chunk_id)
+
+    return Stage(*args, **options)
+
+
+def _settle(stage: Any, chunk: int) -> None:
+    """Put zeros in place of the gradients that a microbatch has not, or have none sent there."""
+    received = stage.args_recv_info[chunk]
+    gradients = stage.bwd_cache[chunk][: len(received)]  # those of keyword arguments follow
+    if torch.__version__.startswith(WAITS_FOR_ALL):
+        stage.bwd_cache[chunk] = tuple(_or_zeros(x, info) for x, info in zip(gradients, received, strict=True))
+    elif stage.grad_send_info is None:
+        sources = stage._create_grad_send_info(received)
+        stage.grad_send_info = [None if x is None else to for x, to in zip(gradients, sources, strict=True)]
+
+
+def _or_zeros(gradient: Tensor | None, info: Any) -> Tensor:
+    return torch.zeros_like(info.buffer) if gradient is None else gradient

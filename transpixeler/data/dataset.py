@@ -17,6 +17,7 @@ from transpixeler.data.draws import Draws
 from transpixeler.data.items import Coded, Item, coded_buckets, repeats_of, samples_of
 from transpixeler.data.order import Order, make_order
 from transpixeler.data.parts import Part, parts_of
+from transpixeler.data.prompt_pictures import PictureKeys
 from transpixeler.models.streams import FramesOf, Grid, Shape, StreamLayout
 
 PLAIN = DataConfig()
@@ -38,6 +39,7 @@ class Dataset:
     scales: tuple[int, ...] = ()  # of the streams
     beside: tuple[FramesOf, ...] = ()  # frames that are in the cache too, encoded alone, of clips that are long enough
     notes: tuple[str, ...] = ()  # on files in no sample, and on how others were understood
+    pictures: PictureKeys = field(default_factory=PictureKeys)  # of what evaluations' prompts give
 
     def order(self, *, seed: int, global_batch: int, data: DataConfig = PLAIN) -> Order:
         """Return the order in which training takes the clips. data: its rules for buckets, and how they are drawn.

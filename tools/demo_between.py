@@ -24,6 +24,7 @@ from demo_measures import add_captions, direction, silhouette, silhouette_iou
 from tooling import figures_table, run
 from torch import Tensor
 
+from transpixeler.data.sampled import video_layout
 from transpixeler.demo.scenes import Attributes, scenes
 from transpixeler.flow.tasks import Task, tasks
 from transpixeler.models.family import open_model
@@ -35,7 +36,7 @@ from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel, load_saved
 from transpixeler.sampling.texts import encode_prompts
-from transpixeler.sampling.video import Video, video_layout
+from transpixeler.sampling.video import Video
 
 STAGES = {
     "taught": (

@@ -20,6 +20,7 @@ from tooling import figures_table, run
 
 from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_png
+from transpixeler.data.sampled import video_layout
 from transpixeler.demo.scenes import Attributes, Format, Scene, heights, render, scenes
 from transpixeler.evaluation import metrics
 from transpixeler.models.family import open_model
@@ -30,7 +31,7 @@ from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel, base_model, load_saved
 from transpixeler.sampling.texts import encode_prompts
-from transpixeler.sampling.video import Video, video_layout
+from transpixeler.sampling.video import Video
 
 SHEET_ROWS = 6  # samples in the picture
 MATTING_TASK = "rgb_to_aux"

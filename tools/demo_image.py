@@ -29,6 +29,7 @@ from torch import Tensor
 
 from transpixeler.config.sections import UserError
 from transpixeler.data.media.write import write_png
+from transpixeler.data.sampled import video_layout
 from transpixeler.demo.model import weights_digest
 from transpixeler.demo.scenes import Attributes, Format, Scene, scenes
 from transpixeler.demo.write import RECIPE, clip_names, write_demo, write_pairs
@@ -44,7 +45,7 @@ from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import SavedModel, load_saved
 from transpixeler.sampling.texts import encode_prompts
-from transpixeler.sampling.video import Video, video_layout
+from transpixeler.sampling.video import Video
 
 log = logging.getLogger("transpixeler")
 

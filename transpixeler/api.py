@@ -22,6 +22,7 @@ from transpixeler.config.sections import Config, UserError
 from transpixeler.data.dataset import Datasets
 from transpixeler.data.encode import encode_missing
 from transpixeler.data.prompts import GivenFiles, Prompt, prompt_lines
+from transpixeler.data.sampled import frame_rate
 from transpixeler.files import check_place, writing_to
 from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime, start
@@ -30,7 +31,7 @@ from transpixeler.sampling.files import alpha_of
 from transpixeler.sampling.made import asked_for
 from transpixeler.sampling.saves import SavedModel, base_model_alone, load_saved
 from transpixeler.sampling.session import Session
-from transpixeler.sampling.video import frame_rate, write_video
+from transpixeler.sampling.video import write_video
 from transpixeler.training import trainer
 from transpixeler.training.callbacks import Callbacks
 from transpixeler.training.preflight import check_import

@@ -98,7 +98,7 @@ def assert_same(one: Catalog, other: Catalog, setup: Config) -> None:
         assert list(jobs.items) == list(twin.items) and list(jobs.items.clips) == list(twin.items.clips)
         assert jobs.items.keys.tobytes() == twin.items.keys.tobytes() and jobs.alone == twin.alone
     assert (one.skipped, one.notes, one.fixed, one.prompts) == (other.skipped, other.notes, other.fixed, other.prompts)
-    assert one.blanks == other.blanks and one.keys() == other.keys() and order(one, setup) == order(other, setup)
+    assert one.fields == other.fields and one.keys() == other.keys() and order(one, setup) == order(other, setup)
 
 
 def test_a_second_start_takes_what_the_first_has_found(setup: Config, looks: Looks) -> None:

@@ -21,13 +21,14 @@ from tests.training.trainings import Forked
 from transpixeler import cli
 from transpixeler.config import loading
 from transpixeler.config.sections import UserError
+from transpixeler.data import given
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4, write_png
 from transpixeler.data.prompts import GivenFiles
 from transpixeler.files import clear_unfinished
 from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling import command, given, made
+from transpixeler.sampling import command, made
 from transpixeler.sampling.files import write_sample
 from transpixeler.sampling.requests import Request
 from transpixeler.sampling.saves import load_saved

@@ -23,8 +23,10 @@ from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import write_adapter
 from transpixeler.config import loading
 from transpixeler.config.sections import SampleConfig
+from transpixeler.data import given
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4
+from transpixeler.data.sampled import video_layout
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES as wan_names
@@ -37,10 +39,10 @@ from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.runtime import Runtime
-from transpixeler.sampling import command, given, sampler, session
+from transpixeler.sampling import command, sampler, session
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import load_saved
-from transpixeler.sampling.video import Video, video_layout
+from transpixeler.sampling.video import Video
 
 SHAPE = (4, 2, 4, 6)
 STEPS = 6

@@ -203,12 +203,13 @@ def serving() -> Iterator[Hub]:
 @contextmanager
 def serving_here(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
     """Serve a Hub that the client in this process asks, with its cache in a folder."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     with serving() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         files = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        for module in (constants, file_download):  # clients before 1.0 have a copy of it
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", files, raising=module is constants)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))

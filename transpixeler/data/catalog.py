@@ -17,9 +17,10 @@ from transpixeler.data.items import Coded, Items
 from transpixeler.data.jobs import ClipJob, Jobs, Keys, TextJob
 from transpixeler.data.kept_survey import kept_path, kept_survey
 from transpixeler.data.keying import Fingerprints, Keying, TextKeys
+from transpixeler.data.prompt_pictures import PictureKeys, picture_jobs
 from transpixeler.data.prompts import sampled_texts
 from transpixeler.data.ranks import ALONE, Helpers
-from transpixeler.data.shown import BlankJob
+from transpixeler.data.shown import FieldJob
 from transpixeler.data.survey import Survey, survey
 from transpixeler.files import shown_path
 from transpixeler.models.conditions import shown_fields
@@ -37,8 +38,9 @@ class Catalog:
     fixed: tuple[TextJob, ...]  # the empty caption, and the texts that evaluations sample from
     prompts: Mapping[str, Keys]  # keys of these
     folders: tuple[Path, ...]
-    blanks: tuple[BlankJob, ...] = ()
+    fields: tuple[FieldJob, ...] = ()  # that no clip has to itself
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by set
+    pictures: PictureKeys = field(default_factory=PictureKeys)
 
     @property
     def items(self) -> Mapping[str, Items]:
@@ -67,7 +69,7 @@ class Catalog:
         clips = self.clips
         names = {key: f"clip {job.id}, stream {part}" for job in clips for part, key in job.keys.items()}
         names |= {key: f"clip {job.id}, {name}" for job in clips for (name, _), key in job.shown_keys.items()}
-        names |= {job.key: f"{job.field.name} of no frame" for job in self.blanks}
+        names |= {job.key: f"{job.field.name} of {_told(job)}" for job in self.fields}
         return names | {key: f"caption {job.caption[:60]!r}" for job in self.texts for key in job.keys.values()}
 
 
@@ -93,17 +95,23 @@ def catalog(config: Config, model: ModelFolder, helpers: Helpers = ALONE) -> Cat
         path = kept_path(folders[0], f"{name}-keys")
         jobs[name] = keying.jobs(found[name], sources, own, traced=name == "eval", path=path)
     prompts = {text: texts.job(text, folders[0]) for text in sampled_texts(config, model.family)}
+    seen = picture_jobs(config, model, texts, made_with, folders[0])
     for memory in hashes.values():
         memory.save()
     return Catalog(
         jobs,
         {name: one.skipped for name, one in found.items()},
-        (texts.job("", folders[0]), *prompts.values()),
+        (texts.job("", folders[0]), *prompts.values(), *seen.texts),
         {text: job.all_keys for text, job in prompts.items()},
         folders,
-        _blank_jobs([made.items for made in jobs.values()], model, folders[0]),
+        (*_blank_jobs([made.items for made in jobs.values()], model, folders[0]), *seen.fields),
         {name: one.told for name, one in found.items()},
+        seen.keys,
     )
+
+
+def _told(job: FieldJob) -> str:
+    return " and ".join(str(picture.path) for picture in job.pictures) or "no frame"
 
 
 def surveyed(config: Config, model: ModelFolder, name: str, helpers: Helpers = ALONE) -> Survey:
@@ -135,14 +143,14 @@ def drawn_once(found: Survey, config: Config) -> Survey:
     return replace(found, clips=clips, dropped=(*found.dropped, *dropped))
 
 
-def _blank_jobs(sets: Sequence[Items], model: ModelFolder, folder: Path) -> tuple[BlankJob, ...]:
+def _blank_jobs(sets: Sequence[Items], model: ModelFolder, folder: Path) -> tuple[FieldJob, ...]:
     """List what clips of which no frame is given are shown, once for each bucket."""
     fields = {field.name: field for field in shown_fields(model.fields)}
-    found: dict[bytes, BlankJob] = {}
+    found: dict[bytes, FieldJob] = {}
     for items in sets:
         for number in np.unique(items.clips.numbers).tolist():
             for name, key in items.runs[number].blank:
-                found.setdefault(key, BlankJob(fields[name], items.clips.offered[number], key, folder))
+                found.setdefault(key, FieldJob(fields[name], items.clips.offered[number], key, folder))
     return tuple(found.values())
 
 

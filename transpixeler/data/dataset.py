@@ -17,6 +17,7 @@ from transpixeler.data.draws import Draws
 from transpixeler.data.items import Coded, Item, coded_buckets, repeats_of, samples_of
 from transpixeler.data.order import Order, make_order
 from transpixeler.data.parts import Part, parts_of
+from transpixeler.data.prompt_pictures import PictureKeys
 from transpixeler.models.streams import FramesOf, Grid, Shape, StreamLayout
 
 PLAIN = DataConfig()
@@ -39,6 +40,7 @@ class Dataset:
     scales: tuple[int, ...] = ()  # of the streams
     beside: tuple[FramesOf, ...] = ()  # frames that are in the cache too, encoded alone, of clips that are long enough
     notes: tuple[str, ...] = ()  # on files in no sample, and on how others were understood
+    pictures: PictureKeys = field(default_factory=PictureKeys)  # of what evaluations' prompts give
 
     def refuse_empty(self) -> None:
         """Raise `UserError` with the reason if no clip of the set can be used."""

@@ -39,7 +39,7 @@ from transpixeler.data.parts import Part, encode_part, part_shape
 from transpixeler.data.progress import Progress
 from transpixeler.data.ranks import Ranks, connected, portable
 from transpixeler.data.sharing import shared
-from transpixeler.data.shown import BlankJob, Encoders, encode_all_shown, encode_blank
+from transpixeler.data.shown import Encoders, FieldJob, encode_all_shown, encode_field
 from transpixeler.data.sources.pairs import decode_pair
 from transpixeler.data.texts import encode_texts
 from transpixeler.data.work import Used, Work, clips_used, folders_by_key, given, missing_work, share, which_used
@@ -139,12 +139,12 @@ def _encode_on_all(
 def _encode(config: Config, model: ModelFolder, runtime: Runtime, work: Work, writers: _Writers) -> None:
     clips = share(work.clips, rank=runtime.rank, ranks=runtime.world_size)
     texts = share(work.texts, rank=runtime.rank, ranks=runtime.world_size)
-    blanks = share(work.blanks, rank=runtime.rank, ranks=runtime.world_size)
+    fields = share(work.fields, rank=runtime.rank, ranks=runtime.world_size)
     with writers, _one_thread(runtime.device):
         _take(config, model, [*given(clips), *given(texts)], writers)
         clips, texts = given(clips, False), given(texts, False)
-        if clips or blanks:
-            _encode_clips(config, model, runtime, clips, blanks, writers)
+        if clips or fields:
+            _encode_clips(config, model, runtime, clips, fields, writers)
         if texts:
             encode_texts(config, model, runtime, texts, writers.put, partial(_refuse, config, writers))
 
@@ -170,12 +170,12 @@ def _encode_clips(
     model: ModelFolder,
     runtime: Runtime,
     jobs: Sequence[ClipJob],
-    blanks: Sequence[BlankJob],
+    fields: Sequence[FieldJob],
     writers: _Writers,
 ) -> None:
     encoders = Encoders(model, runtime.device)
-    for blank in blanks:
-        writers.put(blank.folder, [Record(blank.field.source, blank.key, encode_blank(blank, encoders).to(DTYPE))])
+    for one in fields:
+        writers.put(one.folder, [Record(one.field.source, one.key, encode_field(one, encoders).to(DTYPE))])
     cores = _cores(runtime)
     workers = config.data.workers or min(DECODERS, cores)
     decode = partial(_decode, fill=Fill.of(config.data), threads=max(1, cores // workers))
@@ -294,9 +294,8 @@ def _datasets(
         faulty, reasons = _bad_clips(items, bad)
         kept = items.take(~faulty) if reasons else items
         skipped = (*found.skipped[name], *reasons.items()) if reasons else found.skipped[name]
-        told = found.notes.get(name, ())
-        data = Dataset(kept, streams, empty, cache, name, skipped, found.prompts, config.scales, beside, told)
-        sets[name] = data
+        told = found.prompts, config.scales, beside, found.notes.get(name, ()), found.pictures
+        sets[name] = data = Dataset(kept, streams, empty, cache, name, skipped, *told)
         if not whole:
             continue
         used = clips_used(config, data) if name == "train" else kept

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transpixeler.data.buckets import Bucket
+from transpixeler.data.given import GivenPicture
 from transpixeler.data.items import Items, ShownKeys
 from transpixeler.data.media.clip import Clip
 from transpixeler.data.media.fill import Fill
@@ -53,7 +54,7 @@ class TextJob:
     folder: Path
     features: Features = NOT_GIVEN  # with `text`: the file that they are taken from
     alone: bool = False  # of a row that gives nothing else, so no clip can be left out for it
-    picture: Picture | None = None  # that it is read beside, by an encoder that sees; None: a black one
+    picture: Picture | GivenPicture | None = None  # that it is read beside, by an encoder that sees; None: a black one
     lacks: tuple[str, ...] = ()  # fields whose records are to be made
 
     @property

@@ -13,6 +13,7 @@ from transpixeler.config.sections import Config, SourceConfig, UserError
 from transpixeler.data.buckets import Clips, SampleClip
 from transpixeler.data.cache.fingerprints import FileHashes
 from transpixeler.data.cache.index import KEY
+from transpixeler.data.given import GivenPicture
 from transpixeler.data.items import Items, Run, ShownKeys
 from transpixeler.data.jobs import Jobs, TextJob
 from transpixeler.data.kept import KeptFile
@@ -75,10 +76,11 @@ class TextKeys:
         self.config, self.model, self.made_with, self.hashes = config, model, made_with, hashes
         self.alone = {row.text: row.features for row in rows}
 
-    def job(self, text: str, folder: Path) -> TextJob:
-        """Return the job of a text that is no clip's: beside a picture, it is read beside a black one."""
+    def job(self, text: str, folder: Path, picture: GivenPicture | None = None) -> TextJob:
+        """Return the job of a text that is no clip's. picture: that it is read beside; None: a black one."""
         own = self.alone.get(text, NOT_GIVEN)
-        return TextJob(self.keys(text, NOT_GIVEN), text, folder, own, alone=own.text is not None)
+        keys, given = self.keys(text, NOT_GIVEN, picture.key if picture else None), own.text is not None
+        return TextJob(keys, text, folder, own, alone=given, picture=None if given else picture)
 
     def keys(self, text: str, features: Features, picture: bytes | None = None) -> dict[str, bytes]:
         """Return the keys of a text's fields. features: its clip's. picture: that it is read beside; None: black."""

@@ -1,6 +1,7 @@
 """Encode what image-to-video models are shown of given frames: a clip's pictures in, records beside its latents out.
 
-A clip's own records hold its given frames; one blank record for each bucket stands for "no frame is given".
+A clip's own records hold its given frames; one blank record for each bucket stands for "no frame is given". What an
+image encoder makes of a prompt's pictures is a record too.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import torch
 from torch import Tensor
 
 from transpixeler.data.buckets import Bucket
+from transpixeler.data.given import GivenPicture
 from transpixeler.models.conditions import GREY, grey_frames, shown_video
 from transpixeler.models.family import Field, ImageEncoder, ModelFolder, Vae
 
 
 @dataclass(frozen=True)
-class BlankJob:
-    """One field of a clip of which no frame is given, in one bucket."""
+class FieldJob:
+    """One field that is no clip's own: of no given frame, in one bucket, or of pictures that a prompt gives."""
 
     field: Field
     bucket: Bucket
     key: bytes
     folder: Path
+    pictures: tuple[GivenPicture, ...] = ()  # for the image encoder
 
     @property
     def cost(self) -> int:
@@ -66,8 +69,10 @@ def _stills(pictures: Tensor, frames: int, encoders: Encoders) -> Tensor:
     return torch.cat([encoders.vae.encode(picture[None, None])[0] for picture in pictures], dim=1)
 
 
-def encode_blank(job: BlankJob, encoders: Encoders) -> Tensor:
-    """Return the record of a clip of which no frame is given."""
+def encode_field(job: FieldJob, encoders: Encoders) -> Tensor:
+    """Return the record of a clip of which no frame is given, or of a prompt's pictures."""
+    if job.pictures:
+        return encoders.images.encode(torch.from_numpy(np.stack([picture.read() for picture in job.pictures])))
     if job.field.source == "clip":
         return encoders.vae.encode(grey_frames(*job.bucket))[0]
     _, height, width = job.bucket

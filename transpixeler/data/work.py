@@ -22,9 +22,9 @@ from transpixeler.data.dataset import Dataset, training_order
 from transpixeler.data.items import Item, Items, some_of
 from transpixeler.data.jobs import ClipJob, Keys, TextJob
 from transpixeler.data.order import Order
-from transpixeler.data.shown import BlankJob
+from transpixeler.data.shown import FieldJob
 
-Job = TypeVar("Job", ClipJob, TextJob, BlankJob)
+Job = TypeVar("Job", ClipJob, TextJob, FieldJob)
 OWN, TEXT = ("latents", "own"), ("texts", "unseen")  # keys of what is made from frames, and from captions
 Used = Mapping[str, np.ndarray]  # by set: which of its clips count, bool [n]
 Absent = Callable[[np.ndarray], np.ndarray]
@@ -95,15 +95,15 @@ class Work:
 
     clips: Sequence[ClipJob] = ()
     texts: Sequence[TextJob] = ()
-    blanks: tuple[BlankJob, ...] = field(default=())
+    fields: tuple[FieldJob, ...] = field(default=())
     copies: int = 0  # records that hosts without a common cache copy from each other
 
     def __bool__(self) -> bool:
-        return bool(self.clips or self.texts or self.blanks or self.copies)
+        return bool(self.clips or self.texts or self.fields or self.copies)
 
     def __str__(self) -> str:
         """Say how much is to be encoded, how much is taken from features, and how much is copied to other hosts."""
-        told = [self._made] if self.clips or self.texts or self.blanks or not self.copies else []
+        told = [self._made] if self.clips or self.texts or self.fields or not self.copies else []
         told += [f"copies {self.copies} records to hosts that lack them"] if self.copies else []
         return " and ".join(told)
 
@@ -112,13 +112,13 @@ class Work:
         files = len(given(self.clips)), len(given(self.texts))
         clips, texts = len(self.clips) - files[0], len(self.texts) - files[1]
         taken = f"takes {files[0]} clips and {files[1]} captions from features"
-        if clips or texts or self.blanks or not any(files):
+        if clips or texts or self.fields or not any(files):
             return f"encodes {clips} clips and {texts} captions{f' and {taken}' * any(files)}"
         return taken
 
     def on(self, found: Catalog) -> Work:
         """Return the same on a rank, with its own catalog."""
-        return Work(_on(self.clips, found), _on(self.texts, found), self.blanks)
+        return Work(_on(self.clips, found), _on(self.texts, found), self.fields)
 
 
 def _on(jobs: Sequence[Job], found: Catalog) -> Sequence[Job]:
@@ -129,7 +129,7 @@ def given(jobs: Sequence[Job], wanted: bool = True) -> Sequence[Job]:
     """Return the jobs that are taken from files, or those that are not."""
     if isinstance(jobs, Lacking):
         return jobs.take(jobs.given == wanted)
-    return [job for job in jobs if not isinstance(job, BlankJob) and job.given == wanted]
+    return [job for job in jobs if not isinstance(job, FieldJob) and job.given == wanted]
 
 
 def missing_work(
@@ -146,9 +146,9 @@ def missing_work(
 
     used = used or {name: np.ones(len(items), bool) for name, items in found.items.items()}
     shown = {key for name, items in found.items.items() for key in _blank_keys(items, used[name])}
-    blanks = tuple(job for job in found.blanks if job.key in shown)
-    lacking = absent(np.frombuffer(b"".join(job.key for job in blanks), KEY))
-    some = tuple(job for job, lacks in zip(blanks, lacking, strict=True) if lacks)
+    fields = tuple(job for job in found.fields if job.pictures or job.key in shown)
+    lacking = absent(np.frombuffer(b"".join(job.key for job in fields), KEY))
+    some = tuple(job for job, lacks in zip(fields, lacking, strict=True) if lacks)
     return Work(_clips(found, used, without, absent), _texts(found, used, without, absent), some).on(found)
 
 
@@ -213,7 +213,7 @@ def _texts(found: Catalog, used: Used, without: Container[Keys], absent: Absent)
 
 def folders_by_key(found: Catalog, own: Mapping[Path, Path], used: Used | None = None) -> dict[bytes, Path]:
     """Return the cache folder of each record on this rank. own: its folders, by those of the catalog."""
-    places = {job.key: own[job.folder] for job in found.blanks}
+    places = {job.key: own[job.folder] for job in found.fields}
     places |= {key: own[job.folder] for job in found.fixed for key in job.all_keys}
     for name, jobs in found.jobs.items():
         items = jobs.items if used is None else jobs.items.take(used[name])

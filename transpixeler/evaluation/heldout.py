@@ -31,7 +31,8 @@ from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.guidance import check_sample
 from transpixeler.sampling.requests import Maker, list_requests, seen_pictures
 from transpixeler.sampling.sampler import Sampler
-from transpixeler.sampling.texts import cached_prompts, encode_prompts
+from transpixeler.sampling.shown import ImageTokens, cached_tokens
+from transpixeler.sampling.texts import cached_prompts
 from transpixeler.sampling.video import Video, check_formats, name_part, write_video
 from transpixeler.scoring.scores import Scores
 
@@ -70,13 +71,11 @@ class Evaluator:
         if self.prompts or self._sampled_pieces():
             check_formats(config)
         self._losses = HeldOutLosses(runtime, engine, self.held_out, pause)
-        self.texts = cached_prompts(config, data, self.model)
-        if beside := seen_pictures(config, self.prompts, self.model):
-            seen = encode_prompts(config, (), self.model, runtime, beside=beside)
-            self.texts = replace(self.texts, beside=seen.beside)
+        self.texts = cached_prompts(config, data, self.model, beside=seen_pictures(config, self.prompts, self.model))
         self.sampler = Sampler(engine, self.mesh, config.sample, self.texts.negative, self.model, self.held_out.ladder)
         self.frames = Frames(self.model, self.mesh.device, upsample=config.sample.upsample)
-        self.maker = Maker(config, self.model, self.frames, self.texts)
+        tokens = ImageTokens(self.model, self.mesh.device, cached_tokens(data))
+        self.maker = Maker(config, self.model, self.frames, self.texts, tokens)
         self.measures = Measures(config, self.held_out, self.frames)
         file = config.eval.scorer
         self.scores = Scores(file, config, self.model, self.mesh.device) if file else None

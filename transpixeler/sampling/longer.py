@@ -22,10 +22,10 @@ from transpixeler.data.media.errors import BadMedia
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.light import Light
 from transpixeler.data.prompts import LENGTHS, GivenFiles
+from transpixeler.data.sampled import frame_rate
 from transpixeler.flow.tasks import Task, intervals, tasks, trained, untakeable
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.geometry import Geometry
-from transpixeler.sampling.video import frame_rate
 
 logger = logging.getLogger("transpixeler")
 

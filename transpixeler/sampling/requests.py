@@ -14,18 +14,19 @@ import numpy as np
 from torch import Tensor
 
 from transpixeler.config.sections import Config, Size
+from transpixeler.data.given import check_given_files, read_given
 from transpixeler.data.prompts import NOTHING_GIVEN, GivenFiles, Prompt
+from transpixeler.data.sampled import size_of, video_layout
 from transpixeler.flow.objective import Fields
 from transpixeler.flow.tasks import Task
 from transpixeler.models.conditions import shows_stills
 from transpixeler.models.family import ModelFolder, sees_frames
 from transpixeler.models.streams import StreamLayout
 from transpixeler.sampling.frames import Frames
-from transpixeler.sampling.given import check_given_files, read_given
 from transpixeler.sampling.longer import Course, Longer, plan_course, read_longer
-from transpixeler.sampling.shown import show
+from transpixeler.sampling.shown import ImageTokens, show
 from transpixeler.sampling.texts import PromptTexts
-from transpixeler.sampling.video import Video, name_part, video_layout
+from transpixeler.sampling.video import Video, name_part
 
 SEEDS_APART = 1_000_003  # of a video's windows: no other video of a call has such a seed
 
@@ -64,9 +65,7 @@ def list_requests(
     """
     requests = []
     for prompt in prompts:
-        place = "sample.size" if prompt.size is None else f"{prompt.where}: size".removeprefix(": ")
-        shape = video_layout(config, model, prompt.size, key=place)
-        frames, height, width = model.geometry.pixels(shape.shapes[0])
+        frames, height, width = size_of(prompt, config, model)
         files = prompt.given if prompt.given.named else given
         course = plan_course(files, config, model, (frames, height, width))
         if course:
@@ -111,8 +110,17 @@ def seen_pictures(config: Config, requests: Sequence[Request], model: ModelFolde
 class Maker:
     """Makes videos of requests; remembers what those of one size share, and the files of the last one."""
 
-    def __init__(self, config: Config, model: ModelFolder, frames: Frames, texts: PromptTexts) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: ModelFolder,
+        frames: Frames,
+        texts: PromptTexts,
+        tokens: ImageTokens | None = None,
+    ) -> None:
+        """tokens: what is known of the image encoder's."""
         self.config, self.model, self.frames, self.texts = config, model, frames, texts
+        self.tokens = tokens or ImageTokens(model, frames.device)
         self._blank: dict[Size, _Setting] = {}  # where nothing is given
         self._last: tuple[tuple[Size, GivenFiles], _Setting] | None = None
 
@@ -170,11 +178,11 @@ class Maker:
     def _make(self, request: Request) -> _Setting:
         shape = video_layout(self.config, self.model, request.size)
         found = read_given(request.given, self.config, self.model, self.model.geometry.pixels(shape.shapes[0]))
-        shown = show(self.model, self.frames, shape, found.pictures, found.last)
+        shown = show(self.model, self.frames, shape, found.pictures, found.last, tokens=self.tokens)
         stills = shows_stills(self.model.fields)
         ends = frozenset(found.first if shown else ()), frozenset(found.last if stills else ())
         guided = self.config.sample.image_guidance != 1 and any(ends)
-        unshown = show(self.model, self.frames, shape, {}) if guided else {}
+        unshown = show(self.model, self.frames, shape, {}, tokens=self.tokens) if guided else {}
         parts = (found.clips, {}, {}) if shown else (found.clips, found.first, found.last)
         whole, first, last = (self._encoded(part) for part in parts)
         layout = Task("", given=frozenset(whole), first=frozenset(first), last=frozenset(last)).cut(shape)

@@ -21,8 +21,8 @@ from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling.files import Plate
 from transpixeler.sampling.frames import Frames
-from transpixeler.sampling.given import given_light
 from transpixeler.sampling.guidance import check_sample
+from transpixeler.sampling.light import given_light
 from transpixeler.sampling.model import fit_layout, open_engine
 from transpixeler.sampling.requests import Maker, Request, Videos, list_requests, seen_pictures
 from transpixeler.sampling.sampler import Sampler

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from transpixeler.config.sections import Config
 from transpixeler.data.dataset import Dataset
+from transpixeler.data.given import digest_of
 from transpixeler.data.loader import padded_fields
 from transpixeler.data.prompts import negative_prompt
 from transpixeler.flow.objective import Fields
@@ -41,11 +41,6 @@ class PromptTexts:
     def of(self, prompt: str, picture: np.ndarray | None) -> Fields:
         """Return a prompt's fields, beside a picture [H, W, 3] where the model's text encoder sees one."""
         return self.by_prompt[prompt] if picture is None else self.beside[prompt, digest_of(picture)]
-
-
-def digest_of(picture: np.ndarray) -> str:
-    """Tell a picture from others."""
-    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()
 
 
 def encode_prompts(
@@ -96,16 +91,24 @@ def _encode(
     return found
 
 
-def cached_prompts(config: Config, data: Dataset, model: ModelFolder) -> PromptTexts:
-    """Return the embeddings of the prompts that a data set's cache holds, and of the negative prompt among them."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for prompt, keys in data.prompts.items():
-        values = [data.cache.get(key) for key in keys]
-        assert all(value is not None for value in values), f"the cache was filled without the prompt {prompt!r}"
-        found[prompt] = {
-            one.name: value for one, value in zip(caption_fields(model.fields), values) if value is not None
-        }
-    return _padded(found, negative_prompt(config.sample, model.family), model)
+def cached_prompts(
+    config: Config, data: Dataset, model: ModelFolder, *, beside: Sequence[tuple[str, np.ndarray]] = ()
+) -> PromptTexts:
+    """Return the embeddings of the prompts that a data set's cache holds, and of the negative prompt among them.
+
+    beside: the prompts that are read beside pictures, with these, in the order of the config's prompts.
+    """
+    found = {prompt: _cached(prompt, keys, data, model) for prompt, keys in data.prompts.items()}
+    texts = _padded(found, negative_prompt(config.sample, model.family), model)
+    pairs = zip(beside, data.pictures.seen, strict=True)
+    seen = {(one, digest_of(picture)): _cached(one, keys, data, model) for (one, picture), keys in pairs}
+    return replace(texts, beside={told: padded_fields(values, model.fields) for told, values in seen.items()})
+
+
+def _cached(prompt: str, keys: Sequence[bytes], data: Dataset, model: ModelFolder) -> dict[str, Tensor]:
+    values = [data.cache.get(key) for key in keys]
+    assert all(value is not None for value in values), f"the cache was filled without the prompt {prompt!r}"
+    return {one.name: value for one, value in zip(caption_fields(model.fields), values) if value is not None}
 
 
 def _as_cached(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from transpixeler.config.sections import Config, SampleConfig, Size, UserError
-from transpixeler.data.buckets import first_bucket
+from transpixeler.config.sections import Config, SampleConfig
 from transpixeler.data.media.exr import check_library
 from transpixeler.data.parts import named
+from transpixeler.data.sampled import frame_rate
 from transpixeler.flow.objective import Fields
-from transpixeler.models.family import ModelFolder
 from transpixeler.models.streams import StreamLayout
 from transpixeler.sampling.files import Plate, read_background, write_sample
 
@@ -44,28 +43,6 @@ class Video:
     negative_prompt: str | None = None  # its own; None: the config's
     negative: Fields | None = None  # the fields of its own negative prompt
     fps: Fraction | None = None  # None: the config's
-
-
-def video_layout(
-    config: Config, model: ModelFolder, size: Size | None = None, *, key: str = "sample.size"
-) -> StreamLayout:
-    """Return the layout of a video of a size, of `sample.size`, or without either of the first bucket that is trained.
-
-    key: what set the size, for an error.
-    """
-    geometry = model.geometry.over(config.scales)
-    if wanted := size or config.sample.size:
-        width, height, frames = wanted
-    else:
-        frames, height, width = first_bucket(config.data, geometry=geometry)
-    if fault := geometry.fault(width, height, frames):
-        raise UserError(f"{key}: {fault}")
-    return geometry.layout(tuple(config.streams), config.scales, (frames, height, width))
-
-
-def frame_rate(config: Config) -> Fraction:
-    """Return the frames a second of videos that are made."""
-    return Fraction(config.data.fps).limit_denominator(1001)
 
 
 def name_part(text: str) -> str:

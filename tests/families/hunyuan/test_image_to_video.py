@@ -20,6 +20,7 @@ from tests.families.hunyuan.pipeline import FORMS, TINY, published, write_pipeli
 from tests.support.families.cases import inputs
 from tests.support.models import move
 from transpixeler.config.sections import Config, ModelConfig, SampleConfig, UserError
+from transpixeler.data.given import digest_of
 from transpixeler.data.loader import padded_fields
 from transpixeler.data.prompts import GivenFiles, Prompt
 from transpixeler.families.hunyuan.config import EVERY, HunyuanConfig
@@ -35,7 +36,7 @@ from transpixeler.models.weights import WeightSource, load_weights
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.requests import Maker, list_requests, seen_pictures
 from transpixeler.sampling.sampler import Sampler
-from transpixeler.sampling.texts import PromptTexts, digest_of
+from transpixeler.sampling.texts import PromptTexts
 
 CPU = torch.device("cpu")
 CELLS = (3, 4, 6)

@@ -136,6 +136,7 @@ def _repeated(frames: Iterator[np.ndarray], numbers: Iterable[int]) -> Iterator[
         frame = next(frames)
         for _ in same:
             yield frame
+    next(frames, None)  # it ends by itself: closed at its last frame, Python 3.10 keeps that in a reference cycle
 
 
 def _fitted(

@@ -1,10 +1,12 @@
 """Read what a video is made from: the files that a prompt or the command line gives go in, frames by stream come out.
 
-Every file is checked before there is work to lose; its frames are read when the video's turn comes.
+Every file is checked before there is work to lose; its frames are read when the video's turn comes. What encoders make
+of its first frame is cached: a `GivenPicture` says which that is, without holding it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,20 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from transpixeler.config.sections import Config, UserError
-from transpixeler.data.media import exr
 from transpixeler.data.media.clip import Clip, Media, exact_rate
 from transpixeler.data.media.decode import frame_numbers, probe, read_frames, read_rgba
 from transpixeler.data.media.errors import BadMedia
-from transpixeler.data.media.files import ending_of, files_of
 from transpixeler.data.media.fill import Fill
 from transpixeler.data.media.light import DATA, Light
 from transpixeler.data.prompts import GivenFiles
+from transpixeler.data.sampled import frame_rate
 from transpixeler.flow.tasks import Task, trained
 from transpixeler.models.conditions import shows_frames, shows_stills
 from transpixeler.models.family import ModelFolder
 from transpixeler.models.geometry import Geometry
-from transpixeler.sampling.files import Plate
-from transpixeler.sampling.video import frame_rate
 
 logger = logging.getLogger("transpixeler")
 
@@ -50,6 +49,55 @@ class GivenFrames:
     def pictures(self) -> dict[int, np.ndarray]:
         """Return the first frames with their last ones, by stream."""
         return {n: np.concatenate([one, self.last.get(n, one[:0])]) for n, one in self.first.items()}
+
+
+def digest_of(picture: np.ndarray) -> str:
+    """Tell a picture from others."""
+    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class GivenPicture:
+    """The first frame of RGB in a file that a prompt gives, at the size of its video."""
+
+    label: str  # of the file, for an error
+    path: Path
+    height: int
+    width: int
+    filled: bool  # it is taken with its alpha, so that hidden colour is filled
+    config: Config
+    digest: str = ""  # of its pixels
+
+    @classmethod
+    def of(
+        cls, given: GivenFiles, name: str, config: Config, model: ModelFolder, size: tuple[int, int, int]
+    ) -> GivenPicture:
+        """Return that of a file that is checked, with the digest that it has now."""
+        end = name in ("image", "last")
+        filled = end and _shows_alpha(given, name, config, shown=shows_frames(model.fields))
+        found = cls(given.label(name), Path(getattr(given, name)), *size[1:], filled, config)
+        return replace(found, digest=digest_of(found._pixels()))
+
+    @property
+    def key(self) -> bytes:
+        return bytes.fromhex(self.digest)
+
+    def read(self, threads: int = 0) -> np.ndarray:
+        """Return it, uint8 [H, W, 3]; a file that was edited meanwhile is refused."""
+        found = self._pixels(threads)
+        if digest_of(found) != self.digest:
+            raise UserError(f"{self.label}: {self.path} was changed while this started; start again")
+        return found
+
+    def _pixels(self, threads: int = 0) -> np.ndarray:
+        try:
+            if self.filled:
+                how = {"height": self.height, "width": self.width, "fill": Fill.of(self.config.data)}
+                return read_rgba(self.path, (0,), **how, threads=threads)[0][0]
+            media = _probe(self.path, self.config)
+            return _cut(self.path, media, self.config, (1, self.height, self.width), threads=threads)[0]
+        except BadMedia as fault:
+            raise UserError(f"{self.label}: {self.path} {fault}") from None
 
 
 def check_given_files(given: GivenFiles, config: Config, model: ModelFolder, size: tuple[int, int, int]) -> GivenFiles:
@@ -103,34 +151,25 @@ def read_clip(
         fitted = f"scaled and cropped from {media.width}×{media.height} to {width}×{height}"
         logger.info("%s: %s: %s, %s (--size)", label, path, taken, fitted)
     try:
-        clip = Clip(path, Fraction(0), frames, fps, height, width)
-        numbers = frame_numbers(Path(path), clip, rate=media.fps)
-        light = DATA if mask else Light(config.data.transfer)
-        return read_frames(Path(path), numbers, height=height, width=width, light=light)
+        return _cut(Path(path), media, config, size, mask=mask)
     except BadMedia as fault:
         raise UserError(f"{label}: {path} {fault}") from None
 
 
-def given_light(given: GivenFiles, config: Config, size: tuple[int, int, int]) -> Plate | None:
-    """Return the light of RGB that is OpenEXR of the size (F, H, W) that is sampled: EXR files keep it as it is."""
-    path, (frames, height, width) = Path(given.rgb), size
-    if "exr" not in config.sample.formats or not given.rgb or ending_of(path) != ".exr":
-        return None
-    media = probe(path).at_rate(exact_rate(config.data.sequence_fps or 0))
-    if (media.height, media.width) != (height, width):
-        logger.info(
-            "%s: %s: has another size than --size, so EXR files hold its light in 8 bits", given.label("rgb"), path
-        )
-        return None
-    clip = Clip(given.rgb, Fraction(0), frames, frame_rate(config), height, width)
-    files, numbers = files_of(path), frame_numbers(path, clip, rate=media.fps)
-    return lambda: (exr.read(files[number]).rgb for number in numbers)
+def _cut(
+    path: Path, media: Media, config: Config, size: tuple[int, int, int], *, mask: bool = False, threads: int = 0
+) -> np.ndarray:
+    frames, height, width = size
+    clip = Clip(str(path), Fraction(0), frames, frame_rate(config), height, width)
+    numbers = frame_numbers(path, clip, rate=media.fps)
+    light = DATA if mask else Light(config.data.transfer)
+    return read_frames(path, numbers, height=height, width=width, threads=threads, light=light)
 
 
 def _probe_long_enough(label: str, path: str, config: Config, geometry: Geometry, size: tuple[int, int, int]) -> Media:
     fps, (frames, height, width) = frame_rate(config), size
     try:
-        media = probe(Path(path)).at_rate(exact_rate(config.data.sequence_fps or 0))
+        media = _probe(Path(path), config)
         there = media.frames_at(fps)
         if there < frames:
             fits = f"{width}x{height}x{geometry.longest(there)}"
@@ -138,6 +177,10 @@ def _probe_long_enough(label: str, path: str, config: Config, geometry: Geometry
     except BadMedia as fault:
         raise UserError(f"{label}: {path} {fault}") from None
     return media
+
+
+def _probe(path: Path, config: Config) -> Media:
+    return probe(path).at_rate(exact_rate(config.data.sequence_fps or 0))
 
 
 def _resolved(given: GivenFiles, config: Config, model: ModelFolder) -> GivenFiles:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from transpixeler.demo.scenes import Attributes, Format, Scene, heights, render,
 from transpixeler.evaluation import metrics
 from transpixeler.models.family import open_model
 from transpixeler.parallel import mesh as meshes
+from transpixeler.parallel.experts import AnyEngine
 from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.model import fit_layout, open_engine
@@ -37,6 +38,7 @@ SHEET_ROWS = 6  # samples in the picture
 MATTING_TASK = "rgb_to_aux"
 STREAMS = ("rgb", "seg", "depth")
 
+Open = Callable[[SavedModel, meshes.Mesh], AnyEngine]
 Videos = dict[int, dict[str, np.ndarray]]  # number of the sample: stream: uint8 [F, H, W, 3]
 
 
@@ -102,9 +104,17 @@ def measure(source: SavedModel, runtime: Runtime, *, count: int, picture: Path |
 
 
 def sample(
-    source: SavedModel, runtime: Runtime, captions: Sequence[str], *, given: Sequence[np.ndarray] | None = None
+    source: SavedModel,
+    runtime: Runtime,
+    captions: Sequence[str],
+    *,
+    given: Sequence[np.ndarray] | None = None,
+    opened: Open = open_engine,
 ) -> Videos:
-    """Sample a video of each caption, seeds counting up from `sample.seed`; every rank gets all of them."""
+    """Sample a video of each caption, seeds counting up from `sample.seed`; every rank gets all of them.
+
+    opened: gives the engine that samples, where that is not the saved model's own.
+    """
     config, layout = fit_layout(source.config, runtime, asked=False)
     source = dataclasses.replace(source, config=config)
     model = open_model(config.model)
@@ -115,7 +125,7 @@ def sample(
         Video(f"{n}", caption, texts.by_prompt[caption], config.sample.seed + n, shape, _latents(given, n, frames))
         for n, caption in enumerate(captions)
     ]
-    sampler = Sampler(open_engine(source, mesh), mesh, config.sample, texts.negative, model)
+    sampler = Sampler(opened(source, mesh), mesh, config.sample, texts.negative, model)
     own = {n: frames.decode(latents, shape) for n, latents in sampler.each(videos) if mesh.speaks}
     return {n: streams for part in runtime.gather(own) for n, streams in part.items()}
 

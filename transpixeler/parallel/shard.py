@@ -153,12 +153,17 @@ def settled(config: ParallelConfig, model: Backbone) -> ParallelConfig:
     return replace(config, compile="off") if model.many_layouts and config.compile == "auto" else config
 
 
+def compiles_shared() -> bool:
+    """Tell whether this torch is right where compiled blocks share a sequence."""
+    return torch.__version__ >= SHARED_COMPILE
+
+
 def wants_compile(config: ParallelConfig, device: torch.device) -> bool:
     if splits_backward(config):  # a compiled backward pass cannot be
         if config.compile == "on":
             raise UserError(f"parallel.compile: on does not go with parallel.schedule={config.schedule}; set auto")
         return False
-    if config.context > 1 and torch.__version__ < SHARED_COMPILE:
+    if config.context > 1 and not compiles_shared():
         if config.compile == "on":
             raise UserError(
                 f"parallel.compile: on does not go with parallel.context={config.context} under torch "

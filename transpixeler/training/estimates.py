@@ -24,7 +24,7 @@ from transpixeler.parallel.experts import DEVICE_SHARE
 from transpixeler.parallel.hosted import taken
 from transpixeler.parallel.mesh import Layout
 from transpixeler.parallel.pipeline import in_flight, split_blocks, stage_count
-from transpixeler.parallel.shard import by_fsdp, chunk_tokens, reduces_often, waiting_places
+from transpixeler.parallel.shard import by_fsdp, chunk_tokens, compiles_shared, reduces_often, waiting_places
 from transpixeler.parallel.swap import SLOTS
 
 UTILISATION = 0.45  # share of a device's peak that steps are assumed to reach, counting recomputation as work
@@ -246,7 +246,7 @@ class Estimate:
         share = load.batch // layout.data
         lengths = part(load.layout.lengths, layout)
         mode = "full" if isinstance(recompute, int) else recompute
-        chunk = chunk_tokens(self.config.parallel, compiled=self._is_compiled(recompute)) / micro
+        chunk = chunk_tokens(self.config.parallel, compiled=self._is_compiled(recompute, layout)) / micro
         once, twice = (self._of_blocks(count, lengths, mode, layout, chunk) for count in (1, 2))
         work = max(0, 2 * once - twice)
         if layout.context > 1:  # embed makes all tokens, in fp32 and in the matmuls' dtype
@@ -290,7 +290,7 @@ class Estimate:
         count = load.batch // layout.data // micro
         at_once = micro * in_flight(self.config.parallel, layout.pipeline, rank, count)
         places = [place for own in self._ranges(layout)[rank :: layout.pipeline] for place in own]
-        compiled, own = self._is_compiled(recompute), self.costs.part(layout.context)
+        compiled, own = self._is_compiled(recompute, layout), self.costs.part(layout.context)
         kept = [own.kept[place].as_run(compiled=compiled) for place in places]
         blocks = fitting(kept, lengths, budget / at_once)
         held = at_once * sum(each.bytes(lengths) for each in kept[len(kept) - blocks :])
@@ -305,13 +305,14 @@ class Estimate:
             lengths,
             size=self.size,
             recompute=recompute,
-            compiled=self._is_compiled(recompute),
+            compiled=self._is_compiled(recompute, layout),
             blocks=blocks,
             chunk=chunk,
         )
 
-    def _is_compiled(self, recompute: costs.Recompute) -> bool:
-        return self.compiled and (recompute != "offload" or self.config.parallel.compile == "on")
+    def _is_compiled(self, recompute: costs.Recompute, layout: Layout) -> bool:
+        shared = layout.context == 1 or compiles_shared()
+        return self.compiled and shared and (recompute != "offload" or self.config.parallel.compile == "on")
 
     def _example(self, layout: StreamLayout) -> int:
         """Return bytes of one sample's latents, noise and fields."""

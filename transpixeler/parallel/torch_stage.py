@@ -1,8 +1,8 @@
 """Make torch's stage of a pipeline, which before torch 2.13 fails where an input of a stage has no gradient.
 
 In: what `PipelineStage` takes. Out: such a stage. From torch 2.13 on it is torch's own, which sends back what gradients
-there are. Torch 2.11 waits for one of each input, so zeros go back in its place; 2.12 waits for those that there are,
-and wants to send each.
+there are. Torch 2.11 takes gradients of all inputs, of integers too, and waits for one of each, so zeros go back where
+there is none; 2.12 waits for those that there are, and wants to send each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ def pipeline_stage(*args: Any, **options: Any) -> Any:
         return PipelineStage(*args, **options)
 
     class Stage(PipelineStage):
+        def _prepare_forward_infra(self, *args: Any, **options: Any) -> Any:
+            trains, self.has_backward = self.has_backward, self.has_backward and not _waits_for_all()
+            made = super()._prepare_forward_infra(*args, **options)
+            self.has_backward = trains
+            if trains and _waits_for_all():
+                _take_gradients(self)
+            return made
+
         def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
             if self.has_backward and not self.is_first:
                 _settle(self, bwd_chunk_id)
@@ -32,11 +40,22 @@ def pipeline_stage(*args: Any, **options: Any) -> Any:
     return Stage(*args, **options)
 
 
+def _waits_for_all() -> bool:
+    return torch.__version__.startswith(WAITS_FOR_ALL)
+
+
+def _take_gradients(stage: Any) -> None:
+    """Take gradients of the inputs that are said to want one."""
+    for infos in stage.args_recv_info.values() if not stage.is_first else ():
+        for info, meta in zip(infos, stage.inputs_meta, strict=True):
+            info.buffer.requires_grad_(meta.requires_grad)
+
+
 def _settle(stage: Any, chunk: int) -> None:
     """Put zeros in place of the gradients that a microbatch has not, or have none sent there."""
     received = stage.args_recv_info[chunk]
     gradients = stage.bwd_cache[chunk][: len(received)]  # those of keyword arguments follow
-    if torch.__version__.startswith(WAITS_FOR_ALL):
+    if _waits_for_all():
         stage.bwd_cache[chunk] = tuple(_or_zeros(x, info) for x, info in zip(gradients, received, strict=True))
     elif stage.grad_send_info is None:
         sources = stage._create_grad_send_info(received)

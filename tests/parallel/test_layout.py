@@ -125,7 +125,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+OLD = torch.__version__ < shard.SPLITS_BACKWARD  # which refuses zero bubble
+
+
+def names(*given: str) -> list[str]:
+    """Return the names of the layouts that this torch runs."""
+    return [name for name in given if not (OLD and "zero bubble" in name)]
+
+
+@pytest.mark.parametrize("name", names(*LAYOUTS))
 def test_ten_steps_are_the_same_on_any_layout(reference: Callable[..., dict[str, Any]], name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     assert difference(train(world_size, *overrides), reference()) < 1e-6
@@ -148,14 +156,14 @@ def test_steps_are_the_same_whatever_is_recomputed(
 
 
 @pytest.mark.parametrize(
-    "name", ["(1,2,1)", "(2,1,2)", "(2,1,1) interleaved", "(2,1,1) zero bubble", "(4,1,1)", "(2,1,1) offload"]
+    "name", names("(1,2,1)", "(2,1,2)", "(2,1,1) interleaved", "(2,1,1) zero bubble", "(4,1,1)", "(2,1,1) offload")
 )
 def test_full_fine_tuning_is_the_same_on_any_layout(reference: Callable[..., dict[str, Any]], name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     assert difference(train(world_size, *overrides, *FULL, steps=FEW), reference(*FULL, steps=FEW)) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["(2,1,1) interleaved", "(2,1,1) zero bubble", "(4,1,1)", "(2,1,1) offload"])
+@pytest.mark.parametrize("name", names("(2,1,1) interleaved", "(2,1,1) zero bubble", "(4,1,1)", "(2,1,1) offload"))
 def test_rgb_that_runs_forward_only_is_the_same_on_any_layout(
     reference: Callable[..., dict[str, Any]], name: str
 ) -> None:

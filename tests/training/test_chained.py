@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.training.trainings import FAST, metrics
 from transpixeler import cli
+from transpixeler.files import shown_path
 
 IMAGES = "data.train=[{path: data/train, frames: [1], repeats: 4}]"
 FULL = ("lora.enabled=false", "optim.ema=0", "optim.lr=1e-3")
@@ -102,7 +103,10 @@ def test_embeddings_that_are_not_trained_outlive_a_resume(demo: Path, chain: dic
 
 def test_a_training_ends_with_the_page_to_open(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(demo, tmp_path, "told", "train.max_steps=1")
-    assert [line.split() for line in capsys.readouterr().err.splitlines()][-1] == ["report", str(run / "report.html")]
+    assert [line.split() for line in capsys.readouterr().err.splitlines()][-1] == [
+        "report",
+        shown_path(run / "report.html"),
+    ]
 
 
 def test_a_chained_adapter_samples_exports_and_names_its_base(
@@ -111,7 +115,7 @@ def test_a_chained_adapter_samples_exports_and_names_its_base(
     words = ["sample.steps=1", "sample.size=[64, 64, 5]", "--prompt", "a red circle drifts left, opaque"]
     assert cli.main(["sample", str(chain["adapter"]), *words, "--out", str(tmp_path / "samples")]) == 0
     assert [*(tmp_path / "samples").glob("*/seg.mp4")]
-    sheet = str(tmp_path / "samples/sheet.html")
+    sheet = shown_path(tmp_path / "samples/sheet.html")
     assert [line.split() for line in capsys.readouterr().err.splitlines()][-1] == ["sheet", sheet], "the page to open"
     out = tmp_path / "exported"
     assert cli.main(["export", str(chain["adapter"]), "--format", "comfyui", "--out", str(out)]) == 0

@@ -84,9 +84,21 @@ def recompute_mode(config: ParallelConfig, device: torch.device) -> str | int:
     return "full" if split else "attention"
 
 
+SPLITS_BACKWARD = "2.13"  # the oldest torch whose split backward pass goes through functions of our own
+
+
 def splits_backward(config: ParallelConfig) -> bool:
     """Tell whether the schedule takes gradients of inputs and of weights at two times, through one graph twice."""
     return config.pipeline > 1 and config.schedule == "interleaved-zero-bubble"
+
+
+def check_torch(config: ParallelConfig) -> None:
+    """Refuse a schedule that this torch cannot run."""
+    if splits_backward(config) and torch.__version__ < SPLITS_BACKWARD:
+        raise UserError(
+            f"parallel.schedule: {config.schedule} needs torch {SPLITS_BACKWARD} or newer, and this is "
+            f"{torch.__version__}; set interleaved-1f1b"
+        )
 
 
 def host_inputs(config: ParallelConfig) -> HostInputs:
@@ -149,7 +161,11 @@ SHARED_COMPILE = "2.13"  # the oldest torch seen to be right where ranks share a
 
 
 def settled(config: ParallelConfig, model: Backbone) -> ParallelConfig:
-    """Return the settings of a model whose layouts are too many to compile: it is compiled only where that is asked."""
+    """Return the settings of a model whose layouts are too many to compile: it is compiled only where that is asked.
+
+    A schedule that this torch cannot run is refused.
+    """
+    check_torch(config)
     return replace(config, compile="off") if model.many_layouts and config.compile == "auto" else config
 
 

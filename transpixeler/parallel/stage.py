@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from transpixeler.models.backbone import Backbone, Flow
@@ -23,7 +24,9 @@ class Stage(nn.Module):
     def forward(self, *flow: Tensor, truth: Tensor | None = None) -> Tensor | Flow:
         out = self.model(*flow, layout=self.layout)
         if isinstance(out, tuple):  # zero-bubble schedules detach a stage's outputs in place, which a view forbids
-            changed = (x.clone() if x._is_view() else x for x in out[: self.model.changed])
+            # contiguous: torch 2.11 compares strides, also that of a batch of one
+            plain = torch.contiguous_format
+            changed = (x.clone(memory_format=plain) if x._is_view() else x for x in out[: self.model.changed])
             return *changed, *out[self.model.changed :]
         return out if truth is None else self.noising.errors(out, truth, self.layout)
 

@@ -54,7 +54,11 @@ def _take_gradients(stage: Any) -> None:
 def _settle(stage: Any, chunk: int) -> None:
     """Put zeros in place of the gradients that a microbatch has not, or have none sent there."""
     received = stage.args_recv_info[chunk]
-    gradients = stage.bwd_cache[chunk][: len(received)]  # those of keyword arguments follow
+    gradients = stage.bwd_cache[chunk]
+    if len(gradients) < len(received):  # a split backward pass leaves out the inputs that want none
+        found = iter(gradients)
+        gradients = [next(found) if info.buffer.requires_grad else None for info in received]
+    gradients = gradients[: len(received)]  # those of keyword arguments follow
     if _waits_for_all():
         stage.bwd_cache[chunk] = tuple(_or_zeros(x, info) for x, info in zip(gradients, received, strict=True))
     elif stage.grad_send_info is None:

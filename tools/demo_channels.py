@@ -14,26 +14,25 @@ import argparse
 import itertools
 import json
 import logging
-import shutil
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import demo_trainings
 import numpy as np
 from demo_figures import SHEET_ROWS, Videos, mean_figures, measured, sample, write_sheet
 from demo_half_size import beside, write_rgb_rows
 from demo_image import LEARN_ALL, write_clips
 from demo_joined import Curve, Joined, Kind, Row, apart, losses_of, widened
 from demo_measures import add_captions, held_out_captions
+from demo_trainings import Trainings
 from tooling import figures_table, run
 
 from transpixeler.adapters.bases import on_trained_base
 from transpixeler.config import loading
-from transpixeler.config.sections import Config, UserError
+from transpixeler.config.sections import Config
 from transpixeler.demo.model import ASSETS, trained_parts, write_pipeline
 from transpixeler.demo.scenes import Format, scenes
 from transpixeler.demo.write import write_pairs
@@ -43,8 +42,6 @@ from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_librar
 from transpixeler.runs import metrics_file
 from transpixeler.runs.folder import METRICS
 from transpixeler.sampling.saves import base_model, load_saved
-from transpixeler.training import trainer
-from transpixeler.training.callbacks import Callbacks
 
 log = logging.getLogger("transpixeler")
 
@@ -53,12 +50,9 @@ NOISE = 0.03  # of the wide base's matrices at its start, as a share of their de
 WIDTHS = ("narrow", "wide")  # 192, the demo's, and 384
 RATES = (1.0, 5.0, 20.0)  # of the new linears, times the adapter's
 KEYS = (
-    "eval.every_epochs=0",
-    "eval.before_first_step=false",
+    *demo_trainings.KEYS,
     "eval.samples=0",
     "sample.prompts=[]",
-    "save.every_steps=0",
-    "train.micro_batch=8",
     "optim.schedule=constant",  # more steps are the same training, gone on with
 )
 MEAN = "optim.ema=0.95"  # of all trainings, as they are short
@@ -145,6 +139,7 @@ class Experiment:
 
     def __init__(self, out: Path, runtime: Runtime, arguments: argparse.Namespace) -> None:
         self.out, self.runtime, self.arguments = out.resolve(), runtime, arguments
+        self.trainings = Trainings(out, runtime, self.config)
         self._made: dict[str, Videos] = {}  # by the bases alone
 
     def rates(self, width: str) -> dict[float, Row]:
@@ -160,16 +155,16 @@ class Experiment:
         """Return the run of a base that has learned RGB further."""
         begin = (f"model.path={self.out / 'bases' / width}", f"data.train={self.out / 'rgb.jsonl'}")
         keys = (*begin, *RGB_ALONE, "optim.schedule=cosine")
-        return self._trained(f"{width}_base", self.arguments.base_steps, *keys).parent
+        return self.trainings.until(f"{width}_base", self.arguments.base_steps, *keys).parent
 
     def tokens(self, width: str) -> Row:
         """Return the figures of the product's own training, with tokens for the companion."""
         name, steps, every = f"{width}_tokens", self.arguments.steps, self.arguments.every
         keys = (f"model.path={self.base(width)}", JOINT, f"eval.every_steps={every}")
-        save = self._trained(name, steps, *keys)
+        save = self.trainings.until(name, steps, *keys)
         records = metrics_file.read_records(save.parent / METRICS)
         curve = {record["step"]: losses_of(record["eval"], "loss_ema") for record in records if "eval" in record}
-        cpu = json.loads((self.out / f"{name}.seconds.json").read_text())
+        cpu = self.trainings.seconds(name)
         source = load_saved(str(save), self._sampling())
         made = partial(sample, source, self.runtime)
         row = {"step_cpu_seconds": cpu, "steps": steps} | told(curve, steps)
@@ -180,7 +175,7 @@ class Experiment:
         tried, kind, steps = self.rates(width), KINDS[name], self.arguments.steps
         joined = self._joined(width, name, kind, min(tried, key=lambda rate: tried[rate]["seg"]))
         joined.until(self.arguments.rate_steps)  # its seconds a step are known from here on
-        cpu = json.loads((self.out / f"{width}_tokens.seconds.json").read_text())
+        cpu = self.trainings.seconds(f"{width}_tokens")
         joined.until(max(steps, round(steps * cpu / joined.seconds)))
         row = {"step_cpu_seconds": joined.seconds, "steps": joined.step} | told(joined.curve, steps)
         with joined.ema.swapped():
@@ -203,27 +198,6 @@ class Experiment:
         places = (*sets, f"data.cache_dir={self.out / 'cache'}", f"data.sizes=[{size}]", f"sample.size={size}")
         words = [*places, *KEYS, *keys, MEAN, *self.arguments.overrides]
         return on_trained_base(loading.load(self.out / "demo/config.yaml", words))
-
-    def _trained(self, name: str, steps: int, *keys: str) -> Path:
-        """Train a run of the product's until a step, from where it stopped, and return the save of that step."""
-        folder = self.out / "demo/output" / name
-        if not (folder / f"step{steps}").is_dir():
-            resume = any(folder.glob("checkpoints/global_step*[0-9]"))
-            if not resume:  # what was stopped before its first checkpoint begins anew
-                shutil.rmtree(folder, ignore_errors=True)
-            log.info("%s: learns until step %d", name, steps)
-            moments: list[float] = []
-            callbacks = Callbacks(on_step=lambda _: moments.append(time.process_time()))
-            words = (f"run_name={name}", f"train.max_steps={steps}", "checkpoint.every_steps=100", *keys)
-            trainer.train(
-                self.config(*words), self.runtime, resume=str(folder) if resume else None, callbacks=callbacks
-            )
-            if not (folder / f"step{steps}").is_dir():
-                raise UserError(f"{folder}: is not at step {steps}: the training was stopped, or went further before")
-            between = [after - before for before, after in itertools.pairwise(moments)]
-            if between and not (self.out / f"{name}.seconds.json").is_file():
-                write_text(self.out / f"{name}.seconds.json", json.dumps(statistics.median(between)))
-        return folder / f"step{steps}"
 
     def _sampling(self) -> list[str]:
         return [word for word in self.arguments.overrides if word.startswith("sample.")]

@@ -11,12 +11,8 @@ takes about an hour.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
-import shutil
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +21,7 @@ import numpy as np
 from demo_figures import SHEET_ROWS, against, held_out_clips, mean_figures, measured, sample, true_streams, write_sheet
 from demo_image import LEARN_ALL, write_clips
 from demo_measures import add_captions, held_out_captions, silhouette
+from demo_trainings import KEYS, Trainings
 from tooling import figures_table, run
 
 from transpixeler.adapters.bases import on_trained_base
@@ -38,22 +35,12 @@ from transpixeler.models.family import open_model
 from transpixeler.parallel.runtime import Runtime, log_to_terminal, quiet_libraries, running
 from transpixeler.sampling.frames import Frames
 from transpixeler.sampling.saves import SavedModel, base_model, load_saved
-from transpixeler.training import trainer
-from transpixeler.training.callbacks import Callbacks
 
 log = logging.getLogger("transpixeler")
 
 FORMAT = Format(128, 128, 9, Fraction(16))
 THIN = ("ring", "star")
 SCALES = {"tokens": 1, "half": 2}  # name of the run: scale of its companion
-KEYS = (
-    "data.eval=[]",
-    "eval.every_epochs=0",
-    "eval.before_first_step=false",
-    "save.every_steps=0",
-    "checkpoint.every_steps=100",
-    "train.micro_batch=8",
-)
 RGB_ALONE = ("streams.seg=null", "objective.tasks={joint: 1.0, rgb_to_aux: null}", *LEARN_ALL)
 ADAPTER = ("optim.schedule=constant",)  # so that one training of more steps is the other, gone on with
 Row = dict[str, float]
@@ -106,61 +93,35 @@ def write_rgb_rows(out: Path) -> None:
 
 
 class Learning:
-    """Train the base and both adapters, each as far as it is not there yet, and time their steps."""
+    """Train the base and both adapters, each as far as it is not there yet."""
 
     def __init__(self, out: Path, runtime: Runtime, overrides: Sequence[str]) -> None:
-        self.out, self.runtime, self.overrides = out, runtime, overrides
+        self.out, self.overrides = out.resolve(), overrides
+        self.trainings = Trainings(out, runtime, self.config)
 
     def both(self, base_steps: int, steps: int) -> dict[str, Path]:
         """Return the saves to measure, by name."""
-        base = self.until("base", base_steps, f"data.train={self.out.resolve() / 'rgb.jsonl'}", *RGB_ALONE)
+        until, seconds = self.trainings.until, self.trainings.seconds
+        base = until("base", base_steps, f"data.train={self.out / 'rgb.jsonl'}", *RGB_ALONE)
         keys = {
             name: (f"model.path={base.parent}", f"streams.seg={{suffix: _seg, scale: {scale}}}", *ADAPTER)
             for name, scale in SCALES.items()
         }
-        saves = {name: self.until(name, steps, *keys[name]) for name in SCALES}
-        further = round(steps * self.seconds("tokens") / self.seconds("half"))
-        same_seconds = self.until("half", further, *keys["half"])
+        saves = {name: until(name, steps, *keys[name]) for name in SCALES}
+        further = round(steps * seconds("tokens") / seconds("half"))
+        same_seconds = until("half", further, *keys["half"])
         return {"tokens": saves["tokens"], "half_same_steps": saves["half"], "half_same_seconds": same_seconds}
-
-    def until(self, name: str, steps: int, *keys: str) -> Path:
-        """Train a run until a step, from where it stopped, and return the save of that step."""
-        folder = self.out.resolve() / "demo/output" / name
-        save = folder / f"step{steps}"
-        if not save.is_dir():
-            resume = any(folder.glob("checkpoints/global_step*[0-9]"))
-            if not resume:  # what was stopped before its first checkpoint begins anew
-                shutil.rmtree(folder, ignore_errors=True)
-            log.info("%s: learns until step %d", name, steps)
-            moments: list[float] = []
-            callbacks = Callbacks(on_step=lambda _: moments.append(time.process_time()))
-            config = self.config(f"run_name={name}", f"train.max_steps={steps}", *keys)
-            trainer.train(config, self.runtime, resume=str(folder) if resume else None, callbacks=callbacks)
-            self._keep_seconds(name, moments)
-        return save
 
     def config(self, *keys: str) -> Config:
         """Return the demo's config for this size, with keys on top."""
         size = f"[{FORMAT.width}, {FORMAT.height}, {FORMAT.frames}]"
-        out = self.out.resolve()
-        places = (f"data.cache_dir={out / 'cache'}", f"data.sizes=[{size}]", f"sample.size={size}")
-        words = [f"data.train={out / 'clips'}", *places, *KEYS, *keys, *self.overrides]
+        places = (f"data.cache_dir={self.out / 'cache'}", f"data.sizes=[{size}]", f"sample.size={size}")
+        words = [f"data.train={self.out / 'clips'}", "data.eval=[]", *places, *KEYS, *keys, *self.overrides]
         return on_trained_base(loading.load(self.out / "demo/config.yaml", words))
-
-    def seconds(self, name: str) -> float:
-        """Return the CPU seconds of a step of a run."""
-        return json.loads((self.out / f"{name}.seconds.json").read_text())["step"]
 
     def account(self) -> dict[str, float]:
         """Return the CPU seconds of a step of each run."""
-        return {f"{name}_step_cpu_seconds": round(self.seconds(name), 4) for name in SCALES}
-
-    def _keep_seconds(self, name: str, moments: Sequence[float]) -> None:
-        """Keep the CPU seconds of a step, the median, of a run's first training that had two steps or more."""
-        steps = [after - before for before, after in itertools.pairwise(moments)]
-        place = self.out / f"{name}.seconds.json"
-        if steps and not place.is_file():
-            write_text(place, json.dumps({"step": statistics.median(steps), "steps": len(steps)}))
+        return {f"{name}_step_cpu_seconds": round(self.trainings.seconds(name), 4) for name in SCALES}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -136,6 +136,12 @@ def check_place(place: Path, option: str) -> None:
             pass
 
 
+def refuse_file(place: Path, option: str) -> None:
+    """Refuse a file where a folder is to be; `option` says where the user named it."""
+    if place.is_file():
+        raise UserError(f"{option}: {shown_path(place)} is a file; give a folder")
+
+
 def sync(path: Path) -> None:
     """Fsync a file's bytes, or a folder's new and renamed entries, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

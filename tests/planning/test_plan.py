@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -285,14 +284,12 @@ def _received(rank: int, world_size: int, schedule: str) -> float:
     joined = mesh.build(mesh.resolve(config.parallel, world_size), here)
     engine = build_engine(config, joined, lambda: tiny.make(config), tiny.seeded(config))
     example = tiny.example(config, 1, range(count))
-    made = []
-    with ExitStack() as watched:
-        for name in ("empty", "empty_strided"):  # torch makes room by the first before 2.13
-            makes = mock.patch.object(torch, name, wraps=getattr(torch, name))
-            made.append(watched.enter_context(makes))
+    watched = (mock.patch.object(torch, name, wraps=getattr(torch, name)) for name in ("empty", "empty_strided"))
+    with next(watched) as before_2_13, next(watched) as made:
         engine.forward_backward(example, 1)
     hidden = (1, example.layout.tokens, engine.costs.width)
-    sizes = [call.kwargs.get("size", *call.args[:1]) for one in made for call in one.call_args_list]
+    calls = [*before_2_13.call_args_list, *made.call_args_list]
+    sizes = [call.kwargs.get("size", *call.args[:1]) for call in calls]
     return sum(isinstance(size, Sequence) and tuple(size) == hidden for size in sizes) / count
 
 

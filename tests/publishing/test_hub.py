@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ import torch
 import yaml
 
 from tests.publishing.test_report import write_run
-from tests.support.hub_server import READER, TOKEN, Hub, serving, serving_here
+from tests.support.hub_server import CLIENT, READER, TOKEN, Hub, serving, serving_here
 from tests.support.models import TINY, tiny, wan_folder
 from tests.support.saves import BASE, TERMS, contents, save_adapter
 from transpixeler import cli
@@ -45,7 +44,6 @@ from transpixeler.sampling import saves
 from transpixeler.sampling.model import open_engine
 
 ROOT = Path(__file__).parents[2]
-CLIENT = tuple(int(part) for part in importlib.metadata.version("huggingface-hub").split(".")[:2])
 
 
 @pytest.fixture(scope="module")

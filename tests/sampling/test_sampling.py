@@ -23,10 +23,9 @@ from transpixeler.adapters.adapter import Adapter
 from transpixeler.adapters.files import write_adapter
 from transpixeler.config import loading
 from transpixeler.config.sections import SampleConfig
-from transpixeler.data import given
+from transpixeler.data import given, sampled
 from transpixeler.data.media import decode
 from transpixeler.data.media.write import write_mp4
-from transpixeler.data.sampled import video_layout
 from transpixeler.families.wan.family import WanFolder
 from transpixeler.families.wan.model import WanModel
 from transpixeler.families.wan.names import NAMES as wan_names
@@ -40,7 +39,6 @@ from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.build import build_engine
 from transpixeler.parallel.runtime import Runtime
 from transpixeler.sampling import command, sampler, session
-from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.saves import load_saved
 from transpixeler.sampling.video import Video
 
@@ -220,9 +218,8 @@ def _sample(rank: int, world_size: int, overrides: tuple[str, ...], guidance: fl
         text = torch.randn(512, 16, generator=torch.Generator().manual_seed(number))
         videos.append(Video(str(number), "", {"text": text}, number, layout))
     negative = {"text": torch.zeros(512, 16)} if guidance != 1 else None
-    return dict(
-        Sampler(engine, mesh, SampleConfig(steps=3, guidance=guidance), negative, WanFolder("none")).each(videos)
-    )
+    made = sampler.Sampler(engine, mesh, SampleConfig(steps=3, guidance=guidance), negative, WanFolder("none"))
+    return dict(made.each(videos))
 
 
 def _layout(pipeline: int, replicate: int, shard: int) -> tuple[str, ...]:
@@ -309,7 +306,7 @@ def test_what_is_cut_off_a_given_clip_is_said(tmp_path: Path, caplog: pytest.Log
 def test_a_video_is_by_default_as_large_as_what_was_trained_on(demo: Path) -> None:
     words = ["sample.size=null", "data.sizes=[]", "data.resolutions=[[76, 60]]", "data.frames=[5]"]
     config = loading.load(demo / "config.yaml", words)
-    shape = video_layout(config, open_model(config.model))
+    shape = sampled.video_layout(config, open_model(config.model))
     assert open_model(config.model).geometry.pixels(shape.shapes[0]) == (5, 64, 80)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import re
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+CLIENT = tuple(int(part) for part in importlib.metadata.version("huggingface-hub").split(".")[:2])
 TOKEN = "hf_thisIsTheSecretOfTheTest"
 READER = "hf_thisOneMayOnlyRead"
 LARGE = 1_000  # bytes from which on a file goes by LFS

@@ -22,7 +22,7 @@ from transpixeler.data.prompts import sampled_texts
 from transpixeler.data.ranks import ALONE, Helpers
 from transpixeler.data.shown import FieldJob
 from transpixeler.data.survey import Survey, survey
-from transpixeler.files import shown_path
+from transpixeler.files import refuse_file
 from transpixeler.models.conditions import shown_fields
 from transpixeler.models.family import ModelFolder
 
@@ -81,8 +81,8 @@ def catalog(config: Config, model: ModelFolder, helpers: Helpers = ALONE) -> Cat
     if not config.data.train and not config.data.eval:
         raise UserError("data.train names no source; give a folder of pairs or a manifest")
     folders = cache_folders(config)
-    for folder in filter(Path.is_file, folders):
-        raise UserError(f"data.cache_dir: {shown_path(folder)} is a file; give a folder")
+    for folder in folders:
+        refuse_file(folder, "data.cache_dir")
     hashes = {folder: FileHashes(folder, helpers) for folder in folders}
     made_with = Fingerprints(config, model, hashes[folders[0]].digest)
     found = {name: surveyed(config, model, name, helpers) for name in SETS}

@@ -12,7 +12,7 @@ from transpixeler.config.sections import UserError
 from transpixeler.data.encode import encode_missing
 from transpixeler.evaluation.heldout import Evaluator
 from transpixeler.evaluation.results import table
-from transpixeler.files import printable, shown_path, write_text
+from transpixeler.files import printable, refuse_file, shown_path, write_text
 from transpixeler.models.family import open_model
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel.runtime import Runtime
@@ -30,8 +30,8 @@ def eval_command(source: SavedModel, runtime: Runtime, *, out: str = "", asked_l
     config, layout = fit_layout(source.config, runtime, asked=asked_layout)
     if not config.data.eval:
         raise UserError("data.eval: set it to a folder of pairs or a manifest that training does not see")
-    if out and Path(out).is_file():
-        raise UserError(f"--out: {out} is a file; give a folder")
+    if out:
+        refuse_file(Path(out), "--out")
     check_scorer(config)
     config = replace(config, data=replace(config.data, train=()))
     data = encode_missing(config, open_model(config.model), runtime).eval

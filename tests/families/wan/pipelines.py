@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from transpixeler.sampling import sampler
 from transpixeler.sampling.sampler import Sampler
 from transpixeler.sampling.video import Video
 
+PIXELS = (9, 64, 96)
 CPU = torch.device("cpu")
 PROMPT, NEGATIVE = "a red circle drifts left", "a grey square"
 STEPS, SCALE = 4, 3.0
@@ -220,3 +222,8 @@ def run(pipeline: Any, pixels: tuple[int, int, int], layout: StreamLayout, **inp
         output_type="latent",
         **{"guidance_scale": SCALE, **inputs},
     ).frames
+
+
+def pictures() -> np.ndarray:
+    """Return a first and a last picture of `PIXELS`."""
+    return np.random.default_rng(0).integers(0, 256, (2, *PIXELS[1:], 3), dtype=np.uint8)

@@ -64,6 +64,16 @@ def test_a_whole_model_needs_no_export(tmp_path: Path, base: Path, capsys: pytes
     assert "holds a whole model, not an adapter" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["k.pt", "k.GGUF"])
+def test_a_file_of_another_kind_is_refused(
+    name: str, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(adapter_of(trained(base), METADATA), tmp_path / "adapter")
+    assert cli.main(["export", str(adapter), "--format", "kohya", "--out", str(tmp_path / name)]) == 2
+    assert "weights are written as .safetensors; give such a name, or a folder" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
 def test_a_merged_export_finds_its_base_or_asks_for_it(tmp_path: Path, base: Path) -> None:
     adapter = adapter_of(trained(base), METADATA | {"base_model": str(base)})
     write_adapter(adapter, tmp_path / "a")

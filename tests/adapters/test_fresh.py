@@ -112,7 +112,7 @@ def test_diffusers_reads_it_and_training_lowers_its_loss(demo: Path, fresh: Path
         ({"--family": "wam"}, "--family: wam is unknown; there are"),
         ({"--shape": "2b"}, "--shape: 2b is neither a file nor a shape of Wan (1.3b, 14b)"),
         ({"--shape": {"_class_name": "Other"}}, "is of a Other"),
-        ({"--shape": {**SMALL, "text_dim": 32}}, "reads texts of width 32"),
+        ({"--shape": {**SMALL, "text_dim": 32}}, "reads texts of width 32 (text_dim)"),
         ({"--shape": {**SMALL, "out_channels": 48, "in_channels": 48}}, "channels"),
         ({"--encoders": "nowhere"}, "--encoders: nowhere does not exist"),
         ({"--encoders": "."}, "holds no VAE"),

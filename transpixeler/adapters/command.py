@@ -11,7 +11,7 @@ from transpixeler.adapters.bases import on_trained_base
 from transpixeler.adapters.companion import only
 from transpixeler.adapters.files import read_adapter, write_adapter
 from transpixeler.adapters.merge import merge_adapter, read_fused, save_file, with_norms_of_base
-from transpixeler.adapters.readers import DIFFUSERS, is_one_file, listing, model_readers, readers
+from transpixeler.adapters.readers import DIFFUSERS, OTHER_WEIGHTS, is_one_file, listing, model_readers, readers
 from transpixeler.adapters.saved import ADAPTER_FILE, MODEL_FOLDER, config_of, expert_folders
 from transpixeler.adapters.spelling import FORMATS
 from transpixeler.config import loading
@@ -43,6 +43,8 @@ def export_command(
     """
     if format not in (*FORMATS, MERGED):
         raise UserError(f"--format: {format} is unknown; there are {', '.join(FORMATS)}, {MERGED}")
+    if Path(out).suffix.lower() in OTHER_WEIGHTS:
+        raise UserError(f"--out: {out}: weights are written as .safetensors; give such a name, or a folder")
     export = partial(_export_one, format=format, base=base, alpha=alpha, stream=stream, companion=companion)
     parts, out = expert_folders(Path(path)), Path(out)
     if not parts:

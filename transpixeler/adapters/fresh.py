@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transpixeler.adapters.merge import save_model
+from transpixeler.adapters.readers import OTHER_WEIGHTS
 from transpixeler.adapters.saved import MODEL_FOLDER
 from transpixeler.config.sections import UserError, family_names
 from transpixeler.files import read_json, whole, writing_to
@@ -30,7 +31,7 @@ from transpixeler.models.resolve import resolve
 # weights that no encoder reads: a published transformer in one file or in a folder of another name, and its variants.
 _OF_TRANSFORMER = ("transformer*", "config.json", "diffusion_pytorch_model*", ".*")
 _OF_PIPELINE = ("model_index.json", "scheduler/*")
-_WEIGHTS = {".safetensors", ".sft", ".bin", ".pth", ".pt", ".ckpt", ".gguf"}
+_WEIGHTS = OTHER_WEIGHTS | {".safetensors"}
 
 
 def init_command(family: str, *, shape: str, encoders: str, out: str, seed: int = 0) -> Path:
@@ -113,12 +114,16 @@ def _encoder_files(model: ModelFolder) -> set[Path]:
 
 def _check_encoders(model: ModelFolder, source: Path) -> None:
     """Refuse a shape that does not take what the encoders make."""
+    config = model.diffusers_config()
     texts = source / "text_encoder" / "config.json"  # where the layout says it without loading a weight
     made = read_json(texts).get("d_model") if texts.is_file() else None
     taken = model.fields[0].width
     if made not in (None, taken):
-        raise UserError(f"--shape: reads texts of width {taken}, and the text encoder in {source} makes {made}")
-    said, channels = model.diffusers_config().get("out_channels"), model.geometry.channels
+        keys = " or ".join(name for name, value in config.items() if value == taken)
+        raise UserError(
+            f"--shape: reads texts of width {taken} ({keys}), and the text encoder in {source} makes {made}"
+        )
+    said, channels = config.get("out_channels"), model.geometry.channels
     if said not in (None, channels):
         raise UserError(f"--shape: makes {said} channels, and the VAE in {source} reads {channels}")
 

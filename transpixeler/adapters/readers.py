@@ -17,6 +17,7 @@ from transpixeler.adapters.peft_config import most
 from transpixeler.models.family import Family
 
 DIFFUSERS, COMFYUI = "diffusers", "ComfyUI"
+OTHER_WEIGHTS = frozenset((".sft", ".bin", ".pth", ".pt", ".ckpt", ".gguf"))  # ends of files that nothing here writes
 
 
 def readers(adapter: Adapter, format: str) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 # ruff: noqa: E402, F401 - imported to be there, after what they depend on is set
 
 import gc
+import importlib
 import os
+from pathlib import Path
 
 gc.disable()  # what is loaded here stays
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +34,11 @@ import tests.support.tiny
 import transpixeler.evaluation.command
 import transpixeler.sampling.command
 import transpixeler.training.trainer
+
+TESTS = Path(__file__).parents[1]
+for file in sorted(TESTS.rglob("*.py")):  # of what ranks run; `pickle` imports its module in each of them
+    if file.parent != Path(__file__).parent and "run_ranks" in file.read_text(encoding="utf-8"):
+        importlib.import_module(".".join(file.relative_to(TESTS.parent).with_suffix("").parts))
 
 torch.set_num_threads(1)
 gc.enable()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transpixeler.flow import draws
 from transpixeler.models.backbone import Backbone
+from transpixeler.models.meta import on_meta
 
 
 class SeededSource:
@@ -18,7 +19,7 @@ class SeededSource:
     path = Path("seeded")
 
     def __init__(self, make: Callable[[], Backbone]) -> None:
-        with torch.device("meta"):
+        with on_meta():
             parameters = dict(make().named_parameters())
         self._shapes = {n: tuple(p.shape) for n, p in parameters.items() if "stream_embedding" not in n}
 

@@ -25,6 +25,7 @@ from transpixeler.files import read_json, whole, writing_to
 from transpixeler.flow.draws import generator
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, ModelFolder, find_family
+from transpixeler.models.meta import on_meta
 from transpixeler.models.resolve import resolve
 
 # A model folder holds these of its transformer; everything else in it belongs to the encoders or the pipeline, but for
@@ -60,7 +61,7 @@ def init_command(family: str, *, shape: str, encoders: str, out: str, seed: int 
 
 def random_weights(model: ModelFolder, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter of a base by its internal name, drawn as torch draws a new network's."""
-    with torch.device("meta"):
+    with on_meta():
         backbone: Backbone = model.build(streams=("rgb",))
     for place, module in backbone.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

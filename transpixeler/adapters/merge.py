@@ -24,6 +24,7 @@ from transpixeler.adapters.tensorfile import save_tensors, stream_tensors
 from transpixeler.config.sections import FuseConfig, UserError
 from transpixeler.files import sync, whole
 from transpixeler.models.family import Family, ModelFolder
+from transpixeler.models.meta import on_meta
 from transpixeler.models.names import split_rows
 from transpixeler.models.shards import Slices
 from transpixeler.models.weights import Readable, WeightSource
@@ -274,7 +275,7 @@ def _check_config(file: Path, model: ModelFolder) -> None:
 
 def _check_written(folder: Path, model: ModelFolder) -> None:
     """Make sure that what was written is the whole model, by its own header."""
-    with torch.device("meta"):
+    with on_meta():
         wanted = model.build(streams=("rgb",))
     source = WeightSource(folder, model.family.internal_names)
     found = {name: source.shape(name) for name in source.names()}

@@ -17,6 +17,7 @@ from transpixeler.models import lora, quantize
 from transpixeler.models.backbone import Backbone, Block, apply_dtypes, set_trainable
 from transpixeler.models.costs import Costs
 from transpixeler.models.experts import Expert
+from transpixeler.models.meta import on_meta
 from transpixeler.models.shards import assign
 from transpixeler.models.streams import Scope
 from transpixeler.models.weights import Readable, load_weights
@@ -138,7 +139,7 @@ def shape(
     config: Config, make: Callable[[], Backbone], dtype: torch.dtype, *, scopes: Mapping[str, Scope] | None = None
 ) -> Backbone:
     """Make the whole model on meta: quantized, adapted, every parameter in its dtype and trainable or not."""
-    with torch.device("meta"):
+    with on_meta():
         model = make()
         for parameter in model.parameters():
             parameter.requires_grad_(False)

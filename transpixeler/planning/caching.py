@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.family import ModelFolder
+from transpixeler.models.meta import on_meta
 from transpixeler.models.quantize_encoder import bytes_of_linear
 from transpixeler.models.resolve import resolve
 
@@ -36,7 +36,7 @@ def _on_meta(name: str, config: dict[str, Any]) -> nn.Module:
     import transformers
 
     kind: Any = getattr(transformers, name)
-    with torch.device("meta"):
+    with on_meta():
         network = kind(kind.config_class.from_dict(config))
     return network.model if hasattr(network, "lm_head") else network
 

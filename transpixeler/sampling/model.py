@@ -10,8 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from transpixeler.adapters.adapter import Adapter, linear_of
 from transpixeler.adapters.bases import over_base
 from transpixeler.adapters.files import read_adapter, read_experts
@@ -22,6 +20,7 @@ from transpixeler.models import lora
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.experts import ONLY, Expert, chosen_experts
 from transpixeler.models.family import open_model
+from transpixeler.models.meta import on_meta
 from transpixeler.models.streams import Scope, scope_span
 from transpixeler.models.weights import Readable, WeightSource
 from transpixeler.parallel import mesh as meshes
@@ -79,7 +78,7 @@ def _read_initial(config: Config, wanted: Sequence[Expert]) -> dict[str, Adapter
                 f"{source} changes {adapter.must_fuse}, which no adapter beside a frozen base can go on from; name it "
                 "in model.fuse"
             )
-    with torch.device("meta"):
+    with on_meta():
         for adapter in found.values():
             _check_fits(adapter, make_model(config), source, config.model.path)
     by_expert = adapters_by_expert(found, open_model(config.model).experts, source)

@@ -21,6 +21,7 @@ from transpixeler.data.catalog import cache_folders
 from transpixeler.data.keying import Fingerprints
 from transpixeler.files import whole
 from transpixeler.models.family import Field, ModelFolder, caption_fields
+from transpixeler.models.meta import on_meta
 from transpixeler.scoring.towers import Scorer, Sizes
 
 FORMAT = "transpixeler-scorer-2"
@@ -81,7 +82,7 @@ def read_scorer(path: Path) -> tuple[Scorer, Facts]:
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: is no scorer of this version of transpixeler (its format: {header.get('format')})")
     facts = _facts(path, header.get("scorer", ""))
-    with torch.device("meta"):
+    with on_meta():
         scorer = Scorer(facts.sizes)
     wanted = {name: tuple(value.shape) for name, value in scorer.state_dict().items()}
     found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118  no mapping

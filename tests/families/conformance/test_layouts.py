@@ -16,6 +16,7 @@ from tests.support.seeded import SeededSource
 from tests.support.tiny import config
 from transpixeler.config.sections import Config
 from transpixeler.models.backbone import Backbone, Flow
+from transpixeler.models.meta import on_meta
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
 from transpixeler.parallel import runtime
@@ -115,7 +116,7 @@ def _train(name: str, here: runtime.Runtime, overrides: tuple[str, ...], twin: s
     optimizer = optim.build(trained, settings.optim, mesh.data_group)
     share = settings.train.global_batch // layout.data
     slots = range(mesh.data_rank * share, (mesh.data_rank + 1) * share)
-    with torch.device("meta"):
+    with on_meta():
         model = _make(name, settings, "")
     losses = []
     for step in range(steps):

@@ -34,6 +34,7 @@ from transpixeler.families.unet3d.diffusion import CosineDiffusion
 from transpixeler.flow import draws, objective
 from transpixeler.models.backbone import Backbone
 from transpixeler.models.family import Family, Field, find_family
+from transpixeler.models.meta import on_meta
 from transpixeler.models.noising import RECTIFIED, Noising
 from transpixeler.models.streams import LAST, Shape, StreamLayout
 
@@ -69,7 +70,7 @@ class Case:
         return model
 
     def text_flows(self) -> bool:
-        with torch.device("meta"):  # asked at each import of a test's module, also in every rank
+        with on_meta():  # asked at each import of a test's module, also in every rank
             return self.make(streams=STREAMS[:1]).carried > 1
 
 

@@ -20,6 +20,7 @@ from transpixeler.families.ltx.original import VAE_FILE_PREFIX, original_vae_con
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint, load_network, load_tokenizer
 from transpixeler.models.family import Digest, file_digest
+from transpixeler.models.meta import on_meta
 from transpixeler.models.resolve import resolve
 from transpixeler.models.streams import Grid
 
@@ -65,7 +66,7 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> L
     place = _vae_place(path)
     network: Network
     if place.is_file():
-        with naming_damage(place), torch.device("meta"):
+        with naming_damage(place), on_meta():
             network = AutoencoderKLLTXVideo(**original_vae_config(place))
             # Copied, because weights that lie in a mapped file at odd addresses give other last bits on some CPUs.
             weights = {name: value.clone() for name, value in original_vae_state(place).items()}

@@ -30,6 +30,7 @@ from transpixeler.families.wan.original import (
 from transpixeler.models.damage import naming_damage, read_config
 from transpixeler.models.encoders import LatentVae, Network, T5TextEncoder, fingerprint, load_network, load_tokenizer
 from transpixeler.models.family import Digest, file_digest
+from transpixeler.models.meta import on_meta
 from transpixeler.models.resolve import resolve
 
 _VAE_CONFIG = "vae/config.json"
@@ -101,7 +102,7 @@ def load_text_encoder(path: str | Path, *, device: torch.device, dtype: torch.dt
         tokenizer, encoder = folder / "tokenizer", folder / "text_encoder"
         network = load_network(UMT5EncoderModel, encoder, dtype=dtype)
     else:
-        with torch.device("meta"):
+        with on_meta():
             network = UMT5EncoderModel(UMT5Config(**original_t5_config(folder)))
         with naming_damage(folder / T5_FILE):
             network.load_state_dict(original_t5_state(folder), assign=True)

@@ -28,7 +28,7 @@ from transpixeler.parallel.runtime import Runtime
 from transpixeler.runs import checkpoint, checkpointer, controls, opening, restore, training_state
 from transpixeler.runs import folder as run_folder
 from transpixeler.runs.restore import Restored
-from transpixeler.training import optim, preflight, trainer
+from transpixeler.training import optim, preflight, room, trainer
 
 ONE = Runtime(0, 1, 0, torch.device("cpu"))
 
@@ -303,11 +303,15 @@ def test_offload_does_not_go_with_a_backward_pass_in_two_parts() -> None:
         preflight.check(config, Layout(2, 1, 1))
 
 
-def test_outputs_of_flex_are_kept_by_compiled_blocks_alone() -> None:
+def test_outputs_of_flex_are_kept_by_compiled_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ["model.attention=flex", "model.path=a", "data.train=[b]", "train.epochs=1"]
     uncompiled, kept = "parallel.compile=off", "parallel.recompute=attention"
+    monkeypatch.setattr(room, "KEEPS_FLEX", "2.0")
     for keys in ([kept], [uncompiled]):  # the latter is auto, which chooses another way
         preflight.check(loading.from_overrides([*chosen, *keys]), Layout(1, 1, 1))
     config = loading.from_overrides([*chosen, kept, uncompiled])
     with pytest.raises(UserError, match=r"parallel.recompute: attention cannot keep .* model.attention=flex"):
         preflight.check(config, Layout(1, 1, 1))
+    monkeypatch.setattr(room, "KEEPS_FLEX", "99.0")
+    with pytest.raises(UserError, match=r"model.attention=flex before torch 99.0, and this is .*; set full"):
+        preflight.check(loading.from_overrides([*chosen, kept]), Layout(1, 1, 1))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from transpixeler import cli
 from transpixeler.adapters.files import read_adapter
@@ -33,6 +35,10 @@ def old(tmp_path: Path) -> Path:
     return tmp_path / "demo"
 
 
+@pytest.mark.skipif(
+    Version(version("diffusers")) < Version("0.42"),
+    reason="it writes other files of the model than the cache is of",
+)
 def test_a_run_goes_on_as_the_code_that_began_it_would_have(old: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(old / "config.yaml"), *SETTINGS, "--resume"]) == 0
     assert "0 records encoded" in capfd.readouterr().err

@@ -34,7 +34,7 @@ from transpixeler.models.backbone import Flow
 from transpixeler.models.costs import Costs
 from transpixeler.models.streams import StreamLayout
 from transpixeler.parallel import mesh as meshes
-from transpixeler.parallel import pipeline, runtime
+from transpixeler.parallel import pipeline, runtime, shard
 
 WAN = {
     "num_attention_heads": 1,
@@ -183,6 +183,12 @@ def bubbles(found: list[dict[str, list[tuple[float, float]]]], name: str) -> Tim
     return Times(tuple(mean(1 - busy / seconds for seconds, busy in step) for step in steps))
 
 
+def runnable() -> list[str]:
+    """List the schedules that this torch can run."""
+    splits = torch.__version__ >= shard.SPLITS_BACKWARD
+    return [name for name in pipeline.SCHEDULES if splits or name != "interleaved-zero-bubble"]
+
+
 def main() -> None:
     given = parser(__doc__)
     given.add_argument("--ranks", type=int, default=4)
@@ -190,7 +196,7 @@ def main() -> None:
     given.add_argument("--blocks", type=int, default=8)
     given.add_argument("--seconds", type=float, default=0.05, help="of a block's forward; backward takes twice that")
     given.add_argument("--weights", type=float, default=0.0, help="part of the backward pass that is for weights")
-    given.add_argument("--schedules", nargs="+", default=list(pipeline.SCHEDULES))
+    given.add_argument("--schedules", nargs="+", default=runnable())
     options = given.parse_args()
     found = run(options)
     figures: dict[str, Any] = {"ranks": options.ranks, "microbatches": options.microbatches, "weights": options.weights}

@@ -88,5 +88,6 @@ def sample_folder(step: int) -> str:
 
 def sampled(run: Path) -> dict[int, Path]:
     """Return the folders of videos by their step, newest first; folders with other names are left out."""
-    named = [(re.fullmatch(r"step(\d+)", folder.name), folder) for folder in (run / SAMPLES).glob("step*/")]
+    folders = filter(Path.is_dir, (run / SAMPLES).glob("step*"))
+    named = [(re.fullmatch(r"step(\d+)", folder.name), folder) for folder in folders]
     return dict(sorted(((int(name[1]), folder) for name, folder in named if name), reverse=True))

@@ -310,8 +310,8 @@ def set_aside(run: Run, step: int, first_step: Callable[[int], int]) -> None:
     """
     _remove_drafts(run.folder)
     later = [folder for folder in checkpoint.candidates(run.checkpoints) if checkpoint.step_of(folder) > step]
-    for pattern in ("step*/", "epoch*/", "samples/step*/"):
-        for folder in run.folder.glob(pattern):
+    for pattern in ("step*", "epoch*", "samples/step*"):
+        for folder in filter(Path.is_dir, run.folder.glob(pattern)):
             named = re.fullmatch(r"(step|epoch)(\d+)", folder.name)
             if named and (int(named[2]) if named[1] == "step" else first_step(int(named[2]))) > step:
                 later.append(folder)

@@ -74,6 +74,11 @@ def _check_memory(config: Config, layout: Layout) -> None:
     gpu = torch.device("cuda")
     shard.recompute_mode(config.parallel, gpu)  # refuses what does not go with it
     if config.parallel.recompute == "attention" and not room.keeps_attention(config, gpu):
+        if torch.__version__ < room.KEEPS_FLEX:
+            raise UserError(
+                "parallel.recompute: attention cannot keep the outputs of model.attention=flex before torch "
+                f"{room.KEEPS_FLEX}, and this is {torch.__version__}; set full"
+            )
         raise UserError(  # flex then compiles itself, and what it keeps cannot be chosen
             "parallel.recompute: attention cannot keep the outputs of model.attention=flex with parallel.compile=off; "
             "set full, or parallel.compile=auto"

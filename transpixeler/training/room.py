@@ -118,9 +118,14 @@ def _candidates(config: Config, kind: str) -> list[str]:
     return [mode for mode in RECOMPUTE_MODES if mode not in out]
 
 
+KEEPS_FLEX = "2.13"  # the oldest torch whose compiled blocks keep what flex gives; older ones compute it again
+
+
 def keeps_attention(config: Config, device: torch.device) -> bool:
     """Tell whether outputs of attention can be kept: those of flex only where blocks are compiled."""
-    return config.model.attention != "flex" or shard.wants_compile(config.parallel, device)
+    if config.model.attention != "flex":
+        return True
+    return torch.__version__ >= KEEPS_FLEX and shard.wants_compile(config.parallel, device)
 
 
 def with_recompute(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,9 +58,14 @@ def picture(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*PIXELS[1:], 3), dtype=np.uint8)
 
 
+knows_our_tokenizer = pytest.mark.skipif(
+    Version(version("diffusers")) < Version("0.42"), reason="this pipeline wants a line break that the tiny one has not"
+)
+
 # --- the text encoder ------------------------------------------------------------------------------------------------
 
 
+@knows_our_tokenizer
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_a_caption_beside_a_picture_is_the_pipelines(form: str, folders: dict[str, Path]) -> None:
@@ -241,6 +248,7 @@ def sampled(folder: Path, image: Path | None, **sample: Any) -> tuple[StreamLayo
     return video.layout, Sampler(engine, engine.mesh, config.sample, None, model)._latents(video, lambda: None)
 
 
+@knows_our_tokenizer
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_a_video_from_an_image_is_the_pipelines(form: str, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -64,5 +64,5 @@ def test_code_in_a_tokenizer_s_folder_is_not_run(whole: Path, tmp_path: Path) ->
     try:
         encoders.load_text_encoder(folder, **CPU)
     except UserError as error:
-        assert "custom code" in str(error)
+        assert "custom code" in str(error) or "Unrecognized model" in str(error)  # by transformers before 5
     assert not (tmp_path / "ran").exists()

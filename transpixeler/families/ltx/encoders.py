@@ -66,8 +66,9 @@ def load_vae(path: str | Path, *, device: torch.device, dtype: torch.dtype) -> L
     place = _vae_place(path)
     network: Network
     if place.is_file():
-        with naming_damage(place), on_meta():
-            network = AutoencoderKLLTXVideo(**original_vae_config(place))
+        with naming_damage(place):
+            with on_meta():
+                network = AutoencoderKLLTXVideo(**original_vae_config(place))
             # Copied, because weights that lie in a mapped file at odd addresses give other last bits on some CPUs.
             weights = {name: value.clone() for name, value in original_vae_state(place).items()}
             network.load_state_dict(weights, assign=True)

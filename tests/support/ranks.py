@@ -90,6 +90,7 @@ def _work(rank: int, world_size: int, store: str, sending: Connection, payload: 
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+        dist.barrier()  # all are connected, so that one which fails at once leaves no other half-way there
         fn, args = pickle.loads(payload)
         value = fn(rank, world_size, *args)
         sending.send_bytes(pickle.dumps((True, value)))

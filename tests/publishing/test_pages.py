@@ -54,10 +54,11 @@ OPENED = """
     player.draw = () => { draw(); player.draws++; };
     await drawn(() => player.seek(0));
   };
+  const arrived = ({ shows, picture }) => picture || Math.round(shows * player.clip.fps) === player.frame;
   const drawn = async act => {
     const before = player.draws;
     act();
-    await until(() => player.draws > before || !player.note.hidden);
+    await until(() => player.draws > before && player.media.every(arrived) || !player.note.hidden);
   };
   const paint = () => player.screen.getContext("2d");
   const at = (x, y) => [...paint().getImageData(x, y, 1, 1).data].slice(0, 3);

@@ -98,7 +98,18 @@ class Player {
     node.onseeked = node.onloadeddata = node.onload = () => this.refresh();
     node.onerror = () => this.failed(name);
     node.src = address;
-    return { name, node, picture };
+    const medium = { name, node, picture };
+    if (!picture) this.listen(medium);
+    return medium;
+  }
+
+  // A browser says that it has sought before it has the frame to paint, so the picture is drawn again when that arrives.
+  listen(medium) {
+    medium.node.requestVideoFrameCallback?.((now, { mediaTime }) => {
+      medium.shows = mediaTime;
+      if (!this.playing && this.media.includes(medium)) this.refresh();
+      this.listen(medium);
+    });
   }
 
   failed(name) {

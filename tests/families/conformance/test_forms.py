@@ -109,13 +109,15 @@ def gradients(model: Backbone) -> list[Tensor]:
 
 
 @every_form
-def test_a_blind_rgb_runs_forward_only_to_the_same_bits(form: str) -> None:
+def test_a_blind_rgb_runs_forward_only_to_the_same_gradients(form: str) -> None:
+    """Some processors round a product of a few rows otherwise than the same rows among others, so bits may differ."""
     model = adapted(form, 3, attends=False)
     assert model.rgb_forward_only
     slow = copy.deepcopy(model)
     slow.rgb_forward_only = False
     found = gradients(model)
-    assert all(torch.equal(mine, other) for mine, other in zip(found, gradients(slow), strict=True))
+    for mine, other in zip(found, gradients(slow), strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
     assert all(gradient.any() for gradient in found)
 
 

@@ -7,10 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.support import tiny
 from tests.support.ranks import run_ranks
@@ -189,6 +194,43 @@ def test_ranks_share_the_orthogonal_steps() -> None:
     for same, (alone, shared) in run_ranks(_shared_steps, 2):
         assert same
         assert (alone, shared) == (6, 3), "two matrices, three steps"
+
+
+class _Sharded(TorchDispatchMode):
+    """Counts the operators that run on sharded tensors as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(isinstance(x, DTensor) for x in tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
+def _steps_of_shards(rank: int, world_size: int, name: str) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Operators on sharded tensors by step, and the parameters after it, whole."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    ours = {n: nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for n, p in parameters().items()}
+    config = tiny.config("optim.name=adamw", "optim.lr=0.05", "optim.weight_decay=0").optim
+    whole = torch.optim.AdamW(ours.values(), lr=0.05, betas=config.betas, eps=config.eps, weight_decay=0, fused=True)
+    optimizer = whole if name == "torch" else optim.build(ours, config)
+    counts = []
+    for _ in range(3):
+        for p in ours.values():
+            p.grad = p.detach().clone()
+        with _Sharded() as seen:
+            optimizer.step()
+        counts.append(seen.count)
+    return counts, {n: p.detach().full_tensor() for n, p in ours.items()}
+
+
+def test_a_step_is_of_the_shards_themselves() -> None:
+    ours, theirs = (run_ranks(_steps_of_shards, 2, name) for name in ("ours", "torch"))
+    for (counts, moved), (others, expected) in zip(ours, theirs, strict=True):
+        assert counts[1:] == [0, 0], "the first one makes the moments"
+        assert min(others) > 0, "torch's own takes them for whole tensors"
+        assert all(torch.equal(moved[name], p) for name, p in expected.items())
 
 
 # --- learning --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Make torch's stage of a pipeline, which before torch 2.13 fails where an input of a stage has no gradient.
 
-In: what `PipelineStage` takes. Out: such a stage. From torch 2.13 on it is torch's own, which sends back what gradients
-there are. Torch 2.11 takes gradients of all inputs, of integers too, and waits for one of each, so zeros go back where
-there is none; 2.12 waits for those that there are, and wants to send each.
+In: what `PipelineStage` takes. Out: such a stage. From torch 2.13 on it is torch's own but for what 2.15 does where a
+schedule is new, and sends back what gradients there are. Torch 2.11 takes gradients of all inputs, of integers too, and
+waits for one of each, so zeros go back where there is none; 2.12 waits for those that there are, and wants to send each.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ def pipeline_stage(*args: Any, **options: Any) -> Any:
     """Return a stage whose inputs need not all have gradients."""
     from torch.distributed.pipelining import PipelineStage
 
+    class Told(PipelineStage):
+        def _post_metadata_inference_cleanup(self) -> None:
+            """Keep weights and gradients: torch 2.15 drops them at each new schedule, as if it had run to learn shapes.
+
+            Ranks that meet other buckets would gather weights at other times, and wait for each other without end.
+            """
+
     if torch.__version__ >= SENDS_WHAT_THERE_IS:
-        return PipelineStage(*args, **options)
+        return Told(*args, **options)
 
     class Stage(PipelineStage):
         def _prepare_forward_infra(self, *args: Any, **options: Any) -> Any:

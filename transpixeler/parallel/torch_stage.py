@@ -2,7 +2,8 @@
 
 In: what `PipelineStage` takes. Out: such a stage. From torch 2.13 on it is torch's own but for what 2.15 does where a
 schedule is new, and sends back what gradients there are. Torch 2.11 takes gradients of all inputs, of integers too, and
-waits for one of each, so zeros go back where there is none; 2.12 waits for those that there are, and wants to send each.
+waits for one of each, so zeros go back where there is none; 2.12 waits for those that there are, and wants to send
+each.
 """
 
 from __future__ import annotations

@@ -21,14 +21,15 @@ def pipeline_stage(*args: Any, **options: Any) -> Any:
     """Return a stage whose inputs need not all have gradients."""
     from torch.distributed.pipelining import PipelineStage
 
-    class Told(PipelineStage):
-        def _post_metadata_inference_cleanup(self) -> None:
-            """Keep weights and gradients: torch 2.15 drops them at each new schedule, as if it had run to learn shapes.
-
-            Ranks that meet other buckets would gather weights at other times, and wait for each other without end.
-            """
-
     if torch.__version__ >= SENDS_WHAT_THERE_IS:
+
+        class Told(PipelineStage):
+            def _post_metadata_inference_cleanup(self) -> None:
+                """Keep weights and gradients: torch 2.15 drops them at each new schedule, as if that had run to learn.
+
+                Ranks that meet other buckets would gather weights at other times, and wait for each other without end.
+                """
+
         return Told(*args, **options)
 
     class Stage(PipelineStage):

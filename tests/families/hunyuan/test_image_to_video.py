@@ -275,7 +275,7 @@ def test_a_video_from_an_image_is_the_pipelines(form: str, folders: dict[str, Pa
     ours = layout.unpack(found[None])[0]
     assert (ours[:, :, 1:] - expected[:, :, -ours.shape[2] + 1 :]).abs().max() < 1e-4
     if form == "token_replace":
-        first = expected[:, :, :1].float()  # is given, and reaches 16: by the VAE in batches of other sizes
+        first = expected[:, :, :1].float()  # is given; its numbers reach 16
         assert (ours[:, :, :1] - first).abs().max() < 2e-6 * first.abs().max()
     _, blind = sampled(folders[form], None, scheduler="euler", seed=3)
     assert (layout.unpack(blind[None])[0][:, :, 1:] - ours[:, :, 1:]).abs().max() > 1e-2
